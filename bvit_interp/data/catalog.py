@@ -1,0 +1,230 @@
+"""The data sets by name, and how one is opened, listed or exported.
+
+A set is named as ``NAME`` (looked for under ``$BVIT_INTERP_DATA/NAME``, by default ``./data/NAME``),
+``NAME:PATH``, or a bare ``PATH`` whose kind is recognised by what lies in it.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from bvit_interp.data.cifar import BINARIES, CIFAR10, Name, open_cifar
+from bvit_interp.data.digits import DigitScenes
+from bvit_interp.data.folders import CATEGORIES, MASKS, ImageFolderSamples, ImageNetS, class_folders
+from bvit_interp.data.parquet import ParquetSamples, columns_of, split_files
+from bvit_interp.data.samples import Samples, spread, write_mask
+from bvit_interp.errors import DataError, choices
+
+HOME = "BVIT_INTERP_DATA"  # environment variable: the folder of data sets
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A data set that can be opened by name; `needs` says what must lie in its folder, "" for nothing."""
+
+    name: str
+    summary: str
+    splits: tuple[str, ...]
+    default_split: str | None
+    needs: str
+    has_masks: bool = False
+    downloads: bool = False
+    open: Callable[[Path, str | None, bool], Samples]
+
+
+def _open_digits(root: Path, split: str | None, download: bool) -> Samples:
+    return DigitScenes(str(split))
+
+
+def _cifar_opener(name: Name) -> Callable[[Path, str | None, bool], Samples]:
+    return lambda root, split, download: open_cifar(name, root, str(split), download)
+
+
+def _open_imagenet(root: Path, split: str | None, download: bool) -> Samples:
+    return ImageFolderSamples(root / str(split))
+
+
+def _open_imagenet_s(root: Path, split: str | None, download: bool) -> Samples:
+    return ImageNetS(root, str(split))
+
+
+def _open_folder(root: Path, split: str | None, download: bool) -> Samples:
+    """Split folders or parquet files, the first there if none is asked for; else the folder's own classes."""
+    found = [name for name in _FOLDER_SPLITS if split_files(root, name) or _is_split_folder(root / name)]
+    if split is not None and split not in found:
+        has = choices(found) or "one only, the folder itself"
+        raise DataError(f"{root} has no split {split!r}; splits: {has}")
+    if not found:
+        return ImageFolderSamples(root)
+    chosen = split or found[0]
+    return ParquetSamples(root, chosen) if split_files(root, chosen) else ImageFolderSamples(root / chosen)
+
+
+def _is_split_folder(folder: Path) -> bool:
+    """Whether a folder called like a split holds class folders (and is no class of that name)."""
+    return folder.is_dir() and any(inner.is_dir() for inner in folder.iterdir())
+
+
+_FOLDER_SPLITS = ("test", "val", "validation", "train")
+CATALOG = (
+    Entry(
+        name="digits-s", summary="handwritten digits hidden in photographs, 32 px, made on the fly",
+        splits=("train", "test"), default_split="test", needs="", has_masks=True, open=_open_digits,
+    ),
+    Entry(
+        name="cifar10", summary="CIFAR-10, 32 px photographs of 10 classes",
+        splits=("train", "test"), default_split="test", needs="train/test.parquet or cifar-10-batches-py/",
+        downloads=True, open=_cifar_opener("cifar10"),
+    ),
+    Entry(
+        name="cifar100", summary="CIFAR-100, 32 px photographs of 100 classes",
+        splits=("train", "test"), default_split="test", needs="train/test.parquet or cifar-100-python/",
+        downloads=True, open=_cifar_opener("cifar100"),
+    ),
+    Entry(
+        name="imagenet", summary="ImageNet-1k, a folder per wnid",
+        splits=("train", "val"), default_split="val", needs="val/<wnid>/*.JPEG", open=_open_imagenet,
+    ),
+    Entry(
+        name="imagenet-s", summary="ImageNet-S 50, 300 or 919, or any set in its layout",
+        splits=("validation", "train-semi"), default_split="validation", has_masks=True,
+        needs="validation/<class>/*.JPEG and validation-segmentation/<class>/*.png", open=_open_imagenet_s,
+    ),
+    Entry(
+        name="folder", summary="your own images, a folder per class, or Hugging Face parquet",
+        splits=_FOLDER_SPLITS, default_split=None, open=_open_folder,
+        needs="<class>/*.jpg, <split>/<class>/*.jpg or <split>.parquet",
+    ),
+)  # fmt: skip
+_ENTRIES = {entry.name: entry for entry in CATALOG}
+
+
+def open_samples(spec: str, split: str | None = None, download: bool = False) -> Samples:
+    """Open a data set.
+
+    Parameters
+    ----------
+    spec : ``NAME``, ``NAME:PATH`` or ``PATH``; a name of the catalog goes before a folder called like it.
+    split : one of the set's splits; by default the one to evaluate on.
+    download : fetch the set if it is missing (CIFAR only).
+
+    Raises
+    ------
+    DataError
+        Unknown name or split (with the valid ones), nothing at the path, or a set that is inconsistent.
+    """
+    entry, root = _resolve(spec)
+    if split is not None and split not in entry.splits:
+        raise DataError(f"{entry.name} has no split {split!r}; splits: {choices(entry.splits)}")
+    if download and not entry.downloads:
+        able = choices(entry.name for entry in CATALOG if entry.downloads)
+        raise DataError(f"{entry.name} cannot be downloaded; these can: {able}")
+    if entry.needs and not download and not root.is_dir():
+        ways = [f"say {entry.name}:PATH", f"set ${HOME}", *(["use --download"] if entry.downloads else [])]
+        raise DataError(f"{entry.name}: no folder {root}, which should hold {entry.needs}; {' or '.join(ways)}")
+    return entry.open(root, split or entry.default_split, download)
+
+
+def listing() -> list[dict[str, str]]:
+    """One row per data set: name, splits, masks, summary, where it is looked for and whether it is there."""
+    return [
+        {
+            "name": entry.name,
+            "splits": ", ".join(entry.splits),
+            "masks": "yes" if entry.has_masks else "no",
+            "summary": entry.summary,
+            "where": _where(entry),
+        }
+        for entry in CATALOG
+    ]
+
+
+def export(samples: Samples, out: Path, limit: int | None = None, progress: bool = True) -> int:
+    """Write a set with masks in ImageNet-S layout, images as lossless PNG; returns the number written.
+
+    The folder appears only once it is complete. `limit` images are spread evenly over the set.
+    """
+    if not samples.has_masks:
+        raise DataError("only a set with masks can be exported; of the catalog: digits-s, imagenet-s")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"{out} is not empty: give a new folder")
+    chosen = spread(len(samples), limit)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
+            complete = Path(temporary, "complete")
+            complete.mkdir()
+            (complete / CATEGORIES).write_text("\n".join(samples.classes))
+            for i in tqdm(chosen, desc=f"export to {out}", unit="image", disable=not progress):
+                _write(samples, i, complete)
+            complete.replace(out)
+    except OSError as error:
+        raise DataError(f"{out}: cannot be written ({error.strerror})") from error
+    return len(chosen)
+
+
+def _write(samples: Samples, i: int, out: Path) -> None:
+    image, label, mask = samples.read(i)
+    if mask is None:
+        raise DataError(f"{samples.name(i)} has no mask")
+    file = f"{Path(samples.name(i)).stem}.png"
+    places = [out / tree / samples.classes[label] for tree in ("validation", f"validation{MASKS}")]
+    for place in places:
+        place.mkdir(parents=True, exist_ok=True)
+    if (places[0] / file).exists():
+        raise DataError(f"{samples.name(i)}: another image of {samples.classes[label]} is called {file} too")
+    Image.fromarray(image).save(places[0] / file)
+    write_mask(mask, places[1] / file)
+
+
+def _resolve(spec: str) -> tuple[Entry, Path]:
+    """Entry and folder that a spec means."""
+    name, colon, path = spec.partition(":")
+    if name in _ENTRIES:
+        entry = _ENTRIES[name]
+        if colon and not entry.needs:
+            raise DataError(f"{name} is made on the fly and takes no path, got {path!r}")
+        if colon and not path:
+            raise DataError(f"{spec}: the path after the colon is missing")
+        return entry, Path(path).expanduser() if colon else _home() / name
+    folder = Path(spec).expanduser()
+    if folder.is_dir():
+        return _ENTRIES[_kind(folder)], folder
+    if folder.exists():
+        raise DataError(f"{folder} is a file: give the folder it is in")
+    raise DataError(f"no data set or folder {spec!r}; data sets: {choices(_ENTRIES)}")
+
+
+def _kind(folder: Path) -> str:
+    """Name of the entry that fits what lies in a folder."""
+    if any(folder.glob(f"*{MASKS}")):
+        return "imagenet-s"
+    for name, binaries in BINARIES.items():
+        if folder.name == binaries or (folder / binaries).is_dir():
+            return name
+    for split in _FOLDER_SPLITS:
+        if files := split_files(folder, split):
+            _, label, names = columns_of(files[0])
+            if label == "fine_label":
+                return "cifar100"
+            return "cifar10" if names == list(CIFAR10) else "folder"
+    class_folders(folder)
+    return "folder"
+
+
+def _home() -> Path:
+    return Path(os.environ.get(HOME) or "data").expanduser()
+
+
+def _where(entry: Entry) -> str:
+    if not entry.needs:
+        return "built in"
+    root = _home() / entry.name
+    return f"{root} ({'found' if root.is_dir() else 'missing'})"

@@ -1,0 +1,84 @@
+"""From a picture to a model's input: resize, centre crop and normalise, the mask under the same geometry."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models.vision_transformer import VisionTransformer
+from torchvision import tv_tensors
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from bvit_interp.data.samples import Samples
+from bvit_interp.errors import UserError
+from bvit_interp.models.bvit import BViT
+
+CROP = 224 / 256  # size / resize of the pointing game, and of most of the field's evaluation
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How images are brought to a model's size; equal ones share their views of an image.
+
+    Parameters
+    ----------
+    size : height and width of the centre crop, pixels.
+    resize : length of the shorter side before the crop, pixels.
+    mean, std : of the normalisation, per channel of an image in 0..1.
+    interpolation : "bilinear", "bicubic", ... (antialiased); masks are always taken from the nearest pixel.
+    """
+
+    size: tuple[int, int]
+    resize: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+
+    def __post_init__(self) -> None:
+        if self.resize < max(self.size):
+            raise UserError(f"resize must be at least the model's {max(self.size)} pixels, got {self.resize}")
+
+    @classmethod
+    def of(cls, model: VisionTransformer, samples: Samples, resize: int | None = None) -> Geometry:
+        """The geometry a model sees a data set in.
+
+        The size is the patch embedding's (timm's `resolve_model_data_config` says 224 for a 32 px model).
+        The shorter side is brought to `resize`; by default it stays as it is for a set drawn at the model's
+        size, else it is size / crop_pct, with the checkpoint's crop_pct for a `BViT` and 224/256 for other
+        models: the pointing game's geometry, one for all stacked ViTs compared.
+
+        Raises
+        ------
+        UserError
+            If `resize` is smaller than the model's size.
+        """
+        height, width = model.patch_embed.img_size
+        cfg = getattr(model, "pretrained_cfg", None) or {}
+        if resize is None and samples.native_size == height == width:
+            resize = height  # a shorter side of that length already: nothing is resampled
+        elif resize is None:
+            crop = (cfg.get("crop_pct") or CROP) if isinstance(model, BViT) else CROP
+            resize = round(max(height, width) / crop)
+        return cls(
+            size=(height, width),
+            resize=resize,
+            mean=tuple(cfg.get("mean") or IMAGENET_DEFAULT_MEAN),
+            std=tuple(cfg.get("std") or IMAGENET_DEFAULT_STD),
+            interpolation=cfg.get("interpolation") or "bilinear",
+        )
+
+    def __call__(self, image: np.ndarray, mask: np.ndarray | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Normalised image ``(3, *size)`` of one ``(H, W, 3)`` uint8, and its class ids ``(*size)`` int64."""
+        pixels = tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1))
+        pixels = F.to_dtype(self._crop(pixels), torch.float32, scale=True)
+        view = F.normalize(pixels, list(self.mean), list(self.std)).as_subclass(torch.Tensor)
+        if mask is None:
+            return view, None
+        return view, self._crop(tv_tensors.Mask(torch.from_numpy(mask).long())).as_subclass(torch.Tensor)
+
+    def _crop(self, pixels: torch.Tensor) -> torch.Tensor:
+        mode = InterpolationMode(self.interpolation)  # not for a Mask: torchvision takes its nearest pixels
+        return F.center_crop(F.resize(pixels, [self.resize], mode, antialias=True), list(self.size))

@@ -1,0 +1,45 @@
+"""Which of a model's classes each class of a data set is."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from timm.data import ImageNetInfo
+from timm.models.vision_transformer import VisionTransformer
+
+from bvit_interp.data.samples import Samples
+from bvit_interp.errors import DataError
+from bvit_interp.models.checkpoint import class_names
+
+
+def label_map(samples: Samples, model: VisionTransformer) -> torch.Tensor:
+    """The model's class index of every class of the data set, ``(classes,)`` int64.
+
+    By name where the model's checkpoint names all of them; else class i is class i if there are as many;
+    else by wnid for a model of the 1000 ImageNet classes.
+
+    Raises
+    ------
+    DataError
+        If none of the three applies.
+    """
+    classes = list(samples.classes)
+    names = class_names(model) or []
+    found = Counter(names)
+    if all(found[name] == 1 for name in classes):  # a name that two classes bear ("crane") decides nothing
+        return _places(classes, names)
+    if len(classes) == model.num_classes:
+        return torch.arange(len(classes))
+    wnids = ImageNetInfo().label_names()
+    if model.num_classes == len(wnids) and set(classes) <= set(wnids):
+        return _places(classes, wnids)
+    raise DataError(
+        f"the data's {len(classes)} classes ({classes[0]}, ...) do not match the model's {model.num_classes}:"
+        " take a model that names these classes, one with as many, or one of ImageNet's 1000 for wnid folders"
+    )
+
+
+def _places(classes: list[str], names: list[str]) -> torch.Tensor:
+    place = {name: i for i, name in enumerate(names)}
+    return torch.tensor([place[name] for name in classes])

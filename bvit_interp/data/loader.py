@@ -1,0 +1,203 @@
+"""Batches of a data set, each image decoded once for all models that look at it, shared among ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from bvit_interp.data.geometry import Geometry
+from bvit_interp.data.samples import Samples, spread
+from bvit_interp.errors import DataError, UserError
+
+Result = TypeVar("Result")
+View = tuple[torch.Tensor, torch.Tensor | None]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B images as every geometry shows them.
+
+    Parameters
+    ----------
+    index : positions in the data set, ``(B,)`` int64.
+    labels : places in its classes, ``(B,)`` int64.
+    views : per geometry, images ``(B, 3, H, W)`` float and masks ``(B, H, W)`` int64 or None.
+    names : names of the images.
+    """
+
+    index: torch.Tensor
+    labels: torch.Tensor
+    views: dict[Geometry, View]
+    names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def images(self) -> torch.Tensor:
+        """The images of the only geometry."""
+        return self._only_view()[0]
+
+    @property
+    def masks(self) -> torch.Tensor | None:
+        """The masks of the only geometry."""
+        return self._only_view()[1]
+
+    def half(self) -> tuple[Batch, Batch]:
+        """First and second half; a batch of one raises `UserError`."""
+        if len(self) < 2:
+            raise UserError(f"a batch of one image cannot be halved ({self.names[0]})")
+        middle = len(self) // 2
+        return self._part(slice(middle)), self._part(slice(middle, None))
+
+    def _part(self, part: slice) -> Batch:
+        views = {
+            geometry: (images[part], None if masks is None else masks[part])
+            for geometry, (images, masks) in self.views.items()
+        }
+        return Batch(self.index[part], self.labels[part], views, self.names[part])
+
+    def _only_view(self) -> View:
+        if len(self.views) != 1:
+            raise ValueError(f"the batch has {len(self.views)} geometries: take one of its views")
+        return next(iter(self.views.values()))
+
+
+class Loader:
+    """This process's share of a data set, in batches.
+
+    Parameters
+    ----------
+    samples : the data set.
+    geometries : one or more; equal ones share a view.
+    batch_size : images a batch and process.
+    limit : use that many images, spread evenly over the set; by default all.
+    workers : processes that decode; 0 decodes in this one.
+    skip_corrupt : leave out images that cannot be read, and list them in `skipped`, rather than raise.
+    progress : text of a progress bar on stderr (of rank 0); by default none.
+
+    Attributes
+    ----------
+    index : positions in the data set of this process's share.
+    skipped : names of the images left out of the last pass, in this process.
+
+    Raises
+    ------
+    UserError
+        A limit or batch size below 1.
+    DataError
+        An empty set; while iterating, an image that cannot be read, or none that can.
+    """
+
+    def __init__(
+        self, samples: Samples, geometries: Iterable[Geometry], batch_size: int, *, limit: int | None = None,
+        workers: int = 0, skip_corrupt: bool = False, progress: str | None = None,
+    ) -> None:  # fmt: skip
+        if batch_size < 1:
+            raise UserError(f"batch size must be at least 1, got {batch_size}")
+        if not len(samples):
+            raise DataError("the data set has no images")
+        rank, world = _rank_and_world()
+        self.index = spread(len(samples), limit)[rank::world]
+        self.skip_corrupt, self.skipped = skip_corrupt, list[str]()
+        self.progress = progress if rank == 0 else None
+        self._batches = DataLoader(
+            _Views(samples, self.index, tuple(dict.fromkeys(geometries))), batch_size, num_workers=workers,
+            collate_fn=_collate,
+        )  # fmt: skip
+
+    def __len__(self) -> int:
+        """Number of batches, at most: one whose images are all skipped is left out."""
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.skipped = []
+        total, silent = len(self.index), self.progress is None
+        with tqdm(total=total, desc=self.progress, unit="image", disable=silent) as bar:
+            for batch, unreadable in self._batches:
+                if unreadable and not self.skip_corrupt:
+                    raise DataError(unreadable[0].reason)
+                self.skipped += [image.name for image in unreadable]
+                if self.skipped:
+                    bar.set_postfix(skipped=len(self.skipped), refresh=False)
+                if batch is not None:
+                    yield batch
+                bar.update(len(unreadable) + (0 if batch is None else len(batch)))
+        if total and len(self.skipped) == total:
+            raise DataError(f"none of the {total} images can be read, e.g. {self.skipped[0]}")
+
+
+def run_in_halves(run: Callable[[Batch], Result], batch: Batch) -> list[Result]:
+    """Results of `run` on the batch, or, where GPU memory does not suffice, on its halves, in order."""
+    try:
+        return [run(batch)]
+    except torch.OutOfMemoryError:
+        if len(batch) == 1:
+            raise UserError(
+                f"out of GPU memory with a single image ({batch.names[0]}): use a smaller model or device=cpu"
+            ) from None
+    # outside the handler: the exception holds the failed run's tensors
+    torch.cuda.empty_cache()
+    return [result for half in batch.half() for result in run_in_halves(run, half)]
+
+
+@dataclass(frozen=True)
+class _Image:
+    index: int
+    name: str
+    label: int
+    views: dict[Geometry, View]
+
+
+@dataclass(frozen=True)
+class _Unreadable:
+    """Travels from a worker in place of its DataError, which torch would wrap in a traceback."""
+
+    name: str
+    reason: str
+
+
+class _Views(Dataset[_Image | _Unreadable]):
+    def __init__(self, samples: Samples, index: list[int], geometries: tuple[Geometry, ...]) -> None:
+        self.samples, self.index, self.geometries = samples, index, geometries
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, place: int) -> _Image | _Unreadable:
+        i = self.index[place]
+        try:
+            image, label, mask = self.samples.read(i)
+        except DataError as error:
+            return _Unreadable(self.samples.name(i), str(error))
+        views = {geometry: geometry(image, mask) for geometry in self.geometries}
+        return _Image(i, self.samples.name(i), label, views)
+
+
+def _collate(items: Sequence[_Image | _Unreadable]) -> tuple[Batch | None, list[_Unreadable]]:
+    images = [item for item in items if isinstance(item, _Image)]
+    unreadable = [item for item in items if isinstance(item, _Unreadable)]
+    if not images:
+        return None, unreadable
+    views = {geometry: _stacked([image.views[geometry] for image in images]) for geometry in images[0].views}
+    index = torch.tensor([image.index for image in images])
+    labels = torch.tensor([image.label for image in images])
+    return Batch(index, labels, views, [image.name for image in images]), unreadable
+
+
+def _stacked(views: list[View]) -> View:
+    masks = [mask for _, mask in views if mask is not None]
+    return torch.stack([image for image, _ in views]), torch.stack(masks) if masks else None
+
+
+def _rank_and_world() -> tuple[int, int]:
+    """This process's place among those of a torchrun, (0, 1) without one."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1

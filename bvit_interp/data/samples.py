@@ -1,0 +1,108 @@
+"""What every data set is: classes, and images with a label and perhaps a mask.
+
+The coding of labels and masks is ImageNet-S's (Gao et al. 2022, https://arxiv.org/abs/2106.03149): a label
+is the 0-based place in `classes`, and in a mask that class has the id label + 1; 0 is anything else, 1000
+are pixels to ignore. The stored mask is an RGB PNG with id = R + 256 G.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from bvit_interp.errors import DataError, UserError
+
+IGNORE = 1000  # id of mask pixels that count neither way
+_UNREADABLE = (  # what PIL raises, depending on the format and the damage
+    OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error,
+    Image.DecompressionBombError,
+)  # fmt: skip
+
+
+class Samples(Protocol):
+    """A data set, read one image at a time."""
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """Class names; a label is a place in them."""
+
+    @property
+    def native_size(self) -> int | None:
+        """Side in pixels of a set drawn at a fixed size, else None."""
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether `read` gives masks."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, i: int) -> str:
+        """Name of image i, with "/" between folders."""
+
+    def read(self, i: int) -> tuple[np.ndarray, int, np.ndarray | None]:
+        """Image ``(H, W, 3)`` uint8, label, and mask ``(H, W)`` int32 or None.
+
+        Raises
+        ------
+        DataError
+            Naming the file, if the image is corrupt or its mask does not fit.
+        """
+
+
+def read_image(source: Path | bytes, name: str) -> np.ndarray:
+    """Pixels ``(H, W, 3)`` uint8 of an image file, or its bytes, in any colour mode; `name` is for errors."""
+    try:
+        with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
+            return np.array(image.convert("RGB"))
+    except _UNREADABLE as error:
+        raise _unreadable(name, "image", error) from error
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """Class ids ``(H, W)`` int32 of a mask in ImageNet-S coding."""
+    try:
+        with Image.open(path) as image:
+            if (image.format, image.mode) != ("PNG", "RGB"):
+                raise DataError(f"{path}: a mask is an RGB PNG, this is {image.format} in mode {image.mode}")
+            pixels = np.array(image).astype(np.int32)  # R + 256 G overflows in uint8
+    except DataError:
+        raise
+    except _UNREADABLE as error:
+        raise _unreadable(str(path), "mask", error) from error
+    return pixels[..., 0] + 256 * pixels[..., 1]
+
+
+def write_mask(ids: np.ndarray, path: Path) -> None:
+    """Store class ids ``(H, W)`` as an RGB PNG."""
+    pixels = np.stack([ids % 256, ids // 256, np.zeros_like(ids)], axis=-1)
+    Image.fromarray(pixels.astype(np.uint8)).save(path)
+
+
+def spread(length: int, limit: int | None) -> list[int]:
+    """`limit` sorted places evenly spaced over 0..length - 1 (all of them if the limit is None or larger).
+
+    Evenly, because most sets are sorted by class: the first n images would be of a few classes.
+    """
+    if limit is not None and limit < 1:
+        raise UserError(f"limit must be at least 1, got {limit}")
+    kept = length if limit is None else min(limit, length)
+    return [i * length // kept for i in range(kept)]
+
+
+def _unreadable(name: str, what: str, error: BaseException) -> DataError:
+    if isinstance(error, FileNotFoundError):
+        return DataError(f"{name}: no such file")
+    reason = "no image file" if isinstance(error, Image.UnidentifiedImageError) else first_line(error)
+    return DataError(f"{name}: the {what} cannot be read ({reason})")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its kind if it has none."""
+    return str(error).partition("\n")[0] or type(error).__name__

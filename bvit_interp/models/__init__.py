@@ -1,0 +1,1 @@
+"""What is studied: the recurrent model, its tied unroll, its checkpoints and its cost."""

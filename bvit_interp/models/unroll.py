@@ -1,0 +1,82 @@
+"""The tied unroll: one module a step, all of them sharing the recurrent model's parameters.
+
+Tools address modules (captum a layer, lucent a name, `torch.nn.utils.prune` a weight), and on a recurrent
+model silently answer for the first or the last of its T calls. `unroll(model)` gives each step a module of
+its own around the same Parameter objects: bit-equal output, no extra memory for weights, and any tool that
+works on a stacked ViT works on a step.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from bvit_interp.errors import UserError
+from bvit_interp.models.bvit import Steps, TimedBlock
+
+_TIED = "tied_to_a_model"
+
+
+def unroll(model: VisionTransformer, steps: int | None = None) -> VisionTransformer:
+    """A view of `model` in which step t is the module ``blocks[t - 1]``.
+
+    Every module is cloned, every Parameter and buffer shared: training the model is seen by the view, and
+    hooks that a tool leaves on the view never reach the model. A stacked ViT unrolls to itself, tied.
+    Save the model, not the view.
+
+    Parameters
+    ----------
+    model : a `BViT`, or any timm `VisionTransformer` (its blocks are its steps).
+    steps : how many steps; by default as many as the model takes. Beyond them a `BViT` goes on applying its
+        blocks in the same order (a time embedding stays at its last row); a stacked ViT can only be cut.
+
+    Raises
+    ------
+    UserError
+        For another kind of model, or a number of steps that cannot be had.
+    """
+    if not isinstance(model, VisionTransformer):
+        raise UserError(f"only a BViT or a timm VisionTransformer unrolls, got {type(model).__name__}")
+    recurrent = isinstance(model.blocks, Steps)
+    steps = len(model.blocks) if steps is None else steps
+    if steps < 1:
+        raise UserError(f"steps must be >= 1, got {steps}")
+    if not recurrent and steps > len(model.blocks):
+        raise UserError(f"this model is a stack of {len(model.blocks)} blocks and cannot take {steps} steps")
+    shared = _tensors(model)
+    blocks = []
+    for i in range(steps):
+        if recurrent:
+            blocks.append(_step(model.blocks, i, shared))
+        else:
+            blocks.append(copy.deepcopy(model.blocks[i], dict(shared)))
+    view = copy.deepcopy(model, {**shared, id(model.blocks): nn.Sequential(*blocks)})
+    view.feature_info = [{**model.feature_info[0], "module": f"blocks.{i}"} for i in range(steps)]
+    setattr(view, _TIED, True)
+    return view
+
+
+def is_unrolled(model: nn.Module) -> bool:
+    """Whether `model` is a view made by `unroll`."""
+    return getattr(model, _TIED, False)
+
+
+def _tensors(model: nn.Module) -> dict[int, torch.Tensor]:
+    """Every tensor of the model by id: parameters, buffers, and the plain attributes pruning computes."""
+    attributes = (value for module in model.modules() for value in vars(module).values())
+    plain = (value for value in attributes if isinstance(value, torch.Tensor))  # non-leaves cannot be copied
+    return {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers(), plain)}
+
+
+def _step(container: Steps, i: int, shared: dict[int, torch.Tensor]) -> nn.Module:
+    """The clone for application i (from 0), owning its row of the time embedding if there is one."""
+    stored = list(container._modules.values())
+    block = copy.deepcopy(stored[container.block_index(i)], dict(shared))
+    if isinstance(block, TimedBlock):
+        block.own_step(container.step_embed, container.embed_index(i))
+    return block
+

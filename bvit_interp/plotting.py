@@ -1,0 +1,99 @@
+"""House style: canvas, step axis, palette, heat maps, saving. Knows no model.
+
+Lines differ in colour (Okabe & Ito's, safe for the colour-blind), marker and dash, so that figures read in
+grey; nulls are thin grey lines. Figures are made without pyplot: nothing global, nothing to close.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, MaxNLocator
+
+from bvit_interp.results import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+DASHES = ("-", "--", "-.", ":")
+NULL = {"color": "0.45", "linewidth": 1.0}
+SEQUENTIAL = "viridis"
+
+
+def canvas(columns: int = 1, rows: int = 1, width: float = 4.2, height: float = 3.2) -> tuple[Figure, np.ndarray]:
+    """A figure and its axes ``(rows, columns)``; `width` and `height` of one panel in inches."""
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for ax in axes.flat:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(axis="y", color="0.9", linewidth=0.8)
+        ax.set_axisbelow(True)
+    return figure, axes
+
+
+def line_style(i: int) -> dict[str, Any]:
+    """Colour, marker and dash of the i-th line."""
+    return {
+        "color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)],
+        "linestyle": DASHES[i % len(DASHES)], "markersize": 4, "linewidth": 1.6,
+    }  # fmt: skip
+
+
+def step_axis(ax: Axes, steps: Iterable[float]) -> None:
+    """An x axis of whole steps."""
+    listed = sorted({int(step) for step in steps})
+    if len(listed) <= 13:
+        ax.xaxis.set_major_locator(FixedLocator(listed))
+    else:
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_xlabel("step")
+
+
+def legend(ax: Axes) -> None:
+    """A frameless legend, if anything is labelled."""
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(frameon=False, fontsize=8)
+
+
+def heat_map(
+    figure: Figure, ax: Axes, values: np.ndarray, columns: list[Any], rows: list[Any], label: str, numbers: bool = True
+) -> None:
+    """A matrix ``(rows, columns)`` in colour, with its numbers written in the cells when they fit."""
+    ax.grid(visible=False)
+    image = ax.imshow(values, aspect="auto", cmap=SEQUENTIAL)
+    ax.set_xticks(range(len(columns)), columns)
+    ax.set_yticks(range(len(rows)), rows)
+    figure.colorbar(image, ax=ax, label=label, shrink=0.9)
+    if numbers and len(columns) <= 14:
+        shade = image.norm(values)
+        for (i, j), value in np.ndenumerate(values):
+            ink = "black" if shade[i, j] > 0.6 else "white"
+            ax.text(j, i, f"{value:.2f}".removeprefix("0"), ha="center", va="center", fontsize=6, color=ink)
+
+
+def overlay(ax: Axes, image: np.ndarray, saliency: np.ndarray | None = None, outline: np.ndarray | None = None) -> None:
+    """An image ``(height, width, 3)`` in 0..1, a map of any grid laid over it, and a mask's outline."""
+    height, width = image.shape[:2]
+    extent = (0, width, height, 0)
+    ax.grid(visible=False)
+    ax.set_axis_off()
+    ax.imshow(image, extent=extent)
+    if saliency is not None:
+        shade = colormaps[SEQUENTIAL]((saliency - saliency.min()) / (np.ptp(saliency) or 1.0))
+        ax.imshow(shade, extent=extent, alpha=0.7, interpolation="nearest")
+    if outline is not None and outline.any() and not outline.all():
+        centres = (np.arange(width) + 0.5, np.arange(height) + 0.5)
+        ax.contour(*centres, outline.astype(float), levels=[0.5], colors="white", linewidths=1.2)
+
+
+def save(figure: Figure, path: Path, dpi: int = 150) -> None:
+    """Write a PNG, whole or not at all."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=dpi, format="png", facecolor="white")

@@ -1,0 +1,317 @@
+"""Probe: record and edit any site of any step of a bViT, or of any block of a stacked ViT.
+
+Ordinary forward hooks on the tied unroll. The model's output is bit-equal with and without recording and
+fused attention stays on; hooks are removed when a call ends, also by an exception.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from bvit_interp.results import rank_and_world
+from bvit_interp.errors import UserError
+from bvit_interp.models.unroll import is_unrolled, unroll
+from bvit_interp.probes import sites as places
+from bvit_interp.probes.cache import Cache, unit_index
+from bvit_interp.vocabulary import (
+    SITES,
+    TOKEN_WORDS,
+    Address,
+    Tokens,
+    check_site,
+    check_step,
+    check_steps,
+    unit_axis,
+)
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric, MetricCollection
+
+Edit = Callable[[Tensor, Address], Tensor | None]
+"""fn(activation, address) -> new activation of the same shape, or None to leave it."""
+Fired = dict[str, int]
+ANNOUNCED_BYTES = 2**30
+
+
+class _Recorded(Exception):
+    """Everything asked for is there: the forward need not go on."""
+
+
+class Probe:
+    """Watch and change a model step by step.
+
+    Parameters
+    ----------
+    model : a `BViT`, any timm `VisionTransformer`, or an unroll of one (e.g. ``unroll(model, steps=24)``).
+    max_bytes : a cache that would be larger is refused; above 1 GiB its size is announced by a warning.
+
+    Attributes
+    ----------
+    model : the tied unroll that is watched; step t is ``model.blocks[t - 1]``.
+    num_steps, num_heads, num_neurons, grid : steps T, heads, neurons of the FFN, patch grid (rows, columns).
+    """
+
+    def __init__(self, model: VisionTransformer, max_bytes: int = 8 * 2**30) -> None:
+        if isinstance(model, torch._dynamo.OptimizedModule):
+            raise UserError("hooks do not run in a compiled model: probe the model that went into torch.compile")
+        self.model = model if is_unrolled(model) else unroll(model)
+        self._steps = [places.Step(places.check_block(block)) for block in self.model.blocks]
+        self.max_bytes = max_bytes
+        self.num_steps = len(self._steps)
+        self.num_heads = self._steps[0].heads
+        self.num_neurons = self.model.blocks[0].mlp.fc1.out_features
+        self.num_prefix_tokens = self.model.num_prefix_tokens
+        self.grid: tuple[int, int] = tuple(self.model.patch_embed.grid_size)
+        self._pattern_edits: set[int] = set()
+
+    # ---- running -------------------------------------------------------------------------------------
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits ``(B, classes)`` of images ``(B, C, H, W)``, under the edits in force."""
+        self._refuse_compiled()
+        return self.model(images)
+
+    def run(
+        self, images: Tensor, sites: str | Sequence[str], steps: Iterable[int] | int | None = None,
+        tokens: Tokens = "all",
+    ) -> tuple[Tensor, Cache]:  # fmt: skip
+        """Logits and recorded activations of one batch.
+
+        Parameters
+        ----------
+        images : ``(B, C, H, W)``, normalised.
+        sites : site names, or addresses such as ``mlp_post[5]``, which bring their own step.
+        steps : which steps of the named sites, from 1 (0 is allowed for resid_post alone: the embedded tokens).
+        tokens : "cls", "reg", "patches", "all", an int or a slice; for scores and pattern, query tokens.
+
+        Returns
+        -------
+        The model's logits ``(B, classes)`` and the `Cache`.
+        """
+        cache, hooks = self._recording(images, sites, steps, tokens)
+        with hooks:
+            return self.model(images), cache
+
+    def record(
+        self, images: Tensor, sites: str | Sequence[str], steps: Iterable[int] | int | None = None,
+        tokens: Tokens = "all",
+    ) -> Cache:  # fmt: skip
+        """As `run`, without logits: the forward ends as soon as the last activation is there."""
+        cache, hooks = self._recording(images, sites, steps, tokens, stop=True)
+        with hooks:
+            try:
+                self.model(images)
+            except _Recorded:
+                return cache
+        raise UserError("the forward ended before every site was seen; is a block replaced?")
+
+    @contextmanager
+    def edit(self, edits: Mapping[str | tuple[str, int] | Address, Edit]) -> Iterator[Fired]:
+        """Change activations while the context lasts.
+
+        Parameters
+        ----------
+        edits : ``("z", 5)``, ``"z[5]"`` or ``"z[5]:3"`` -> fn(activation, address). With a unit, fn sees and
+            returns that head ``(B, N, E)`` or neuron ``(B, N)`` alone. The whole token axis is given.
+
+        Yields
+        ------
+        How often each edit fired, by address. One that never fired raises when the context ends.
+        """
+        self._refuse_compiled()
+        fired: Fired = {}
+        pattern_edits = set(self._pattern_edits)
+        with ExitStack() as hooks:
+            for key, fn in edits.items():
+                address = self.address(key)
+                if address.site in ("scores", "pattern"):
+                    self._pattern_edits.add(address.step)
+                fired[str(address)] = 0
+                step = self._steps[address.step - 1]
+                for handle in places.edit(step, address.site, _change(address, fn, fired)):
+                    hooks.callback(handle.remove)
+            hooks.callback(setattr, self, "_pattern_edits", pattern_edits)
+            yield fired
+        silent = [name for name, count in fired.items() if not count]
+        if silent:
+            raise UserError(f"edits that never fired: {', '.join(silent)}; was the probe called inside the context?")
+
+    def collect(
+        self, loader: Iterable[Any], metrics: Mapping[str, Metric | MetricCollection],
+        steps: Iterable[int] | int | None = None, tokens: Tokens = "all", progress: bool = True,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Stream a data set through the model into torchmetrics; memory does not grow with it.
+
+        Parameters
+        ----------
+        loader : batches ``(images, labels)``, or of `bvit_interp.data.loader.Loader`; each process its own part.
+        metrics : site or address -> metric. ``update`` gets the activations ``(B, T, ...)`` (an address:
+            ``(B, ...)``), and the labels ``(B,)`` as a second argument if it takes one.
+
+        Returns
+        -------
+        The same keys -> ``compute()``, on every process.
+        """
+        device = next(self.model.parameters()).device
+        for metric in metrics.values():
+            metric.to(device)
+        rank, _ = rank_and_world()
+        for batch in tqdm(loader, desc="collect", disable=not progress or rank > 0):
+            images, labels = (batch.images, batch.labels) if hasattr(batch, "images") else batch[:2]
+            with torch.inference_mode():
+                cache = self.record(images.to(device), list(metrics), steps, tokens)
+            for key, metric in metrics.items():
+                _update(metric, cache[key], labels.to(device))
+        return {key: metric.compute() for key, metric in metrics.items()}
+
+    # ---- words -> places -----------------------------------------------------------------------------
+
+    def address(self, key: str | tuple[str, int] | Address) -> Address:
+        """The address with its step counted from 1, checked against this model."""
+        address = Address(*key) if isinstance(key, tuple) else key
+        address = Address.parse(address) if isinstance(address, str) else address
+        step = check_step(address.step, self.num_steps)
+        axis = unit_axis(address.site)
+        units = {"H": self.num_heads, "F": self.num_neurons, "D": self.model.embed_dim}[axis]
+        word = {"H": "head", "F": "neuron", "D": "channel"}[axis]
+        if address.unit is not None and not 0 <= address.unit < units:
+            raise UserError(f"{address}: no {word} {address.unit}; {word}s: 0..{units - 1}")
+        return Address(address.site, step, address.unit)
+
+    def rows(self, tokens: Tokens, count: int) -> tuple[slice, bool]:
+        """The slice of `count` tokens that `tokens` means, and whether it is one token whose axis is dropped."""
+        if isinstance(tokens, str):
+            if tokens not in TOKEN_WORDS:
+                raise UserError(f"unknown tokens {tokens!r}; tokens: {', '.join(TOKEN_WORDS)}, an int or a slice")
+            has_cls = int(self.model.has_class_token)
+            words = {
+                "cls": slice(0, has_cls), "reg": slice(has_cls, self.num_prefix_tokens),
+                "patches": slice(self.num_prefix_tokens, count), "all": slice(0, count),
+            }  # fmt: skip
+            chosen, single = words[tokens], tokens == "cls"
+        elif isinstance(tokens, slice):
+            chosen, single = tokens, False
+        else:
+            index = range(count)[tokens] if -count <= tokens < count else count
+            chosen, single = slice(index, index + 1), True
+        if not range(count)[chosen]:
+            raise UserError(f"tokens {tokens!r} selects none of the {count} tokens ({self.num_prefix_tokens} of prefix)")
+        return chosen, single
+
+    # ---- machinery -----------------------------------------------------------------------------------
+
+    def _recording(
+        self, images: Tensor, sites: str | Sequence[str], steps: Iterable[int] | int | None, tokens: Tokens,
+        stop: bool = False,
+    ) -> tuple[Cache, ExitStack]:  # fmt: skip
+        self._refuse_compiled()
+        grid = tuple(self.model.patch_embed.dynamic_feat_size(images.shape[-2:]))
+        count = self.num_prefix_tokens + math.prod(grid)
+        rows, single = self.rows(tokens, count)
+        targets = self._targets(sites, steps)
+        self._announce(images.shape[0], targets, len(range(count)[rows]), count)
+        cache, hooks = Cache(grid, self.num_steps), ExitStack()
+        with ExitStack() as pending:
+            for site, step in targets:
+
+                def keep(tensor: Tensor, site: str = site, step: int = step) -> None:
+                    cache[site, step] = _own(tensor, site, single)
+                    if stop and len(cache) == len(targets):
+                        raise _Recorded
+
+                place, name = (self._steps[0], "resid_pre") if step == 0 else (self._steps[step - 1], site)
+                pending.callback(places.record(place, name, rows, keep).remove)
+            hooks = pending.pop_all()
+        return cache, hooks
+
+    def _targets(self, sites: str | Sequence[str], steps: Iterable[int] | int | None) -> list[tuple[str, int]]:
+        listed = [sites] if isinstance(sites, str) else list(sites)
+        if not listed:
+            raise UserError(f"no site chosen; sites: {', '.join(SITES)}")
+        named = [site for site in listed if "[" not in site]
+        chosen: dict[tuple[str, int], None] = {}
+        if isinstance(steps, Iterable):
+            steps = list(steps)
+        for site in named:
+            wanted = [steps] if isinstance(steps, int) else steps
+            if check_site(site) == "resid_post" and wanted is not None and 0 in wanted:
+                chosen["resid_post", 0] = None
+                wanted = [step for step in wanted if step != 0]
+            if wanted is None or wanted or (site, 0) not in chosen:
+                chosen |= dict.fromkeys((site, step) for step in check_steps(wanted, self.num_steps))
+        for text in listed:
+            if "[" in text:
+                address = self.address(text)
+                chosen[address.site, address.step] = None
+        for site, step in chosen:
+            if site in ("scores", "pattern") and step in self._pattern_edits:
+                raise UserError(f"{site}[{step}] is being edited and would be recorded unedited; record z instead")
+        return list(chosen)
+
+    def _announce(self, batch: int, targets: list[tuple[str, int]], rows: int, count: int) -> None:
+        """Refuse a cache beyond `max_bytes`, warn of a large one; 4 or the parameters' bytes a number."""
+        embed, heads = self.model.embed_dim, self.num_heads
+        sizes = {"B": batch, "N": rows, "Q": rows, "K": count, "D": embed, "F": self.num_neurons, "H": heads}
+        sizes["E"] = self.model.blocks[0].attn.head_dim
+        numbers = sum(math.prod(sizes[axis] for axis in SITES[site][0].split()) for site, _ in targets)
+        total = numbers * next(self.model.parameters()).element_size()
+        if total > self.max_bytes:
+            raise UserError(
+                f"this cache would take {total / 2**30:.1f} GiB, more than max_bytes={self.max_bytes / 2**30:.1f} GiB: "
+                f"choose fewer steps, sites, tokens or images, or stream with collect()"
+            )
+        if total > ANNOUNCED_BYTES:
+            warnings.warn(f"Probe: a cache of {total / 2**30:.1f} GiB is being built", stacklevel=4)
+
+    def _refuse_compiled(self) -> None:
+        for name, module in self.model.named_modules():
+            if module._compiled_call_impl is not None:
+                raise UserError(f"{name or 'the model'} is compiled and its hooks would not run; probe before compiling")
+
+
+def _own(tensor: Tensor, site: str, single: bool) -> Tensor:
+    """The recorded tensor without its one-token axis, and never a view that keeps a larger one alive."""
+    if single:
+        tensor = tensor.squeeze(2 if site in ("scores", "pattern") else 1)
+    kept = tensor.untyped_storage().nbytes()
+    return tensor.clone() if kept > tensor.numel() * tensor.element_size() else tensor
+
+
+def _change(address: Address, fn: Edit, fired: Fired) -> places.Change:
+    """Apply `fn` to the whole activation, or to one unit of it, and count."""
+
+    def change(activation: Tensor) -> Tensor | None:
+        fired[str(address)] += 1
+        index = ... if address.unit is None else unit_index(address.site, address.unit)
+        old = activation[index]
+        new = fn(old, address)
+        if new is None:
+            return None
+        if new.shape != old.shape:
+            raise UserError(f"the edit of {address} returned shape {tuple(new.shape)}, expected {tuple(old.shape)}")
+        if address.unit is None:
+            return new
+        whole = activation.clone()
+        whole[index] = new
+        return whole
+
+    return change
+
+
+def _update(metric: nn.Module, values: Tensor, labels: Tensor) -> None:
+    try:
+        inspect.signature(metric.update).bind(values, labels)
+    except TypeError:
+        metric.update(values)
+    else:
+        metric.update(values, labels)

@@ -1,0 +1,139 @@
+"""Output: files that appear whole or not at all, provenance, and tables that continue after a kill.
+
+A result is `<word>.csv` and `<word>.png` with `<word>.json` beside them: the options, the weights' hashes,
+versions and the command that made them. Under torchrun only the first process writes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bvit_interp.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import nn
+
+_LIBRARIES = ("bvit-interp", "torch", "torchvision", "timm", "captum", "numpy", "pandas")
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's number and how many there are; (0, 1) when not distributed."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place when the block ends well, and vanishes otherwise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_table(frame: pd.DataFrame, path: Path) -> None:
+    """Write a CSV whose floats read back exactly."""
+    with replacing(path) as temporary:
+        frame.to_csv(temporary, index=False)
+
+
+def write_json(content: Mapping[str, Any], path: Path) -> None:
+    """Write JSON, indented."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, default=str) + "\n")
+
+
+def weights_hash(model: nn.Module) -> str:
+    """First 16 hex digits of the SHA-256 of a model's weights, by name."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def provenance(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What made a result: options, command, date, machine and versions."""
+    versions = {}
+    for library in _LIBRARIES:
+        try:
+            versions[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return {
+        "options": json.loads(json.dumps(options, default=str)),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "versions": versions,
+    }
+
+
+class Table:
+    """A table that grows by finished units and continues where it stopped.
+
+    Parameters
+    ----------
+    path : the CSV; its options lie in the `.json` beside it.
+    options : what the rows depend on; a table made with other options is refused, not mixed.
+    overwrite : start again instead.
+    """
+
+    def __init__(self, path: Path, options: Mapping[str, Any], overwrite: bool = False) -> None:
+        import pandas as pd
+
+        self.path, self.about = path, path.with_suffix(".json")
+        self.options = json.loads(json.dumps(options, default=str))
+        self.rows: list[dict[str, Any]] = []
+        if path.exists() and not overwrite:
+            self._check_options()
+            self.rows += pd.read_csv(path, float_precision="round_trip").to_dict("records")  # type: ignore[arg-type]
+        elif rank_and_world()[0] == 0:
+            path.unlink(missing_ok=True)
+            write_json({"options": self.options}, self.about)
+
+    def _check_options(self) -> None:
+        try:
+            found = json.loads(self.about.read_text())["options"]
+        except (OSError, json.JSONDecodeError, KeyError, TypeError):
+            raise UserError(f"{self.path} exists without its options; --overwrite replaces it") from None
+        differing = [
+            f"{key}: {found.get(key)!r} there, {self.options.get(key)!r} now"
+            for key in sorted(found.keys() | self.options.keys())
+            if found.get(key) != self.options.get(key)
+        ]
+        if differing:
+            raise UserError(
+                f"{self.path} was made with other options ({'; '.join(differing)}); give another --out or --overwrite"
+            )
+
+    def has(self, **keys: Any) -> bool:
+        """Whether a row with these values is there."""
+        return any(all(row.get(key) == value for key, value in keys.items()) for row in self.rows)
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add a finished row and write the table."""
+        import pandas as pd
+
+        self.rows.append(dict(row))
+        if rank_and_world()[0] == 0:
+            write_table(pd.DataFrame(self.rows), self.path)

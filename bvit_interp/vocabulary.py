@@ -1,0 +1,97 @@
+"""The words: sites, steps, tokens, and the address `mlp_post[5]:1234` of a unit.
+
+A **step** t = 1..T is the t-th application of the block (in a stacked ViT, a block); step 0 is the embedded
+tokens z_0 and -1 the last step. A **site** is a place inside a step, named as in TransformerLens.
+Shapes: B images, N tokens (prefix + patches), D width, F hidden width of the FFN, H heads, E = head width,
+Q query and K key tokens (both N).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from bvit_interp.errors import UserError, choices
+
+SITES: dict[str, tuple[str, str]] = {
+    "resid_pre": ("B N D", "input of the step, z_{t-1}"),
+    "q": ("B N H E", "queries"),
+    "k": ("B N H E", "keys"),
+    "v": ("B N H E", "values"),
+    "scores": ("B H Q K", "attention before softmax, scaled"),
+    "pattern": ("B H Q K", "attention after softmax"),
+    "z": ("B N H E", "head outputs before the projection"),
+    "attn_out": ("B N D", "what attention adds to the residual"),
+    "resid_mid": ("B N D", "residual between attention and FFN"),
+    "mlp_pre": ("B N F", "FFN before GELU"),
+    "mlp_post": ("B N F", "FFN after GELU: the neurons"),
+    "mlp_out": ("B N D", "what the FFN adds to the residual"),
+    "resid_post": ("B N D", "output of the step, z_t"),
+}
+"""Site -> (shape, where it is in the step); the README's table."""
+
+TOKEN_WORDS = ("cls", "reg", "patches", "all")
+Tokens = str | int | slice
+"""Which tokens: cls | reg | patches | all, an int (drops the axis, as cls does) or a slice."""
+
+_ADDRESS = re.compile(r"(?P<site>\w+)\[(?P<step>-?\d+)\](?::(?P<unit>\d+))?")
+
+
+@dataclass(frozen=True)
+class Address:
+    """A site at a step, or one unit of it: `z[5]`, `z[5]:3` (head 3), `mlp_post[5]:1234` (neuron 1234)."""
+
+    site: str
+    step: int
+    unit: int | None = None
+
+    def __post_init__(self) -> None:
+        check_site(self.site)
+
+    def __str__(self) -> str:
+        return f"{self.site}[{self.step}]" + ("" if self.unit is None else f":{self.unit}")
+
+    @classmethod
+    def parse(cls, text: str) -> Address:
+        """Read `site[step]` or `site[step]:unit`."""
+        match = _ADDRESS.fullmatch(text.strip())
+        if match is None:
+            raise UserError(f"not an address: {text!r}; expected site[step] or site[step]:unit, as mlp_post[5]:1234")
+        unit = match["unit"]
+        return cls(match["site"], int(match["step"]), None if unit is None else int(unit))
+
+
+def check_site(site: str) -> str:
+    """`site` itself, or a UserError with the sites there are."""
+    if site not in SITES:
+        raise UserError(f"unknown site {site!r}; sites: {choices(SITES, 20)}")
+    return site
+
+
+def check_step(step: int, num_steps: int, *, zero: bool = False) -> int:
+    """`step` counted from 1 (-1 is the last), or a UserError; `zero` admits step 0."""
+    lowest = 0 if zero else 1
+    counted = num_steps + 1 + step if step < 0 else step
+    if isinstance(step, bool) or not lowest <= counted <= num_steps:
+        raise UserError(f"no step {step}; steps: {lowest}..{num_steps} (-1 is the last)")
+    return counted
+
+
+def check_steps(steps: Iterable[int] | int | None, num_steps: int) -> list[int]:
+    """Steps in the order given, counted from 1; None is every step."""
+    if steps is None:
+        return list(range(1, num_steps + 1))
+    listed = [steps] if isinstance(steps, int) else list(steps)
+    if not listed:
+        raise UserError(f"no step chosen; steps: 1..{num_steps}")
+    checked = [check_step(step, num_steps) for step in listed]
+    if len(set(checked)) < len(checked):
+        raise UserError(f"a step is chosen twice in {listed}")
+    return checked
+
+
+def unit_axis(site: str) -> str:
+    """What a unit of the site is: `H` a head, `F` a neuron, `D` a channel of the residual."""
+    axes: Sequence[str] = SITES[site][0].split()
+    return "H" if "H" in axes else axes[-1]
