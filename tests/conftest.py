@@ -148,7 +148,13 @@ def block_by_hand(block: nn.Module, x: torch.Tensor, change: Change | None = Non
     mlp_post = mlp_pre * 0.5 * (1 + torch.erf(mlp_pre / 2**0.5))
     mlp_post = mlp_post if change is None else change(mlp_post)
     resid_post = resid_mid + mlp_post @ block.mlp.fc2.weight.T + block.mlp.fc2.bias
-    return {"pattern": pattern, "resid_mid": resid_mid, "mlp_pre": mlp_pre, "mlp_post": mlp_post, "resid_post": resid_post}  # fmt: skip
+    return {
+        "pattern": pattern,
+        "resid_mid": resid_mid,
+        "mlp_pre": mlp_pre,
+        "mlp_post": mlp_post,
+        "resid_post": resid_post,
+    }
 
 
 def tokens_by_hand(model: nn.Module, images: torch.Tensor) -> torch.Tensor:

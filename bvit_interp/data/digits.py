@@ -57,9 +57,7 @@ class DigitScenes:
     native_size: int | None = SIZE
     has_masks = True
 
-    def __init__(
-        self, split: str = "test", length: int | None = None, start: int = 0, hardness: float = 1.0
-    ) -> None:
+    def __init__(self, split: str = "test", length: int | None = None, start: int = 0, hardness: float = 1.0) -> None:
         if split not in LENGTHS:
             raise DataError(f"digits-s has no split {split!r}; splits: {', '.join(LENGTHS)}")
         self.split: Split = "train" if split == "train" else "test"

@@ -16,8 +16,8 @@ from bvit_interp.models.checkpoint import class_names
 def label_map(samples: Samples, model: VisionTransformer) -> torch.Tensor:
     """The model's class index of every class of the data set, ``(classes,)`` int64.
 
-    By name where the model's checkpoint names all of them; else class i is class i if there are as many;
-    else by wnid for a model of the 1000 ImageNet classes.
+    By name where the model's checkpoint names all of them; else class i is class i if there are as many and the
+    checkpoint's names are not all others; else by wnid for a model of the 1000 ImageNet classes.
 
     Raises
     ------
@@ -29,7 +29,8 @@ def label_map(samples: Samples, model: VisionTransformer) -> torch.Tensor:
     found = Counter(names)
     if all(found[name] == 1 for name in classes):  # a name that two classes bear ("crane") decides nothing
         return _places(classes, names)
-    if len(classes) == model.num_classes:
+    strangers = names and not found.keys() & set(classes)  # both name their classes, and none is the same
+    if len(classes) == model.num_classes and not strangers:
         return torch.arange(len(classes))
     wnids = ImageNetInfo().label_names()
     if model.num_classes == len(wnids) and set(classes) <= set(wnids):

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from bvit_interp.data.geometry import Geometry
 from bvit_interp.data.samples import Samples, spread
 from bvit_interp.errors import DataError, UserError
+from bvit_interp.results import rank_and_world
 
 Result = TypeVar("Result")
 View = tuple[torch.Tensor, torch.Tensor | None]
@@ -103,7 +103,7 @@ class Loader:
             raise UserError(f"batch size must be at least 1, got {batch_size}")
         if not len(samples):
             raise DataError("the data set has no images")
-        rank, world = _rank_and_world()
+        rank, world = rank_and_world()
         self.index = spread(len(samples), limit)[rank::world]
         self.skip_corrupt, self.skipped = skip_corrupt, list[str]()
         self.progress = progress if rank == 0 else None
@@ -194,10 +194,3 @@ def _collate(items: Sequence[_Image | _Unreadable]) -> tuple[Batch | None, list[
 def _stacked(views: list[View]) -> View:
     masks = [mask for _, mask in views if mask is not None]
     return torch.stack([image for image, _ in views]), torch.stack(masks) if masks else None
-
-
-def _rank_and_world() -> tuple[int, int]:
-    """This process's place among those of a torchrun, (0, 1) without one."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1

@@ -244,7 +244,8 @@ def _entrypoint(name: str, **defaults: Any) -> Callable[..., BViT]:
             BViT, name, pretrained, pretrained_filter_fn=checkpoint_filter_fn, feature_cfg=feature_cfg,
             **{**defaults, **kwargs},
         )  # fmt: skip
-        model.model_args = {  # type: ignore[assignment]key: value for key, value in kwargs.items() if key not in _FACTORY_ARGS}
+        given = {key: value for key, value in kwargs.items() if key not in _FACTORY_ARGS}
+        model.model_args = given  # type: ignore[assignment]
         return model
 
     create.__name__ = create.__qualname__ = name

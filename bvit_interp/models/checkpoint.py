@@ -87,10 +87,8 @@ def load(spec: str | Path, device: str | torch.device = "cpu") -> VisionTransfor
         For anything that cannot be opened, and for keys that do not fit, which are listed.
     """
     text = str(spec)
-    if text.startswith(_FROM_TIMM):
-        model = _load_timm(text.removeprefix(_FROM_TIMM))
-    else:
-        model = _load_path(Path(text))
+    from_timm = text.startswith(_FROM_TIMM)
+    model = _load_timm(text.removeprefix(_FROM_TIMM)) if from_timm else _load_path(Path(text))
     for name, tensor in model.state_dict().items():
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{text}: {name} holds NaN or infinite weights")
@@ -204,7 +202,9 @@ def _load_path(path: Path) -> VisionTransformer:
         model = timm.create_model(name, pretrained=False, pretrained_cfg_overlay=overlay, **args)
     except (TypeError, ValueError, AssertionError, RuntimeError, LookupError, ArithmeticError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{config_file}: {name} cannot be built from its model_args ({reason})") from error
+        raise CheckpointError(
+            f"{config_file}: {name} cannot be built from its model_args ({reason})"
+        ) from error
     if not isinstance(model, VisionTransformer):
         raise CheckpointError(f"{config_file}: {name} is a {type(model).__name__}, not a VisionTransformer")
     _fill(model, read_weights(weights), str(weights))

@@ -215,6 +215,8 @@ class Probe:
         stop: bool = False,
     ) -> tuple[Cache, ExitStack]:  # fmt: skip
         self._refuse_compiled()
+        if images.ndim != 4:
+            raise UserError(f"images must be (B, C, H, W), got shape {tuple(images.shape)}")
         grid = tuple(self.model.patch_embed.dynamic_feat_size(images.shape[-2:]))
         count = self.num_prefix_tokens + math.prod(grid)
         rows, single = self.rows(tokens, count)

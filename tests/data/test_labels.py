@@ -41,3 +41,10 @@ def test_else_both_counts_are_named(make, classes, count):
     message = f"the data's {len(classes)} classes .* the model's {count}: take a model"
     with pytest.raises(DataError, match=message):
         label_map(data(*classes), make(num_classes=count))
+
+
+def test_as_many_classes_of_other_names_are_not_the_same_classes(make):
+    model = make()
+    model.pretrained_cfg["label_names"] = [str(digit) for digit in range(10)]
+    with pytest.raises(DataError, match="do not match the model's 10"):
+        label_map(data(*"abcdefghij"), model)

@@ -80,7 +80,7 @@ def test_the_only_view_has_short_names(with_corrupt):
 def test_two_ranks_cover_each_image_once(monkeypatch, limit):
     scenes, seen = DigitScenes(length=21), []
     for rank in (0, 1):
-        monkeypatch.setattr(module, "_rank_and_world", lambda rank=rank: (rank, 2))
+        monkeypatch.setattr(module, "rank_and_world", lambda rank=rank: (rank, 2))
         loader = Loader(scenes, [SAME], 4, limit=limit)
         part = [int(i) for batch in loader for i in batch.index]
         assert part == loader.index
@@ -130,7 +130,7 @@ def test_progress_is_shown_on_stderr_by_rank_0_only(monkeypatch, capsys):
     assert out == ""
     assert "looking: 100%" in err
     assert "4/4" in err
-    monkeypatch.setattr(module, "_rank_and_world", lambda: (1, 2))
+    monkeypatch.setattr(module, "rank_and_world", lambda: (1, 2))
     list(Loader(DigitScenes(length=4), [SAME], 2, progress="looking"))
     assert capsys.readouterr() == ("", "")
 

@@ -196,7 +196,9 @@ def test_truncated_weights(saved, kept):
 
 
 def test_missing_pieces(saved, tmp_path):
-    with pytest.raises(CheckpointError, match=r"no checkpoint at .*nowhere: give a folder, a weights file, or timm"):
+    with pytest.raises(
+        CheckpointError, match=r"no checkpoint at .*nowhere: give a folder, a weights file, or timm"
+    ):
         load(tmp_path / "nowhere")
     (saved / "config.json").rename(tmp_path / "config")
     with pytest.raises(CheckpointError, match=r"has no config\.json$"):
@@ -209,7 +211,9 @@ def test_missing_pieces(saved, tmp_path):
         load(saved)
 
 
-@pytest.mark.parametrize("text", [b"{", b"", b"[]", b"{}", b"null", b"\xff\xfe\xfa", b'{"architecture": "x", "model_args": 3}'])
+@pytest.mark.parametrize(
+    "text", [b"{", b"", b"[]", b"{}", b"null", b"\xff\xfe\xfa", b'{"architecture": "x", "model_args": 3}']
+)
 def test_bad_json(saved, text):
     (saved / "config.json").write_bytes(text)
     with pytest.raises(CheckpointError, match=r"config\.json: (not a model config|unknown architecture)"):
@@ -328,7 +332,9 @@ def test_wrappers_and_the_prefix_of_data_parallel(tmp_path, wrapper):
     assert torch.equal(read["norm.weight"], torch.ones(3))
 
 
-@pytest.mark.parametrize("content", [torch.zeros(3), {"epoch": 3}, [1, 2]], ids=["tensor", "no weights", "list"])
+@pytest.mark.parametrize(
+    "content", [torch.zeros(3), {"epoch": 3}, [1, 2]], ids=["tensor", "no weights", "list"]
+)
 def test_a_file_without_a_state_dict(tmp_path, content):
     torch.save(content, tmp_path / "w.pt")
     with pytest.raises(CheckpointError, match="no state dict inside"):
@@ -362,7 +368,11 @@ def test_random_weights_are_the_same_every_time_and_leave_the_generators(monkeyp
 
 @pytest.mark.parametrize(
     ("name", "close"),
-    [("vit_tny_patch16_224", "vit_tiny_patch16_224"), ("bvit_bse_patch16_224", "bvit_base_patch16_224"), ("zzz", "bvit_")],
+    [
+        ("vit_tny_patch16_224", "vit_tiny_patch16_224"),
+        ("bvit_bse_patch16_224", "bvit_base_patch16_224"),
+        ("zzz", "bvit_"),
+    ],
 )
 def test_an_unknown_timm_name_suggests_close_ones(name, close):
     with pytest.raises(CheckpointError, match=f"timm has no model '{name}'; close: .*{close}"):

@@ -1,0 +1,451 @@
+"""Same question, many tools: what does each answer for `block.mlp.act` of a bViT, and of its unroll?
+
+Run as ``python benchmarks/tools.py [--out docs/tools.md]``. Every answer is computed by the installed tool on
+a small seeded bViT and judged by comparison with a loop over the block written out below; no verdict is typed
+in. A tool that is not installed is listed as such. Peer libraries that the package itself does not
+need: ``pip install nnsight grad-cam dreamlens transformer-lens``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import importlib.metadata
+import io
+import itertools
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from torch import nn
+from torch.nn.utils import prune
+
+import bvit_interp.models.bvit  # noqa: F401  (registers the models)
+from bvit_interp.models.unroll import unroll
+
+STEPS, STEP = 12, 5
+TOLERANCE = 1e-3  # of the reference's largest value
+TARGETS = torch.tensor([0, 1])
+GROUPS = torch.arange(128) // 32  # neurons ablated together
+
+
+# ---- the reference: a loop over the block ----------------------------------------------------------------
+
+
+def loop(model, images, blocks=None, change=None):
+    """Neurons ``mlp_post``, attention and output of every step, and the logits.
+
+    `blocks` gives the block of each step, `change` maps a step (from 1) to a function of its neurons.
+    """
+    blocks = blocks or [model.get_submodule("blocks.0")] * STEPS
+    z = model._pos_embed(model.patch_embed(images))
+    neurons, patterns, outputs = [], [], []
+    for t, block in enumerate(blocks, start=1):
+        normed = block.norm1(z)
+        q, k, _ = block.attn.qkv(normed).unflatten(-1, (3, block.attn.num_heads, -1)).unbind(2)
+        scores = torch.einsum("bnhd,bmhd->bhnm", q, k) * block.attn.head_dim**-0.5
+        middle = z + block.attn(normed)
+        act = nn.functional.gelu(block.mlp.fc1(block.norm2(middle)))
+        act = change[t](act) if change and t in change else act
+        z = middle + block.mlp.fc2(act)
+        neurons.append(act)
+        patterns.append(scores.softmax(-1))
+        outputs.append(z)
+    return neurons, patterns, outputs, model.forward_head(model.norm(z))
+
+
+def score(model, images, **kwargs):
+    """Target logits ``(B,)``."""
+    return loop(model, images, **kwargs)[3].gather(1, TARGETS[:, None])[:, 0]
+
+
+def integrated_gradients(model, images, t, points):
+    """Of the target logit with respect to the neurons of step t, from those of a black image."""
+    end = loop(model, images)[0][t - 1].detach()
+    start = loop(model, torch.zeros_like(images))[0][t - 1].detach()
+    nodes, weights = np.polynomial.legendre.leggauss(points)
+    total = torch.zeros_like(end)
+    for node, weight in zip((nodes + 1) / 2, weights / 2, strict=True):
+        here = (start + float(node) * (end - start)).requires_grad_()
+        value = score(model, images, change={t: lambda _, here=here: here}).sum()
+        total += float(weight) * torch.autograd.grad(value, here)[0]
+    return total * (end - start)
+
+
+def gradient(model, images, t):
+    """Neurons of step t and the gradient of the target logit there."""
+    here = loop(model, images)[0][t - 1].detach().requires_grad_()
+    value = score(model, images, change={t: lambda _: here}).sum()
+    return here.detach(), torch.autograd.grad(value, here)[0]
+
+
+def conductance(model, images, t, points):
+    """Gradient at the neurons x their change, summed while the image fades in from black."""
+    nodes = (np.polynomial.legendre.leggauss(points + 1)[0] + 1) / 2
+    seen = [gradient(model, float(node) * images, t) for node in nodes]
+    return sum(g * (after - before) for (before, g), (after, _) in itertools.pairwise(seen))
+
+
+def ablation(model, images, steps):
+    """Fall of the target logit when each group of neurons is zero in `steps`, ``(B, groups)``."""
+    clean = score(model, images)
+    falls = []
+    for group in GROUPS.unique():
+        keep = (group != GROUPS).float()
+        change = dict.fromkeys(steps, lambda act, keep=keep: act * keep)
+        falls.append(clean - score(model, images, change=change))
+    return torch.stack(falls, dim=1)
+
+
+# ---- judging ---------------------------------------------------------------------------------------------
+
+
+def distance(answer, reference):
+    """Largest difference as a share of the reference's largest value; infinite for another shape."""
+    if answer.shape != reference.shape:
+        return float("inf")
+    return ((answer - reference).abs().max() / reference.abs().max().clamp_min(1e-12)).item()
+
+
+def judge(answer, references, together=None):
+    """Which step's reference the answer is; else their sum, all steps at once, or how far it is from any."""
+    errors = {t: distance(answer, reference) for t, reference in references.items()}
+    matched = [t for t, error in errors.items() if error < TOLERANCE]
+    if matched:
+        return f"step {matched[0]} only" if len(matched) == 1 else f"steps {matched}"
+    if distance(answer, sum(references.values())) < TOLERANCE:
+        return f"all {len(references)} summed"
+    if together is not None and distance(answer, together) < TOLERANCE:
+        return f"all {len(references)} at once"
+    nearest = min(errors, key=errors.get)
+    return f"matches no step (nearest: step {nearest}, off by {errors[nearest]:.0%} of its largest value)"
+
+
+def judge_names(answers, references):
+    """For tools that return one answer a name: which step each name is."""
+    verdicts = {name: judge(answer, references) for name, answer in answers.items()}
+    right = [f"step {t} only" for t in references]
+    if list(verdicts.values()) == right:
+        names = list(verdicts)
+        return f"names all {len(right)} steps (`{names[0]}` ... `{names[STEP - 1]}` = step {STEP} ...)"
+    return (
+        "; ".join(f"`{name}`: {verdict}" for name, verdict in verdicts.items()) or "nothing (an empty answer)"
+    )
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model a tool is let loose on, and an untouched twin of the recurrent model for the references."""
+
+    model: nn.Module
+    recurrent: bool
+    twin: nn.Module
+    images: torch.Tensor
+
+    @property
+    def index(self):
+        """Which entry of ``blocks`` the user names: the only one, or that of step 5."""
+        return 0 if self.recurrent else STEP - 1
+
+    @property
+    def layer(self):
+        """The module `mlp.act` there."""
+        return self.model.get_submodule(f"blocks.{self.index}.mlp.act")
+
+    def each_step(self, make):
+        """One reference a step."""
+        return {t: make(t) for t in range(1, STEPS + 1)}
+
+    def neurons(self):
+        """Neurons of every step."""
+        found = loop(self.twin, self.images)[0]
+        return self.each_step(lambda t: found[t - 1].detach())
+
+
+# ---- the tools -------------------------------------------------------------------------------------------
+
+
+def plain_hook(subject):
+    kept = {}
+    subject.layer.register_forward_hook(lambda module, args, output: kept.__setitem__(module, output))
+    subject.model(subject.images)
+    return judge(kept[subject.layer], subject.neurons())
+
+
+def captum_activation(subject):
+    from captum.attr import LayerActivation
+
+    return judge(LayerActivation(subject.model, subject.layer).attribute(subject.images), subject.neurons())
+
+
+def captum_integrated_gradients(subject):
+    from captum.attr import LayerIntegratedGradients
+
+    method = LayerIntegratedGradients(subject.model, subject.layer)
+    answer = method.attribute(subject.images, torch.zeros_like(subject.images), target=TARGETS, n_steps=6)
+    truth = subject.each_step(lambda t: integrated_gradients(subject.twin, subject.images, t, 6))
+    return judge(answer, truth)
+
+
+def captum_conductance(subject):
+    from captum.attr import LayerConductance
+
+    answer = LayerConductance(subject.model, subject.layer).attribute(
+        subject.images, target=TARGETS, n_steps=6
+    )
+    return judge(answer, subject.each_step(lambda t: conductance(subject.twin, subject.images, t, 6)))
+
+
+def captum_ablation(subject):
+    from captum.attr import LayerFeatureAblation
+
+    method = LayerFeatureAblation(subject.model, subject.layer)
+    answer = method.attribute(subject.images, target=TARGETS, layer_mask=GROUPS.expand(1, 17, 128))
+    truth = subject.each_step(lambda t: ablation(subject.twin, subject.images, [t]))
+    together = ablation(subject.twin, subject.images, range(1, STEPS + 1))
+    return judge(answer[:, 0, ::32], truth, together)
+
+
+def torchvision_extractor(subject):
+    from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+    names = [name for name in get_graph_node_names(subject.model)[1] if ".mlp.act" in name]
+    plain = next(name for name, module in subject.model.named_modules() if module is subject.layer)
+    answers = create_feature_extractor(subject.model, names)(subject.images)
+    return f"`{plain}`: {judge(answers[plain], subject.neurons())}; {judge_names(answers, subject.neurons())}"
+
+
+def timm_intermediates(subject):
+    answers = subject.model.forward_intermediates(
+        subject.images, output_fmt="NLC", return_prefix_tokens=True, intermediates_only=True
+    )
+    outputs = loop(subject.twin, subject.images)[2]
+    truth = subject.each_step(lambda t: outputs[t - 1].detach())
+    named = {f"[{i}]": torch.cat([prefix, patches], 1) for i, (patches, prefix) in enumerate(answers)}
+    return judge_names(named, truth)
+
+
+def timm_attention(subject, method):
+    from timm.utils.attention_extract import AttentionExtract
+
+    for block in subject.model.modules():
+        if hasattr(block, "fused_attn"):
+            block.fused_attn = False
+    patterns = loop(subject.twin, subject.images)[1]
+    answers = AttentionExtract(subject.model, method=method)(subject.images)
+    return judge_names(answers, subject.each_step(lambda t: patterns[t - 1].detach()))
+
+
+def lucent_hooks(subject):
+    from lucent.optvis.render import hook_model
+
+    read = hook_model(subject.model, lambda: subject.images)
+    subject.model(subject.images)
+    return judge(read(f"blocks_{subject.index}_mlp_act"), subject.neurons())
+
+
+def nnsight_trace(subject):
+    import nnsight
+
+    wrapped = nnsight.NNsight(subject.model)
+    index = subject.index
+    with wrapped.trace(subject.images):
+        answer = wrapped.blocks[index].mlp.act.output.save()
+    return judge(answer, subject.neurons())
+
+
+def nnsight_iter(subject):
+    import nnsight
+
+    wrapped = nnsight.NNsight(subject.model)
+    index = subject.index
+    calls = STEPS if subject.recurrent else 1
+    with wrapped.trace(subject.images) as tracer:
+        found = [].save()
+        for _ in tracer.iter[0:calls]:
+            found.append(wrapped.blocks[index].mlp.act.output)
+    if not subject.recurrent:
+        return judge(found[0], subject.neurons())
+    return judge_names({f"iter[{i}]": answer for i, answer in enumerate(found)}, subject.neurons())
+
+
+def grad_cam(subject):
+    from pytorch_grad_cam import GradCAM
+    from pytorch_grad_cam.utils.image import scale_cam_image
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
+    def to_grid(tokens):
+        return tokens[:, 1:].reshape(len(tokens), 4, 4, -1).permute(0, 3, 1, 2)
+
+    def by_hand(t):
+        act, grad = (to_grid(tensor) for tensor in gradient(subject.twin, subject.images, t))
+        raw = (grad.mean((2, 3), keepdim=True) * act).sum(1).clamp_min(0).numpy()
+        return torch.tensor(
+            scale_cam_image(scale_cam_image(raw, (32, 32)))
+        )  # a layer's map, then their mean's
+
+    cam = GradCAM(subject.model, [subject.layer], reshape_transform=to_grid)
+    answer = cam(subject.images, [ClassifierOutputTarget(int(target)) for target in TARGETS])
+    return judge(torch.tensor(answer), subject.each_step(by_hand))
+
+
+def dreamlens_capture(subject):
+    from dreamlens import FeatureVisualizer
+
+    name = f"blocks.{subject.index}.mlp.act"
+    visualizer = FeatureVisualizer(subject.model, quiet=True, preprocess=lambda images: images)
+    (answer,) = visualizer.capture_layers([name], subject.images, first_batch=False)
+    return judge(answer, subject.neurons())
+
+
+def transformer_lens_wrap(subject):
+    from transformer_lens.model_bridge import TransformerBridge
+
+    bridge = TransformerBridge.boot_transformers("google/vit-base-patch16-224", hf_model=subject.model)
+    cache = bridge.run_with_cache(subject.images)[1]
+    return judge_names({k: v for k, v in cache.items() if "mlp.hook_post" in k}, subject.neurons())
+
+
+def torch_prune(subject):
+    fc1 = subject.model.get_submodule(f"blocks.{subject.index}.mlp.fc1")
+    prune.l1_unstructured(fc1, "weight", amount=0.5)
+    whole = subject.twin.get_submodule("blocks.0")
+    masked = copy.deepcopy(whole)
+    masked.mlp.fc1.weight = nn.Parameter(fc1.weight.detach().clone())
+
+    def pruned_in(steps):
+        blocks = [masked if t in steps else whole for t in range(1, STEPS + 1)]
+        return loop(subject.twin, subject.images, blocks=blocks)[3].detach()
+
+    answer = subject.model(subject.images).detach()
+    return judge(answer, subject.each_step(lambda t: pruned_in([t])), pruned_in(range(1, STEPS + 1)))
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A tool, the distribution that brings it, what it is asked, and how."""
+
+    label: str
+    package: str
+    question: str
+    ask: Callable[[Subject], str]
+
+
+NEURONS, ATTENTION = "neurons of the step", "attention of the step"
+TOOLS = (
+    Tool("forward hook into a dict", "torch", NEURONS, plain_hook),
+    Tool("captum LayerActivation", "captum", NEURONS, captum_activation),
+    Tool("captum LayerIntegratedGradients", "captum", "attribution to them", captum_integrated_gradients),
+    Tool("captum LayerConductance", "captum", "attribution to them", captum_conductance),
+    Tool("captum LayerFeatureAblation", "captum", "effect of zeroing them", captum_ablation),
+    Tool("torchvision create_feature_extractor", "torchvision", NEURONS, torchvision_extractor),
+    Tool("timm forward_intermediates", "timm", "output of the step", timm_intermediates),
+    Tool(
+        "timm AttentionExtract hook (unfused)",
+        "timm",
+        "attention of the step",
+        lambda s: timm_attention(s, "hook"),
+    ),
+    Tool(
+        "timm AttentionExtract fx (unfused)",
+        "timm",
+        "attention of the step",
+        lambda s: timm_attention(s, "fx"),
+    ),
+    Tool("lucent hook_model", "torch-lucent", NEURONS, lucent_hooks),
+    Tool("nnsight trace", "nnsight", NEURONS, nnsight_trace),
+    Tool("nnsight trace + iter", "nnsight", NEURONS, nnsight_iter),
+    Tool("TransformerLens TransformerBridge", "transformer-lens", NEURONS, transformer_lens_wrap),
+    Tool("torch.nn.utils.prune", "torch", "output with half of fc1 pruned", torch_prune),
+    Tool("pytorch-grad-cam GradCAM", "grad-cam", "map from the neurons", grad_cam),
+    Tool("dreamlens capture_layers", "dreamlens", NEURONS, dreamlens_capture),
+)
+
+
+# ---- the table -------------------------------------------------------------------------------------------
+
+
+def reference_model():
+    """A seeded bViT of width 32 and 12 steps whose steps differ well above the tolerance."""
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "bvit_small_patch16_224", img_size=32, patch_size=8, embed_dim=32, num_heads=4, num_classes=10
+    ).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1.0 if "norm" in name else 0.0, 0.15)
+    return model
+
+
+def ask(tool, unrolled):
+    """The verdict for one tool on a fresh model (tools leave hooks behind), or the error it stops with."""
+    model = reference_model()
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    subject = Subject(unroll(model) if unrolled else model, not unrolled, reference_model(), images)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            return tool.ask(subject)
+    except Exception as error:  # whatever a foreign tool raises is its answer
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+        return f"{type(error).__name__}: {lines[0][:110]}"
+
+
+def version(package):
+    """Version of an installed distribution, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def rows():
+    """(tool, question, on the recurrent model, on the unroll) for every tool."""
+    for tool in TOOLS:
+        installed = version(tool.package)
+        if installed is None:
+            yield tool.label, tool.question, "not installed", "not installed"
+            continue
+        verdicts = ask(tool, unrolled=False), ask(tool, unrolled=True)
+        yield (f"{tool.label}, {installed}", tool.question, *verdicts)
+
+
+def table():
+    """The markdown page."""
+    lines = [
+        "# Same question, many tools",
+        "",
+        f"What each tool answers when asked for `blocks[0].mlp.act` of a bViT of {STEPS} steps, and for",
+        f"`blocks[{STEP - 1}].mlp.act` (step {STEP}) of its tied unroll. Written by `benchmarks/tools.py`, which",
+        f"compares every answer with a loop over the block (equal within {TOLERANCE:.0e} of the largest value).",
+        "",
+        "| tool | question | on the recurrent model | on the unroll |",
+        "| --- | --- | --- | --- |",
+    ]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows()]
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="write the table there as markdown, too")
+    out = parser.parse_args().out
+    torch.set_num_threads(1)
+    os.environ.setdefault("WANDB_MODE", "disabled")  # transformer-lens imports wandb
+    warnings.filterwarnings("ignore")  # the tools' own
+    logging.disable(logging.WARNING)
+    text = table()
+    print(text)
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
