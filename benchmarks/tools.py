@@ -19,6 +19,7 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -306,6 +307,7 @@ def dreamlens_capture(subject):
 
 
 def transformer_lens_wrap(subject):
+    # its bridge takes Hugging Face models of known architectures; what it says to another one is the answer
     from transformer_lens.model_bridge import TransformerBridge
 
     bridge = TransformerBridge.boot_transformers("google/vit-base-patch16-224", hf_model=subject.model)
@@ -348,16 +350,16 @@ TOOLS = (
     Tool("torchvision create_feature_extractor", "torchvision", NEURONS, torchvision_extractor),
     Tool("timm forward_intermediates", "timm", "output of the step", timm_intermediates),
     Tool(
-        "timm AttentionExtract hook (unfused)",
+        "timm AttentionExtract hook, unfused",
         "timm",
         "attention of the step",
-        lambda s: timm_attention(s, "hook"),
+        partial(timm_attention, method="hook"),
     ),
     Tool(
-        "timm AttentionExtract fx (unfused)",
+        "timm AttentionExtract fx, unfused",
         "timm",
         "attention of the step",
-        lambda s: timm_attention(s, "fx"),
+        partial(timm_attention, method="fx"),
     ),
     Tool("lucent hook_model", "torch-lucent", NEURONS, lucent_hooks),
     Tool("nnsight trace", "nnsight", NEURONS, nnsight_trace),
@@ -422,8 +424,9 @@ def table():
         "# Same question, many tools",
         "",
         f"What each tool answers when asked for `blocks[0].mlp.act` of a bViT of {STEPS} steps, and for",
-        f"`blocks[{STEP - 1}].mlp.act` (step {STEP}) of its tied unroll. Written by `benchmarks/tools.py`, which",
-        f"compares every answer with a loop over the block (equal within {TOLERANCE:.0e} of the largest value).",
+        f"`blocks[{STEP - 1}].mlp.act` (step {STEP}) of its tied unroll. Written by `benchmarks/tools.py`,",
+        "which compares every answer with a loop over the block (equal: within",
+        f"{TOLERANCE:.0e} of the largest value).",
         "",
         "| tool | question | on the recurrent model | on the unroll |",
         "| --- | --- | --- | --- |",

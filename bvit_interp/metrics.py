@@ -163,4 +163,4 @@ def wilson_interval(hits: float, n: int) -> tuple[float, float]:
     z, share = 1.959963984540054, hits / n
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return centre - half, centre + half
+    return max(0.0, centre - half), min(1.0, centre + half)

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -61,11 +62,17 @@ def write_json(content: Mapping[str, Any], path: Path) -> None:
 
 
 def weights_hash(model: nn.Module) -> str:
-    """First 16 hex digits of the SHA-256 of a model's weights, by name."""
+    """First 16 hex digits of the SHA-256 of a model's weights, by name; a model and its unroll share it.
+
+    Each tensor counts once, under its first name without block numbers (a step of an unroll has another).
+    """
     import torch
 
+    tensors: dict[int, tuple[str, torch.Tensor]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        tensors.setdefault(id(tensor), (re.sub(r"\.\d+\b", "", name), tensor))
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(tensors.values(), key=lambda named: named[0]):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
@@ -106,7 +113,9 @@ class Table:
         self.rows: list[dict[str, Any]] = []
         if path.exists() and not overwrite:
             self._check_options()
-            self.rows += pd.read_csv(path, float_precision="round_trip").to_dict("records")  # type: ignore[arg-type]
+            as_written: dict[str, Any] = {"float_precision": "round_trip", "keep_default_na": False, "na_values": [""]}
+            frame = pd.read_csv(path, dtype={"model": str}, **as_written)  # a model may be named 007 or null
+            self.rows += frame.to_dict("records")  # type: ignore[arg-type]
         elif rank_and_world()[0] == 0:
             path.unlink(missing_ok=True)
             write_json({"options": self.options}, self.about)

@@ -193,13 +193,12 @@ def _score(name: str, probe: Any, rows: np.ndarray, config: Config) -> pd.DataFr
     _, per_class, counts = np.unique(scored[:, 0], return_inverse=True, return_counts=True)
     weights = 1 / counts[per_class] if config.average == "class" else np.ones(len(scored))
     half = np.random.default_rng(config.seed).permutation(len(scored)) % 2 == 0
-    draws = metrics.bootstrap_means(hits.reshape(len(scored), -1), weights, config.seed)
-    draws = draws.reshape(len(draws), *hits.shape[1:])
-    halves = [_mean(hits[side], weights[side]) for side in (half, ~half)]
-    side_draws = [
-        metrics.bootstrap_means(hits[side].reshape(side.sum(), -1), weights[side], config.seed).reshape(draws.shape)
-        for side in (half, ~half)
-    ]
+    first, second = (_best(_mean(hits[side], weights[side])) for side in (half, ~half))
+    steps = np.arange(probe.num_steps)
+    # each image is scored by the head that was best on the half it is not in
+    honest = np.where(half[:, None], hits[:, steps, second], hits[:, steps, first])
+    draws = metrics.bootstrap_means(np.concatenate([hits, honest[..., None]], -1).reshape(len(scored), -1), weights, config.seed)
+    draws = draws.reshape(len(draws), probe.num_steps, -1)
     shared = {
         "model": name, "saliency": config.saliency, "n": len(scored), "skipped": int(len(rows) - len(scored)),
         "chance": float(_mean(scored[:, 2:3], weights)[0]), "centre": float(_mean(scored[:, 3:4], weights)[0]),
@@ -218,12 +217,10 @@ def _score(name: str, probe: Any, rows: np.ndarray, config: Config) -> pd.DataFr
             continue
         for head, ratio in enumerate(ratios):
             add(str(head), ratio, draws[:, t, head], int(ignored[head]))
-        best = int(np.nanargmax(ratios))
-        add("mean", np.nanmean(ratios), np.nanmean(draws[:, t], axis=1), 0)
+        best, equal = int(_best(ratios)), np.ones(len(ratios))
+        add("mean", _mean(ratios, equal), _mean(draws[:, t, :-1].T, equal), 0)
         add("best", ratios[best], draws[:, t, best], int(ignored[best]), best)
-        first, second = (int(np.nanargmax(side[t])) for side in halves)
-        honest = (halves[1][t, first] + halves[0][t, second]) / 2
-        add("best-split", honest, (side_draws[1][:, t, first] + side_draws[0][:, t, second]) / 2, 0, first)
+        add("best-split", _mean(honest[:, t], weights), draws[:, t, -1], int(np.isnan(honest[:, t]).sum()), int(first[t]))
     return pd.DataFrame(table).astype({"chosen": "Int64"})
 
 
@@ -234,6 +231,13 @@ def _mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     weights = np.where(np.isnan(values), 0.0, weights.reshape(-1, *[1] * (values.ndim - 1)))
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.nansum(values * weights, axis=0) / weights.sum(0)
+
+
+def _best(ratios: np.ndarray) -> np.ndarray:
+    """Index of the highest ratio along the last axis; 0 if none is a number."""
+    import numpy as np
+
+    return np.argmax(np.where(np.isnan(ratios), -1.0, ratios), axis=-1)
 
 
 def _keep_examples(

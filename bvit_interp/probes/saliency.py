@@ -43,13 +43,14 @@ def rollout(probe: Probe, images: Tensor) -> Tensor:
 
 def gradient_x_activation(probe: Probe, images: Tensor) -> Tensor:
     """Gradient times activation of the tokens entering each step, summed over width ``(B, T, 1, P)``."""
-    return _attributed(probe, images, "LayerGradientXActivation", {})
+    return _attributed(probe, images, "LayerGradientXActivation", [list(probe.model.blocks)], {})
 
 
 def integrated_gradients(probe: Probe, images: Tensor) -> Tensor:
     """Integrated gradients from the mean-colour image to the tokens entering each step ``(B, T, 1, P)``."""
     options = {"n_steps": INTEGRATION_STEPS, "internal_batch_size": images.shape[0]}
-    return _attributed(probe, images, "LayerIntegratedGradients", options)
+    # a step at a time: captum replaces a layer's input along the path, which cuts off the layers before it
+    return _attributed(probe, images, "LayerIntegratedGradients", list(probe.model.blocks), options)
 
 
 METHODS: dict[str, Callable[[Probe, Tensor], Tensor]] = {
@@ -60,14 +61,18 @@ METHODS: dict[str, Callable[[Probe, Tensor], Tensor]] = {
 }
 
 
-def _attributed(probe: Probe, images: Tensor, method: str, options: dict[str, Any]) -> Tensor:
+def _attributed(probe: Probe, images: Tensor, method: str, layers: list[Any], options: dict[str, Any]) -> Tensor:
+    """captum's `method` at the input of every layer (one, or a list that shares a pass), ``(B, T, 1, P)``."""
     try:
         from captum import attr
     except ImportError:
         raise MissingExtra("captum", "attribution") from None
+    options = {**options, "attribute_to_layer_input": True}
+    tokens: list[Any] = []
     with torch.enable_grad():
         predicted = probe(images).argmax(-1)
-        attributor = getattr(attr, method)(probe.model, list(probe.model.blocks))
-        tokens = attributor.attribute(images, target=predicted, attribute_to_layer_input=True, **options)
+        for layer in layers:
+            found = getattr(attr, method)(probe.model, layer).attribute(images, target=predicted, **options)
+            tokens += found if isinstance(layer, list) else [found]
     maps = [t[0] if isinstance(t, tuple) else t for t in tokens]
     return torch.stack([t.sum(-1)[:, probe.num_prefix_tokens :] for t in maps], dim=1)[:, :, None].detach()

@@ -1,0 +1,268 @@
+"""The pointing game on maps whose score is known: the mask, its complement, noise, a fixed patch."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from bvit_interp import metrics
+from bvit_interp.analyses import pointing_game
+from bvit_interp.analyses.pointing_game import COLUMNS, Config, measure, plot
+from bvit_interp.data.geometry import Geometry
+from bvit_interp.errors import UserError
+from bvit_interp.probes import saliency
+from bvit_interp.probes.probe import Probe
+
+GRID = (4, 4)
+
+
+@pytest.fixture
+def maps_are(monkeypatch):
+    """``maps_are(fn)``: fn(ids ``(B, 32, 32)``, labels ``(B,)``) -> maps ``(B, P)`` in place of attention."""
+
+    def replace(fn):
+        ground_truth = pointing_game._ground_truth
+        seen = {}
+
+        def remember(ids, labels, config):
+            seen["maps"][:] = fn(ids, labels)[:, None, None].expand_as(seen["maps"])
+            return ground_truth(ids, labels, config)
+
+        def method(probe, images):
+            seen["maps"] = torch.zeros(len(images), probe.num_steps, probe.num_heads, 16)
+            return seen["maps"]
+
+        monkeypatch.setattr(pointing_game, "_ground_truth", remember)
+        monkeypatch.setitem(saliency.METHODS, "attention", method)
+
+    return replace
+
+
+def heads(frame):
+    return frame[frame["head"].str.isdigit()]
+
+
+def test_the_mask_itself_as_map_hits_always_and_its_complement_never(tiny, squares, maps_are):
+    maps_are(lambda ids, labels: metrics.at_patch_centres(ids > 0, GRID).double())
+    assert (measure({"m": tiny}, squares(), Config())["hit_ratio"] == 1.0).all()
+    maps_are(lambda ids, labels: metrics.at_patch_centres(ids == 0, GRID).double())
+    assert (measure({"m": tiny}, squares(), Config())["hit_ratio"] == 0.0).all()
+
+
+def test_random_maps_hit_as_often_as_the_mask_is_large(tiny, squares, monkeypatch):
+    generator = torch.Generator().manual_seed(3)
+
+    def noise(probe, images):
+        return torch.rand(len(images), probe.num_steps, probe.num_heads, 16, generator=generator)
+
+    monkeypatch.setitem(saliency.METHODS, "attention", noise)
+    frame = heads(measure({"m": tiny}, squares(count=351), Config()))
+    assert (frame["chance"] == 0.25).all()  # a 16 x 16 square of 32 x 32
+    covered = ((frame["low"] <= 0.25) & (0.25 <= frame["high"])).mean()
+    assert covered >= 0.85  # 95 % intervals of 48 heads and steps
+    assert abs(frame["hit_ratio"].mean() - 0.25) < 0.01
+
+
+def test_a_fixed_patch_scores_as_counted_by_hand(tiny, squares, maps_are):
+    # patch (1, 1) has its centre at pixel (12, 12): inside the squares at rows and columns 0 and 8, not 16
+    def corner(ids, labels):
+        maps = torch.zeros(len(ids), 16)
+        maps[:, 5] = 1
+        return maps
+
+    maps_are(corner)
+    frame = measure({"m": tiny}, squares(), Config())
+    assert np.allclose(frame["hit_ratio"], 4 / 9)
+    # the image's centre pixel (16, 16) lies in the squares that begin at 8 or 16 both ways
+    assert np.allclose(frame["centre"], 4 / 9)
+
+
+def test_ties_count_by_expectation(tiny, squares, maps_are):
+    maps_are(lambda ids, labels: torch.zeros(len(ids), 16))
+    frame = measure({"m": tiny}, squares(), Config())
+    assert np.allclose(frame["hit_ratio"], 4 / 16)  # every square covers 4 of the 16 patch centres
+
+
+def test_ignored_points_are_left_out_and_counted(tiny, squares, maps_are):
+    def top_left(ids, labels):
+        maps = torch.zeros(len(ids), 16)
+        maps[:, 0] = 1
+        return maps
+
+    maps_are(top_left)
+    frame = heads(measure({"m": tiny}, squares(ignore=True), Config()))
+    assert (frame["ignored"] == 27).all()
+    assert (frame["n"] == 0).all()
+    assert frame["hit_ratio"].isna().all()
+
+
+def test_images_without_their_object_are_skipped_and_counted(tiny, squares, maps_are):
+    maps_are(lambda ids, labels: metrics.at_patch_centres(ids > 0, GRID).double())
+    frame = measure({"m": tiny}, squares(empty=5), Config())
+    assert (frame["skipped"] == 5).all()
+    assert (frame["n"] == 22).all()
+    assert (frame["hit_ratio"] == 1.0).all()
+    with pytest.raises(UserError, match="no image shows its object"):
+        measure({"m": tiny}, squares(empty=27), Config())
+
+
+def test_own_class_and_any_object(tiny, squares, maps_are):
+    class Mislabelled(squares):
+        def read(self, i):
+            image, label, mask = super().read(i)
+            return image, (label + 1) % 3, mask
+
+    class HalfOwn(squares):
+        def read(self, i):
+            image, label, mask = super().read(i)
+            mask[:, 16:][mask[:, 16:] > 0] = 3 - label or 1
+            return image, label, mask
+
+    with pytest.raises(UserError, match="no image shows"):
+        measure({"m": tiny}, Mislabelled(), Config())
+    assert measure({"m": tiny}, Mislabelled(), Config(target="any"))["chance"].iloc[0] == 0.25
+    own, anything = (measure({"m": tiny}, HalfOwn(), Config(target=t))["chance"].iloc[0] for t in ("own", "any"))
+    assert own < anything
+
+
+def test_tolerance_and_majority(tiny, squares, maps_are):
+    # the centre of patch (3, 3) is pixel (28, 28); squares end at 15, 23 or 31, the nearest object pixel of the
+    # middle ones lies sqrt(2) * 5 = 7.07 away, or 5 away when only one side is short
+    def corner(ids, labels):
+        maps = torch.zeros(len(ids), 16)
+        maps[:, 15] = 1
+        return maps
+
+    maps_are(corner)
+    by_tolerance = {
+        t: measure({"m": tiny}, squares(), Config(tolerance=t))["hit_ratio"].iloc[0] for t in (0, 5, 5.1, 7.08)
+    }
+    assert by_tolerance == pytest.approx({0: 1 / 9, 5: 1 / 9, 5.1: 3 / 9, 7.08: 4 / 9})
+    assert measure({"m": tiny}, squares(), Config(point="majority"))["hit_ratio"].iloc[0] == pytest.approx(1 / 9)
+
+
+def test_class_average(tiny, squares, maps_are):
+    class Unbalanced(squares):
+        """Class a is always hit and three times as frequent as b, which never is."""
+
+        def read(self, i):
+            image, _, mask = super().read(i)
+            label = 0 if i % 4 else 1
+            mask[:] = 0
+            mask[(slice(0, 8) if label == 0 else slice(24, 32))] = label + 1
+            return image, label, mask
+
+    def top(ids, labels):
+        maps = torch.zeros(len(ids), 16)
+        maps[:, :4] = 1
+        return maps
+
+    maps_are(top)
+    image, by_class = (measure({"m": tiny}, Unbalanced(count=28), Config(average=a)) for a in ("image", "class"))
+    assert image["hit_ratio"].iloc[0] == pytest.approx(0.75)
+    assert by_class["hit_ratio"].iloc[0] == pytest.approx(0.5)
+
+
+def test_attention_scores_equal_a_loop_written_here(any_model, digits):
+    """No reducer, no table: arg-max patch, its centre pixel, the image's own class."""
+    frame = measure({"m": any_model}, digits, Config(batch_size=7))
+    geometry = Geometry.of(any_model, digits)
+    probe, hits = Probe(any_model), []
+    for i in range(len(digits)):
+        image, label, mask = digits.read(i)
+        pixels, _ = geometry(image, None)
+        pattern = probe.run(pixels[None], "pattern")[1]["pattern"][0, :, :, 0, probe.num_prefix_tokens :]
+        row, col = pattern.argmax(-1) // 4, pattern.argmax(-1) % 4
+        hits.append(torch.as_tensor(mask)[8 * row + 4, 8 * col + 4] == label + 1)
+    expected = torch.stack(hits).double().mean(0)
+    grid = heads(frame).pivot(index="step", columns="head", values="hit_ratio").to_numpy()
+    np.testing.assert_allclose(grid, expected.numpy(), atol=1e-12)
+    mean = frame[frame["head"] == "mean"]["hit_ratio"].to_numpy()
+    np.testing.assert_allclose(mean, expected.mean(1), atol=1e-12)
+    best = frame[frame["head"] == "best"]
+    np.testing.assert_allclose(best["hit_ratio"], expected.max(1).values, atol=1e-12)
+    assert (frame["low"] <= frame["hit_ratio"]).all()
+    assert (frame["hit_ratio"] <= frame["high"]).all()
+
+
+def test_the_honest_maximum_of_noise_is_chance_and_the_plain_one_is_not(tiny, squares, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(probe, images):
+        return torch.rand(len(images), 12, 4, 16, generator=generator)
+
+    monkeypatch.setitem(saliency.METHODS, "attention", noise)
+    frame = measure({"m": tiny}, squares(count=108), Config())
+    plain, honest = (frame[frame["head"] == h]["hit_ratio"].mean() for h in ("best", "best-split"))
+    assert plain > 0.27
+    assert abs(honest - 0.25) < 0.02
+
+
+def test_several_models_share_one_pass_and_change_nothing(tiny, tiny_reg4, digits):
+    reads = []
+
+    class Counted(type(digits)):
+        def read(self, i):
+            reads.append(i)
+            return super().read(i)
+
+    before = {name: tensor.clone() for name, tensor in tiny.state_dict().items()}
+    both = measure({"a": tiny, "b": tiny_reg4}, Counted("test", length=20), Config())
+    assert sorted(reads) == list(range(20))
+    alone = measure({"b": tiny_reg4}, Counted("test", length=20), Config())
+    pd.testing.assert_frame_equal(both[both["model"] == "b"].reset_index(drop=True), alone)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tiny.state_dict().items())
+    assert not tiny.training
+
+
+def test_table_is_the_same_for_any_batch_size_and_seeded(tiny, digits):
+    a, b = (measure({"m": tiny}, digits, Config(batch_size=size)) for size in (7, 60))
+    pd.testing.assert_frame_equal(a, b)
+
+
+@pytest.mark.parametrize("method", ["rollout", "gradient-x-activation", "integrated-gradients"])
+def test_other_saliency_has_one_map_a_step(tiny, digits, method):
+    if "grad" in method:
+        pytest.importorskip("captum")
+    frame = measure({"m": tiny}, digits, Config(saliency=method, limit=6))
+    assert list(frame["head"]) == ["all"] * 12
+    assert (frame["saliency"] == method).all()
+    assert all(parameter.grad is None for parameter in tiny.parameters())
+
+
+def test_columns_and_figure_from_the_csv_alone(tiny, tiny_te, digits, tmp_path):
+    frame = measure({"a": tiny, "b": tiny_te}, digits, Config(limit=12), folder=tmp_path)
+    assert list(frame) == list(COLUMNS)
+    read = pd.read_csv(io.StringIO(frame.to_csv(index=False)))
+    figure = plot(read)
+    lines = figure.subfigs[0].axes
+    mean = frame[(frame["model"] == "a") & (frame["head"] == "mean")]["hit_ratio"]
+    np.testing.assert_allclose(lines[0].lines[0].get_ydata(), mean)
+    assert len(figure.subfigs) == 1 + 2 + 2  # lines, a heat map a model, a strip a model
+    with np.load(frame["path"].iloc[0]) as kept:
+        assert kept["maps"].shape == (3, 12, 4, 4, 4)
+        np.testing.assert_allclose(kept["image"][0], digits.read(0)[0], atol=1)
+    plot(read.assign(path=None))
+
+
+def test_bad_input(tiny, digits):
+    with pytest.raises(UserError, match="tolerance and examples must be >= 0"):
+        Config(tolerance=-1)
+    with pytest.raises(UserError, match="a majority has no radius"):
+        Config(tolerance=3, point="majority")
+    with pytest.raises(UserError, match="batch-size must be >= 1, got 0"):
+        Config(batch_size=0)
+
+    class NoMasks(type(digits)):
+        has_masks = False
+
+    with pytest.raises(UserError, match="needs masks"):
+        measure({"m": tiny}, NoMasks("test", length=3), Config())
+    with torch.no_grad():
+        tiny.blocks[0].attn.qkv.weight.mul_(1e30)
+    with pytest.raises(UserError, match="NaN"):
+        measure({"m": tiny}, digits, Config(limit=2))
