@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass, make_dataclass
 from pathlib import Path
 from types import ModuleType
@@ -154,6 +155,21 @@ def _module(word: str) -> ModuleType:
 
 
 def _parse(options: Any, word: str, given: list[str], description: str | None = None) -> Any:
+    printed = io.StringIO()
+    try:
+        with redirect_stderr(printed):
+            return _tyro(options, word, given, description)
+    except SystemExit as stopped:
+        cause = stopped.__context__
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__context__
+        if cause is not None:  # a value that its Config refuses: one line, as everywhere
+            raise cause from None
+        sys.stderr.write(printed.getvalue())
+        raise
+
+
+def _tyro(options: Any, word: str, given: list[str], description: str | None) -> Any:
     return tyro.cli(
         options, args=given, prog=f"bvit-interp {word}", description=description, config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
     )

@@ -50,9 +50,22 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_table(frame: pd.DataFrame, path: Path) -> None:
-    """Write a CSV whose floats read back exactly."""
+    """Write a CSV whose floats `read_table` reads back exactly."""
     with replacing(path) as temporary:
         frame.to_csv(temporary, index=False)
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """Read a CSV of `write_table`: floats exactly, models by name also where that is 007 or null."""
+    import pandas as pd
+
+    exact: dict[str, Any] = {"float_precision": "round_trip"}
+    if tuple(map(int, pd.__version__.split(".")[:2])) >= (3, 1):  # there the default is exact, the option deprecated
+        exact = {}
+    try:
+        return pd.read_csv(path, dtype={"model": str}, keep_default_na=False, na_values=[""], **exact)
+    except ValueError as error:  # pandas' ParserError and EmptyDataError are ones
+        raise UserError(f"{path}: not a table ({' '.join(str(error).split())})") from error
 
 
 def write_json(content: Mapping[str, Any], path: Path) -> None:
@@ -106,24 +119,20 @@ class Table:
     """
 
     def __init__(self, path: Path, options: Mapping[str, Any], overwrite: bool = False) -> None:
-        import pandas as pd
-
         self.path, self.about = path, path.with_suffix(".json")
         self.options = json.loads(json.dumps(options, default=str))
         self.rows: list[dict[str, Any]] = []
         if path.exists() and not overwrite:
             self._check_options()
-            as_written: dict[str, Any] = {"float_precision": "round_trip", "keep_default_na": False, "na_values": [""]}
-            frame = pd.read_csv(path, dtype={"model": str}, **as_written)  # a model may be named 007 or null
-            self.rows += frame.to_dict("records")  # type: ignore[arg-type]
+            self.rows += read_table(path).to_dict("records")  # type: ignore[arg-type]
         elif rank_and_world()[0] == 0:
             path.unlink(missing_ok=True)
             write_json({"options": self.options}, self.about)
 
     def _check_options(self) -> None:
         try:
-            found = json.loads(self.about.read_text())["options"]
-        except (OSError, json.JSONDecodeError, KeyError, TypeError):
+            found = dict(json.loads(self.about.read_text())["options"])
+        except (OSError, ValueError, KeyError, TypeError):
             raise UserError(f"{self.path} exists without its options; --overwrite replaces it") from None
         differing = [
             f"{key}: {found.get(key)!r} there, {self.options.get(key)!r} now"

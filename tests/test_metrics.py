@@ -57,6 +57,13 @@ def test_closed_forms():
     assert metrics.energy_rank(torch.tensor([1.0, 3.0, 4.0, 2.0]), energy=0.97) == 4
 
 
+@pytest.mark.parametrize("d", [3, 10, 30, 49, 768])
+def test_a_share_met_exactly_needs_no_rank_more(d):
+    """k of d equal directions hold k / d, whatever the rounding of their sum."""
+    singular = torch.full((d,), math.sqrt(0.1))
+    assert [metrics.energy_rank(singular, energy=k / d).item() for k in range(1, d + 1)] == list(range(1, d + 1))
+
+
 def test_all_of_the_energy_is_the_full_rank():
     singular = torch.linalg.svdvals(torch.randn(30, 12, generator=torch.Generator().manual_seed(0)))
     assert metrics.energy_rank(singular, energy=1.0) == 12
@@ -145,9 +152,8 @@ def test_near_is_a_strict_disc():
     assert torch.equal(metrics.near(positive, 1.2)[0].int(), plus.int())
     square = torch.tensor([[0] * 7, [0, 0, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 0, 0], [0] * 7])
     assert torch.equal(metrics.near(positive, 2)[0].int(), square.int())  # sqrt(2) < 2, and 2 is not
-    disc = torch.tensor(
-        [[0, 0, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 0, 0]]
-    )
+    narrow, broad = [0, 0, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1, 0]
+    disc = torch.tensor([narrow, broad, broad, broad, narrow])
     assert torch.equal(metrics.near(positive, 2.3)[0].int(), disc.int())  # sqrt(5) < 2.3 < sqrt(8)
 
 
@@ -308,8 +314,14 @@ def test_interval():
 
 @pytest.mark.parametrize(
     ("hits", "n", "low", "high"),
-    [(0, 10, 0, 0.2775), (5, 10, 0.2366, 0.7634), (10, 10, 0.7225, 1), (1, 20, 0.0089, 0.2361), (81, 263, 0.2553, 0.3662)],
-)  # the last from Newcombe, Statistics in Medicine 17 (1998), table I
+    [
+        (0, 10, 0, 0.2775),
+        (5, 10, 0.2366, 0.7634),
+        (10, 10, 0.7225, 1),
+        (81, 263, 0.2553, 0.3662),  # this and the next: Newcombe, Statistics in Medicine 17 (1998), table I
+        (15, 148, 0.0624, 0.1605),
+    ],
+)
 def test_wilson_known_values(hits, n, low, high):
     assert metrics.wilson_interval(hits, n) == pytest.approx((low, high), abs=6e-5)
 

@@ -26,8 +26,8 @@ def test_addresses_as_they_are_written():
 
 @pytest.mark.parametrize(
     "text",
-    ["", "z", "z[]", "z[5", "z5]", "z[5]:", "z[5]:-1", "z[5]:a", "z[a]", "z[1.5]", "z[5][6]", "z [5]", "z[5] :3", "z[5]:3x",
-     "z[--1]", "[5]", "z[5]\n:3", "a b[5]"],
+    ["", "z", "z[]", "z[5", "z5]", "z[5]:", "z[5]:-1", "z[5]:a", "z[a]", "z[1.5]", "z[5][6]", "z [5]", "z[5] :3",
+     "z[5]:3x", "z[--1]", "[5]", "z[5]\n:3", "a b[5]"],
 )  # fmt: skip
 def test_what_is_no_address(text):
     with pytest.raises(UserError, match=r"not an address: .*; expected site\[step\] or site\[step\]:unit") as error:
@@ -35,7 +35,7 @@ def test_what_is_no_address(text):
     assert repr(text) in str(error.value)
 
 
-@given(st.text(max_size=20))
+@given(st.text(max_size=20) | st.from_regex(r"(z|q|mlp_post|mlp)\s?\[-?\d{1,9}\](:\d{1,9})?\s?", fullmatch=True))
 def test_any_text_is_an_address_or_a_user_error(text):
     try:
         address = Address.parse(text)

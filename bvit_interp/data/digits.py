@@ -19,7 +19,7 @@ from bvit_interp.errors import DataError
 SIZE = 32  # pixels
 CLASSES = tuple(str(digit) for digit in range(10))
 LENGTHS = {"train": 50_000, "test": 2_000}
-SMALLEST, LARGEST = 14, 22  # side of the digit's box, pixels
+SMALLEST, LARGEST = 18, 26  # side of the digit's box, pixels
 TILT = 12  # degrees
 PHOTO_CUT = 0.6  # train scenes take their ground from the left 60 % of each photograph, test from the rest
 

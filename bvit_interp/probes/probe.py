@@ -156,7 +156,7 @@ class Probe:
         ----------
         loader : batches ``(images, labels)``, or of `bvit_interp.data.loader.Loader`; each process its own part.
         metrics : site or address -> metric. ``update`` gets the activations ``(B, T, ...)`` (an address:
-            ``(B, ...)``), and the labels ``(B,)`` as a second argument if it takes one.
+            ``(B, ...)``), and the labels ``(B,)`` if it has an argument `labels` or `target`.
 
         Returns
         -------
@@ -165,13 +165,17 @@ class Probe:
         device = next(self.model.parameters()).device
         for metric in metrics.values():
             metric.to(device)
+        steps = list(steps) if isinstance(steps, Iterable) else steps
         rank, _ = rank_and_world()
         for batch in tqdm(loader, desc="collect", disable=not progress or rank > 0):
             images, labels = (batch.images, batch.labels) if hasattr(batch, "images") else batch[:2]
             with torch.inference_mode():
                 cache = self.record(images.to(device), list(metrics), steps, tokens)
             for key, metric in metrics.items():
-                _update(metric, cache[key], labels.to(device))
+                # not cache[key]: an address may have recorded another step of the same site
+                asked = [step for site, step in self._targets(key, steps)]
+                values = cache[key] if "[" in key else torch.stack([cache[key, t] for t in sorted(asked)], dim=1)
+                _update(metric, values, labels.to(device))
         return {key: metric.compute() for key, metric in metrics.items()}
 
     # ---- words -> places -----------------------------------------------------------------------------
@@ -311,9 +315,7 @@ def _change(address: Address, fn: Edit, fired: Fired) -> places.Change:
 
 
 def _update(metric: nn.Module, values: Tensor, labels: Tensor) -> None:
-    try:
-        inspect.signature(metric.update).bind(values, labels)
-    except TypeError:
-        metric.update(values)
-    else:
-        metric.update(values, labels)
+    """Labels go by name, to those that ask: a MeanMetric's second argument is a weight, not a label."""
+    parameters = inspect.signature(metric.update).parameters
+    anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())  # a MetricCollection passes on what fits
+    metric.update(values, **{name: labels for name in ("labels", "target") if anything or name in parameters})

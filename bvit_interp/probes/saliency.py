@@ -37,8 +37,9 @@ def rollout(probe: Probe, images: Tensor) -> Tensor:
             heads_mean = cache["pattern", step].mean(1)
             layer = 0.5 * heads_mean + 0.5 * torch.eye(heads_mean.shape[-1], device=images.device)
             mixed = layer if mixed is None else layer @ mixed
-            rows.append(mixed[:, 0, probe.num_prefix_tokens :])
-    return torch.stack(rows, dim=1)[:, :, None]
+            cls, _ = probe.rows("cls", mixed.shape[-1])  # a UserError where there is none
+            rows.append(mixed[:, cls, probe.num_prefix_tokens :])
+    return torch.stack(rows, dim=1)
 
 
 def gradient_x_activation(probe: Probe, images: Tensor) -> Tensor:

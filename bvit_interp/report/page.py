@@ -13,7 +13,7 @@ import pandas as pd
 
 from bvit_interp.analyses import ANALYSES
 from bvit_interp.errors import UserError
-from bvit_interp.results import replacing
+from bvit_interp.results import read_table, replacing
 
 
 def write(folder: Path, out: Path | None = None) -> Path:
@@ -41,10 +41,7 @@ def _section(folder: Path, word: str) -> dict[str, Any]:
     module = importlib.import_module(f"bvit_interp.analyses.{word}")
     question, _, text = (module.__doc__ or "").partition("\n")
     path = folder / f"{word}.csv"
-    try:
-        frame = pd.read_csv(path)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a table ({error})") from error
+    frame = read_table(path)
     figure, about = path.with_suffix(".png"), path.with_suffix(".json")
     return {
         "word": word,
@@ -54,8 +51,15 @@ def _section(folder: Path, word: str) -> dict[str, Any]:
         "columns": {name: module.COLUMNS.get(name, "") for name in frame.columns},
         "rows": [[_cell(value) for value in row] for row in frame.itertuples(index=False)],
         "figure": base64.b64encode(figure.read_bytes()).decode() if figure.is_file() else None,
-        "about": json.dumps(json.loads(about.read_text()), indent=2) if about.is_file() else None,
+        "about": _options(about) if about.is_file() else None,
     }
+
+
+def _options(path: Path) -> str:
+    try:
+        return json.dumps(json.loads(path.read_text()), indent=2)
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from error
 
 
 def _cell(value: Any) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ FOLDER = Path(__file__).parent / "recipes"
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One training run. `model` is a timm name and its arguments, the rest is listed in order of use."""
+    """One training run: `model` is a timm name and its arguments."""
 
     model: dict[str, Any]
     """`name` and constructor arguments of the model."""
@@ -37,16 +37,16 @@ class Recipe:
     """Steps of linear warm-up, then cosine to zero."""
     weight_decay: float = 0.05
     """On matrices only: norms, biases, tokens and positions are free of it."""
+    positions: str = "random"
+    """How the learned positions start: random (timm's, std 0.02) or sincos (2-D sines and cosines of amplitude 1)."""
     clip: float = 1.0
     """Largest norm of the gradient."""
     autocast: str = "bf16"
-    """"bf16" or "off"."""
+    """bf16 or off."""
     compile: bool = False
     """Compile the one shared block (needs a C++ compiler on a CPU)."""
     seed: int = 0
     """Of the initial weights and the order of images."""
-    about: dict[str, str] = field(default_factory=dict)
-    """Free text for the model card."""
 
     def __post_init__(self) -> None:
         if "name" not in self.model:
@@ -54,11 +54,16 @@ class Recipe:
         for name in ("epochs", "images_per_epoch", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"recipe: {name} must be >= 1, got {getattr(self, name)}")
+        if self.images_per_epoch < self.batch_size:
+            raise UserError(f"recipe: an epoch of {self.images_per_epoch} images is less than a batch")
+        if self.positions not in ("random", "sincos"):
+            raise UserError(f"recipe: positions must be random or sincos, got {self.positions!r}")
         if self.autocast not in ("bf16", "off"):
             raise UserError(f"recipe: autocast must be bf16 or off, got {self.autocast!r}")
 
     @property
     def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
         return self.epochs * (self.images_per_epoch // self.batch_size)
 
     def hardness(self, epoch: int) -> float:
@@ -73,24 +78,38 @@ def available() -> list[str]:
 
 
 def read(name: str, settings: list[str] | None = None) -> Recipe:
-    """A shipped recipe, or a YAML file, with `key=value` settings on top (`model.embed_dim=128` for the model's)."""
-    path = FOLDER / f"{name}.yaml" if name in available() else Path(name)
-    if not path.is_file():
-        raise UserError(f"no recipe {name!r}; shipped: {choices(available())}; or give a YAML file")
-    content = yaml.safe_load(path.read_text())
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not a recipe (a mapping of settings)")
+    """A recipe with settings on top.
+
+    Parameters
+    ----------
+    name : a shipped recipe or a YAML file; a recipe that `extends` another changes only what it names.
+    settings : ``key=value``, and ``model.key=value`` for the model's arguments.
+    """
+    content = _content(name)
     for setting in settings or []:
         key, equals, value = setting.partition("=")
         if not equals:
             raise UserError(f"--set takes key=value, got {setting!r}")
-        inside, _, last = key.rpartition(".")
-        target = content.setdefault(inside, {}) if inside else content
-        target[last] = yaml.safe_load(value)
-    known = {f.name for f in fields(Recipe)}
-    if unknown := sorted(set(content) - known):
-        raise UserError(f"{path}: unknown setting {choices(unknown)}; settings: {choices(sorted(known), 20)}")
+        target = content["model"] if key.startswith("model.") else content
+        target[key.removeprefix("model.")] = yaml.safe_load(value)
+    known = [f.name for f in fields(Recipe)]
+    if unknown := sorted(set(content) - set(known)):
+        raise UserError(f"recipe {name}: unknown setting {choices(unknown)}; settings: {choices(known, 20)}")
     try:
-        return replace(Recipe(**content))
+        return Recipe(**content)
     except TypeError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(f"recipe {name}: {error}") from error
+
+
+def _content(name: str) -> dict[str, Any]:
+    path = FOLDER / f"{name}.yaml" if name in available() else Path(name)
+    if not path.is_file():
+        raise UserError(f"no recipe {name!r}; shipped: {choices(available())}; or give a YAML file")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML ({error})") from error
+    if not isinstance(content, dict) or not isinstance(content.get("model", {}), dict):
+        raise UserError(f"{path}: not a recipe (a mapping of settings, with a mapping `model`)")
+    base = _content(content.pop("extends")) if "extends" in content else {}
+    return {**base, **content, "model": {**base.get("model", {}), **content.get("model", {})}}

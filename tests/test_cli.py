@@ -1,0 +1,284 @@
+"""The command line as a stranger meets it: help, results, and what bad input gets."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from bvit_interp.analyses import ANALYSES
+from bvit_interp.cli import _gathered, main
+from bvit_interp.models.checkpoint import save
+
+COMMANDS = [word.replace("_", "-") for word in ANALYSES]
+SCRIPT = Path(sys.executable).with_name("bvit-interp")
+
+
+@pytest.fixture
+def ckpt(tiny, tmp_path):
+    return str(save(tiny, tmp_path / "tiny"))
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Six digits in ImageNet-S layout."""
+    assert main(["data", "export", "digits-s", str(tmp_path / "pictures"), "--limit", "6"]) == 0
+    return tmp_path / "pictures"
+
+
+def error_of(capfd, arguments):
+    """The one line on stderr of a command that must end with exit code 2."""
+    capfd.readouterr()
+    assert main([str(argument) for argument in arguments]) == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if "error:" in line or "Traceback" in line]
+    assert len(lines) == 1
+    return lines[0]
+
+
+# ---- help --------------------------------------------------------------------------------------------
+
+
+def test_overview_names_every_command_and_its_question(capsys):
+    assert main([]) == 0
+    text = capsys.readouterr().out
+    for word in [*COMMANDS, "train", "data", "report"]:
+        assert f"  {word} " in text
+    assert "Does the maximum of a head's CLS attention lie on the object, step by step?" in text
+
+
+@pytest.mark.parametrize("word", [*COMMANDS, "train", "report", "data export", "data list"])
+def test_help_of_every_command(word, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([*word.split(), "--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: bvit-interp {word}")
+    if word in COMMANDS:
+        for flag in ("--ckpt", "--data", "--limit", "--device", "--skip-corrupt"):
+            assert flag in text
+
+
+def test_help_answers_at_once_and_loads_no_torch():
+    began = time.perf_counter()
+    done = subprocess.run([SCRIPT, "pointing-game", "--help"], capture_output=True, check=True)
+    assert time.perf_counter() - began < 3  # 0.35 s on an idle machine
+    assert b"--saliency" in done.stdout
+    code = (
+        "import sys; sys.argv[0] = 'bvit-interp'; from bvit_interp.cli import main; main(['--help']);"
+        "assert 'torch' not in sys.modules and 'pandas' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_repeated_flags_are_gathered():
+    given = ["--ckpt", "a", "--limit", "3", "--ckpt", "b", "c", "--ckpt=d", "--seed", "1"]
+    assert _gathered(given, "--ckpt") == ["--ckpt", "a", "b", "c", "d", "--limit", "3", "--seed", "1"]
+    assert _gathered(["--limit", "3"], "--ckpt") == ["--limit", "3"]
+
+
+# ---- results -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("word", ANALYSES)
+def test_every_analysis_writes_table_figure_and_provenance(word, ckpt, pictures, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main([word.replace("_", "-"), "--ckpt", ckpt, "--data", str(pictures), "--out", str(out)]) == 0
+    frame = pd.read_csv(out / f"{word}.csv")
+    assert set(frame["model"]) == {"tiny"}
+    with Image.open(out / f"{word}.png") as figure:
+        assert figure.size[0] > 300
+    about = json.loads((out / f"{word}.json").read_text())
+    assert about["options"]["data"] == str(pictures)
+    assert about["options"]["weights"].keys() == {"tiny"}
+    assert "torch" in about["versions"]
+    assert f"wrote {out / word}.csv" in capsys.readouterr().out
+    assert not list(out.glob("*.partial"))
+
+
+def test_two_checkpoints_of_one_name_are_told_apart(tiny, tmp_path):
+    for place in ("x", "y"):
+        save(tiny, tmp_path / place / "same")
+    specs = [str(tmp_path / place / "same") for place in ("x", "y")]
+    assert main(["energy-rank", "--ckpt", *specs, "--limit", "4", "--out", str(tmp_path)]) == 0
+    assert set(pd.read_csv(tmp_path / "energy_rank.csv")["model"]) == set(specs)
+
+
+def test_a_stacked_vit_by_its_timm_name(tmp_path, pictures):
+    arguments = ["--ckpt", "timm:vit_tiny_patch16_224@random", "--data", str(pictures), "--out", str(tmp_path), "--limit", "2"]
+    assert main(["pointing-game", *arguments]) == 0
+    frame = pd.read_csv(tmp_path / "pointing_game.csv")
+    assert frame["step"].max() == 12
+    assert set(frame["model"]) == {"vit_tiny_patch16_224@random"}
+
+
+def test_sweep_continues_and_refuses_other_options(ckpt, tmp_path, capfd):
+    arguments = ["rank-sweep", "--ckpt", ckpt, "--limit", "10", "--out", tmp_path]
+    assert main([*map(str, arguments), "--ranks", "4", "32"]) == 0
+    path = tmp_path / "rank_sweep.csv"
+    whole = path.read_text()
+    path.write_text("".join(whole.splitlines(keepends=True)[:2]))
+    assert main([*map(str, arguments), "--ranks", "4", "32"]) == 0
+    assert path.read_text() == whole
+    assert "made with other options" in error_of(capfd, [*arguments, "--ranks", "8"])
+    assert path.read_text() == whole
+    assert main([*map(str, arguments), "--ranks", "8", "--overwrite"]) == 0
+    assert pd.read_csv(path)["rank"].tolist() == [8]
+
+
+def test_data_list_names_every_set(capsys):
+    assert main(["data", "list"]) == 0
+    text = capsys.readouterr().out
+    for name in ("digits-s", "cifar10", "cifar100", "imagenet", "imagenet-s", "folder"):
+        assert name in text
+
+
+def test_report_of_a_run(ckpt, tmp_path, capsys):
+    main(["energy-rank", "--ckpt", ckpt, "--limit", "4", "--out", str(tmp_path / "run")])
+    assert main(["report", str(tmp_path / "run")]) == 0
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "How many directions" in page
+    assert "data:image/png;base64," in page
+
+
+# ---- bad input ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pointing-gam"], "no command 'pointing-gam'; commands: pointing-game, energy-rank"),
+        (["pointing-game", "--ckpt", "nowhere"], "no checkpoint at nowhere"),
+        (["pointing-game", "--ckpt", "timm:vit_bas"], "timm has no model 'vit_bas'"),
+        (["energy-rank", "--device", "cuda:9x"], "unknown device"),
+        (["energy-rank", "--energy", "2"], "energy must be in (0, 1], got 2.0"),
+        (["energy-rank", "--data", "nothing-here"], "nothing-here"),
+        (["energy-rank", "--limit", "0"], "limit must be >= 1, got 0"),
+        (["report", "no-such-folder"], "no folder no-such-folder"),
+        (["data"], "data takes list or export"),
+        (["data", "export", "digits-s", "OUT", "--split", "valid"], "no split 'valid'"),
+        (["train", "--recipe", "nope"], "no recipe 'nope'; shipped: digits-s"),
+        (["train", "--recipe", "digits-s", "--set", "lrr=3"], "unknown setting lrr"),
+        (["train", "--recipe", "digits-s", "--set", "epochs=0"], "epochs must be >= 1, got 0"),
+    ],
+)
+def test_one_line_and_exit_code_two(arguments, message, ckpt, capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if arguments[0] == "energy-rank":
+        arguments = [*arguments, "--ckpt", ckpt]
+    assert message in error_of(capfd, arguments)
+    assert not Path("figures").exists()
+
+
+def test_unknown_options_end_with_two(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["energy-rank", "--stepps", "3"])
+    assert stopped.value.code == 2
+
+
+def test_debug_shows_the_traceback():
+    with pytest.raises(ValueError, match="no checkpoint"):
+        main(["pointing-game", "--ckpt", "nowhere", "--debug"])
+
+
+def test_broken_checkpoints(tiny, ckpt, tmp_path, capfd):
+    def broken(name):
+        shutil.copytree(ckpt, tmp_path / name)
+        return tmp_path / name
+
+    truncated = broken("truncated") / "model.safetensors"
+    truncated.write_bytes(truncated.read_bytes()[:1000])
+    assert "truncated" in error_of(capfd, ["energy-rank", "--ckpt", truncated.parent])
+    config = broken("config") / "config.json"
+    config.write_text("{")
+    assert "not a model config" in error_of(capfd, ["energy-rank", "--ckpt", config.parent])
+    with torch.no_grad():
+        tiny.head.bias[0] = torch.nan
+    save(tiny, tmp_path / "nan")
+    assert "head.bias holds NaN" in error_of(capfd, ["energy-rank", "--ckpt", tmp_path / "nan"])
+
+
+class Trap:
+    def __reduce__(self):
+        return Path.touch, (Path("sprung"),)
+
+
+def test_a_pickle_with_code_is_never_run(tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "trap.pth").write_bytes(pickle.dumps({"model": Trap()}))
+    assert "holds code" in error_of(capfd, ["energy-rank", "--ckpt", "timm:vit_tiny_patch16_224@trap.pth"])
+    assert not Path("sprung").exists()
+
+
+def test_masks_and_images_that_do_not_belong_together(ckpt, pictures, tmp_path, capfd):
+    arguments = ["pointing-game", "--ckpt", ckpt, "--data", pictures, "--out", tmp_path / "out"]
+    image, other, *_ = sorted(pictures.glob("validation/*/*"))
+    mask = pictures / "validation-segmentation" / image.parent.name / f"{image.stem}.png"
+    content = image.read_bytes()
+
+    image.write_bytes(content[: len(content) // 2])
+    assert image.name in error_of(capfd, arguments)
+    assert main([*map(str, arguments), "--skip-corrupt"]) == 0
+    assert pd.read_csv(tmp_path / "out" / "pointing_game.csv")["n"].max() <= 5
+    image.write_bytes(content)
+
+    whole = mask.read_bytes()
+    Image.new("RGB", (7, 5)).save(mask)
+    assert "the mask is 7 x 5 pixels, its image 32 x 32" in error_of(capfd, arguments)
+    mask.unlink()
+    assert "without" in error_of(capfd, arguments)
+    mask.write_bytes(whole)
+    image.unlink()
+    assert "without" in error_of(capfd, arguments)
+    shutil.rmtree(pictures / "validation")
+    (pictures / "validation").mkdir()
+    assert str(pictures) in error_of(capfd, arguments)
+    assert other
+
+
+def test_classes_of_another_model(ckpt, pictures, tmp_path, capfd):
+    spec = "timm:vit_tiny_patch16_224@random"
+    assert "do not match the model's 1000" in error_of(capfd, ["rank-sweep", "--ckpt", spec, "--out", tmp_path])
+
+
+def test_a_full_disk_leaves_the_old_table(ckpt, tmp_path, capfd, monkeypatch):
+    arguments = ["energy-rank", "--ckpt", ckpt, "--limit", "4", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    before = (tmp_path / "energy_rank.csv").read_bytes()
+
+    def full(self, path, *args, **kwargs):
+        Path(path).write_text("half a ta")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pd.DataFrame, "to_csv", full)
+    assert "No space left on device" in error_of(capfd, [*arguments, "--energy", "0.5"])
+    assert (tmp_path / "energy_rank.csv").read_bytes() == before
+    assert not list(tmp_path.glob(".*partial"))
+
+
+def test_interrupt_keeps_finished_rows(ckpt, tmp_path, capfd, monkeypatch):
+    from bvit_interp.analyses import rank_sweep
+
+    original, calls = rank_sweep._count_hits, []
+
+    def count(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(rank_sweep, "_count_hits", count)
+    arguments = ["rank-sweep", "--ckpt", ckpt, "--limit", "5", "--ranks", "2", "4", "8", "--out", str(tmp_path)]
+    assert main(arguments) == 130
+    assert "finished rows are kept" in capfd.readouterr().err
+    assert pd.read_csv(tmp_path / "rank_sweep.csv")["rank"].tolist() == [2, 4]
+    assert main(arguments) == 0
+    assert pd.read_csv(tmp_path / "rank_sweep.csv")["rank"].tolist() == [2, 4, 8]

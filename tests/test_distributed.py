@@ -1,0 +1,36 @@
+"""Two processes give the tables of one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from bvit_interp.models.checkpoint import save
+
+
+def run(processes, word, ckpt, out):
+    command = ["-m", "bvit_interp.cli", word, "--ckpt", ckpt, "--limit", "41", "--batch-size", "8", "--out", str(out)]
+    if processes > 1:
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *command]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return pd.read_csv(out / f"{word.replace('-', '_')}.csv")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("word", ["pointing-game", "energy-rank", "rank-sweep"])
+def test_two_processes_give_the_table_of_one(word, tiny, tmp_path):
+    ckpt = str(save(tiny, tmp_path / "tiny"))
+    one, two = (run(n, word, ckpt, tmp_path / str(n)) for n in (1, 2))
+    assert list(one) == list(two)
+    for column in one.columns.drop("path", errors="ignore"):
+        if one[column].dtype == np.float64:
+            np.testing.assert_allclose(two[column], one[column], rtol=1e-6, atol=1e-6, err_msg=column)
+        else:
+            assert one[column].equals(two[column]), column

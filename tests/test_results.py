@@ -1,0 +1,290 @@
+"""Files appear whole or not at all, tables go on where they stopped, hashes follow the weights."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from bvit_interp import results
+from bvit_interp.errors import UserError
+from bvit_interp.models.unroll import unroll
+
+# ---- whole or not at all -------------------------------------------------------------------------------
+
+
+def test_replacing_takes_the_place_of_the_old_file(tmp_path):
+    path = tmp_path / "new" / "folder" / "a.txt"
+    for text in ("first", "second"):
+        with results.replacing(path) as temporary:
+            assert temporary.parent == path.parent  # a rename within one file system
+            temporary.write_text(text)
+            assert not path.exists() or path.read_text() == "first"
+        assert path.read_text() == text
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("on purpose"), KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")]
+)
+@pytest.mark.parametrize("old", [None, "old"])
+def test_an_exception_leaves_what_was_there(tmp_path, error, old):
+    path = tmp_path / "a.txt"
+    if old:
+        path.write_text(old)
+
+    def write_half():
+        with results.replacing(path) as temporary:
+            temporary.write_text("half of the n")
+            raise error
+
+    with pytest.raises(type(error)) as raised:
+        write_half()
+    assert raised.value is error
+    assert [file.name for file in tmp_path.iterdir()] == (["a.txt"] if old else [])
+    assert not old or path.read_text() == "old"
+
+
+def test_a_disk_that_fills_while_a_table_is_written(tmp_path, monkeypatch):
+    path, written = tmp_path / "a.csv", Path.open
+    results.write_table(pd.DataFrame({"a": [1]}), path)
+
+    def full(self, *args, **kwargs):
+        with written(self, "w") as file:
+            file.write("a\n1")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pd.DataFrame, "to_csv", lambda frame, target, **_: full(target))
+    with pytest.raises(OSError, match="No space left"):
+        results.write_table(pd.DataFrame({"a": [1, 2]}), path)
+    assert path.read_text() == "a\n1\n"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_floats_read_back_exactly(tmp_path):
+    rng = np.random.default_rng(0)
+    values = np.concatenate([
+        rng.normal(size=300) * 10.0 ** rng.integers(-300, 300, 300),
+        [0.1, 1 / 3, math.pi, 5e-324, sys.float_info.max, -0.0, math.nan, math.inf],
+    ])  # fmt: skip
+    path = tmp_path / "a.csv"
+    results.write_table(pd.DataFrame({"name": 'x, "y"\nz', "value": values}), path)
+    read = results.read_table(path)
+    assert list(read.columns) == ["name", "value"]  # no index column
+    assert read["value"].to_numpy().tobytes() == values.tobytes()
+    with path.open(newline="") as file:
+        by_python = [float(row["value"] or "nan") for row in csv.DictReader(file)]
+    assert np.array(by_python).tobytes() == values.tobytes()
+    assert set(read["name"]) == {'x, "y"\nz'}
+
+
+def test_json_is_indented_and_knows_paths(tmp_path):
+    results.write_json({"a": 1, "path": Path("x/y")}, tmp_path / "a.json")
+    assert (tmp_path / "a.json").read_text() == '{\n  "a": 1,\n  "path": "x/y"\n}\n'
+
+
+# ---- tables that go on ---------------------------------------------------------------------------------
+
+OPTIONS = {"analysis": "rank_sweep", "ranks": (4, 8), "data": Path("digits-s"), "config": {"seed": 0}}
+
+
+def test_a_table_goes_on_where_it_stopped(tmp_path):
+    path = tmp_path / "sweep.csv"
+    table = results.Table(path, OPTIONS)
+    assert table.rows == []
+    assert not path.exists()
+    rows = [{"model": "b", "rank": rank, "accuracy": accuracy} for rank, accuracy in ((4, 0.1 + 0.2), (8, 1 / 3))]
+    for i, row in enumerate(rows):
+        table.append(row)
+        assert len(pd.read_csv(path)) == i + 1  # on disk as soon as it is finished
+    again = results.Table(path, dict(OPTIONS))
+    assert again.rows == rows
+    assert again.has(model="b", rank=8)
+    assert again.has(rank=4)
+    assert not again.has(model="b", rank=16)
+    assert not again.has(model="c", rank=8)
+    again.append({"model": "b", "rank": 16, "accuracy": 0.5})
+    assert pd.read_csv(path)["rank"].tolist() == [4, 8, 16]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["sweep.csv", "sweep.json"]
+
+
+@pytest.mark.parametrize("name", ["007", "12", "1e3", "null", "NA", "nan", "True", "a,b", "ü"])
+def test_a_model_is_found_again_by_its_name(tmp_path, name):
+    results.Table(tmp_path / "a.csv", OPTIONS).append({"model": name, "rank": 4, "accuracy": math.nan})
+    again = results.Table(tmp_path / "a.csv", OPTIONS)
+    assert again.has(model=name, rank=4)
+    assert math.isnan(again.rows[0]["accuracy"])
+
+
+def test_a_table_need_not_name_models(tmp_path):
+    results.Table(tmp_path / "a.csv", OPTIONS).append({"step": 3, "value": 0.25})
+    assert results.Table(tmp_path / "a.csv", OPTIONS).rows == [{"step": 3, "value": 0.25}]
+
+
+def test_a_table_of_other_options_is_refused_and_left(tmp_path):
+    path = tmp_path / "a.csv"
+    results.Table(path, OPTIONS).append({"rank": 4})
+    before = path.read_bytes(), path.with_suffix(".json").read_bytes()
+    other = {"analysis": "rank_sweep", "ranks": (4, 16), "data": Path("digits-s"), "limit": 100}
+    with pytest.raises(UserError) as error:
+        results.Table(path, other)
+    message = str(error.value)
+    assert str(path) in message
+    assert "ranks: [4, 8] there, [4, 16] now" in message
+    assert "config: {'seed': 0} there, None now" in message
+    assert "limit: None there, 100 now" in message
+    assert "analysis" not in message
+    assert "data:" not in message
+    assert "--overwrite" in message
+    assert (path.read_bytes(), path.with_suffix(".json").read_bytes()) == before
+
+
+def test_overwrite_starts_again(tmp_path):
+    path = tmp_path / "a.csv"
+    results.Table(path, OPTIONS).append({"rank": 4})
+    table = results.Table(path, {"other": True}, overwrite=True)
+    assert table.rows == []
+    assert not path.exists()
+    assert json.loads(path.with_suffix(".json").read_text()) == {"options": {"other": True}}
+    table.append({"rank": 9})
+    assert pd.read_csv(path)["rank"].tolist() == [9]
+    with pytest.raises(UserError, match="made with other options"):
+        results.Table(path, OPTIONS)
+
+
+@pytest.mark.parametrize("about", [None, "", "{", "[]", "{}", '{"options": null}', '{"options": [1]}'])
+def test_a_table_without_its_options_is_refused(tmp_path, about):
+    path = tmp_path / "a.csv"
+    path.write_text("rank\n4\n")
+    if about is not None:
+        path.with_suffix(".json").write_text(about)
+    with pytest.raises(UserError, match="exists without its options; --overwrite replaces it"):
+        results.Table(path, OPTIONS)
+    assert path.read_text() == "rank\n4\n"
+    assert results.Table(path, OPTIONS, overwrite=True).rows == []
+
+
+@pytest.mark.parametrize("content", ["", 'rank,b\n4\n"4,5,6', "rank\n4,5\n4,5,6\n"])
+def test_a_table_that_cannot_be_read_is_named(tmp_path, content):
+    path = tmp_path / "a.csv"
+    results.Table(path, OPTIONS)
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"a\.csv: not a table") as error:
+        results.Table(path, OPTIONS)
+    assert "\n" not in str(error.value)
+
+
+def test_provenance_beside_a_table_lets_it_go_on(tmp_path):
+    path = tmp_path / "a.csv"
+    results.Table(path, OPTIONS).append({"rank": 4})
+    results.write_json(results.provenance(OPTIONS), path.with_suffix(".json"))
+    assert results.Table(path, OPTIONS).has(rank=4)
+
+
+def test_only_the_first_process_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "rank_and_world", lambda: (1, 2))
+    table = results.Table(tmp_path / "a.csv", OPTIONS)
+    table.append({"rank": 4})
+    assert table.has(rank=4)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_process_is_rank_zero_of_one():
+    assert results.rank_and_world() == (0, 1)
+
+
+# ---- provenance ----------------------------------------------------------------------------------------
+
+
+def test_provenance_goes_into_json(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bvit-interp", "energy-rank", "--limit", "4"])
+    about = results.provenance({"path": Path("a/b"), "steps": (1, 2), "nested": {"x": None}})
+    assert json.loads(json.dumps(about)) == about
+    assert about["options"] == {"path": "a/b", "steps": [1, 2], "nested": {"x": None}}
+    assert about["command"] == "bvit-interp energy-rank --limit 4"
+    assert about["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert about["versions"]["numpy"] == np.__version__
+    assert about["date"].endswith("+00:00")
+    assert "cores" in about["machine"]
+
+
+def test_a_library_that_is_not_there_is_left_out(monkeypatch):
+    monkeypatch.setattr(results, "_LIBRARIES", ("numpy", "no-such-library"))
+    assert list(results.provenance({})["versions"]) == ["numpy"]
+
+
+def test_the_hash_follows_every_weight(any_model):
+    before = results.weights_hash(any_model)
+    assert len(before) == 16
+    assert int(before, 16) >= 0
+    assert results.weights_hash(any_model) == before
+    for name, parameter in any_model.named_parameters():
+        with torch.no_grad():
+            last = parameter.view(-1)[-1:]
+            kept = last.clone()
+            last += 1e-3
+            changed = results.weights_hash(any_model)
+            last.copy_(kept)
+        assert changed != before, name
+    assert results.weights_hash(any_model) == before
+
+
+def test_a_model_and_its_unroll_have_one_hash(any_model):
+    expected = results.weights_hash(any_model)
+    assert results.weights_hash(unroll(any_model)) == expected
+    untied = unroll(any_model)
+    fc1 = untied.blocks[-1].mlp.fc1
+    fc1.weight = nn.Parameter(fc1.weight.detach() + 1e-3)
+    assert results.weights_hash(untied) != expected
+
+
+def test_more_steps_are_the_same_weights(tiny, make):
+    assert results.weights_hash(unroll(tiny, steps=24)) == results.weights_hash(tiny)
+    repeated = make(num_blocks=2, num_steps=3, order="repeat")
+    assert results.weights_hash(unroll(repeated)) == results.weights_hash(repeated)
+
+
+def test_two_blocks_that_change_places_are_another_model(stacked):
+    before = results.weights_hash(stacked)
+    stacked.blocks[0].load_state_dict({k: v.clone() for k, v in stacked.blocks[1].state_dict().items()})
+    assert results.weights_hash(stacked) != before
+
+
+class Ordered(nn.Module):
+    """The same named layers, registered in the order given."""
+
+    def __init__(self, names):
+        super().__init__()
+        for name in names:
+            torch.manual_seed(ord(name))
+            self.add_module(name, nn.Linear(3, 3))
+
+
+def test_the_hash_knows_names_and_not_their_order():
+    assert results.weights_hash(Ordered("abc")) == results.weights_hash(Ordered("cab"))
+    swapped = Ordered("abc")
+    swapped.a, swapped.b = swapped.b, swapped.a
+    assert results.weights_hash(swapped) != results.weights_hash(Ordered("abc"))
+    renamed = Ordered("ab")
+    renamed.c = renamed.b  # the last in order still, by another name
+    del renamed.b
+    assert results.weights_hash(renamed) != results.weights_hash(Ordered("ab"))
+
+
+def test_the_hash_of_transposed_halves_and_scalars():
+    layer = Ordered("a")
+    expected = results.weights_hash(layer)
+    layer.a.weight = nn.Parameter(layer.a.weight.detach().T.contiguous().T)  # equal values, other strides
+    assert results.weights_hash(layer) == expected
+    assert results.weights_hash(layer.bfloat16()) != expected
+    layer.register_buffer("scale", torch.tensor(2.0))
+    assert results.weights_hash(layer) != expected
