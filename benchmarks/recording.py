@@ -34,9 +34,7 @@ def ways(size: int, device: str) -> dict[str, Way]:
     probe = Probe(model, max_bytes=2**36)
     found: dict[str, Way] = {
         "plain forward": lambda x: (model(x), None)[1],
-        "bvit_interp: CLS attention beside the logits": lambda x: probe.run(x, "pattern", tokens="cls")[1][
-            "pattern"
-        ],
+        "bvit_interp: CLS attention beside the logits": lambda x: probe.run(x, "pattern", tokens="cls")[1]["pattern"],
         "bvit_interp: pointing game (maps alone)": lambda x: attention(probe, x),
         "bvit_interp: full patterns": lambda x: probe.run(x, "pattern")[1]["pattern"],
         "bvit_interp: every site": lambda x: [*probe.run(x, list(SITES))[1]._tensors.values()],
@@ -103,9 +101,7 @@ def measure(size: int, batch: int, rounds: int, device: str) -> list[str]:
                 seconds[name].append(time.perf_counter() - began)
     rows = []
     for name, times in seconds.items():
-        base = (
-            "TransformerLens plain forward (another model)" if name.startswith("Trans") else "plain forward"
-        )
+        base = "TransformerLens plain forward (another model)" if name.startswith("Trans") else "plain forward"
         ratio = statistics.median(t / b for t, b in zip(times, seconds[base], strict=True))
         rows.append(
             f"| {size} | {name} | {1e3 * statistics.median(times) / batch:.0f} | {ratio:.2f} | {kept[name] / 1e6:.2f} |"

@@ -136,9 +136,7 @@ def judge_names(answers, references):
     if list(verdicts.values()) == right:
         names = list(verdicts)
         return f"names all {len(right)} steps (`{names[0]}` ... `{names[STEP - 1]}` = step {STEP} ...)"
-    return (
-        "; ".join(f"`{name}`: {verdict}" for name, verdict in verdicts.items()) or "nothing (an empty answer)"
-    )
+    return "; ".join(f"`{name}`: {verdict}" for name, verdict in verdicts.items()) or "nothing (an empty answer)"
 
 
 @dataclass(frozen=True)
@@ -198,9 +196,7 @@ def captum_integrated_gradients(subject):
 def captum_conductance(subject):
     from captum.attr import LayerConductance
 
-    answer = LayerConductance(subject.model, subject.layer).attribute(
-        subject.images, target=TARGETS, n_steps=6
-    )
+    answer = LayerConductance(subject.model, subject.layer).attribute(subject.images, target=TARGETS, n_steps=6)
     return judge(answer, subject.each_step(lambda t: conductance(subject.twin, subject.images, t, 6)))
 
 
@@ -288,9 +284,7 @@ def grad_cam(subject):
     def by_hand(t):
         act, grad = (to_grid(tensor) for tensor in gradient(subject.twin, subject.images, t))
         raw = (grad.mean((2, 3), keepdim=True) * act).sum(1).clamp_min(0).numpy()
-        return torch.tensor(
-            scale_cam_image(scale_cam_image(raw, (32, 32)))
-        )  # a layer's map, then their mean's
+        return torch.tensor(scale_cam_image(scale_cam_image(raw, (32, 32))))  # a layer's map, then their mean's
 
     cam = GradCAM(subject.model, [subject.layer], reshape_transform=to_grid)
     answer = cam(subject.images, [ClassifierOutputTarget(int(target)) for target in TARGETS])

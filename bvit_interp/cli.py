@@ -171,7 +171,11 @@ def _parse(options: Any, word: str, given: list[str], description: str | None = 
 
 def _tyro(options: Any, word: str, given: list[str], description: str | None) -> Any:
     return tyro.cli(
-        options, args=given, prog=f"bvit-interp {word}", description=description, config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+        options,
+        args=given,
+        prog=f"bvit-interp {word}",
+        description=description,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
     )
 
 

@@ -113,7 +113,16 @@ def test_two_checkpoints_of_one_name_are_told_apart(tiny, tmp_path):
 
 
 def test_a_stacked_vit_by_its_timm_name(tmp_path, pictures):
-    arguments = ["--ckpt", "timm:vit_tiny_patch16_224@random", "--data", str(pictures), "--out", str(tmp_path), "--limit", "2"]
+    arguments = [
+        "--ckpt",
+        "timm:vit_tiny_patch16_224@random",
+        "--data",
+        str(pictures),
+        "--out",
+        str(tmp_path),
+        "--limit",
+        "2",
+    ]
     assert main(["pointing-game", *arguments]) == 0
     frame = pd.read_csv(tmp_path / "pointing_game.csv")
     assert frame["step"].max() == 12

@@ -109,7 +109,8 @@ def measure(
         for name, probe in probes.items():
             keep = config.examples - len(kept[name]) if folder else 0
             for index, row, examples in run_in_halves(
-                lambda part, probe=probe, name=name, keep=keep: _play(probe, part, geometries[name], config, keep), batch
+                lambda part, probe=probe, name=name, keep=keep: _play(probe, part, geometries[name], config, keep),
+                batch,
             ):
                 rows[name].update(index, row)
                 kept[name] = (kept[name] + examples)[: config.examples]
@@ -197,7 +198,9 @@ def _score(name: str, probe: Any, rows: np.ndarray, config: Config) -> pd.DataFr
     steps = np.arange(probe.num_steps)
     # each image is scored by the head that was best on the half it is not in
     honest = np.where(half[:, None], hits[:, steps, second], hits[:, steps, first])
-    draws = metrics.bootstrap_means(np.concatenate([hits, honest[..., None]], -1).reshape(len(scored), -1), weights, config.seed)
+    draws = metrics.bootstrap_means(
+        np.concatenate([hits, honest[..., None]], -1).reshape(len(scored), -1), weights, config.seed
+    )
     draws = draws.reshape(len(draws), probe.num_steps, -1)
     shared = {
         "model": name, "saliency": config.saliency, "n": len(scored), "skipped": int(len(rows) - len(scored)),
@@ -220,7 +223,13 @@ def _score(name: str, probe: Any, rows: np.ndarray, config: Config) -> pd.DataFr
         best, equal = int(_best(ratios)), np.ones(len(ratios))
         add("mean", _mean(ratios, equal), _mean(draws[:, t, :-1].T, equal), 0)
         add("best", ratios[best], draws[:, t, best], int(ignored[best]), best)
-        add("best-split", _mean(honest[:, t], weights), draws[:, t, -1], int(np.isnan(honest[:, t]).sum()), int(first[t]))
+        add(
+            "best-split",
+            _mean(honest[:, t], weights),
+            draws[:, t, -1],
+            int(np.isnan(honest[:, t]).sum()),
+            int(first[t]),
+        )
     return pd.DataFrame(table).astype({"chosen": "Int64"})
 
 
@@ -240,9 +249,7 @@ def _best(ratios: np.ndarray) -> np.ndarray:
     return np.argmax(np.where(np.isnan(ratios), -1.0, ratios), axis=-1)
 
 
-def _keep_examples(
-    examples: list[dict[str, np.ndarray]], name: str, config: Config, folder: Path | None
-) -> str | None:
+def _keep_examples(examples: list[dict[str, np.ndarray]], name: str, config: Config, folder: Path | None) -> str | None:
     if not examples or folder is None:
         return None
     import numpy as np

@@ -13,6 +13,7 @@ Expected: in the paper bViT collapses below rank 600 or so, ViT later.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -83,24 +84,22 @@ def measure(
 
     from bvit_interp.data.labels import label_map
 
-    rows: list[dict[str, Any]] = []
-    known = [] if table is None else table.rows
     classes = {name: label_map(data, model) for name, model in models.items()}
     factors = {name: _decompose(model) for name, model in models.items()}
     ranks = {name: _ranks(name, model, config) for name, model in models.items()}
-    for i in range(max(map(len, ranks.values()))):
+    rows: list[dict[str, Any]] = []
+    for of_models in itertools.zip_longest(*ranks.values()):
         cut = {
-            name: ranks[name][i] for name in models
-            if i < len(ranks[name]) and not any(r["model"] == name and r["rank"] == ranks[name][i] for r in known)
-        }  # fmt: skip
-        if not cut:
-            continue
-        counts = _count_hits({name: models[name] for name in cut}, cut, factors, classes, data, config)
+            name: rank
+            for name, rank in zip(models, of_models, strict=True)
+            if rank is not None and not (table is not None and table.has(model=name, rank=rank))
+        }
+        counts = _count_hits({name: models[name] for name in cut}, cut, factors, classes, data, config) if cut else {}
         for name, rank in cut.items():
             rows.append(_row(name, rank, factors[name], *counts[name]))
             if table is not None:
                 table.append(rows[-1])
-    return pd.DataFrame([*known, *rows] if table is None else table.rows)[list(COLUMNS)]
+    return pd.DataFrame(rows if table is None else table.rows)[list(COLUMNS)]
 
 
 Factors = list[tuple[str, Any, "Tensor", "Tensor", "Tensor"]]
@@ -191,7 +190,9 @@ def _row(name: str, rank: int, factors: Factors, hits: int, n: int, chance: floa
 
     low, high = wilson_interval(hits, n)
     kept = {
-        which: float(np.mean([float(s[:rank].square().sum() / s.square().sum()) for w, _, _, s, _ in factors if w == which]))
+        which: float(
+            np.mean([float(s[:rank].square().sum() / s.square().sum()) for w, _, _, s, _ in factors if w == which])
+        )
         for which in ("fc1", "fc2")
     }
     return {

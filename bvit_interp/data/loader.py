@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -12,9 +13,10 @@ from tqdm import tqdm
 
 from bvit_interp.data.geometry import Geometry
 from bvit_interp.data.samples import Samples, spread
-from bvit_interp.errors import DataError, UserError
+from bvit_interp.errors import DataError, UserError, choices
 from bvit_interp.results import rank_and_world
 
+_log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 View = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -129,6 +131,8 @@ class Loader:
                 if batch is not None:
                     yield batch
                 bar.update(len(unreadable) + (0 if batch is None else len(batch)))
+        if self.skipped:
+            _log.warning("left out %d images that cannot be read: %s", len(self.skipped), choices(self.skipped))
         if total and len(self.skipped) == total:
             raise DataError(f"none of the {total} images can be read, e.g. {self.skipped[0]}")
 

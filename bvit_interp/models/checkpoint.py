@@ -35,9 +35,7 @@ _FROM_TIMM = "timm:"
 _SIGNS_OF_CODE = ("unsupported global", "unsupported operand 149")
 
 
-def save(
-    model: bvit.BViT, folder: str | Path, card: str = "", about: Mapping[str, Any] | None = None
-) -> Path:
+def save(model: bvit.BViT, folder: str | Path, card: str = "", about: Mapping[str, Any] | None = None) -> Path:
     """Write a recurrent model (or matched stack) as a checkpoint folder; an existing one is replaced.
 
     Parameters
@@ -166,8 +164,7 @@ def _load_timm(name: str) -> VisionTransformer:
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"timm:{name}: weights could not be had ({reason}); "
-            f"timm:{name}@random or timm:{name}@FILE work offline"
+            f"timm:{name}: weights could not be had ({reason}); timm:{name}@random or timm:{name}@FILE work offline"
         ) from error
     if not isinstance(model, VisionTransformer):
         raise CheckpointError(f"timm:{name} is a {type(model).__name__}, not a VisionTransformer")
@@ -203,9 +200,7 @@ def _load_path(path: Path) -> VisionTransformer:
         model = timm.create_model(name, pretrained=False, pretrained_cfg_overlay=overlay, **args)
     except (TypeError, ValueError, AssertionError, RuntimeError, LookupError, ArithmeticError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise CheckpointError(
-            f"{config_file}: {name} cannot be built from its model_args ({reason})"
-        ) from error
+        raise CheckpointError(f"{config_file}: {name} cannot be built from its model_args ({reason})") from error
     if not isinstance(model, VisionTransformer):
         raise CheckpointError(f"{config_file}: {name} is a {type(model).__name__}, not a VisionTransformer")
     _fill(model, read_weights(weights), str(weights))

@@ -79,4 +79,3 @@ def _step(container: Steps, i: int, shared: dict[int, torch.Tensor]) -> nn.Modul
     if isinstance(block, TimedBlock):
         block.own_step(container.step_embed, container.embed_index(i))
     return block
-

@@ -18,11 +18,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bvit_interp.results import rank_and_world
 from bvit_interp.errors import UserError
 from bvit_interp.models.unroll import is_unrolled, unroll
 from bvit_interp.probes import sites as places
 from bvit_interp.probes.cache import Cache, unit_index
+from bvit_interp.results import rank_and_world
 from bvit_interp.vocabulary import (
     SITES,
     TOKEN_WORDS,
@@ -209,7 +209,9 @@ class Probe:
             index = range(count)[tokens] if -count <= tokens < count else count
             chosen, single = slice(index, index + 1), True
         if not range(count)[chosen]:
-            raise UserError(f"tokens {tokens!r} selects none of the {count} tokens ({self.num_prefix_tokens} of prefix)")
+            raise UserError(
+                f"tokens {tokens!r} selects none of the {count} tokens ({self.num_prefix_tokens} of prefix)"
+            )
         return chosen, single
 
     # ---- machinery -----------------------------------------------------------------------------------
@@ -282,7 +284,9 @@ class Probe:
     def _refuse_compiled(self) -> None:
         for name, module in self.model.named_modules():
             if module._compiled_call_impl is not None:
-                raise UserError(f"{name or 'the model'} is compiled and its hooks would not run; probe before compiling")
+                raise UserError(
+                    f"{name or 'the model'} is compiled and its hooks would not run; probe before compiling"
+                )
 
 
 def _own(tensor: Tensor, site: str, single: bool) -> Tensor:

@@ -81,7 +81,9 @@ def train(recipe: Recipe, out: Path, device: str = "cpu") -> BViT:
                  "lr": schedule.get_last_lr()[0], "images_per_second": len(labels) / seconds}
             )  # fmt: skip
             table = pd.DataFrame(history)[list(COLUMNS)]
-            checkpoint.save(model, out, card=_card(out.name, recipe, table), about={"accuracy": history[-1]["accuracy"]})
+            checkpoint.save(
+                model, out, card=_card(out.name, recipe, table), about={"accuracy": history[-1]["accuracy"]}
+            )
             table.to_csv(out / "history.csv", index=False, float_format="%.6g")
     model.eval()
     return model
@@ -106,7 +108,8 @@ def _epoch(
     schedule: Any, images: Images, recipe: Recipe, order: np.random.Generator, device: str, epoch: int,
 ) -> dict[str, float]:  # fmt: skip
     model.train()
-    losses, norms = [], []
+    losses: list[float] = []
+    norms: list[float] = []
     steps = len(images[1]) // recipe.batch_size
     shuffled = order.permutation(len(images[1]))[: steps * recipe.batch_size]
     batches = _batches(model, (images[0][shuffled], images[1][shuffled]), recipe.batch_size, device)

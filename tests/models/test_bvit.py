@@ -74,9 +74,7 @@ def test_models_are_born_on_the_asked_device_and_dtype(infix):
 
 def test_forward_equals_the_equations_written_out(tiny, images, by_hand):
     sites = by_hand.run(tiny, images, [tiny.blocks[0]] * 12)
-    torch.testing.assert_close(
-        tiny(images), by_hand.logits(tiny, sites[-1]["resid_post"]), atol=1e-4, rtol=1e-4
-    )
+    torch.testing.assert_close(tiny(images), by_hand.logits(tiny, sites[-1]["resid_post"]), atol=1e-4, rtol=1e-4)
 
 
 def test_a_loop_over_the_block_is_bit_equal(tiny, images):
@@ -133,16 +131,12 @@ def test_registers_differ_from_timms_two_layouts():
     assert [size_of(model) - ours for model in timms] == [4 * 768, -768]
 
 
-@pytest.mark.parametrize(
-    ("order", "indices"), [("cycle", [0, 1, 0, 1, 0, 1]), ("repeat", [0, 0, 0, 1, 1, 1])]
-)
+@pytest.mark.parametrize(("order", "indices"), [("cycle", [0, 1, 0, 1, 0, 1]), ("repeat", [0, 0, 0, 1, 1, 1])])
 def test_order_of_hybrids(make, images, by_hand, order, indices):
     model = make(num_blocks=2, num_steps=3, order=order)
     stored = [model.get_submodule("blocks.0"), model.get_submodule("blocks.1")]
     sites = by_hand.run(model, images, [stored[i] for i in indices])
-    torch.testing.assert_close(
-        model(images), by_hand.logits(model, sites[-1]["resid_post"]), atol=1e-4, rtol=1e-4
-    )
+    torch.testing.assert_close(model(images), by_hand.logits(model, sites[-1]["resid_post"]), atol=1e-4, rtol=1e-4)
     assert [model.blocks[i] is stored[index] for i, index in enumerate(indices)] == [True] * 6
 
 
@@ -157,9 +151,7 @@ def test_hybrid_with_time_embedding_has_a_row_for_each_application(make, images,
     stored = [model.get_submodule("blocks.0"), model.get_submodule("blocks.1")]
     assert model.blocks.step_embed.shape == (6, 32)
     sites = by_hand.run(model, images, stored * 3, model.blocks.step_embed)
-    torch.testing.assert_close(
-        model(images), by_hand.logits(model, sites[-1]["resid_post"]), atol=1e-4, rtol=1e-4
-    )
+    torch.testing.assert_close(model(images), by_hand.logits(model, sites[-1]["resid_post"]), atol=1e-4, rtol=1e-4)
 
 
 def stack_of_copies(model, depth):
@@ -208,9 +200,7 @@ def test_gradients_reach_every_parameter(any_model, images):
 def test_names_are_registered():
     expected = {f"bvit_{s}_{v}patch16_224" for s in ("small", "base", "large") for v in ("", "te_", "reg4_")}
     assert set(timm.list_models("bvit_*")) == expected
-    assert set(timm.list_models("vit_rms_*")) == {
-        f"vit_rms_{s}_patch16_224" for s in ("small", "base", "large")
-    }
+    assert set(timm.list_models("vit_rms_*")) == {f"vit_rms_{s}_patch16_224" for s in ("small", "base", "large")}
 
 
 @pytest.mark.parametrize(
@@ -237,9 +227,7 @@ def test_the_choices_of_the_paper_are_the_defaults(tiny):
     assert isinstance(block.attn.q_norm, nn.Identity)
 
 
-@pytest.mark.parametrize(
-    "name", ["bvit_small_patch16_224", "bvit_small_te_patch16_224", "bvit_small_reg4_patch16_224"]
-)
+@pytest.mark.parametrize("name", ["bvit_small_patch16_224", "bvit_small_te_patch16_224", "bvit_small_reg4_patch16_224"])
 def test_size_options(make, name):
     model = make(name=name, img_size=(48, 32), patch_size=16, in_chans=1, num_classes=3)
     assert model.pos_embed.shape == (1, 1 + 3 * 2, 32)
@@ -277,9 +265,7 @@ def test_gradient_checkpointing_changes_nothing(request, images, fixture):
 
 def test_gradient_checkpointing_recomputes_every_step(tiny, images):
     calls = []
-    norm = tiny.get_submodule(
-        "blocks.0.norm1"
-    )  # first in the block: torch stops recomputing when it has enough
+    norm = tiny.get_submodule("blocks.0.norm1")  # first in the block: torch stops recomputing when it has enough
     handle = norm.register_forward_hook(lambda *_: calls.append(1))
     tiny.train().set_grad_checkpointing(True)
     tiny(images).sum().backward()
@@ -310,9 +296,7 @@ def test_set_input_size_resamples_the_grid_only(request, fixture):
     assert torch.equal(model.pos_embed[:, :1], before[:, :1])
     assert model.num_prefix_tokens == prefix
     grid = before[:, 1:].reshape(1, 4, 4, 32).permute(0, 3, 1, 2)
-    expected = nn.functional.interpolate(
-        grid, size=(8, 6), mode="bicubic", antialias=True, align_corners=False
-    )
+    expected = nn.functional.interpolate(grid, size=(8, 6), mode="bicubic", antialias=True, align_corners=False)
     torch.testing.assert_close(model.pos_embed[:, 1:], expected.flatten(2).transpose(1, 2))
     assert model(torch.randn(1, 3, 64, 48)).shape == (1, 10)
 
@@ -398,9 +382,7 @@ def test_pretrained_weights_of_another_size_are_resampled(request, make, fixture
     fitted = checkpoint_filter_fn(model.state_dict(), larger)
     larger.load_state_dict(fitted)
     grid = model.pos_embed[:, 1:].detach().reshape(1, 4, 4, 32).permute(0, 3, 1, 2)
-    expected = nn.functional.interpolate(
-        grid, size=(8, 8), mode="bicubic", antialias=True, align_corners=False
-    )
+    expected = nn.functional.interpolate(grid, size=(8, 8), mode="bicubic", antialias=True, align_corners=False)
     torch.testing.assert_close(larger.pos_embed[:, 1:], expected.flatten(2).transpose(1, 2))
     assert torch.equal(larger.pos_embed[:, :1], model.pos_embed[:, :1])
     assert larger.num_prefix_tokens == model.num_prefix_tokens
@@ -472,6 +454,4 @@ def test_bad_arguments(kwargs, message):
 def test_no_module_list_of_one_block_repeated(tiny):
     """`ModuleList([block] * T)` would show 12 names for one module; the container shows one."""
     assert isinstance(tiny.blocks, Steps)
-    assert [n for n, _ in tiny.named_modules(remove_duplicate=False) if n.endswith("mlp.act")] == [
-        "blocks.0.mlp.act"
-    ]
+    assert [n for n, _ in tiny.named_modules(remove_duplicate=False) if n.endswith("mlp.act")] == ["blocks.0.mlp.act"]

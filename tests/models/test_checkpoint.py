@@ -196,9 +196,7 @@ def test_truncated_weights(saved, kept):
 
 
 def test_missing_pieces(saved, tmp_path):
-    with pytest.raises(
-        CheckpointError, match=r"no checkpoint at .*nowhere: give a folder, a weights file, or timm"
-    ):
+    with pytest.raises(CheckpointError, match=r"no checkpoint at .*nowhere: give a folder, a weights file, or timm"):
         load(tmp_path / "nowhere")
     (saved / "config.json").rename(tmp_path / "config")
     with pytest.raises(CheckpointError, match=r"has no config\.json$"):
@@ -332,9 +330,7 @@ def test_wrappers_and_the_prefix_of_data_parallel(tmp_path, wrapper):
     assert torch.equal(read["norm.weight"], torch.ones(3))
 
 
-@pytest.mark.parametrize(
-    "content", [torch.zeros(3), {"epoch": 3}, [1, 2]], ids=["tensor", "no weights", "list"]
-)
+@pytest.mark.parametrize("content", [torch.zeros(3), {"epoch": 3}, [1, 2]], ids=["tensor", "no weights", "list"])
 def test_a_file_without_a_state_dict(tmp_path, content):
     torch.save(content, tmp_path / "w.pt")
     with pytest.raises(CheckpointError, match="no state dict inside"):

@@ -58,12 +58,8 @@ def test_cost_of_early_steps():
     printed = {6: 16.965, 7: 19.754, 8: 22.542, 9: 25.331, 10: 28.120, 11: 30.908, 12: 33.697}
     for t, expected in printed.items():
         assert flops(model, count_attention=False, steps=t) / 1e9 == pytest.approx(expected, abs=5.01e-4)
-        assert flops(model, count_attention=False, steps=t) / 1e9 == pytest.approx(
-            0.232747 + 2.788688 * t, abs=1e-5
-        )
-    assert flops(model, count_attention=False, steps=24) / 1e9 == pytest.approx(
-        0.232747 + 2.788688 * 24, abs=1e-4
-    )
+        assert flops(model, count_attention=False, steps=t) / 1e9 == pytest.approx(0.232747 + 2.788688 * t, abs=1e-5)
+    assert flops(model, count_attention=False, steps=24) / 1e9 == pytest.approx(0.232747 + 2.788688 * 24, abs=1e-4)
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -86,10 +82,7 @@ def test_other_numbers_of_steps_equal_what_torch_counts(tiny_hybrid, images):
     with FlopCounterMode(display=False) as counter:
         unroll(tiny_hybrid, steps=9)(images[:1])
     counted = {str(operation): count for operation, count in counter.get_flop_counts()["Global"].items()}
-    assert (
-        flops(tiny_hybrid, count_attention=False, steps=9)
-        == counted["aten.addmm"] + counted["aten.convolution"]
-    )
+    assert flops(tiny_hybrid, count_attention=False, steps=9) == counted["aten.addmm"] + counted["aten.convolution"]
 
 
 def test_the_unroll_costs_what_the_model_costs(any_model):

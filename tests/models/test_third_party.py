@@ -35,9 +35,7 @@ def hand(tiny, images, by_hand):
         run = by_hand.run(tiny, x, blocks or [block] * 12, changes=changes)
         return by_hand.logits(tiny, run[-1]["resid_post"])
 
-    return SimpleNamespace(
-        sites=sites, logits=logits, acts=[site.get("mlp_post") for site in sites], block=block
-    )
+    return SimpleNamespace(sites=sites, logits=logits, acts=[site.get("mlp_post") for site in sites], block=block)
 
 
 def integrated_gradients(hand, baseline_act, points, step=STEP):
@@ -95,9 +93,7 @@ def test_captum_layer_integrated_gradients_sum_to_what_the_step_contributes(tiny
     view = unroll(tiny)
     method = attr.LayerIntegratedGradients(view, view.blocks[STEP - 1].mlp.act)
     baseline = torch.zeros_like(images)
-    answer, delta = method.attribute(
-        images, baseline, target=TARGETS, n_steps=40, return_convergence_delta=True
-    )
+    answer, delta = method.attribute(images, baseline, target=TARGETS, n_steps=40, return_convergence_delta=True)
     black = by_hand.run(tiny, baseline, [hand.block] * STEP)[STEP]["mlp_post"]
     replaced = hand.logits({STEP: lambda _: black})
     contribution = (hand.logits() - replaced).gather(1, TARGETS[:, None])[:, 0]
@@ -108,9 +104,7 @@ def test_captum_layer_integrated_gradients_sum_to_what_the_step_contributes(tiny
 def test_captum_layer_conductance(tiny, images, hand, by_hand):
     attr = pytest.importorskip("captum.attr")
     view = unroll(tiny)
-    answer = attr.LayerConductance(view, view.blocks[STEP - 1].mlp.act).attribute(
-        images, target=TARGETS, n_steps=5
-    )
+    answer = attr.LayerConductance(view, view.blocks[STEP - 1].mlp.act).attribute(images, target=TARGETS, n_steps=5)
     nodes = (np.polynomial.legendre.leggauss(6)[0] + 1) / 2
     acts, gradients = [], []
     for node in nodes:  # the image fades in from black; captum sums gradient x change of the neuron
@@ -241,9 +235,7 @@ def test_input_attributions_are_the_same_on_both(tiny, images):
     attr = pytest.importorskip("captum.attr")
     for method in (attr.IntegratedGradients, attr.Saliency, attr.InputXGradient):
         kwargs = {"n_steps": 5} if method is attr.IntegratedGradients else {}
-        on_model, on_view = (
-            method(m).attribute(images, target=TARGETS, **kwargs) for m in (tiny, unroll(tiny))
-        )
+        on_model, on_view = (method(m).attribute(images, target=TARGETS, **kwargs) for m in (tiny, unroll(tiny)))
         torch.testing.assert_close(on_model, on_view)
 
 
@@ -275,9 +267,7 @@ def test_the_same_tools_on_the_recurrent_model(tiny, images, hand, by_hand):
     original = fc1.weight.detach().clone()
     prune.l1_unstructured(fc1, "weight", amount=0.5)
     pruned = tiny(images)
-    torch.testing.assert_close(
-        pruned, hand.logits(), **CLOSE
-    )  # by hand with the masked weight: in all 12 steps
+    torch.testing.assert_close(pruned, hand.logits(), **CLOSE)  # by hand with the masked weight: in all 12 steps
     prune.remove(fc1, "weight")
     with torch.no_grad():
         fc1.weight.copy_(original)

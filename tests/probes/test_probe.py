@@ -239,9 +239,10 @@ def test_an_edit_that_never_fires_is_an_error(tiny, images):
 
 def test_an_edit_of_another_shape_is_an_error(tiny, images):
     probe = Probe(tiny)
-    with pytest.raises(UserError, match=r"returned shape \(4, 17, 4\), expected \(4, 17, 4, 8\)"):
-        with probe.edit({("z", 2): lambda x, a: x[..., 0]}):
-            probe(images)
+    edits = {("z", 2): lambda x, a: x[..., 0]}
+    expected = r"returned shape \(4, 17, 4\), expected \(4, 17, 4, 8\)"
+    with pytest.raises(UserError, match=expected), probe.edit(edits):
+        probe(images)
 
 
 def test_an_edited_pattern_is_not_recorded_as_if_it_were_not(tiny, images):
