@@ -11,6 +11,7 @@ os.environ["MPLBACKEND"] = "Agg"  # before any test imports matplotlib
 
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -118,6 +119,20 @@ def any_model(request: pytest.FixtureRequest) -> nn.Module:
 def images() -> torch.Tensor:
     """Four random images, ``(4, 3, 32, 32)``."""
     return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture
+def real() -> Callable[[str], Path]:
+    """``real(name)``: the folder of a real data set, or the test is skipped."""
+
+    def find(name: str) -> Path:
+        beside = Path(__file__).resolve().parents[2] / "shared" / "data"
+        root = Path(os.environ.get("BVIT_TEST_DATA") or beside)
+        if not (root / name).is_dir():
+            pytest.skip(f"no {root / name}; set BVIT_TEST_DATA to a folder with it")
+        return root / name
+
+    return find
 
 
 @pytest.fixture

@@ -129,6 +129,24 @@ def test_a_stacked_vit_by_its_timm_name(tmp_path, pictures):
     assert set(frame["model"]) == {"vit_tiny_patch16_224@random"}
 
 
+def test_the_set_with_masks_and_a_random_stacked_vit(real, tmp_path):
+    data = real("coco_seg_s")
+    arguments = [
+        "--ckpt",
+        "timm:vit_base_patch16_224@random",
+        "--data",
+        str(data),
+        "--out",
+        str(tmp_path),
+        "--limit",
+        "6",
+    ]
+    assert main(["pointing-game", *arguments]) == 0
+    frame = pd.read_csv(tmp_path / "pointing_game.csv")
+    assert len(frame) == 12 * (12 + 3)
+    assert frame["chance"].between(0.02, 0.8).all()
+
+
 def test_sweep_continues_and_refuses_other_options(ckpt, tmp_path, capfd):
     arguments = ["rank-sweep", "--ckpt", ckpt, "--limit", "10", "--out", tmp_path]
     assert main([*map(str, arguments), "--ranks", "4", "32"]) == 0

@@ -21,6 +21,8 @@ class Recipe:
     """`name` and constructor arguments of the model."""
     data: str
     """Data set of the catalog."""
+    init: str | None = None
+    """Checkpoint to start from; what it lacks (a time embedding, registers) starts at its own beginning."""
     epochs: int
     """Passes of `images_per_epoch` images."""
     images_per_epoch: int

@@ -24,7 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 from bvit_interp.data.digits import DigitScenes
-from bvit_interp.errors import UserError
+from bvit_interp.errors import UserError, choices
 from bvit_interp.models import checkpoint
 from bvit_interp.models.bvit import BViT
 from bvit_interp.training.recipe import Recipe
@@ -55,14 +55,7 @@ def train(recipe: Recipe, out: Path, device: str = "cpu") -> BViT:
         raise UserError(f"recipe: data must be digits-s, got {recipe.data!r}")
     torch.manual_seed(recipe.seed)
     order = np.random.default_rng(recipe.seed)
-    arguments = dict(recipe.model)
-    model = timm.create_model(arguments.pop("name"), **arguments).to(device)
-    if not isinstance(model, BViT):
-        raise UserError(f"recipe: {recipe.model['name']} is not a BViT")
-    if recipe.positions == "sincos":
-        grid = build_sincos2d_pos_embed(list(model.patch_embed.grid_size), model.embed_dim)
-        model.pos_embed.data[0, 1:] = grid.to(device)
-    model.pretrained_cfg |= {"crop_pct": 1.0, "label_names": list(DigitScenes.classes)}
+    model = _start(recipe).to(device)
     forward = _prepare(model, recipe, device)
     optimizer = torch.optim.AdamW(_weight_decay_groups(model, recipe.weight_decay), lr=recipe.lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, recipe))
@@ -128,6 +121,26 @@ def _epoch(
         if len(losses) % 50 == 0:
             bar.set_postfix(loss=f"{np.mean(losses[-50:]):.3f}")
     return {"loss": float(np.mean(losses)), "grad_norm": float(np.mean(norms))}
+
+
+def _start(recipe: Recipe) -> BViT:
+    """The model before its first step."""
+    arguments = dict(recipe.model)
+    model = timm.create_model(arguments.pop("name"), **arguments)
+    if not isinstance(model, BViT):
+        raise UserError(f"recipe: {recipe.model['name']} is not a BViT")
+    if recipe.positions == "sincos":
+        grid = build_sincos2d_pos_embed(list(model.patch_embed.grid_size), model.embed_dim)
+        model.pos_embed.data[0, 1:] = grid
+    if recipe.init is not None:
+        weights = checkpoint.load(recipe.init).state_dict()
+        own = model.state_dict()
+        misfits = [key for key in weights if key not in own or own[key].shape != weights[key].shape]
+        if misfits:
+            raise UserError(f"recipe: {recipe.init} does not fit the model: {choices(misfits)}")
+        model.load_state_dict(weights, strict=False)
+    model.pretrained_cfg |= {"crop_pct": 1.0, "label_names": list(DigitScenes.classes)}
+    return model
 
 
 def _scenes(recipe: Recipe, epoch: int) -> DigitScenes:

@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-
-
-@pytest.fixture
-def real() -> Callable[[str], Path]:
-    """``real(name)``: the folder of a real data set, or the test is skipped."""
-
-    def find(name: str) -> Path:
-        beside = Path(__file__).resolve().parents[3] / "shared" / "data"
-        root = Path(os.environ.get("BVIT_TEST_DATA") or beside)
-        if not (root / name).is_dir():
-            pytest.skip(f"no {root / name}; set BVIT_TEST_DATA to a folder with it")
-        return root / name
-
-    return find
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import torch
 
 from bvit_interp.data.digits import DigitScenes
 from bvit_interp.errors import UserError
-from bvit_interp.models.checkpoint import load
+from bvit_interp.models.checkpoint import load, save
 from bvit_interp.training import supervised
 from bvit_interp.training.recipe import Recipe, available, read
 
@@ -58,6 +58,35 @@ def test_nan_stops_with_the_epoch_named_and_the_last_weights_kept(tmp_path, monk
     load(tmp_path / "run")
 
 
+def test_starting_from_a_checkpoint(make, tmp_path):
+    base = make(patch_size=4)
+    folder = save(base, tmp_path / "base")
+    for name, new in (("bvit_small_te_patch16_224", "blocks.step_embed"), ("bvit_small_reg4_patch16_224", "reg_token")):
+        arguments = {"name": name, "img_size": 32, "patch_size": 4, "embed_dim": 32, "num_heads": 4, "num_classes": 10}
+        model = supervised._start(Recipe(**{**SMALL, "model": arguments, "init": str(folder)})).eval()
+        own = model.state_dict()
+        assert set(own) - set(base.state_dict()) == {new}
+        assert all(torch.equal(own[key], tensor) for key, tensor in base.state_dict().items())
+        if new == "blocks.step_embed":  # it starts at zero: the very same model
+            images = torch.randn(2, 3, 32, 32)
+            assert torch.equal(model(images), base(images))
+    wide = {**arguments, "embed_dim": 64}
+    with pytest.raises(UserError, match="does not fit the model: cls_token"):
+        supervised._start(Recipe(**{**SMALL, "model": wide, "init": str(folder)}))
+
+
+def test_sincos_positions():
+    """Row r, column c: the first half of the width is of the one coordinate, the second of the other."""
+    model = supervised._start(Recipe(**{**SMALL, "positions": "sincos"}))
+    positions = model.pos_embed[0, 1:].reshape(4, 4, 32)
+    assert positions.abs().max() <= 1
+    same_row = torch.isclose(positions[1, 0], positions[1, 3]).float().mean()
+    same_column = torch.isclose(positions[0, 1], positions[3, 1]).float().mean()
+    assert same_row == pytest.approx(0.5, abs=0.1)
+    assert same_column == pytest.approx(0.5, abs=0.1)
+    assert len(torch.unique(positions.reshape(16, 32).round(decimals=4), dim=0)) == 16
+
+
 def test_accuracy_and_loss_against_numpy(make):
     model = make(patch_size=8)
     images = supervised.render(DigitScenes("test", length=30))
@@ -94,7 +123,7 @@ def test_recipes():
     base, te = read("digits-s"), read("digits-s-te", ["lr=0.01", "model.embed_dim=64"])
     assert te.model == {**base.model, "name": "bvit_small_te_patch16_224", "embed_dim": 64}
     assert te.lr == 0.01
-    assert te.epochs == base.epochs
+    assert te.batch_size == base.batch_size
     easy = Recipe(**SMALL, easy_epochs=2, fade_epochs=4)
     assert [easy.hardness(epoch) for epoch in range(8)] == [0, 0, 0, 0.25, 0.5, 0.75, 1, 1]
 
@@ -103,7 +132,7 @@ def test_recipes():
     ("settings", "message"),
     [
         (["lr"], "--set takes key=value"),
-        (["speed=3"], "unknown setting speed; settings: model, data, epochs"),
+        (["speed=3"], "unknown setting speed; settings: model, data, init"),
         (["epochs=0"], "epochs must be >= 1"),
         (["batch_size=99999"], "less than a batch"),
         (["autocast=fp8"], "autocast must be bf16 or off"),
