@@ -69,7 +69,7 @@ COLUMNS = {
     "low": "lower end of the bootstrap 95 % interval over images",
     "high": "upper end of it",
     "n": "images that count",
-    "ignored": "images left out because the point is on ignored ground (summed over heads in mean and best)",
+    "ignored": "images left out because the point (for the mean: of every head) is on ignored ground",
     "skipped": "images left out because the crop shows no object",
     "chance": "null: mean share of the image the object covers, 0..1",
     "centre": "null: hit ratio of the image's centre pixel, 0..1",
@@ -203,33 +203,32 @@ def _score(name: str, probe: Any, rows: np.ndarray, config: Config) -> pd.DataFr
     )
     draws = draws.reshape(len(draws), probe.num_steps, -1)
     shared = {
-        "model": name, "saliency": config.saliency, "n": len(scored), "skipped": int(len(rows) - len(scored)),
+        "model": name, "saliency": config.saliency, "skipped": int(len(rows) - len(scored)),
         "chance": float(_mean(scored[:, 2:3], weights)[0]), "centre": float(_mean(scored[:, 3:4], weights)[0]),
     }  # fmt: skip
     table: list[dict[str, Any]] = []
     for t, ratios in enumerate(_mean(hits, weights)):
-        ignored = np.isnan(hits[:, t]).sum(0)
-
-        def add(head: str, ratio: float, sample: np.ndarray, lost: int, chosen: int | None = None, t: int = t) -> None:
-            low, high = metrics.interval(sample)
-            table.append({**shared, "step": t + 1, "head": head, "hit_ratio": float(ratio), "low": low, "high": high,
-                          "n": shared["n"] - lost, "ignored": lost, "chosen": chosen})  # fmt: skip
-
+        sample, best, equal = draws[:, t], int(_best(ratios)), np.ones(len(ratios))
+        # head, ratio, bootstrap draws, nan where the point of an image is ignored, the head chosen
+        entries: list[tuple[str, Any, Any, Any, int | None]] = [
+            (str(head), ratio, sample[:, head], hits[:, t, head], None) for head, ratio in enumerate(ratios)
+        ]
         if len(ratios) == 1:
-            add("all", ratios[0], draws[:, t, 0], int(ignored[0]))
-            continue
-        for head, ratio in enumerate(ratios):
-            add(str(head), ratio, draws[:, t, head], int(ignored[head]))
-        best, equal = int(_best(ratios)), np.ones(len(ratios))
-        add("mean", _mean(ratios, equal), _mean(draws[:, t, :-1].T, equal), 0)
-        add("best", ratios[best], draws[:, t, best], int(ignored[best]), best)
-        add(
-            "best-split",
-            _mean(honest[:, t], weights),
-            draws[:, t, -1],
-            int(np.isnan(honest[:, t]).sum()),
-            int(first[t]),
-        )
+            entries = [("all", *entries[0][1:])]
+        else:
+            every = np.where(np.isnan(hits[:, t]).all(1), np.nan, 0)
+            entries += [
+                ("mean", _mean(ratios, equal), _mean(sample[:, :-1].T, equal), every, None),
+                ("best", ratios[best], sample[:, best], hits[:, t, best], best),
+                ("best-split", _mean(honest[:, t], weights), sample[:, -1], honest[:, t], int(first[t])),
+            ]
+        for head, ratio, of_draws, per_image, chosen in entries:
+            low, high = metrics.interval(of_draws)
+            lost = int(np.isnan(per_image).sum())
+            table.append(
+                {**shared, "step": t + 1, "head": head, "hit_ratio": float(ratio), "low": low, "high": high,
+                 "n": len(scored) - lost, "ignored": lost, "chosen": chosen}
+            )  # fmt: skip
     return pd.DataFrame(table).astype({"chosen": "Int64"})
 
 
