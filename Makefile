@@ -41,4 +41,4 @@ bench: setup
 	$(BIN)/python benchmarks/recording.py
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv $(RUN)

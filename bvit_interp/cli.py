@@ -41,6 +41,8 @@ class Inputs:
     """auto, cpu, cuda or cuda:N."""
     overwrite: bool = False
     """Start again where a sweep would continue a table that is there."""
+    download: bool = False
+    """Fetch CIFAR with torchvision if it is not there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +111,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if debug:
             raise
-        print("bvit-interp: interrupted; finished rows are kept", file=sys.stderr)
+        print("bvit-interp: interrupted; finished rows of a sweep are kept", file=sys.stderr)
         return 130
+    except RuntimeError:
+        if debug or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            raise
+        print("bvit-interp: error: another process stopped", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -215,20 +222,22 @@ def run_analysis(word: str, inputs: Inputs, config: Any, device: str = "cpu") ->
     from bvit_interp.data.catalog import open_samples
 
     module = _module(word)
-    data = open_samples(inputs.data, inputs.split)
+    data = open_samples(inputs.data, inputs.split, inputs.download)
     models = _load(inputs.ckpt, device)
+    results.check_folder(inputs.out)
     path = inputs.out / f"{word}.csv"
-    options = {
-        "analysis": word, "data": inputs.data, "split": inputs.split, "config": asdict(config),
+    rows_of = {
+        "analysis": word, "data": inputs.data, "split": inputs.split, "config": config.identity(),
         "weights": {name: results.weights_hash(model) for name, model in models.items()},
     }  # fmt: skip
-    extra = {}
-    if "table" in inspect.signature(module.measure).parameters:
-        extra["table"] = results.Table(path, options, inputs.overwrite)
-    frame = module.measure(models, data, config, folder=inputs.out, **extra)
+    wanted = inspect.signature(module.measure).parameters
+    given: dict[str, Any] = {"folder": inputs.out} if "folder" in wanted else {}
+    if "table" in wanted:
+        given["table"] = results.Table(path, rows_of, inputs.overwrite)
+    frame = module.measure(models, data, config, **given)
     if results.rank_and_world()[0] == 0:
         results.write_table(frame, path)
-        results.write_json(results.provenance(options), path.with_suffix(".json"))
+        results.write_json(results.provenance({**rows_of, "config": asdict(config)}), path.with_suffix(".json"))
         print(_summary(frame))
         print(f"\nwrote {path}")
         _draw(module, frame, path.with_suffix(".png"))

@@ -116,15 +116,38 @@ def point_hits(maps: Tensor, positive: Tensor, ignored: Tensor) -> Tensor:
 # ---- intervals -----------------------------------------------------------------------------------------
 
 
+def mean_over_images(values: np.ndarray, classes: np.ndarray | None = None) -> np.ndarray:
+    """Mean over images, nan left out: of all of them, or of the means of the classes.
+
+    Parameters
+    ----------
+    values : ``(n, ...)``, one row an image.
+    classes : ``(n,)`` class of each image. Per column, the mean over the images present in each class, then over
+        the classes that have any; without it the mean over images.
+
+    Returns
+    -------
+    ``(...)``; nan where no image is present.
+    """
+    order, begins = _by_class(len(values), classes)
+    present = ~np.isnan(values[order])
+    with np.errstate(invalid="ignore"):
+        means = np.add.reduceat(np.where(present, values[order], 0.0), begins) / np.add.reduceat(
+            present, begins, dtype=np.int64
+        )
+        there = ~np.isnan(means)
+        return np.where(there, means, 0.0).sum(0) / there.sum(0)
+
+
 def bootstrap_means(
-    values: np.ndarray, weights: np.ndarray | None = None, seed: int = 0, draws: int = 2000
+    values: np.ndarray, classes: np.ndarray | None = None, seed: int = 0, draws: int = 2000
 ) -> np.ndarray:
-    """Means over images of bootstrap resamples (Efron, 1979); their quantiles are the interval.
+    """`mean_over_images` of bootstrap resamples of the images (Efron, 1979); their quantiles are the interval.
 
     Parameters
     ----------
     values : ``(n, columns)``, one row an image; nan is left out of its column's mean.
-    weights : ``(n,)`` weight of each image (1 / images of its class gives class means); by default equal.
+    classes : ``(n,)`` class of each image, for the mean of class means; a class that a resample misses is left out.
     seed, draws : of the resampling.
 
     Returns
@@ -136,15 +159,28 @@ def bootstrap_means(
     if n == 0:
         return means
     rng = np.random.default_rng(seed)
-    weights = np.ones(n) if weights is None else weights
-    present = ~np.isnan(values) * weights[:, None]
-    filled = np.where(present > 0, values, 0.0) * weights[:, None]
-    for begin in range(0, draws, 100):  # a block of resamples at a time bounds memory at 100 n
+    order, begins = _by_class(n, classes)
+    present = (~np.isnan(values[order])).astype(np.float64)
+    filled = np.where(present > 0, values[order], 0.0)
+    for begin in range(0, draws, 100):  # a block of resamples at a time bounds memory at 100 (n + columns)
         size = min(100, draws - begin)
-        counts = rng.multinomial(n, np.full(n, 1 / n), size=size).astype(np.float64)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            means[begin : begin + size] = (counts @ filled) / (counts @ present)
+        counts = rng.multinomial(n, np.full(n, 1 / n), size=size)[:, order].astype(np.float64)
+        total, classes_there = np.zeros((size, columns)), np.zeros((size, columns))
+        for first, end in zip(begins, [*begins[1:], n], strict=True):
+            images = counts[:, first:end] @ present[first:end]
+            total += (counts[:, first:end] @ filled[first:end]) / np.maximum(images, 1)
+            classes_there += images > 0
+        with np.errstate(invalid="ignore"):
+            means[begin : begin + size] = total / classes_there
     return means
+
+
+def _by_class(n: int, classes: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Order that brings the images of a class together, and where each class begins in it; one class if none."""
+    if classes is None:
+        return np.arange(n), np.zeros(min(n, 1), dtype=np.intp)
+    order = np.argsort(classes, kind="stable")
+    return order, np.unique(classes[order], return_index=True)[1]
 
 
 def interval(draws: np.ndarray) -> tuple[float, float]:

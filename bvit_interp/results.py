@@ -114,8 +114,9 @@ class Table:
     Parameters
     ----------
     path : the CSV; its options lie in the `.json` beside it.
-    options : what the rows depend on; a table made with other options is refused, not mixed.
-    overwrite : start again instead.
+    options : what the rows depend on; a table made with others is refused, not mixed. Options that the `.json` has
+        beside these do not matter.
+    overwrite : start again instead; what is there stays until the first new row is finished.
     """
 
     def __init__(self, path: Path, options: Mapping[str, Any], overwrite: bool = False) -> None:
@@ -125,19 +126,16 @@ class Table:
         if path.exists() and not overwrite:
             self._check_options()
             self.rows += read_table(path).to_dict("records")  # type: ignore[arg-type]
-        elif rank_and_world()[0] == 0:
-            path.unlink(missing_ok=True)
-            write_json({"options": self.options}, self.about)
 
     def _check_options(self) -> None:
         try:
-            found = dict(json.loads(self.about.read_text())["options"])
-        except (OSError, ValueError, KeyError, TypeError):
+            found = _flat(json.loads(self.about.read_text())["options"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{self.path} exists without its options; --overwrite replaces it") from None
         differing = [
-            f"{key}: {found.get(key)!r} there, {self.options.get(key)!r} now"
-            for key in sorted(found.keys() | self.options.keys())
-            if found.get(key) != self.options.get(key)
+            f"{key}: {found.get(key)!r} there, {value!r} now"
+            for key, value in _flat(self.options).items()
+            if found.get(key) != value
         ]
         if differing:
             raise UserError(
@@ -154,4 +152,22 @@ class Table:
 
         self.rows.append(dict(row))
         if rank_and_world()[0] == 0:
+            if len(self.rows) == 1:
+                self.path.unlink(missing_ok=True)  # rows of other options must never lie beside these
+                write_json({"options": self.options}, self.about)
             write_table(pd.DataFrame(self.rows), self.path)
+
+
+def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options by dotted name."""
+    flat: dict[str, Any] = {}
+    for key, value in options.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder for results that cannot be made or written, before hours of work."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"--out {folder}: {there} is not a folder that can be written to")

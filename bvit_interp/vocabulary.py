@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 from bvit_interp.errors import UserError, choices
 
@@ -72,20 +73,21 @@ def check_site(site: str) -> str:
 def check_step(step: int, num_steps: int, *, zero: bool = False) -> int:
     """`step` counted from 1 (-1 is the last), or a UserError; `zero` admits step 0."""
     lowest = 0 if zero else 1
-    counted = num_steps + 1 + step if step < 0 else step
-    if isinstance(step, bool) or not lowest <= counted <= num_steps:
-        raise UserError(f"no step {step}; steps: {lowest}..{num_steps} (-1 is the last)")
-    return counted
+    whole = isinstance(step, Integral) and not isinstance(step, bool)
+    counted = num_steps + 1 + step if whole and step < 0 else step
+    if not whole or not lowest <= counted <= num_steps:
+        raise UserError(f"no step {step!r}; steps: {lowest}..{num_steps} (-1 is the last)")
+    return int(counted)
 
 
-def check_steps(steps: Iterable[int] | int | None, num_steps: int) -> list[int]:
-    """Steps in the order given, counted from 1; None is every step."""
+def check_steps(steps: Iterable[int] | int | None, num_steps: int, *, zero: bool = False) -> list[int]:
+    """Steps in the order given, counted from 1; None is every step (without step 0)."""
     if steps is None:
         return list(range(1, num_steps + 1))
-    listed = [steps] if isinstance(steps, int) else list(steps)
+    listed = list(steps) if isinstance(steps, Iterable) else [steps]
     if not listed:
         raise UserError(f"no step chosen; steps: 1..{num_steps}")
-    checked = [check_step(step, num_steps) for step in listed]
+    checked = [check_step(step, num_steps, zero=zero) for step in listed]
     if len(set(checked)) < len(checked):
         raise UserError(f"a step is chosen twice in {listed}")
     return checked

@@ -13,8 +13,20 @@ import pytest
 from bvit_interp.models.checkpoint import save
 
 
-def run(processes, word, ckpt, out):
-    command = ["-m", "bvit_interp.cli", word, "--ckpt", ckpt, "--limit", "41", "--batch-size", "8", "--out", str(out)]
+def run(processes, word, ckpt, out, limit):
+    command = [
+        "-m",
+        "bvit_interp.cli",
+        word,
+        "--ckpt",
+        ckpt,
+        "--limit",
+        str(limit),
+        "--batch-size",
+        "8",
+        "--out",
+        str(out),
+    ]
     if processes > 1:
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *command]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
@@ -24,10 +36,14 @@ def run(processes, word, ckpt, out):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("word", ["pointing-game", "energy-rank", "rank-sweep"])
-def test_two_processes_give_the_table_of_one(word, tiny, tmp_path):
+@pytest.mark.parametrize(
+    ("word", "limit"),
+    # with one image the second process has none
+    [("pointing-game", 41), ("energy-rank", 41), ("rank-sweep", 41), ("pointing-game", 1), ("rank-sweep", 1)],
+)
+def test_two_processes_give_the_table_of_one(word, limit, tiny, tmp_path):
     ckpt = str(save(tiny, tmp_path / "tiny"))
-    one, two = (run(n, word, ckpt, tmp_path / str(n)) for n in (1, 2))
+    one, two = (run(n, word, ckpt, tmp_path / str(n), limit) for n in (1, 2))
     assert list(one) == list(two)
     for column in one.columns.drop("path", errors="ignore"):
         if one[column].dtype == np.float64:

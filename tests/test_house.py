@@ -51,7 +51,7 @@ def test_the_room_of_an_analysis(word):
     assert module.Config.__dataclass_params__.frozen
     assert all(f.kw_only for f in dataclasses.fields(module.Config))
     assert all(module.COLUMNS.values())
-    assert list(inspect.signature(module.measure).parameters)[:4] == ["models", "data", "config", "folder"]
+    assert list(inspect.signature(module.measure).parameters)[:3] == ["models", "data", "config"]
     assert list(inspect.signature(module.plot).parameters) == ["frame"]
 
 

@@ -239,8 +239,11 @@ def test_bootstrap_is_seeded():
 def test_bootstrap_leaves_the_global_generator_and_its_input_alone():
     values = np.array([[1.0, nan], [2.0, 3.0]])
     before, state = values.copy(), np.random.get_state()[1].copy()  # noqa: NPY002
-    metrics.bootstrap_means(values, np.array([1.0, 2.0]))
+    classes = np.array([1, 0])
+    metrics.bootstrap_means(values, classes)
+    metrics.mean_over_images(values, classes)
     assert np.array_equal(values, before, equal_nan=True)
+    assert classes.tolist() == [1, 0]
     assert np.array_equal(np.random.get_state()[1], state)  # noqa: NPY002
 
 
@@ -261,8 +264,9 @@ def test_bootstrap_of_written_down_resamples(monkeypatch):
     values = np.array([[1.0, 5.0], [4.0, nan], [7.0, 2.0]])
     found = metrics.bootstrap_means(values, draws=4)
     np.testing.assert_allclose(found, [[1, 5], [4, 3.5], [5, 2], [4, nan]])
-    found = metrics.bootstrap_means(values, np.array([1.0, 1.0, 0.5]), draws=4)
-    np.testing.assert_allclose(found, [[1, 5], [8.5 / 2.5, 6 / 1.5], [11.5 / 2.5, 2], [4, nan]])
+    found = metrics.bootstrap_means(values, np.array([7, 3, 7]), draws=4)
+    # classes {4} and {1, 7}; {nan} and {5, 2}: a class a resample misses, or with nothing but nan, is left out
+    np.testing.assert_allclose(found, [[1, 5], [(4 + 4) / 2, 3.5], [(4 + 7) / 2, 2], [4, nan]])
 
 
 def test_bootstrap_against_scipy():
@@ -285,13 +289,56 @@ def test_bootstrap_interval_covers_as_often_as_it_says():
     assert covered <= stats.binom.ppf(0.999, 200, 0.96)
 
 
-def test_class_weights_give_the_mean_of_class_means():
+def test_mean_over_images_by_hand():
+    values, classes = np.array([1, nan, 0, 0, 0])[:, None], np.array([0, 0, 0, 1, 1])
+    assert metrics.mean_over_images(values) == [0.25]
+    assert metrics.mean_over_images(values, classes) == [0.25]  # (1 / 2 + 0) / 2
+    values = np.array([[1, nan], [nan, nan], [0, 1], [0.4, nan], [0.8, nan]])
+    order = [3, 0, 4, 2, 1]  # classes need not be sorted
+    found = metrics.mean_over_images(values[order], np.array([5, 2, 5, 2, 2]))
+    np.testing.assert_allclose(found, [(0.5 + 0.6) / 2, 1])  # a class without a number is left out
+    np.testing.assert_allclose(metrics.mean_over_images(values), [2.2 / 4, 1])
+
+
+@pytest.mark.parametrize("classes", [None, np.array([0, 1, 0, 1])])
+def test_mean_over_images_keeps_the_other_axes(classes):
+    values = np.random.default_rng(0).random((4, 3, 2))
+    np.testing.assert_allclose(metrics.mean_over_images(values, classes), values.mean(0))  # balanced classes
+    values[:, 1] = nan
+    found = metrics.mean_over_images(values, classes)
+    assert np.isnan(found[1]).all()
+    assert np.isfinite(found[[0, 2]]).all()
+    none = metrics.mean_over_images(values[:0], None if classes is None else classes[:0])
+    assert none.shape == (3, 2)
+    assert np.isnan(none).all()
+
+
+def test_bootstrap_by_class_with_gaps_is_the_mean_of_every_resample(monkeypatch):
+    rng = np.random.default_rng(4)
+    values, classes = rng.random((12, 5)), rng.integers(0, 4, 12)
+    values[rng.random(values.shape) < 0.4] = nan
+    counts = rng.multinomial(12, np.full(12, 1 / 12), size=50)
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: Counted(counts))
+    expected = [metrics.mean_over_images(np.repeat(values, c, 0), np.repeat(classes, c)) for c in counts]
+    np.testing.assert_allclose(metrics.bootstrap_means(values, classes, draws=50), expected)
+
+
+def test_bootstrap_by_class_centres_on_the_mean_by_class_with_gaps():
+    """Gaps that go with the class must not pull the interval off the ratio it is printed beside."""
+    classes = np.repeat([0, 1], 100)
+    values = np.where(classes == 0, 1.0, 0.0)[:, None]
+    values[:80] = nan
+    draws = metrics.bootstrap_means(values, classes)[:, 0]
+    assert metrics.mean_over_images(values, classes) == [0.5]
+    np.testing.assert_allclose(draws, 0.5)
+
+
+def test_classes_give_the_mean_of_class_means():
     labels = np.array([0] * 90 + [1] * 10)
     values = np.where(labels == 0, 0.8, 0.2)[:, None] + np.tile([-0.1, 0.1], 50)[:, None]
-    counts = np.bincount(labels)
     class_mean = np.mean([values[labels == c].mean() for c in (0, 1)])  # (0.8 + 0.2) / 2, not 0.74
     assert class_mean == pytest.approx(0.5)
-    draws = metrics.bootstrap_means(values, 1 / counts[labels], draws=4000)[:, 0]
+    draws = metrics.bootstrap_means(values, labels, draws=4000)[:, 0]
     assert draws.mean() == pytest.approx(class_mean, abs=0.01)
     assert metrics.bootstrap_means(values, draws=4000).mean() == pytest.approx(0.74, abs=0.005)
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bvit_interp.data.reading import Reading
@@ -58,16 +57,13 @@ COLUMNS = {
 }
 
 
-def measure(
-    models: Mapping[str, VisionTransformer], data: Samples, config: Config, folder: Path | None = None
-) -> pd.DataFrame:
+def measure(models: Mapping[str, VisionTransformer], data: Samples, config: Config) -> pd.DataFrame:
     """Energy ranks of every model, matrix and step.
 
     Parameters
     ----------
     models : name -> model; all see each image in one pass.
     data : images; their labels are not used.
-    folder : not used.
 
     Returns
     -------

@@ -17,7 +17,6 @@ import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bvit_interp.data.reading import Reading
@@ -48,6 +47,10 @@ class Config(Reading):
         if self.ranks is not None and (not self.ranks or min(self.ranks) < 1):
             raise UserError(f"ranks must be >= 1, got {self.ranks}")
 
+    def identity(self) -> dict[str, Any]:
+        """Without the ranks: a sweep may be continued with more of them."""
+        return {key: value for key, value in super().identity().items() if key != "ranks"}
+
 
 COLUMNS = {
     "model": "checkpoint",
@@ -64,21 +67,19 @@ COLUMNS = {
 
 
 def measure(
-    models: Mapping[str, VisionTransformer], data: Samples, config: Config, folder: Path | None = None,
-    table: Table | None = None,
-) -> pd.DataFrame:  # fmt: skip
+    models: Mapping[str, VisionTransformer], data: Samples, config: Config, table: Table | None = None
+) -> pd.DataFrame:
     """Accuracy of every model at every rank.
 
     Parameters
     ----------
     models : name -> model; all see each image in one pass. Their weights are put back.
     data : labelled images.
-    folder : not used.
     table : rows already there are not measured again; finished ones are added at once.
 
     Returns
     -------
-    A table of `COLUMNS`.
+    A table of `COLUMNS`; with `table`, all its rows.
     """
     import pandas as pd
 
@@ -179,7 +180,7 @@ def _count_hits(
     counts = {}
     for name in models:
         hits, labels = rows[name].compute()[1].unbind(1)
-        counts[name] = (int(hits.sum()), len(hits), float(labels.long().bincount().max() / len(hits)))
+        counts[name] = (int(hits.sum()), len(hits), int(labels.long().bincount().max()) / len(hits))
     return counts
 
 

@@ -28,7 +28,8 @@ class Geometry:
     size : height and width of the centre crop, pixels.
     resize : length of the shorter side before the crop, pixels.
     mean, std : of the normalisation, per channel of an image in 0..1.
-    interpolation : "bilinear", "bicubic", ... (antialiased); masks are always taken from the nearest pixel.
+    interpolation : "bilinear", "bicubic", ... (antialiased); masks are always taken from the nearest pixel, by its
+        centre (`NEAREST_EXACT`; torchvision's own for masks lies half a pixel off the image).
     """
 
     size: tuple[int, int]
@@ -73,12 +74,13 @@ class Geometry:
     def __call__(self, image: np.ndarray, mask: np.ndarray | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Normalised image ``(3, *size)`` of one ``(H, W, 3)`` uint8, and its class ids ``(*size)`` int64."""
         pixels = tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1))
-        pixels = F.to_dtype(self._crop(pixels), torch.float32, scale=True)
+        mode = InterpolationMode(self.interpolation)
+        pixels = F.to_dtype(self._crop(pixels, mode), torch.float32, scale=True)
         view = F.normalize(pixels, list(self.mean), list(self.std)).as_subclass(torch.Tensor)
         if mask is None:
             return view, None
-        return view, self._crop(tv_tensors.Mask(torch.from_numpy(mask).long())).as_subclass(torch.Tensor)
+        ids = torch.from_numpy(mask).long()[None]  # no tv_tensors.Mask: it would get the legacy nearest
+        return view, self._crop(ids, InterpolationMode.NEAREST_EXACT)[0]
 
-    def _crop(self, pixels: torch.Tensor) -> torch.Tensor:
-        mode = InterpolationMode(self.interpolation)  # not for a Mask: torchvision takes its nearest pixels
+    def _crop(self, pixels: torch.Tensor, mode: InterpolationMode) -> torch.Tensor:
         return F.center_crop(F.resize(pixels, [self.resize], mode, antialias=True), list(self.size))

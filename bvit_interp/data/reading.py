@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 from bvit_interp.errors import UserError
 
@@ -27,8 +27,8 @@ class Reading:
     workers: int = 0
     """Processes that decode images beside this one."""
     resize: int | None = None
-    """Shorter side before the centre crop, pixels; by default 256 for a 224-px model, in proportion otherwise,
-    and none for data sets drawn at the model's size."""
+    """Shorter side before the centre crop, pixels; by default 256 for a 224-px model and in proportion for others
+    (a checkpoint may say otherwise), and none for data sets drawn at the model's size."""
     skip_corrupt: bool = False
     """Report images that cannot be read and go on, instead of stopping."""
 
@@ -39,6 +39,10 @@ class Reading:
                 raise UserError(f"{name.replace('_', '-')} must be >= 1, got {value}")
         if self.workers < 0:
             raise UserError(f"workers must be >= 0, got {self.workers}")
+
+    def identity(self) -> dict[str, Any]:
+        """The options that rows depend on: those a table must share to be continued."""
+        return {key: value for key, value in asdict(self).items() if key not in ("batch_size", "workers")}
 
     def loader(
         self, samples: Samples, models: Mapping[str, VisionTransformer], progress: str

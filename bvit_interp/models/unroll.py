@@ -25,8 +25,8 @@ def unroll(model: VisionTransformer, steps: int | None = None) -> VisionTransfor
     """A view of `model` in which step t is the module ``blocks[t - 1]``.
 
     Every module is cloned, every Parameter and buffer shared: training the model is seen by the view, and
-    hooks that a tool leaves on the view never reach the model. A stacked ViT unrolls to itself, tied.
-    Save the model, not the view.
+    hooks that a tool leaves on the view never reach the model. Hooks the model already bears are copied, so that
+    a pruned model unrolls pruned. A stacked ViT unrolls to itself, tied. Save the model, not the view.
 
     Parameters
     ----------
@@ -45,6 +45,8 @@ def unroll(model: VisionTransformer, steps: int | None = None) -> VisionTransfor
     steps = len(model.blocks) if steps is None else steps
     if steps < 1:
         raise UserError(f"steps must be >= 1, got {steps}")
+    if is_unrolled(model) and steps != len(model.blocks):
+        raise UserError(f"this is an unroll of {len(model.blocks)} steps: unroll the model it came from instead")
     if not recurrent and steps > len(model.blocks):
         raise UserError(f"this model is a stack of {len(model.blocks)} blocks and cannot take {steps} steps")
     shared = _tensors(model)

@@ -69,7 +69,8 @@ class Cache:
         return found
 
     def __contains__(self, key: tuple[str, int]) -> bool:
-        return key in self._tensors
+        site, step = key
+        return (check_site(site), check_step(step, self.num_steps, zero=site == "resid_post")) in self._tensors
 
     def __iter__(self) -> Iterator[tuple[str, int]]:
         return iter(self._tensors)

@@ -11,7 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -37,6 +37,8 @@ from bvit_interp.vocabulary import (
 if TYPE_CHECKING:
     from torchmetrics import Metric, MetricCollection
 
+Key = str | tuple[str, int] | Address
+"""A site name, or an address in any of its forms."""
 Edit = Callable[[Tensor, Address], Tensor | None]
 """fn(activation, address) -> new activation of the same shape, or None to leave it."""
 Fired = dict[str, int]
@@ -65,14 +67,15 @@ class Probe:
         if isinstance(model, torch._dynamo.OptimizedModule):
             raise UserError("hooks do not run in a compiled model: probe the model that went into torch.compile")
         self.model = model if is_unrolled(model) else unroll(model)
-        self._steps = [places.Step(places.check_block(block)) for block in self.model.blocks]
+        self._steps = [places.Step(block) for block in self.model.blocks]
         self.max_bytes = max_bytes
         self.num_steps = len(self._steps)
         self.num_heads = self._steps[0].heads
-        self.num_neurons = self.model.blocks[0].mlp.fc1.out_features
+        self.num_neurons = self._steps[0].neurons
         self.num_prefix_tokens = self.model.num_prefix_tokens
         self.grid: tuple[int, int] = tuple(self.model.patch_embed.grid_size)
-        self._pattern_edits: set[int] = set()
+        self._edits: list[tuple[Address, places.Change]] = []
+        self._edit_hooks = ExitStack()
 
     # ---- running -------------------------------------------------------------------------------------
 
@@ -82,7 +85,7 @@ class Probe:
         return self.model(images)
 
     def run(
-        self, images: Tensor, sites: str | Sequence[str], steps: Iterable[int] | int | None = None,
+        self, images: Tensor, sites: Key | Sequence[Key], steps: Iterable[int] | int | None = None,
         tokens: Tokens = "all",
     ) -> tuple[Tensor, Cache]:  # fmt: skip
         """Logits and recorded activations of one batch.
@@ -90,7 +93,7 @@ class Probe:
         Parameters
         ----------
         images : ``(B, C, H, W)``, normalised.
-        sites : site names, or addresses such as ``mlp_post[5]``, which bring their own step.
+        sites : site names, or addresses such as ``"mlp_post[5]"`` and ``("mlp_post", 5)``, which bring their step.
         steps : which steps of the named sites, from 1 (0 is allowed for resid_post alone: the embedded tokens).
         tokens : "cls", "reg", "patches", "all", an int or a slice; for scores and pattern, query tokens.
 
@@ -103,7 +106,7 @@ class Probe:
             return self.model(images), cache
 
     def record(
-        self, images: Tensor, sites: str | Sequence[str], steps: Iterable[int] | int | None = None,
+        self, images: Tensor, sites: Key | Sequence[Key], steps: Iterable[int] | int | None = None,
         tokens: Tokens = "all",
     ) -> Cache:  # fmt: skip
         """As `run`, without logits: the forward ends as soon as the last activation is there."""
@@ -116,13 +119,14 @@ class Probe:
         raise UserError("the forward ended before every site was seen; is a block replaced?")
 
     @contextmanager
-    def edit(self, edits: Mapping[str | tuple[str, int] | Address, Edit]) -> Iterator[Fired]:
-        """Change activations while the context lasts.
+    def edit(self, edits: Mapping[Key, Edit]) -> Iterator[Fired]:
+        """Change activations while the context lasts; contexts nest.
 
         Parameters
         ----------
         edits : ``("z", 5)``, ``"z[5]"`` or ``"z[5]:3"`` -> fn(activation, address). With a unit, fn sees and
-            returns that head ``(B, N, E)`` or neuron ``(B, N)`` alone. The whole token axis is given.
+            returns that head ``(B, N, E)`` or neuron ``(B, N)`` alone. The whole token axis is given. Within a
+            step, edits apply in the order in which the block computes its sites.
 
         Yields
         ------
@@ -130,26 +134,40 @@ class Probe:
         """
         self._refuse_compiled()
         fired: Fired = {}
-        pattern_edits = set(self._pattern_edits)
-        with ExitStack() as hooks:
-            for key, fn in edits.items():
-                address = self.address(key)
-                if address.site in ("scores", "pattern"):
-                    self._pattern_edits.add(address.step)
-                fired[str(address)] = 0
-                step = self._steps[address.step - 1]
-                for handle in places.edit(step, address.site, _change(address, fn, fired)):
-                    hooks.callback(handle.remove)
-            hooks.callback(setattr, self, "_pattern_edits", pattern_edits)
+        added = []
+        for key, fn in edits.items():
+            address = self.address(key)
+            if str(address) in fired:
+                raise UserError(f"two edits of {address}: make them one function")
+            fired[str(address)] = 0
+            added.append((address, _change(address, fn, fired)))
+        before = self._edits
+        try:
+            self._install([*before, *added])
             yield fired
+        finally:
+            self._install(before)
         silent = [name for name, count in fired.items() if not count]
         if silent:
             raise UserError(f"edits that never fired: {', '.join(silent)}; was the probe called inside the context?")
 
+    def _install(self, edits: list[tuple[Address, places.Change]]) -> None:
+        """Make `edits` the ones in force: all of a step are set together, so that they chain."""
+        self._edit_hooks.close()
+        self._edits = edits
+        by_step: dict[int, dict[str, list[places.Change]]] = {}
+        for address, change in edits:
+            by_step.setdefault(address.step, {}).setdefault(address.site, []).append(change)
+        for number, changes in by_step.items():
+            step = self._steps[number - 1]
+            self._edit_hooks.callback(setattr, step, "edited", {})
+            for handle in places.edit(step, changes):
+                self._edit_hooks.callback(handle.remove)
+
     def collect(
-        self, loader: Iterable[Any], metrics: Mapping[str, Metric | MetricCollection],
+        self, loader: Iterable[Any], metrics: Mapping[Key, Metric | MetricCollection],
         steps: Iterable[int] | int | None = None, tokens: Tokens = "all", progress: bool = True,
-    ) -> dict[str, Any]:  # fmt: skip
+    ) -> dict[Key, Any]:  # fmt: skip
         """Stream a data set through the model into torchmetrics; memory does not grow with it.
 
         Parameters
@@ -173,14 +191,14 @@ class Probe:
                 cache = self.record(images.to(device), list(metrics), steps, tokens)
             for key, metric in metrics.items():
                 # not cache[key]: an address may have recorded another step of the same site
-                asked = [step for site, step in self._targets(key, steps)]
-                values = cache[key] if "[" in key else torch.stack([cache[key, t] for t in sorted(asked)], dim=1)
+                places_of = sorted(self._places(key, steps))
+                values = torch.stack([cache[place] for place in places_of], dim=1) if _is_site(key) else cache[key]
                 _update(metric, values, labels.to(device))
         return {key: metric.compute() for key, metric in metrics.items()}
 
     # ---- words -> places -----------------------------------------------------------------------------
 
-    def address(self, key: str | tuple[str, int] | Address) -> Address:
+    def address(self, key: Key) -> Address:
         """The address with its step counted from 1, checked against this model."""
         address = Address(*key) if isinstance(key, tuple) else key
         address = Address.parse(address) if isinstance(address, str) else address
@@ -198,6 +216,8 @@ class Probe:
             if tokens not in TOKEN_WORDS:
                 raise UserError(f"unknown tokens {tokens!r}; tokens: {', '.join(TOKEN_WORDS)}, an int or a slice")
             has_cls = int(self.model.has_class_token)
+            if tokens == "cls" and not has_cls:
+                raise UserError("this model has no CLS token; its tokens: patches, all, an int or a slice")
             words = {
                 "cls": slice(0, has_cls), "reg": slice(has_cls, self.num_prefix_tokens),
                 "patches": slice(self.num_prefix_tokens, count), "all": slice(0, count),
@@ -217,7 +237,7 @@ class Probe:
     # ---- machinery -----------------------------------------------------------------------------------
 
     def _recording(
-        self, images: Tensor, sites: str | Sequence[str], steps: Iterable[int] | int | None, tokens: Tokens,
+        self, images: Tensor, sites: Key | Sequence[Key], steps: Iterable[int] | int | None, tokens: Tokens,
         stop: bool = False,
     ) -> tuple[Cache, ExitStack]:  # fmt: skip
         self._refuse_compiled()
@@ -242,35 +262,27 @@ class Probe:
             hooks = pending.pop_all()
         return cache, hooks
 
-    def _targets(self, sites: str | Sequence[str], steps: Iterable[int] | int | None) -> list[tuple[str, int]]:
-        listed = [sites] if isinstance(sites, str) else list(sites)
+    def _targets(self, sites: Key | Sequence[Key], steps: Iterable[int] | int | None) -> list[tuple[str, int]]:
+        one = isinstance(sites, (str, Address)) or (isinstance(sites, tuple) and [*map(type, sites)] == [str, int])
+        listed = cast("list[Key]", [sites] if one else list(sites))
         if not listed:
             raise UserError(f"no site chosen; sites: {', '.join(SITES)}")
-        named = [site for site in listed if "[" not in site]
-        chosen: dict[tuple[str, int], None] = {}
-        if isinstance(steps, Iterable):
-            steps = list(steps)
-        for site in named:
-            wanted = [steps] if isinstance(steps, int) else steps
-            if check_site(site) == "resid_post" and wanted is not None and 0 in wanted:
-                chosen["resid_post", 0] = None
-                wanted = [step for step in wanted if step != 0]
-            if wanted is None or wanted or (site, 0) not in chosen:
-                chosen |= dict.fromkeys((site, step) for step in check_steps(wanted, self.num_steps))
-        for text in listed:
-            if "[" in text:
-                address = self.address(text)
-                chosen[address.site, address.step] = None
-        for site, step in chosen:
-            if site in ("scores", "pattern") and step in self._pattern_edits:
-                raise UserError(f"{site}[{step}] is being edited and would be recorded unedited; record z instead")
-        return list(chosen)
+        steps = list(steps) if isinstance(steps, Iterable) else steps
+        return list(dict.fromkeys(place for key in listed for place in self._places(key, steps)))
+
+    def _places(self, key: Key, steps: Sequence[int] | int | None) -> list[tuple[str, int]]:
+        """The (site, step) pairs a site name at `steps`, or an address, means."""
+        if not _is_site(key):
+            address = self.address(key)
+            return [(address.site, address.step)]
+        site = check_site(str(key))
+        return [(site, step) for step in check_steps(steps, self.num_steps, zero=site == "resid_post")]
 
     def _announce(self, batch: int, targets: list[tuple[str, int]], rows: int, count: int) -> None:
         """Refuse a cache beyond `max_bytes`, warn of a large one; 4 or the parameters' bytes a number."""
         embed, heads = self.model.embed_dim, self.num_heads
         sizes = {"B": batch, "N": rows, "Q": rows, "K": count, "D": embed, "F": self.num_neurons, "H": heads}
-        sizes["E"] = self.model.blocks[0].attn.head_dim
+        sizes["E"] = int(self.model.blocks[0].attn.head_dim)
         numbers = sum(math.prod(sizes[axis] for axis in SITES[site][0].split()) for site, _ in targets)
         total = numbers * next(self.model.parameters()).element_size()
         if total > self.max_bytes:
@@ -287,6 +299,10 @@ class Probe:
                 raise UserError(
                     f"{name or 'the model'} is compiled and its hooks would not run; probe before compiling"
                 )
+
+
+def _is_site(key: Key) -> bool:
+    return isinstance(key, str) and "[" not in key
 
 
 def _own(tensor: Tensor, site: str, single: bool) -> Tensor:

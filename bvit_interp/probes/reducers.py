@@ -6,6 +6,8 @@ that `Probe.collect` and torchmetrics' own metrics mix. Sums are kept in float64
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -111,7 +113,7 @@ class Rows(Metric):
 
     full_state_update = False
     index: list[Tensor]
-    rows: list[Tensor]
+    rows: list[Tensor]  # flat: a process without images need not know the columns
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,10 +123,17 @@ class Rows(Metric):
     def update(self, index: Tensor, rows: Tensor) -> None:
         """Add positions ``(B,)`` and rows ``(B, columns)``; nan is allowed and kept."""
         self.index.append(index)
-        self.rows.append(rows.double())
+        self.rows.append(rows.double().flatten())
 
     def compute(self) -> tuple[Tensor, Tensor]:
         """All rows in order."""
         index, rows = dim_zero_cat(self.index), dim_zero_cat(self.rows)
         order = index.argsort()
-        return index[order].cpu(), rows[order].cpu()
+        return index[order].cpu(), rows.reshape(len(index), -1 if len(index) else 0)[order].cpu()
+
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """Before every gather: a process without rows takes part with none, in the others' dtypes."""
+        if not len(self.index):
+            self.index = [torch.empty(0, dtype=torch.int64, device=self.device)]
+            self.rows = [torch.empty(0, dtype=torch.float64, device=self.device)]
+        super().sync(*args, **kwargs)

@@ -1,44 +1,58 @@
 """Where each site is in a block: the one place that knows timm's `Block` and `Attention`.
 
-A `Tap` turns a site of one step into an ordinary forward hook on that step's modules. Recording and editing
-share the taps, so what is recorded is what can be edited. Attention is computed from the step's own q and k
-beside the fused kernel (Vaswani et al., 2017, eq. 1), for the query rows asked for only.
+A `Step` turns a site into an ordinary forward hook on that step's modules, for recording and for editing.
+Attention is computed from the step's own q and k beside the fused kernel (Vaswani et al., 2017, eq. 1), for the
+query rows asked for only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from timm.layers.attention import Attention
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from bvit_interp.errors import UserError
+from bvit_interp.models.bvit import TimedBlock
+from bvit_interp.vocabulary import SITES
 
 Change = Callable[[Tensor], Tensor | None]
 """Sees an activation of a whole site; returns its replacement or None."""
-_PARTS = ("norm1", "attn.qkv", "attn.proj", "drop_path1", "norm2", "mlp.fc1", "mlp.act", "mlp.fc2", "drop_path2")
+Handle = torch.utils.hooks.RemovableHandle
 
 
-def check_block(block: nn.Module) -> nn.Module:
-    """`block` itself, or a UserError if it lacks the parts the sites are defined by."""
-    for part in _PARTS:
-        try:
-            block.get_submodule(part)
-        except AttributeError:
-            raise UserError(f"{type(block).__name__} has no {part}: only timm's pre-norm Block can be probed") from None
-    return block
-
-
-@dataclass(frozen=True)
 class Step:
-    """The block of one step, with the hooks for each site."""
+    """The block of one step, with the hooks for each site.
 
-    block: nn.Module
+    Attributes
+    ----------
+    edited : scores and pattern that stand in for the kernel's in the forward that is running.
+
+    Raises
+    ------
+    UserError
+        For a block that is not timm's plain pre-norm `Block` around its plain `Attention`: another order of
+        norms or layout of heads would be recorded under the wrong names.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        for module, kinds in ((block, (Block, TimedBlock)), (getattr(block, "attn", None), (Attention,))):
+            if type(module) not in kinds:
+                raise UserError(f"{type(module).__name__} cannot be probed: only timm's Block with its Attention can")
+        self.block = block
+        self.edited: dict[str, Tensor] = {}
 
     @property
     def heads(self) -> int:
+        """Number of heads."""
         return int(self.block.attn.num_heads)
+
+    @property
+    def neurons(self) -> int:
+        """Number of neurons: what the FFN's out-projection reads."""
+        return int(self.block.mlp.fc2.in_features)
 
     def qkv(self, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v ``(B, N, H, E)`` as attention uses them, from the output of `attn.qkv` ``(B, N, 3 H E)``."""
@@ -51,7 +65,14 @@ class Step:
         q = q[:, rows] * self.block.attn.scale
         return q.transpose(1, 2) @ k.permute(0, 2, 3, 1)
 
-    def on_input(self, part: str, change: Change) -> torch.utils.hooks.RemovableHandle:
+    def attention(self, fused: Tensor, site: str, rows: slice) -> Tensor:
+        """The scores or the pattern of the query tokens `rows`, as edited."""
+        if site in self.edited:
+            return self.edited[site][:, :, rows]
+        scores = self.scores(fused, rows)
+        return scores if site == "scores" else scores.softmax(-1)
+
+    def on_input(self, part: str, change: Change) -> Handle:
         """Call `change` with the input of a module of the block, before it runs."""
 
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
@@ -60,7 +81,7 @@ class Step:
 
         return self.block.get_submodule(part).register_forward_pre_hook(hook)
 
-    def on_output(self, part: str, change: Change) -> torch.utils.hooks.RemovableHandle:
+    def on_output(self, part: str, change: Change) -> Handle:
         """Call `change` with the output of a module of the block."""
 
         def hook(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
@@ -68,32 +89,52 @@ class Step:
 
         return self.block.get_submodule(part).register_forward_hook(hook)
 
+    def require(self, site: str) -> None:
+        """Refuse a site that this block does not have."""
+        if site == "mlp_pre" and self.block.mlp.fc1.out_features != self.neurons:
+            raise UserError("a gated FFN has no mlp_pre: its neurons have two inputs each; use mlp_post")
 
-_INPUTS = {"resid_pre": "", "resid_mid": "norm2"}
-_OUTPUTS = {
-    "attn_out": "drop_path1", "mlp_pre": "mlp.fc1", "mlp_post": "mlp.act", "mlp_out": "drop_path2", "resid_post": "",
-}  # fmt: skip
+
+_INPUTS = {"resid_pre": "", "resid_mid": "norm2", "mlp_post": "mlp.fc2"}
+_OUTPUTS = {"attn_out": "drop_path1", "mlp_pre": "mlp.fc1", "mlp_out": "drop_path2", "resid_post": ""}
 _QKV = ("q", "k", "v")
 
 
-def record(step: Step, site: str, rows: slice, keep: Callable[[Tensor], None]) -> torch.utils.hooks.RemovableHandle:
+def record(step: Step, site: str, rows: slice, keep: Callable[[Tensor], None]) -> Handle:
     """Hook that hands the site's tokens `rows` (for scores and pattern: query rows) to `keep`."""
+    step.require(site)
     if site in _INPUTS:
         return step.on_input(_INPUTS[site], lambda x: keep(x[:, rows]))
     if site in _OUTPUTS:
         return step.on_output(_OUTPUTS[site], lambda x: keep(x[:, rows]))
     if site in _QKV:
         return step.on_output("attn.qkv", lambda x: keep(step.qkv(x)[_QKV.index(site)][:, rows]))
-    if site == "scores":
-        return step.on_output("attn.qkv", lambda x: keep(step.scores(x, rows)))
-    if site == "pattern":
-        return step.on_output("attn.qkv", lambda x: keep(step.scores(x, rows).softmax(-1)))
-    assert site == "z", site
-    return step.on_input("attn.proj", lambda x: keep(x[:, rows].unflatten(-1, (step.heads, -1))))
+    if site == "z":
+        return step.on_input("attn.proj", lambda x: keep(x[:, rows].unflatten(-1, (step.heads, -1))))
+    return step.on_output("attn.qkv", lambda x: keep(step.attention(x, site, rows)))
 
 
-def edit(step: Step, site: str, change: Change) -> list[torch.utils.hooks.RemovableHandle]:
-    """Hooks that replace the whole site by what `change` returns."""
+def edit(step: Step, changes: Mapping[str, Sequence[Change]]) -> list[Handle]:
+    """Hooks for all edits of a step, by site.
+
+    They are set in the order in which the block computes its sites, whatever the order they were listed in, so
+    that each sees what the earlier ones left; several edits of one site follow each other as listed.
+    """
+    handles: list[Handle] = []
+    for site in SITES:
+        if site not in changes:
+            continue
+        step.require(site)
+        if site in ("scores", "pattern"):
+            if site == "scores" or "scores" not in changes:
+                handles += _edit_attention(step, changes.get("scores", ()), changes.get("pattern", ()))
+            continue
+        for change in changes[site]:
+            handles += _edit(step, site, change)
+    return handles
+
+
+def _edit(step: Step, site: str, change: Change) -> list[Handle]:
     if site == "resid_mid":
         return _edit_resid_mid(step, change)
     if site in _INPUTS:
@@ -102,9 +143,7 @@ def edit(step: Step, site: str, change: Change) -> list[torch.utils.hooks.Remova
         return [step.on_output(_OUTPUTS[site], change)]
     if site in _QKV:
         return [step.on_output("attn.qkv", lambda x: _change_qkv(step, x, _QKV.index(site), change))]
-    if site == "z":
-        return [step.on_input("attn.proj", lambda x: _flat(change(x.unflatten(-1, (step.heads, -1)))))]
-    return _edit_attention(step, site, change)
+    return [step.on_input("attn.proj", lambda x: _flat(change(x.unflatten(-1, (step.heads, -1)))))]
 
 
 def _flat(z: Tensor | None) -> Tensor | None:
@@ -122,7 +161,7 @@ def _change_qkv(step: Step, fused: Tensor, which: int, change: Change) -> Tensor
     return torch.stack(parts, dim=2).flatten(2)
 
 
-def _edit_resid_mid(step: Step, change: Change) -> list[torch.utils.hooks.RemovableHandle]:
+def _edit_resid_mid(step: Step, change: Change) -> list[Handle]:
     """The residual also skips the FFN: the change is carried to the step's output by the same amount."""
     carried: list[Tensor] = []
 
@@ -139,24 +178,35 @@ def _edit_resid_mid(step: Step, change: Change) -> list[torch.utils.hooks.Remova
     ]
 
 
-def _edit_attention(step: Step, site: str, change: Change) -> list[torch.utils.hooks.RemovableHandle]:
+def _edit_attention(step: Step, of_scores: Sequence[Change], of_pattern: Sequence[Change]) -> list[Handle]:
     """The kernel's result is replaced, before the projection, by the edited pattern applied to v."""
-    replaced: list[Tensor] = []
     attn = step.block.attn
     if not isinstance(attn.norm, nn.Identity) or getattr(attn, "gate", None) is not None:
         raise UserError("scores and pattern cannot be edited where attention is normed or gated before its projection")
+    replaced: list[Tensor] = []
 
     def after_qkv(fused: Tensor) -> None:
         replaced.clear()
-        scores = step.scores(fused, slice(None))
-        pattern = scores.softmax(-1)
-        new = change(scores if site == "scores" else pattern)
-        if new is not None:
-            pattern = new.softmax(-1) if site == "scores" else new
-            values = step.qkv(fused)[2].transpose(1, 2)
-            replaced.append((pattern @ values).transpose(1, 2).flatten(2))
+        step.edited = {}
+        plain = step.scores(fused, slice(None))
+        scores = _changed(plain, of_scores)
+        unedited = scores.softmax(-1)
+        pattern = _changed(unedited, of_pattern)
+        if scores is plain and pattern is unedited:
+            return
+        step.edited = {"scores": scores, "pattern": pattern}
+        values = step.qkv(fused)[2].transpose(1, 2)
+        replaced.append((pattern @ values).transpose(1, 2).flatten(2))
 
     return [
         step.on_output("attn.qkv", after_qkv),
         step.on_input("attn.proj", lambda _: replaced.pop() if replaced else None),
     ]
+
+
+def _changed(x: Tensor, changes: Sequence[Change]) -> Tensor:
+    """`x` after every change in turn."""
+    for change in changes:
+        new = change(x)
+        x = x if new is None else new
+    return x

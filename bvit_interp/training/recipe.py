@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 
@@ -92,15 +93,43 @@ def read(name: str, settings: list[str] | None = None) -> Recipe:
         key, equals, value = setting.partition("=")
         if not equals:
             raise UserError(f"--set takes key=value, got {setting!r}")
-        target = content["model"] if key.startswith("model.") else content
-        target[key.removeprefix("model.")] = yaml.safe_load(value)
+        target = _typed(name, "model", content["model"]) if key.startswith("model.") else content
+        try:
+            target[key.removeprefix("model.")] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"--set {key}: not YAML: {value!r}") from None
     known = [f.name for f in fields(Recipe)]
-    if unknown := sorted(set(content) - set(known)):
+    if unknown := sorted({str(key) for key in content} - set(known)):
         raise UserError(f"recipe {name}: unknown setting {choices(unknown)}; settings: {choices(known, 20)}")
     try:
-        return Recipe(**content)
+        return Recipe(**{key: _typed(name, key, value) for key, value in content.items()})
     except TypeError as error:
         raise UserError(f"recipe {name}: {error}") from error
+
+
+_EXPECTED = {
+    int: "a whole number", float: "a number", bool: "true or false", str: "text", str | None: "text or null",
+    dict[str, Any]: "a mapping",
+}  # fmt: skip
+
+
+def _typed(recipe: str, key: str, value: Any) -> Any:
+    """A setting read from YAML in its field's type; YAML 1.1 takes 1e-3 for text and off for false."""
+    kind = get_type_hints(Recipe)[key]
+    if kind in (int, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except (ValueError, OverflowError):
+            number = math.nan
+        if kind is float and math.isfinite(number):
+            return number
+        if kind is int and number.is_integer():
+            return value if isinstance(value, int) else int(number)
+    elif key == "autocast" and value is False:
+        return "off"
+    elif kind not in (int, float) and isinstance(value, dict if key == "model" else kind):
+        return value
+    raise UserError(f"recipe {recipe}: {key} must be {_EXPECTED[kind]}, got {value!r}")
 
 
 def _content(name: str) -> dict[str, Any]:

@@ -126,7 +126,13 @@ def _epoch(
 def _start(recipe: Recipe) -> BViT:
     """The model before its first step."""
     arguments = dict(recipe.model)
-    model = timm.create_model(arguments.pop("name"), **arguments)
+    name = str(arguments.pop("name"))
+    try:
+        model = timm.create_model(name, **arguments)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        given = ", ".join(f"{key}={value}" for key, value in arguments.items())
+        raise UserError(f"recipe: cannot make the model {name} ({given}): {reason}") from error
     if not isinstance(model, BViT):
         raise UserError(f"recipe: {recipe.model['name']} is not a BViT")
     if recipe.positions == "sincos":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -165,6 +166,39 @@ def test_class_average(tiny, squares, maps_are):
     image, by_class = (measure({"m": tiny}, Unbalanced(count=28), Config(average=a)) for a in ("image", "class"))
     assert image["hit_ratio"].iloc[0] == pytest.approx(0.75)
     assert by_class["hit_ratio"].iloc[0] == pytest.approx(0.5)
+
+
+def test_class_average_with_ignored_points():
+    """Class 0 = (1, ignored, 0) and class 1 = (0, 0): (1 / 2 + 0) / 2, at the head, its interval and the centre."""
+    labels, hits = [0, 0, 0, 1, 1], [1, np.nan, 0, 0, 0]
+    rows = np.array([[label, 1, 0.5, hit, hit] for label, hit in zip(labels, hits, strict=True)])
+    steps = SimpleNamespace(num_steps=1)
+    row = pointing_game._score("m", steps, rows, Config(average="class")).iloc[0]
+    assert (row["hit_ratio"], row["centre"], row["chance"]) == (0.25, 0.25, 0.5)
+    assert (row["n"], row["ignored"]) == (4, 1)
+    # class 0 nearly always ignored, else hit; class 1 never hit: whatever the resample, the mean is a half
+    many = np.array([[0, 1, 0.5, 1, *([1 if i < 20 else np.nan] * 2)] for i in range(100)])
+    many = np.concatenate([many, np.array([[1, 1, 0.5, 0, 0, 0]] * 100)])
+    frame = pointing_game._score("m", steps, many, Config(average="class"))
+    assert list(frame["head"]) == ["0", "1", "mean", "best", "best-split"]
+    np.testing.assert_allclose(frame[["hit_ratio", "low", "high"]], 0.5)
+
+
+def test_chance_is_what_a_point_anywhere_scores(tiny, squares, maps_are):
+    class Small(squares):
+        """12 x 12 pixels: one whole patch of 8, two halves and a quarter."""
+
+        def read(self, i):
+            image, label, mask = super().read(i)
+            mask[:] = 0
+            mask[:12, :12] = label + 1
+            return image, label, mask
+
+    maps_are(lambda ids, labels: torch.zeros(len(ids), 16))
+    majority, centre = (measure({"m": tiny}, Small(), Config(point=point)).iloc[0] for point in ("majority", "centre"))
+    assert majority["chance"] == majority["hit_ratio"] == 1 / 16
+    assert centre["chance"] == 144 / 1024
+    assert majority["centre"] == centre["centre"] == 0
 
 
 def test_attention_scores_equal_a_loop_written_here(any_model, digits):

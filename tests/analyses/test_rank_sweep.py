@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
+from bvit_interp import results
 from bvit_interp.analyses import rank_sweep
 from bvit_interp.analyses.rank_sweep import COLUMNS, Config, measure, plot
 from bvit_interp.data.geometry import Geometry
@@ -83,7 +84,7 @@ def test_it_continues_where_it_stopped(tiny, stacked, digits, tmp_path):
     options = {"ranks": [2, 8, 32]}
     whole = measure(models, digits, config, table=Table(tmp_path / "whole.csv", options))
     path = tmp_path / "killed.csv"
-    Table(path, options)
+    results.write_json({"options": options}, path.with_suffix(".json"))
     whole.iloc[:3].to_csv(path, index=False)  # killed after three of six rows
     counted = []
     original = rank_sweep._count_hits

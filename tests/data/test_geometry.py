@@ -35,6 +35,28 @@ def test_masks_are_enlarged_to_the_nearest_pixel():
     assert ids.tolist() == [[0, 0, 917, 917], [0, 0, 917, 917], [1000, 1000, 1, 1], [1000, 1000, 1, 1]]
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "nearest"),
+    [
+        (6, 4, [0, 2, 3, 5]),  # centres 0.75, 2.25, 3.75, 5.25; the legacy nearest takes 0, 1, 3, 4
+        (12, 4, [1, 4, 7, 10]),  # the middle of every three; the legacy nearest takes the first, 0, 3, 6, 9
+        (8, 4, [1, 3, 5, 7]),  # centres 1, 3, 5, 7 lie between two pixels: the upper one; legacy 0, 2, 4, 6
+    ],
+)
+def test_masks_are_reduced_to_the_pixel_under_each_centre(old, new, nearest):
+    mask = np.arange(old * old, dtype=np.int32).reshape(old, old)
+    _, ids = plain(new, new)(np.zeros((old, old, 3), np.uint8), mask)
+    np.testing.assert_array_equal(ids.numpy(), mask[np.ix_(nearest, nearest)])
+
+
+@pytest.mark.parametrize(("old", "new"), [(6, 4), (12, 4), (336, 224), (300, 224)])
+def test_a_symmetric_mask_stays_symmetric(old, new):
+    half = np.random.default_rng(0).choice(np.array([0, 917, 1000], np.int32), (old, old // 2))
+    mask = np.concatenate([half, half[:, ::-1]], axis=1)
+    _, ids = plain(new, new)(np.zeros((old, old, 3), np.uint8), mask)
+    assert torch.equal(ids, ids.flip(1))
+
+
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_no_new_ids_are_invented(interpolation):
     mask = np.random.default_rng(0).choice(np.array([0, 917, 1000], np.int32), (333, 501))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from timm.layers import SwiGLUPacked
+from timm.models import vision_transformer
 
 from bvit_interp.errors import UserError
 from bvit_interp.models.unroll import unroll
 from bvit_interp.probes.probe import Probe
-from bvit_interp.vocabulary import SITES
+from bvit_interp.vocabulary import SITES, Address
 
 CLOSE = {"rtol": 1e-4, "atol": 5e-5}  # rounding, after twelve steps of random weights
 
@@ -245,13 +247,75 @@ def test_an_edit_of_another_shape_is_an_error(tiny, images):
         probe(images)
 
 
-def test_an_edited_pattern_is_not_recorded_as_if_it_were_not(tiny, images):
+def test_an_edited_pattern_is_recorded_as_edited(tiny, images):
     probe = Probe(tiny)
-    with probe.edit({("pattern", 2): lambda x, a: x}):
-        with pytest.raises(UserError, match="being edited"):
-            probe.record(images, "pattern", steps=2)
-        probe.record(images, "pattern", steps=[1, 3])
-    probe.record(images, "pattern", steps=2)
+    plain = probe.record(images, ["scores", "pattern"], steps=[2, 3])
+    with probe.edit({("pattern", 2): lambda x, a: x.flip(-1)}):
+        edited = probe.record(images, ["scores", "pattern"], steps=[2, 3])
+        row = probe.record(images, "pattern", steps=2, tokens="cls")["pattern", 2]
+    assert torch.equal(edited["pattern", 2], plain["pattern", 2].flip(-1))
+    assert torch.equal(row, edited["pattern", 2][:, :, 0])
+    assert torch.equal(edited["scores", 2], plain["scores", 2])
+    assert not torch.equal(edited["pattern", 3], plain["pattern", 3])
+    torch.testing.assert_close(probe.record(images, "pattern", steps=2)["pattern", 2], plain["pattern", 2])
+
+
+def test_edits_of_two_heads_chain_also_when_nested(tiny, images):
+    probe = Probe(tiny)
+
+    def both(x, address):
+        x = x.clone()
+        x[:, :2] = 1 / x.shape[-1]
+        return x
+
+    def one(x, address):
+        return torch.full_like(x, 1 / x.shape[-1])
+
+    with probe.edit({("pattern", 5): both}):
+        expected = probe(images)
+    with probe.edit({"pattern[5]:0": one, "pattern[5]:1": one}) as fired:
+        assert torch.equal(probe(images), expected)
+    assert fired == {"pattern[5]:0": 1, "pattern[5]:1": 1}
+    with probe.edit({"pattern[5]:0": one}), probe.edit({"pattern[5]:1": one}):
+        assert torch.equal(probe(images), expected)
+    assert hooks_left(probe) == 0
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("v", "pattern"), ("q", "scores"), ("scores", "pattern"), ("pattern", "z"), ("resid_mid", "resid_post"),
+     ("mlp_pre", "mlp_post"), ("resid_pre", "attn_out")],
+)  # fmt: skip
+def test_edits_of_a_step_apply_in_block_order_however_listed(tiny, images, first, second):
+    probe = Probe(tiny)
+    edits = {(first, 5): lambda x, a: x * 1.3 + 0.1, (second, 5): lambda x, a: x * 0.5}
+    with probe.edit(edits):
+        listed = probe(images)
+    with probe.edit(dict(reversed(edits.items()))):
+        assert torch.equal(probe(images), listed)
+    alone = []
+    for key, fn in edits.items():
+        with probe.edit({key: fn}):
+            alone.append(probe(images))
+    assert not any(torch.equal(listed, logits) for logits in alone)
+
+
+def test_zeroing_resid_post_wins_over_an_edit_before_it(tiny, images):
+    probe = Probe(tiny)
+    with probe.edit({"resid_post[5]": lambda x, a: 0 * x, "resid_mid[5]": lambda x, a: x + 1}):
+        assert probe.record(images, "resid_post", steps=5)["resid_post", 5].abs().max() == 0
+
+
+def test_addresses_in_every_form(tiny, images):
+    probe = Probe(tiny)
+    recorded = [probe.record(images, key)["z", 5] for key in ("z[5]", ("z", 5), Address("z", 5), [("z", -8)])]
+    assert all(torch.equal(tensor, recorded[0]) for tensor in recorded)
+    cache = probe.record(images, "z", steps=12)
+    assert ("z", -1) in cache
+    assert ("z", 5) not in cache
+    twice = {"z[5]": lambda x, a: x, ("z", 5): lambda x, a: x}
+    with pytest.raises(UserError, match="two edits of"), probe.edit(twice):
+        pass
 
 
 def hooks_left(probe):
@@ -311,8 +375,23 @@ def test_a_large_cache_is_announced(tiny, images, monkeypatch):
         Probe(tiny).run(images, "mlp_post")
 
 
-def test_another_kind_of_block_is_refused(make):
-    from timm.models.vision_transformer import ParallelScalingBlock
+@pytest.mark.parametrize("kind", ["ParallelScalingBlock", "ResPostBlock"])
+def test_another_kind_of_block_is_refused(make, kind):
+    block_fn = getattr(vision_transformer, kind)
+    with pytest.raises(UserError, match=f"{kind} cannot be probed"):
+        Probe(make(name="vit_tiny_patch16_224", depth=2, block_fn=block_fn))
 
-    with pytest.raises(UserError, match="ParallelScalingBlock has no norm1"):
-        Probe(make(name="vit_tiny_patch16_224", depth=2, block_fn=ParallelScalingBlock))
+
+def test_another_kind_of_attention_is_refused(make):
+    with pytest.raises(UserError, match="DiffAttention cannot be probed"):
+        Probe(make(name="vit_tiny_patch16_224", depth=2, attn_layer="diff"))
+
+
+def test_a_gated_ffn_has_neurons_but_no_single_input(make, images):
+    probe = Probe(make(name="vit_tiny_patch16_224", depth=2, mlp_layer=SwiGLUPacked))
+    cache = probe.record(images, ["mlp_post", "mlp_out"], steps=2)
+    block = probe.model.blocks[1]
+    assert cache["mlp_post", 2].shape[-1] == probe.num_neurons == block.mlp.fc2.in_features
+    torch.testing.assert_close(block.mlp.fc2(cache["mlp_post", 2]), cache["mlp_out", 2])
+    with pytest.raises(UserError, match="a gated FFN has no mlp_pre"):
+        probe.record(images, "mlp_pre")

@@ -129,8 +129,67 @@ def test_recipes():
 
 
 @pytest.mark.parametrize(
+    ("setting", "field", "value"),
+    [
+        ("lr=1e-3", "lr", 0.001),  # text for YAML 1.1
+        ("lr=1", "lr", 1.0),
+        ("epochs=2.0", "epochs", 2),
+        ("images_per_epoch=1e3", "images_per_epoch", 1000),
+        ("seed=9007199254740993", "seed", 9007199254740993),
+        ("autocast=off", "autocast", "off"),  # false for YAML 1.1
+        ("compile=true", "compile", True),
+        ("init=null", "init", None),
+        ("init=base", "init", "base"),
+    ],
+)
+def test_settings_take_the_type_of_their_field(setting, field, value):
+    found = getattr(read("digits-s", [setting]), field)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_a_recipe_file_takes_the_types_too(tmp_path):
+    (tmp_path / "mine.yaml").write_text("extends: digits-s\nlr: 3e-4\nautocast: off\n")
+    recipe = read(str(tmp_path / "mine.yaml"))
+    assert (recipe.lr, recipe.autocast) == (0.0003, "off")
+    (tmp_path / "mine.yaml").write_text("extends: digits-s\nclip: tight\n")
+    with pytest.raises(UserError, match=r"mine\.yaml: clip must be a number, got 'tight'"):
+        read(str(tmp_path / "mine.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_heads": 7}, r"cannot make the model bvit_small_patch16_224 \(.*num_heads=7.*\): "),
+        ({"name": "nonsense"}, r"cannot make the model nonsense \(.*\): .*nonsense"),
+        ({"name": 3}, "cannot make the model 3 "),
+        ({"speed": 3}, "cannot make the model .*speed"),
+        ({"img_size": "big"}, "cannot make the model .*img_size=big"),
+        ({"name": "vit_tiny_patch16_224", "num_steps": None}, "vit_tiny_patch16_224"),
+    ],
+)
+def test_a_model_that_cannot_be_made(arguments, message):
+    recipe = Recipe(**{**SMALL, "model": {**SMALL["model"], **arguments}})
+    with pytest.raises(UserError, match=message) as error:
+        supervised._start(recipe)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
+        (["lr=abc"], "recipe digits-s: lr must be a number, got 'abc'"),
+        (["lr=.nan"], "lr must be a number, got nan"),
+        (["lr=true"], "lr must be a number, got True"),
+        (["epochs=x"], "epochs must be a whole number, got 'x'"),
+        (["epochs=1.5"], "epochs must be a whole number, got 1.5"),
+        (["epochs=null"], "epochs must be a whole number, got None"),
+        (["compile=1"], "compile must be true or false, got 1"),
+        (["data=7"], "data must be text, got 7"),
+        (["init=7"], "init must be text or null, got 7"),
+        (["model=big"], "model must be a mapping, got 'big'"),
+        (["model=big", "model.num_heads=2"], "model must be a mapping, got 'big'"),
+        (["lr=["], r"--set lr: not YAML: '\['"),
         (["lr"], "--set takes key=value"),
         (["speed=3"], "unknown setting speed; settings: model, data, init"),
         (["epochs=0"], "epochs must be >= 1"),
