@@ -292,7 +292,7 @@ def _processes(device: str) -> Iterator[str]:
     if kind == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")  # tables are gathered on the CPU
     try:
         yield device
     finally:

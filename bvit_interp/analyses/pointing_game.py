@@ -302,10 +302,11 @@ def _plot_lines(panel: SubFigure, models: list[tuple[Any, pd.DataFrame]]) -> Non
             honest = part[part["head"] == "best-split"]
             right.plot(honest["step"], honest["hit_ratio"], color=style["color"], linewidth=1, alpha=0.8, linestyle=":",
                        label="chosen on one half, scored on the other")  # fmt: skip
-    nulls = models[0][1].iloc[0]
+    nulls = {(part["chance"].iloc[0], part["centre"].iloc[0]) for _, part in models}
     for ax, title in ((left, "mean over heads"), (right, "best head")):
-        ax.axhline(nulls["chance"], **plotting.NULL, label="chance: mask area")
-        ax.axhline(nulls["centre"], **plotting.NULL, linestyle="--", label="image centre")
+        for i, (chance, centre) in enumerate(sorted(nulls)):
+            ax.axhline(chance, **plotting.NULL, label=None if i else "chance: mask area")
+            ax.axhline(centre, **plotting.NULL, linestyle="--", label=None if i else "image centre")
         ax.set_title(title, fontsize=10)
         plotting.step_axis(ax, [step for _, part in models for step in part["step"]])
         ax.spines[["top", "right"]].set_visible(False)
