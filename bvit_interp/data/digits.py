@@ -19,7 +19,7 @@ from bvit_interp.errors import DataError
 SIZE = 32  # pixels
 CLASSES = tuple(str(digit) for digit in range(10))
 LENGTHS = {"train": 50_000, "test": 2_000}
-SMALLEST, LARGEST = 18, 26  # side of the digit's box, pixels
+SMALLEST, LARGEST = 20, 26  # side of the digit's box, pixels
 TILT = 12  # degrees
 PHOTO_CUT = 0.6  # train scenes take their ground from the left 60 % of each photograph, test from the rest
 
@@ -77,7 +77,7 @@ class DigitScenes:
         chosen = int(rng.integers(len(digits)))
         ink = _placed_ink(digits[chosen], rng)
         scene = _ground(photos[int(rng.integers(len(photos)))], self.hardness, rng)
-        for _ in range(rng.binomial(3, self.hardness)):
+        for _ in range(rng.binomial(2, self.hardness)):
             stroke = _stroke(rng)[..., None]
             scene = scene * (1 - stroke) + stroke * _bright_colour(rng)
         scene = scene * (1 - ink[..., None]) + ink[..., None] * _bright_colour(rng)
@@ -104,7 +104,7 @@ def _ground(photo: np.ndarray, hardness: float, rng: np.random.Generator) -> np.
     crop = Image.fromarray(photo[top : top + side, left : left + side])
     pixels = np.asarray(crop.resize((SIZE, SIZE), Image.Resampling.BILINEAR), np.float32) / 255
     plain = pixels.mean(axis=(0, 1))
-    return 0.6 * (plain + hardness * (pixels - plain))
+    return 0.5 * (plain + hardness * (pixels - plain))
 
 
 def _stroke(rng: np.random.Generator) -> np.ndarray:
