@@ -250,6 +250,8 @@ def _load(specs: Sequence[str], device: str) -> dict[str, VisionTransformer]:
     names = [checkpoint.display_name(spec) for spec in specs]
     if len(set(specs)) < len(specs):
         raise UserError(f"a checkpoint is given twice: {', '.join(specs)}")
+    if len(set(names)) < len(names):  # two folders of one name: with the folder they are in
+        names = ["/".join(Path(spec).parts[-2:]) for spec in specs]
     labels = names if len(set(names)) == len(names) else list(specs)
     return {label: checkpoint.load(spec, device) for label, spec in zip(labels, specs, strict=True)}
 

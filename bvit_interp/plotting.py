@@ -25,6 +25,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", "-.", ":")
 NULL = {"color": "0.45", "linewidth": 1.0}
 SEQUENTIAL = "viridis"
+LONGEST_LABEL = 44  # characters
 
 
 def canvas(columns: int = 1, rows: int = 1, width: float = 4.2, height: float = 3.2) -> tuple[Figure, np.ndarray]:
@@ -57,9 +58,11 @@ def step_axis(ax: Axes, steps: Iterable[float]) -> None:
 
 
 def legend(ax: Axes) -> None:
-    """A frameless legend, if anything is labelled."""
-    if ax.get_legend_handles_labels()[0]:
-        ax.legend(frameon=False, fontsize=8)
+    """A frameless legend, if anything is labelled; long names keep their end."""
+    handles, labels = ax.get_legend_handles_labels()
+    if handles:
+        short = [label if len(label) <= LONGEST_LABEL else f"...{label[3 - LONGEST_LABEL :]}" for label in labels]
+        ax.legend(handles, short, frameon=False, fontsize=8)
 
 
 def heat_map(

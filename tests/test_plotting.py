@@ -97,6 +97,10 @@ def test_a_legend_only_where_something_is_labelled():
     assert axes[0, 0].get_legend() is None
     legend = axes[0, 1].get_legend()
     assert [text.get_text() for text in legend.get_texts()] == ["bViT"]
+    axes[0, 1].plot([0], [0], label="a" * 60 + "end")
+    plotting.legend(axes[0, 1])
+    long = axes[0, 1].get_legend().get_texts()[1].get_text()
+    assert long == "..." + "a" * (plotting.LONGEST_LABEL - 6) + "end"
     assert not legend.get_frame_on()
     drawn(figure)
 
