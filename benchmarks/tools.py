@@ -23,7 +23,7 @@ from pathlib import Path
 
 import timm
 import torch
-from reference import GROUPS, STEPS, TARGETS, ablation, conductance, gradient, integrated_gradients, loop
+from reference import GROUPS, STEP, STEPS, TARGETS, ablation, conductance, gradient, integrated_gradients, loop
 from torch import nn
 from torch.nn.utils import prune
 
