@@ -95,7 +95,7 @@ def measure(size: int, batch: int, rounds: int, device: str) -> list[str]:
         for _ in range(rounds):
             for name in random.sample(list(timed), len(timed)):
                 began = time.perf_counter()
-                way(images)
+                timed[name](images)
                 if device != "cpu":
                     torch.cuda.synchronize()
                 seconds[name].append(time.perf_counter() - began)

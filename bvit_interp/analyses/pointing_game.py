@@ -301,7 +301,7 @@ def _plot_lines(panel: SubFigure, models: list[tuple[Any, pd.DataFrame]]) -> Non
             _line(right, part[part["head"] == "best"], style, label)
             honest = part[part["head"] == "best-split"]
             right.plot(honest["step"], honest["hit_ratio"], color=style["color"], linewidth=1, alpha=0.8, linestyle=":",
-                       label="chosen on one half, scored on the other")  # fmt: skip
+                       label=None if i else "chosen on one half, scored on the other")  # fmt: skip
     nulls = {(part["chance"].iloc[0], part["centre"].iloc[0]) for _, part in models}
     for ax, title in ((left, "mean over heads"), (right, "best head")):
         for i, (chance, centre) in enumerate(sorted(nulls)):
