@@ -5,7 +5,7 @@ weights; biases, norms, softmax and GELU are free, and so are QK^T and AV unless
 them. Counters that watch a forward pass disagree with each other on fused attention; this one reads shapes.
 A shared block costs its FLOPs at every step and its parameters once.
 
-bViT-B: 33.697 GFLOPs (35.131 with attention) = 0.232747 + 2.788688 t at t = 12.
+bViT-B: 33.697 GFLOPs (35.128 with attention) = 0.232747 + 2.788688 t at t = 12.
 """
 
 from __future__ import annotations
