@@ -65,7 +65,8 @@ def train(recipe: Recipe, out: Path, device: str = "cpu") -> BViT:
         upcoming = renderer.submit(render, _scenes(recipe, 0))
         for epoch in range(recipe.epochs):
             images, labels = upcoming.result()
-            upcoming = renderer.submit(render, _scenes(recipe, min(epoch + 1, recipe.epochs - 1)))
+            if epoch + 1 < recipe.epochs:
+                upcoming = renderer.submit(render, _scenes(recipe, epoch + 1))
             began = time.perf_counter()
             row = _epoch(forward, model, optimizer, schedule, (images, labels), recipe, order, device, epoch)
             seconds = time.perf_counter() - began
