@@ -39,8 +39,11 @@ def run(processes, word, ckpt, out, limit):
 @pytest.mark.parametrize(
     ("word", "limit"),
     # with one image the second process has none
-    [("pointing-game", 41), ("energy-rank", 41), ("rank-sweep", 41), ("pointing-game", 1), ("rank-sweep", 1)],
-)
+    [
+        ("pointing-game", 41), ("energy-rank", 41), ("rank-sweep", 41), ("evaluate", 41), ("step-accuracy", 41),
+        ("pointing-game", 1), ("rank-sweep", 1), ("evaluate", 1),
+    ],
+)  # fmt: skip
 def test_two_processes_give_the_table_of_one(word, limit, tiny, tmp_path):
     ckpt = str(save(tiny, tmp_path / "tiny"))
     one, two = (run(n, word, ckpt, tmp_path / str(n), limit) for n in (1, 2))

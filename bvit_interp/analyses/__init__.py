@@ -6,5 +6,5 @@ Modules import torch, pandas and matplotlib inside their functions: help needs n
 drawn without torch.
 """
 
-ANALYSES = ("pointing_game", "energy_rank", "rank_sweep")
-"""The questions there are, in the order of the paper's figures."""
+ANALYSES = ("pointing_game", "energy_rank", "rank_sweep", "step_accuracy", "evaluate")
+"""The questions there are, in the order of the paper's figures; then its tables."""

@@ -77,15 +77,14 @@ def measure(models: Mapping[str, VisionTransformer], data: Samples, config: Conf
     from bvit_interp.probes.reducers import Gram
 
     probes = {name: Probe(model) for name, model in models.items()}
-    grams = {name: Gram(p.num_steps, p.model.embed_dim) for name, p in probes.items()}
+    devices = {name: next(model.parameters()).device for name, model in models.items()}
+    grams = {name: Gram(p.num_steps, p.model.embed_dim).to(devices[name]) for name, p in probes.items()}
     loader, geometries = config.loader(data, models, "energy-rank")
     for batch in loader:
         for name, probe in probes.items():
-            device = next(probe.model.parameters()).device
-            grams[name].to(device)
             with torch.inference_mode():
                 tokens = run_in_halves(
-                    lambda part, p=probe, g=geometries[name], d=device: p.record(
+                    lambda part, p=probe, g=geometries[name], d=devices[name]: p.record(
                         part.views[g][0].to(d), "resid_post", tokens="cls"
                     )["resid_post"],
                     batch,

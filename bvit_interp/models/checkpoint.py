@@ -1,8 +1,9 @@
 """Checkpoints: a folder with `model.safetensors`, `config.json` and `README.md`.
 
-The layout is timm's for a hub or local folder, so `timm.create_model("local-dir:checkpoints/NAME",
-pretrained=True)` opens it too once `bvit_interp` is imported. `load` also takes any timm name and foreign
-`.pt/.pth` files, the latter without ever running code that a pickle may hold.
+Weights averaged over training (EMA) lie beside the raw ones as `ema.safetensors`; `FOLDER@ema` opens them. The layout
+is timm's for a hub or local folder, so `timm.create_model("local-dir:checkpoints/NAME", pretrained=True)` opens it
+too once `bvit_interp` is imported. `load` also takes any timm name and foreign `.pt/.pth` files, the latter without
+ever running code that a pickle may hold.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
-import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -28,15 +28,22 @@ from bvit_interp.errors import CheckpointError, choices
 from bvit_interp.models import bvit
 from bvit_interp.models.unroll import is_unrolled
 
-WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+WEIGHTS, EMA, CONFIG, CARD = "model.safetensors", "ema.safetensors", "config.json", "README.md"
 _WRAPPERS = ("state_dict", "model", "model_state_dict")  # keys under which training scripts put the weights
-_FROM_TIMM = "timm:"
+_FROM_TIMM, _AVERAGED = "timm:", "@ema"
+_STORED = (torch.float32, torch.float16, torch.bfloat16)
 # what torch's restricted unpickler says of a function or class, in any protocol (149: STACK_GLOBAL)
 _SIGNS_OF_CODE = ("unsupported global", "unsupported operand 149")
 
 
-def save(model: bvit.BViT, folder: str | Path, card: str = "", about: Mapping[str, Any] | None = None) -> Path:
+def save(
+    model: bvit.BViT, folder: str | Path, card: str = "", about: Mapping[str, Any] | None = None,
+    ema: Mapping[str, torch.Tensor] | None = None, dtype: torch.dtype | None = None,
+) -> Path:  # fmt: skip
     """Write a recurrent model (or matched stack) as a checkpoint folder; an existing one is replaced.
+
+    Everything is written beside the folder first and then renamed into it file by file, so that a full disk or an
+    error leaves an existing checkpoint as it was.
 
     Parameters
     ----------
@@ -44,10 +51,20 @@ def save(model: bvit.BViT, folder: str | Path, card: str = "", about: Mapping[st
     folder : the folder, made if missing; on an error it is left as it was.
     card : text of the model card.
     about : JSON-able facts for `config.json` under "training" (recipe, seed, accuracy, ...).
+    ema : averaged weights, a state dict of the model's keys and shapes, for `ema.safetensors`; without it, one that
+        an earlier save left is removed.
+    dtype : float32, float16 or bfloat16, in which floating tensors are stored; by default their own. A model
+        opened again is float32.
 
     Returns
     -------
     The folder.
+
+    Raises
+    ------
+    CheckpointError
+        For a model that would not open again as it is, averaged weights of another model, or weights beyond the
+        range of `dtype`.
     """
     if not isinstance(model, bvit.BViT):
         raise CheckpointError(f"only a BViT is saved here, got {type(model).__name__}")
@@ -56,18 +73,40 @@ def save(model: bvit.BViT, folder: str | Path, card: str = "", about: Mapping[st
     if not hasattr(model, "model_args"):
         raise CheckpointError("a BViT is saved under the name that rebuilds it: use timm.create_model")
     _check_rebuilds(model)
+    weights = {WEIGHTS: model.state_dict()}
+    if ema is not None:
+        found = _misfits(model.state_dict(), ema)
+        if found:
+            raise CheckpointError(f"the averaged weights do not fit the model. {found}")
+        weights[EMA] = dict(ema)
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        safetensors.torch.save_file(weights, str(Path(temporary, WEIGHTS)), metadata={"format": "pt"})
+        for name, tensors in weights.items():
+            stored = _as_stored(tensors, dtype)
+            safetensors.torch.save_file(stored, str(Path(temporary, name)), metadata={"format": "pt"})
         config = _config_of(model) | ({"training": dict(about)} if about else {})
         Path(temporary, CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         Path(temporary, CARD).write_text(card or f"# {folder.name}\n")
         folder.mkdir(exist_ok=True)
-        for name in (WEIGHTS, CONFIG, CARD):
-            shutil.move(str(Path(temporary, name)), str(folder / name))
+        for name in (*weights, CONFIG, CARD):
+            Path(temporary, name).replace(folder / name)
+        if ema is None:
+            (folder / EMA).unlink(missing_ok=True)
     return folder
+
+
+def _as_stored(weights: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    """The tensors on the CPU, floating ones in `dtype`."""
+    if dtype not in (None, *_STORED):
+        raise CheckpointError(f"weights cannot be stored as {dtype}; types: {choices(_STORED)}")
+    stored = {}
+    for name, tensor in weights.items():
+        kept = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
+        if (kept.isinf() & ~tensor.detach().cpu().isinf()).any():
+            raise CheckpointError(f"{name} holds weights beyond the range of {dtype}")
+        stored[name] = kept
+    return stored
 
 
 def load(spec: str | Path, device: str | torch.device = "cpu") -> VisionTransformer:
@@ -75,9 +114,9 @@ def load(spec: str | Path, device: str | torch.device = "cpu") -> VisionTransfor
 
     Parameters
     ----------
-    spec : a checkpoint folder; ``timm:NAME`` (weights as timm finds them), ``timm:NAME@random`` (seeded
-        random weights) or ``timm:NAME@FILE`` for a foreign `.safetensors/.pt/.pth` file of that
-        architecture; a `.safetensors/.pt/.pth` file beside its `config.json`.
+    spec : a checkpoint folder; ``FOLDER@ema`` for its averaged weights; ``timm:NAME`` (weights as timm finds
+        them), ``timm:NAME@random`` (seeded random weights) or ``timm:NAME@FILE`` for a foreign
+        `.safetensors/.pt/.pth` file of that architecture; a `.safetensors/.pt/.pth` file beside its `config.json`.
     device : where the model goes.
 
     Raises
@@ -87,7 +126,7 @@ def load(spec: str | Path, device: str | torch.device = "cpu") -> VisionTransfor
     """
     text = str(spec)
     from_timm = text.startswith(_FROM_TIMM)
-    model = _load_timm(text.removeprefix(_FROM_TIMM)) if from_timm else _load_path(Path(text))
+    model = _load_timm(text.removeprefix(_FROM_TIMM)) if from_timm else _load_path(*_split(text))
     for name, tensor in model.state_dict().items():
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{text}: {name} holds NaN or infinite weights")
@@ -95,9 +134,26 @@ def load(spec: str | Path, device: str | torch.device = "cpu") -> VisionTransfor
 
 
 def display_name(spec: str | Path) -> str:
-    """Short name of a checkpoint for tables and figures: the folder's, or timm's."""
+    """Short name of a checkpoint for tables and figures: the folder's (with @ema if averaged), or timm's."""
     text = str(spec)
-    return text.removeprefix(_FROM_TIMM) if text.startswith(_FROM_TIMM) else Path(text).resolve().name
+    if text.startswith(_FROM_TIMM):
+        return text.removeprefix(_FROM_TIMM)
+    path, averaged = _split(text)
+    return path.resolve().name + (_AVERAGED if averaged else "")
+
+
+def versions(spec: str | Path) -> list[str]:
+    """The spec, and after it ``FOLDER@ema`` if it is a folder with averaged weights beside the raw ones."""
+    text = str(spec)
+    path, averaged = _split(text)
+    beside = not averaged and path.is_dir() and (path / EMA).is_file()
+    return [text, f"{text.rstrip('/')}{_AVERAGED}"] if beside else [text]
+
+
+def _split(text: str) -> tuple[Path, bool]:
+    """Path of a spec, and whether it asks for the averaged weights; a path that is there is meant as it is."""
+    averaged = text.endswith(_AVERAGED) and not Path(text).exists()
+    return Path(text.removesuffix(_AVERAGED) if averaged else text), averaged
 
 
 def class_names(model: VisionTransformer) -> list[str] | None:
@@ -177,10 +233,12 @@ def _close_names(name: str) -> list[str]:
     return difflib.get_close_matches(name, timm.list_models(), n=5) or timm.list_models("bvit_*")
 
 
-def _load_path(path: Path) -> VisionTransformer:
-    folder, weights = (path, path / WEIGHTS) if path.is_dir() else (path.parent, path)
+def _load_path(path: Path, averaged: bool) -> VisionTransformer:
     if not path.exists():
         raise CheckpointError(f"no checkpoint at {path}: give a folder, a weights file, or timm:NAME")
+    if averaged and not (path / EMA).is_file():
+        raise CheckpointError(f"{path} has no averaged weights ({EMA}): leave out {_AVERAGED} for the raw ones")
+    folder, weights = (path, path / (EMA if averaged else WEIGHTS)) if path.is_dir() else (path.parent, path)
     config_file = folder / CONFIG
     if not config_file.is_file():
         hint = f"; for a bare weights file say timm:NAME@{path}" if path.is_file() else ""

@@ -218,10 +218,10 @@ def test_bad_json(saved, text):
         load(saved)
 
 
-@pytest.mark.parametrize("name", ["bvit_smal_patch16_224", None, 3])
-def test_unknown_architecture(saved, name):
+@pytest.mark.parametrize(("name", "close"), [("bvit_smal_patch16_224", "small"), (None, "base"), (3, "base")])
+def test_unknown_architecture(saved, name, close):
     edit_config(saved, architecture=name)
-    with pytest.raises(CheckpointError, match=r"unknown architecture .*; close: .*bvit_small_patch16_224"):
+    with pytest.raises(CheckpointError, match=rf"unknown architecture .*; close: .*bvit_{close}_patch16_224"):
         load(saved)
 
 
