@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 
 from bvit_interp.analyses import ANALYSES
-from bvit_interp.cli import _gathered, main
+from bvit_interp.cli import main
+from bvit_interp.cli.options import gathered
 from bvit_interp.models.checkpoint import save
 
 COMMANDS = [word.replace("_", "-") for word in ANALYSES]
@@ -50,12 +51,12 @@ def error_of(capfd, arguments):
 def test_overview_names_every_command_and_its_question(capsys):
     assert main([]) == 0
     text = capsys.readouterr().out
-    for word in [*COMMANDS, "train", "data", "report"]:
+    for word in [*COMMANDS, "train", "study", "data", "report"]:
         assert f"  {word} " in text
     assert "Does the maximum of a head's CLS attention lie on the object, step by step?" in text
 
 
-@pytest.mark.parametrize("word", [*COMMANDS, "train", "report", "data export", "data list"])
+@pytest.mark.parametrize("word", [*COMMANDS, "train", "study", "report", "data export", "data list"])
 def test_help_of_every_command(word, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([*word.split(), "--help"])
@@ -82,8 +83,8 @@ def test_help_answers_at_once_and_loads_no_torch():
 
 def test_repeated_flags_are_gathered():
     given = ["--ckpt", "a", "--limit", "3", "--ckpt", "b", "c", "--ckpt=d", "--seed", "1"]
-    assert _gathered(given, "--ckpt") == ["--ckpt", "a", "b", "c", "d", "--limit", "3", "--seed", "1"]
-    assert _gathered(["--limit", "3"], "--ckpt") == ["--limit", "3"]
+    assert gathered(given, "--ckpt") == ["--ckpt", "a", "b", "c", "d", "--limit", "3", "--seed", "1"]
+    assert gathered(["--limit", "3"], "--ckpt") == ["--limit", "3"]
 
 
 # ---- results -----------------------------------------------------------------------------------------
@@ -207,8 +208,12 @@ def test_report_of_a_run(ckpt, tmp_path, capsys):
         (["report", "no-such-folder"], "no folder no-such-folder"),
         (["data"], "data takes list or export"),
         (["data", "export", "digits-s", "OUT", "--split", "valid"], "no split 'valid'"),
-        (["train", "--recipe", "nope"], "no recipe 'nope'; shipped: digits-s"),
+        (["train", "--recipe", "nope"], "no recipe 'nope'; shipped: cifar10, "),
         (["train", "--recipe", "digits-s", "--set", "lrr=3"], "unknown setting lrr"),
+        (["train", "--recipe", "cifar10", "--data", "cifar10:nowhere"], "cifar10: no folder nowhere"),
+        (["train", "--recipe", "digits-s", "--set", "model.num_classes=7"], "num_classes is 7, the data has 10 classes"),
+        (["study", "depth"], "no study 'depth'; studies: blocks, heads, steps, width"),
+        (["study", "steps", "--recipe", "nope"], "no recipe 'nope'; shipped: cifar10, "),
         (["train", "--recipe", "digits-s", "--set", "epochs=0"], "epochs must be >= 1, got 0"),
     ],
 )

@@ -1,0 +1,95 @@
+"""The words that make weights: `train` a recipe, `study` a grid of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from bvit_interp.cli.analyse import draw
+from bvit_interp.cli.options import gathered, parse, processes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a model by a recipe and leave a checkpoint folder."""
+
+    recipe: str
+    """A shipped recipe (cifar10, digits-s, imagenet-paper, ...; an unknown name lists them) or a YAML file."""
+    data: str | None = None
+    """Data set, NAME:PATH, in place of the recipe's; it needs a train split and one to score on."""
+    out: Path | None = None
+    """Checkpoint folder; by default runs/RECIPE. A run that was stopped there goes on."""
+    overwrite: bool = False
+    """Start again where a run in the folder would go on."""
+    set: tuple[str, ...] = ()
+    """Settings of the recipe to change: key=value ..., model.key=value for the model's."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    threads: int | None = None
+    """CPU threads to use; by default all."""
+    save_minutes: float = 2.0
+    """Minutes between two savings of the state within an epoch."""
+    tensorboard: bool = False
+    """Log for TensorBoard too, in the folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """Train a grid of models (width, steps, heads or blocks) and write one table and its figure."""
+
+    name: tyro.conf.Positional[str]
+    """width, steps, heads or blocks."""
+    recipe: str | None = None
+    """Recipe of all runs in place of the study's (cifar10-d128): digits-s needs no data, for instance."""
+    data: str | None = None
+    """Data set, NAME:PATH, in place of the recipe's."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Every point is trained with each."""
+    set: tuple[str, ...] = ()
+    """Settings to change in all runs: key=value ..., model.key=value for the model's."""
+    out: Path | None = None
+    """Folder for the table, the figure and a checkpoint a run; by default runs/study-NAME. It goes on there."""
+    overwrite: bool = False
+    """Start again where a study in the folder would go on."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    threads: int | None = None
+    """CPU threads to use; by default all."""
+
+
+def train(given: list[str]) -> None:
+    """`bvit-interp train`."""
+    options = parse(Train, "train", gathered(given, "--set"))
+    from bvit_interp.training import recipe
+
+    settings = [*options.set, *([f"data={options.data}"] if options.data else [])]
+    plan = recipe.read(options.recipe, settings)
+    out = options.out or Path("runs") / Path(options.recipe).stem
+    with processes(options.device, options.threads) as device:
+        from bvit_interp.training import supervised
+
+        supervised.train(
+            plan, out, device, overwrite=options.overwrite, tensorboard=options.tensorboard,
+            save_minutes=options.save_minutes,
+        )  # fmt: skip
+    print(f"wrote {out}")
+
+
+def study(given: list[str]) -> None:
+    """`bvit-interp study`."""
+    options = parse(Study, "study", gathered(gathered(given, "--set"), "--seeds"))
+    from bvit_interp import results
+    from bvit_interp.training import study as studies
+
+    settings = [*options.set, *([f"data={options.data}"] if options.data else [])]
+    plan = studies.read(options.name, options.recipe, tuple(settings))
+    out = options.out or Path("runs") / f"study-{options.name}"
+    with processes(options.device, options.threads) as device:
+        frame = studies.run(plan, options.seeds, out, device, overwrite=options.overwrite)
+        if results.rank_and_world()[0] == 0:
+            from bvit_interp.report import study_figure
+
+            print(frame.to_string(index=False, float_format="{:.3f}".format))
+            draw(study_figure, frame, out / f"study_{plan.name}.png")
