@@ -1,7 +1,8 @@
 """The words: sites, steps, tokens, and the address `mlp_post[5]:1234` of a unit.
 
 A **step** t = 1..T is the t-th application of the block (in a stacked ViT, a block); step 0 is the embedded
-tokens z_0 and -1 the last step. A **site** is a place inside a step, named as in TransformerLens.
+tokens z_0 and -1 the last step. A **site** is a place inside a step, named as in TransformerLens; in the inner
+updates of a step with a memory (bViT-fl, bViT-sc) it is `inner2.mlp_post`, counted from 1.
 Shapes: B images, N tokens (prefix + patches), D width, F hidden width of the FFN, H heads, E = head width,
 Q query and K key tokens (both N).
 """
@@ -9,7 +10,7 @@ Q query and K key tokens (both N).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Integral
 
@@ -30,18 +31,23 @@ SITES: dict[str, tuple[str, str]] = {
     "mlp_out": ("B N D", "what the FFN adds to the residual"),
     "resid_post": ("B N D", "output of the step, z_t"),
 }
-"""Site -> (shape, where it is in the step); the README's table."""
+"""Site -> (shape, where it is in the step); the README's table.
 
-TOKEN_WORDS = ("cls", "reg", "patches", "all")
+With a memory m_t a step's block reads z_{t-1} + m_t + e_t, while `resid_pre` stays z_{t-1}. Of an inner update,
+`resid_pre` is what its block reads, m + z_{t-1} (+ e_t), and `resid_post` the memory it leaves.
+"""
+
+TOKEN_WORDS = ("cls", "dist", "reg", "patches", "all")
 Tokens = str | int | slice
-"""Which tokens: cls | reg | patches | all, an int (drops the axis, as cls does) or a slice."""
+"""Which tokens: cls | dist | reg | patches | all, an int (drops the axis, as cls and dist do) or a slice."""
 
-_ADDRESS = re.compile(r"(?P<site>\w+)\[(?P<step>-?\d+)\](?::(?P<unit>\d+))?")
+_INNER = re.compile(r"inner(?P<update>[1-9]\d{0,3})\.(?P<site>\w+)", re.ASCII)
+_ADDRESS = re.compile(r"(?P<site>[\w.]+)\[(?P<step>-?\d+)\](?::(?P<unit>\d+))?")
 
 
 @dataclass(frozen=True)
 class Address:
-    """A site at a step, or one unit of it: `z[5]`, `z[5]:3` (head 3), `mlp_post[5]:1234` (neuron 1234)."""
+    """A site at a step, or one unit of it: `z[5]`, `z[5]:3` (head 3), `inner2.mlp_post[5]:1234` (neuron 1234)."""
 
     site: str
     step: int
@@ -65,9 +71,20 @@ class Address:
 
 def check_site(site: str) -> str:
     """`site` itself, or a UserError with the sites there are."""
-    if site not in SITES:
+    if place_of(site)[1] not in SITES:
         raise UserError(f"unknown site {site!r}; sites: {choices(SITES, 20)}")
     return site
+
+
+def place_of(site: str) -> tuple[int, str]:
+    """Which inner update of the step a site is in (0: the step's own block), and its name there."""
+    match = _INNER.fullmatch(site)
+    return (0, site) if match is None else (int(match["update"]), match["site"])
+
+
+def axes_of(site: str) -> list[str]:
+    """The letters of a site's shape: ``["B", "N", "F"]``."""
+    return SITES[place_of(site)[1]][0].split()
 
 
 def check_step(step: int, num_steps: int, *, zero: bool = False) -> int:
@@ -95,5 +112,5 @@ def check_steps(steps: Iterable[int] | int | None, num_steps: int, *, zero: bool
 
 def unit_axis(site: str) -> str:
     """What a unit of the site is: `H` a head, `F` a neuron, `D` a channel of the residual."""
-    axes: Sequence[str] = SITES[site][0].split()
+    axes = axes_of(site)
     return "H" if "H" in axes else axes[-1]

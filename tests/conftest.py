@@ -104,14 +104,41 @@ def tiny_hybrid(make: Callable[..., nn.Module]) -> nn.Module:
 
 
 @pytest.fixture
+def tiny_fl(make: Callable[..., nn.Module]) -> nn.Module:
+    """Fast latent of two inner updates, with a random time embedding: 4 steps, 12 applications."""
+    return make(name="bvit_small_fl_patch16_224", num_steps=4, inner_updates=2, step_embed=True)
+
+
+@pytest.fixture
+def tiny_sc(make: Callable[..., nn.Module]) -> nn.Module:
+    """Skip memory that keeps the state every second step: 5 steps."""
+    return make(name="bvit_small_sc_patch16_224", num_steps=5, interval=2)
+
+
+@pytest.fixture
+def tiny_sc_block(make: Callable[..., nn.Module]) -> nn.Module:
+    """Skip memory updated by the block at steps 1 and 4 of 5, with a random time embedding."""
+    return make(name="bvit_small_sc_patch16_224", memory="block", num_steps=5, interval=3, step_embed=True)
+
+
+@pytest.fixture
+def tiny_distilled(make: Callable[..., nn.Module]) -> nn.Module:
+    """bViT with a distillation token, its head and two registers: 20 tokens, 6 steps."""
+    return make(name="bvit_small_distilled_patch16_224", num_steps=6, reg_tokens=2)
+
+
+@pytest.fixture
 def stacked(make: Callable[..., nn.Module]) -> nn.Module:
     """A timm VisionTransformer of three blocks with LayerNorm."""
     return make(name="vit_tiny_patch16_224", depth=3)
 
 
-@pytest.fixture(params=["tiny", "tiny_te", "tiny_reg4", "tiny_hybrid", "stacked"])
+MODELS = ["tiny", "tiny_te", "tiny_reg4", "tiny_hybrid", "tiny_fl", "tiny_sc", "tiny_sc_block", "tiny_distilled"]
+
+
+@pytest.fixture(params=[*MODELS, "stacked"])
 def any_model(request: pytest.FixtureRequest) -> nn.Module:
-    """Each of the five models in turn."""
+    """Each of the nine models in turn."""
     return request.getfixturevalue(request.param)
 
 
@@ -164,6 +191,7 @@ def block_by_hand(block: nn.Module, x: torch.Tensor, change: Change | None = Non
     mlp_post = mlp_post if change is None else change(mlp_post)
     resid_post = resid_mid + mlp_post @ block.mlp.fc2.weight.T + block.mlp.fc2.bias
     return {
+        "resid_pre": x,
         "pattern": pattern,
         "resid_mid": resid_mid,
         "mlp_pre": mlp_pre,
@@ -173,32 +201,53 @@ def block_by_hand(block: nn.Module, x: torch.Tensor, change: Change | None = Non
 
 
 def tokens_by_hand(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """z_0: CLS with its position, registers without, then patches with theirs."""
+    """z_0: CLS and a distillation token with their positions, registers without, then patches with theirs."""
     kernel, bias = model.patch_embed.proj.weight, model.patch_embed.proj.bias
     size = kernel.shape[-1]
     cut = F.unfold(images, size, stride=size).transpose(1, 2)  # (B, N, C * p * p)
-    patches = cut @ kernel.flatten(1).T + bias + model.pos_embed[:, 1:]
-    cls = (model.cls_token + model.pos_embed[:, :1]).expand(len(images), -1, -1)
-    registers = [] if model.reg_token is None else [model.reg_token.expand(len(images), -1, -1)]
-    return torch.cat([cls, *registers, patches], dim=1)
+    prefix = [model.cls_token, model.dist_token] if hasattr(model, "dist_token") else [model.cls_token]
+    patches = cut @ kernel.flatten(1).T + bias + model.pos_embed[:, len(prefix) :]
+    prefix = [token + model.pos_embed[:, i : i + 1] for i, token in enumerate(prefix)]
+    prefix += [] if model.reg_token is None else [model.reg_token]
+    return torch.cat([*(token.expand(len(images), -1, -1) for token in prefix), patches], dim=1)
 
 
 def run_by_hand(
     model: nn.Module, images: torch.Tensor, blocks: list[nn.Module], step_embed: torch.Tensor | None = None,
-    changes: dict[int, Change] | None = None,
-) -> list[dict[str, torch.Tensor]]:  # fmt: skip
+    changes: dict[int, Change] | None = None, states: dict[int, torch.Tensor] | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
     """The sites of every step; entry 0 holds z_0 as "resid_post".
 
-    `blocks` names the block of each step, `changes` the steps (from 1) whose neurons are replaced.
+    `blocks` names the block of each step, `changes` the steps (from 1) whose neurons are replaced, `states` the z_t
+    that are replaced on their way into the next step. With a memory, "resid_pre" is what the block reads and "inner"
+    holds the sites of the inner updates.
     """
-    sites = [{"resid_post": tokens_by_hand(model, images)}]
+    sites: list[dict[str, Any]] = [{"resid_post": tokens_by_hand(model, images)}]
+    plan, memory = getattr(blocks[0], "memory", None), torch.zeros(())
     for t, block in enumerate(blocks, start=1):
-        sites.append(block_by_hand(block, sites[-1]["resid_post"], (changes or {}).get(t)))
-        if step_embed is not None:
-            sites[-1]["resid_post"] = sites[-1]["resid_post"] + step_embed[min(t, len(step_embed)) - 1]
+        z, change = (states or {}).get(t - 1, sites[-1]["resid_post"]), (changes or {}).get(t)
+        embed = torch.zeros(()) if step_embed is None else step_embed[min(t, len(step_embed)) - 1]
+        inner = []
+        if plan is None:
+            sites.append(block_by_hand(block, z, change))
+            sites[-1]["resid_post"] = sites[-1]["resid_post"] + embed
+        else:
+            if plan.kind == "latent":
+                for _ in range(plan.inner_updates):
+                    inner.append(block_by_hand(block, memory + z + embed))
+                    memory = inner[-1]["resid_post"]
+            elif (t - 1) % plan.interval == 0:
+                if plan.kind == "block":
+                    inner.append(block_by_hand(block, memory + z))
+                memory = inner[-1]["resid_post"] if inner else z
+            sites.append(block_by_hand(block, z + memory + embed, change))
+        sites[-1]["inner"] = inner
     return sites
 
 
 def logits_by_hand(model: nn.Module, z: torch.Tensor) -> torch.Tensor:
-    """Head on the normalised CLS row (eq. 5)."""
-    return norm_by_hand(z[:, 0], model.norm) @ model.head.weight.T + model.head.bias
+    """Head on the normalised CLS row (eq. 5); of a distilled model the mean of both heads."""
+    logits = norm_by_hand(z[:, 0], model.norm) @ model.head.weight.T + model.head.bias
+    if not hasattr(model, "head_dist"):
+        return logits
+    return (logits + norm_by_hand(z[:, 1], model.norm) @ model.head_dist.weight.T + model.head_dist.bias) / 2

@@ -7,10 +7,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bvit_interp.errors import UserError, choices
-from bvit_interp.vocabulary import SITES, Address, check_site, check_step, check_steps, unit_axis
+from bvit_interp.vocabulary import (
+    SITES,
+    Address,
+    axes_of,
+    check_site,
+    check_step,
+    check_steps,
+    place_of,
+    unit_axis,
+)
+
+ANY_SITE = st.sampled_from(list(SITES)) | st.builds(
+    "inner{}.{}".format, st.integers(1, 9999), st.sampled_from([*SITES])
+)
 
 
-@given(st.sampled_from(list(SITES)), st.integers(-100, 10**6), st.none() | st.integers(0, 10**9))
+@given(ANY_SITE, st.integers(-100, 10**6), st.none() | st.integers(0, 10**9))
 def test_an_address_goes_through_text(site, step, unit):
     address = Address(site, step, unit)
     assert Address.parse(str(address)) == address
@@ -20,6 +33,7 @@ def test_an_address_goes_through_text(site, step, unit):
 def test_addresses_as_they_are_written():
     assert str(Address("mlp_post", 5, 1234)) == "mlp_post[5]:1234"
     assert str(Address("z", -1)) == "z[-1]"
+    assert Address.parse("inner2.mlp_post[5]:1234") == Address("inner2.mlp_post", 5, 1234)
     assert Address.parse("z[5]:0") == Address("z", 5, 0)
     assert Address.parse("resid_post[0]") == Address("resid_post", 0, None)
 
@@ -52,10 +66,26 @@ def test_an_unknown_site_is_refused_with_the_sites_there_are():
     assert check_site("z") == "z"
 
 
+@pytest.mark.parametrize(
+    "site", ["inner.z", "inner0.z", "inner01.z", "inner-1.z", "inner1.inner2.z", "inner1.", "inner1", "outer1.z", ".z",
+             "inner1z", "inner1.mlp", "inner99999.z", "inner\u0661.z"],
+)  # fmt: skip
+def test_what_is_no_site_of_an_inner_update(site):
+    with pytest.raises(UserError, match="unknown site"):
+        check_site(site)
+
+
+def test_the_place_of_a_site():
+    assert place_of("z") == (0, "z")
+    assert place_of("inner12.mlp_post") == (12, "mlp_post")
+    assert axes_of("inner12.mlp_post") == axes_of("mlp_post") == ["B", "N", "F"]
+
+
 def test_units_are_what_the_axes_say():
     named = {"H": ["q", "k", "v", "scores", "pattern", "z"], "F": ["mlp_pre", "mlp_post"]}
     for site in SITES:
         assert unit_axis(site) == next((axis for axis, sites in named.items() if site in sites), "D")
+        assert unit_axis(f"inner3.{site}") == unit_axis(site)
 
 
 @given(st.integers(1, 200), st.integers(-500, 500))

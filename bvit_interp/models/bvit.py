@@ -5,111 +5,29 @@ rounds: one block for twelve rounds is bViT-B, twelve blocks for one round the m
 3 x 4, ... the hybrids between them.
 
 bViT: "Investigating single-block recurrence in Vision Transformers", https://arxiv.org/abs/2605.10661,
-section 3 (eq. 1-6 the model, eq. 9 the time embedding, section 4 the registers). Where the paper is silent
-about a hybrid's order, blocks cycle (B1 B2 B1 B2 ...); `order="repeat"` gives B1 B1 ... B2 B2.
+section 3 (eq. 1-6 the model, eq. 9 the time embedding, section 4 the registers), appendix C (distillation) and D
+(memory). Where the paper is silent about a hybrid's order, blocks cycle (B1 B2 B1 B2 ...); `order="repeat"` gives
+B1 B1 ... B2 B2.
 Built on `timm.models.vision_transformer`, whose names for modules and state-dict keys are kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from timm.layers import PatchDropout, RmsNorm, resample_abs_pos_embed
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models import vision_transformer as timm_vit
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
-Order = Literal["cycle", "repeat"]
-
-
-class TimedBlock(Block):
-    """A block that adds the time embedding of its step: ``z_t = F(z_{t-1}) + e_t`` (eq. 9).
-
-    In the recurrent model the row e_t comes with the call; a clone in the tied unroll owns its step and
-    looks the row up itself.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.register_parameter("step_embed", None)
-        self.step_index = 0
-
-    def own_step(self, step_embed: nn.Parameter | None, index: int) -> None:
-        """Add row `index` of `step_embed` from now on, as a step of an unroll."""
-        self.register_parameter("step_embed", step_embed)
-        self.step_index = index
-
-    def forward(
-        self,
-        x: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-        is_causal: bool = False,
-        step_embed: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        if step_embed is None:
-            if self.step_embed is None:
-                raise ValueError("a TimedBlock outside an unroll needs step_embed")
-            step_embed = self.step_embed[self.step_index]
-        return super().forward(x, attn_mask=attn_mask, is_causal=is_causal) + step_embed
-
-
-class Steps(nn.Sequential):
-    """`length` applications of the stored blocks, in order.
-
-    The blocks are stored (and saved) once; `len`, iteration and indexing go by application, which is what
-    timm's `forward_intermediates`, `features_only` and `prune_intermediate_layers` count.
-
-    Parameters
-    ----------
-    blocks : the distinct blocks.
-    length : number of applications.
-    order : "cycle" applies B1 B2 B1 B2 ...; "repeat" applies B1 `rounds` times, then B2, ...
-    rounds : applications of each block under "repeat".
-    step_embed : one learned vector a step, ``(length, dim)``, or None.
-    """
-
-    def __init__(
-        self, blocks: list[nn.Module], length: int, order: Order = "cycle", rounds: int = 1,
-        step_embed: nn.Parameter | None = None,
-    ) -> None:  # fmt: skip
-        super().__init__(*blocks)
-        self.length, self.order, self.rounds = length, order, rounds
-        self.step_embed = step_embed
-
-    def block_index(self, i: int) -> int:
-        """Which stored block the i-th application (from 0) uses; also beyond `length`."""
-        stored = len(self._modules)
-        return i % stored if self.order == "cycle" else min(i // self.rounds, stored - 1)
-
-    def embed_index(self, i: int) -> int:
-        """Row of `step_embed` used at application i; beyond the last row the last one is kept."""
-        return min(i, self.step_embed.shape[0] - 1)
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[Any]:
-        stored = list(self._modules.values())
-        for i in range(self.length):
-            block = stored[self.block_index(i)]
-            if self.step_embed is None:
-                yield block
-            else:
-                yield partial(block, step_embed=self.step_embed[self.embed_index(i)])
-
-    def __getitem__(self, index: int | slice) -> Any:
-        stored = list(self._modules.values())
-        if isinstance(index, int):
-            return stored[self.block_index(range(self.length)[index])]
-        kept = range(self.length)[index]
-        if kept != range(len(kept)):
-            raise IndexError(f"steps can only be cut at the end (blocks[:n]), got {index}")
-        used = sorted({self.block_index(i) for i in kept})
-        return Steps([stored[i] for i in used], len(kept), self.order, self.rounds, self.step_embed)
+from bvit_interp.models.memory import Gradient, Kind, Memory, MemoryBlock, MemorySteps, UnrolledSteps, calls_of
+from bvit_interp.models.steps import Order, Steps, TimedBlock
 
 
 class BViT(VisionTransformer):
@@ -123,19 +41,24 @@ class BViT(VisionTransformer):
     num_blocks : distinct blocks.
     num_steps : rounds over them.
     order : "cycle" or "repeat", for hybrids.
-    step_embed : add a learned e_t after every step (bViT-TE), initialised to zero (our choice).
+    step_embed : add a learned e_t after every step (bViT-TE), initialised to zero (our choice); with a memory, before
+        the block.
     reg_tokens : registers between CLS and patches, without position, dropped at read-out (bViT-R has 4).
+    memory : None, or what is remembered beside the state: "latent" (bViT-fl), "state" or "block" (bViT-sc).
+    inner_updates, interval, memory_gradient : of the memory, see `bvit_interp.models.memory.Memory`.
     **kwargs : as timm's `VisionTransformer` (img_size, patch_size, in_chans, num_classes, embed_dim,
         num_heads, dynamic_img_size, ...).
 
     References
     ----------
-    arXiv 2605.10661, eq. 1-6 and 9; parameter counts in its Tables 1-3.
+    arXiv 2605.10661, eq. 1-6 and 9, appendix D; parameter counts in its Tables 1-3.
     """
 
     def __init__(
         self, *, num_blocks: int = 1, num_steps: int = 12, order: Order = "cycle", step_embed: bool = False,
-        reg_tokens: int = 0, norm_layer: Callable[..., nn.Module] | str | None = None, **kwargs: Any,
+        reg_tokens: int = 0, memory: Kind | None = None, inner_updates: int | None = None,
+        interval: int | None = None, memory_gradient: Gradient | None = None,
+        norm_layer: Callable[..., nn.Module] | str | None = None, **kwargs: Any,
     ) -> None:  # fmt: skip
         if num_blocks < 1 or num_steps < 1:
             raise ValueError(f"num_blocks and num_steps must be >= 1, got {num_blocks} and {num_steps}")
@@ -143,36 +66,48 @@ class BViT(VisionTransformer):
             raise ValueError(f"order must be 'cycle' or 'repeat', got {order!r}")
         if "depth" in kwargs:
             raise ValueError("a BViT has no depth: give num_blocks and num_steps")
-        block = TimedBlock if step_embed else Block
+        block: Callable[..., Block] = TimedBlock if step_embed else Block
+        of_memory = (inner_updates, interval, memory_gradient)
+        if memory is not None:
+            block = partial(MemoryBlock, memory=Memory(memory, *of_memory))
+        elif of_memory != (None, None, None):
+            raise ValueError("inner_updates, interval and memory_gradient are of a memory: give memory too")
         super().__init__(depth=num_blocks, norm_layer=norm_layer or RmsNorm, block_fn=block, **kwargs)
         if not self.has_class_token or self.no_embed_class or self.pos_embed is None:
             raise ValueError("a BViT has a CLS token with a position (eq. 1)")
         steps = num_blocks * num_steps
         like_cls = {"device": self.cls_token.device, "dtype": self.cls_token.dtype}
         table = nn.Parameter(torch.zeros(steps, self.embed_dim, **like_cls)) if step_embed else None
-        self.blocks = Steps(list(self.blocks), steps, order, num_steps, table)
+        container = Steps if memory is None else MemorySteps
+        self.blocks = container(list(self.blocks), steps, order, num_steps, table)
         self.feature_info = [{**self.feature_info[0], "module": f"blocks.{i}"} for i in range(steps)]
+        self.num_positioned = self.num_prefix_tokens  # prefix tokens with a position: CLS, and a distillation token
         if reg_tokens:  # timm would give registers a position, or take it from CLS
             registers = torch.empty(1, reg_tokens, self.embed_dim, **like_cls).normal_(std=1e-6)
             self.reg_token = nn.Parameter(registers)
             self.num_reg_tokens = reg_tokens
-            self.num_prefix_tokens = 1 + reg_tokens
-            if isinstance(self.patch_drop, PatchDropout):
-                self.patch_drop.num_prefix_tokens = self.num_prefix_tokens
+            self.num_prefix_tokens += reg_tokens
+        if isinstance(self.patch_drop, PatchDropout):
+            self.patch_drop.num_prefix_tokens = self.num_prefix_tokens
 
     def _pos_embed(self, x: torch.Tensor) -> torch.Tensor:
-        """Token sequence z_0 = [CLS + E_0; registers; patches + E_1..N], ``(B, 1 + R + N, D)`` (eq. 1)."""
-        pos_embed = self.pos_embed
+        """Token sequence z_0 = [CLS + E_0; registers; patches + E_1..N], ``(B, 1 + R + N, D)`` (eq. 1).
+
+        A distillation token and its position come after CLS.
+        """
+        pos_embed, first = self.pos_embed, self.num_positioned
         if self.dynamic_img_size:  # patches come as (B, H, W, D)
             pos_embed = resample_abs_pos_embed(
-                pos_embed, new_size=x.shape[1:3], old_size=self.patch_embed.grid_size, num_prefix_tokens=1
+                pos_embed, new_size=x.shape[1:3], old_size=self.patch_embed.grid_size, num_prefix_tokens=first
             )
             x = x.flatten(1, 2)
-        batch = x.shape[0]
-        tokens = [(self.cls_token + pos_embed[:, :1]).expand(batch, -1, -1), x + pos_embed[:, 1:]]
+        prefix = [self.cls_token + pos_embed[:, :1]]
+        if first > 1:
+            prefix.append(self.dist_token + pos_embed[:, 1:2])
         if self.reg_token is not None:
-            tokens.insert(1, self.reg_token.expand(batch, -1, -1))
-        return self.pos_drop(torch.cat(tokens, dim=1))
+            prefix.append(self.reg_token)
+        tokens = [token.expand(x.shape[0], -1, -1) for token in prefix]
+        return self.pos_drop(torch.cat([*tokens, x + pos_embed[:, first:]], dim=1))
 
     def forward_features(
         self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False
@@ -183,15 +118,24 @@ class BViT(VisionTransformer):
         masks = {} if unmasked else {"attn_mask": attn_mask, "is_causal": is_causal}
         if self.grad_checkpointing and unmasked:  # checkpoint_seq passes no mask on; timm does the same
             # timm hands the Sequential itself to checkpoint_seq, which runs each stored block once
-            x = checkpoint_seq(list(self.blocks), x)
+            # re-entrant checkpoints would cut the gradient through a memory, which is no argument of theirs
+            x = checkpoint_seq(list(calls_of(self.blocks)), x, use_reentrant=False)
         else:
-            for block in self.blocks:
+            for block in calls_of(self.blocks):
                 x = block(x, **masks)
         return self.norm(x)
 
+    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
+        """As timm's: the states z_t after the asked steps."""
+        model = self
+        if isinstance(self.blocks, UnrolledSteps):  # timm calls what `blocks` gives, here modules that need a run
+            model = copy.copy(self)
+            model.__dict__["blocks"] = list(self.blocks.run())
+        return super(BViT, model).forward_intermediates(*args, **kwargs)
+
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
         """Change image or patch size in place, resampling the position embedding."""
-        with _OnlyClsHasPosition(self):
+        with _WithoutRegisters(self):
             super().set_input_size(img_size=img_size, patch_size=patch_size)
 
     @torch.jit.ignore
@@ -199,14 +143,36 @@ class BViT(VisionTransformer):
         return {*super().no_weight_decay(), "reg_token", "blocks.step_embed"}
 
 
-class _OnlyClsHasPosition:
-    """Shows timm one prefix token while it resamples positions: registers have none."""
+class DistilledBViT(BViT, VisionTransformerDistilled):
+    """A `BViT` with a distillation token after CLS and a second head (DeiT; appendix C of the paper).
+
+    All of DeiT is timm's (`timm.models.deit`): the token with a position of its own, `head_dist`, and the forward that
+    gives the mean of both heads' logits, or (logits, logits of the distillation head), each ``(B, classes)``, in
+    training after ``set_distilled_training(True)``.
+
+    Parameters
+    ----------
+    **kwargs : as `BViT`; only token pooling, behind the final norm, can be had.
+
+    References
+    ----------
+    Touvron et al. (2021), https://arxiv.org/abs/2012.12877. bViT-B: + 770,536 parameters, 33.87 GFLOPs.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        if kwargs.get("fc_norm") or kwargs.get("global_pool", "token") != "token":
+            raise ValueError("a distilled model reads its two tokens behind the final norm: no fc_norm, no global_pool")
+        super().__init__(**kwargs)
+
+
+class _WithoutRegisters:
+    """Shows timm the prefix tokens that have a position while it resamples positions: registers have none."""
 
     def __init__(self, model: BViT) -> None:
         self.model = model
 
     def __enter__(self) -> None:
-        self.prefix, self.model.num_prefix_tokens = self.model.num_prefix_tokens, 1
+        self.prefix, self.model.num_prefix_tokens = self.model.num_prefix_tokens, self.model.num_positioned
 
     def __exit__(self, *exception: object) -> None:
         self.model.num_prefix_tokens = self.prefix
@@ -214,7 +180,7 @@ class _OnlyClsHasPosition:
 
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: BViT) -> dict[str, torch.Tensor]:
     """timm's filter for pretrained weights (resamples positions), told that registers have no position."""
-    with _OnlyClsHasPosition(model):
+    with _WithoutRegisters(model):
         return timm_vit.checkpoint_filter_fn(state_dict, model)
 
 
@@ -226,14 +192,22 @@ _SIZES = {  # Table 1: width, heads, steps of the recurrent model = blocks of th
     "large": (1024, 16, 24),
 }
 _FACTORY_ARGS = {"pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "features_only", "device", "dtype"}
-_VARIANTS: dict[str, dict[str, Any]] = {"": {}, "te_": {"step_embed": True}, "reg4_": {"reg_tokens": 4}}
+_VARIANTS: dict[str, dict[str, Any]] = {
+    "": {}, "te_": {"step_embed": True}, "reg4_": {"reg_tokens": 4}, "fl_": {"memory": "latent"},
+    "sc_": {"memory": "state"}, "distilled_": {},
+}  # fmt: skip
 
 
-def _cfg() -> dict[str, Any]:
+def _class_of(name: str) -> type[BViT]:
+    return DistilledBViT if "_distilled_" in name else BViT
+
+
+def _cfg(name: str) -> dict[str, Any]:
     return {
         "url": "", "num_classes": 1000, "input_size": (3, 224, 224), "pool_size": None, "crop_pct": 224 / 256,
         "interpolation": "bilinear", "fixed_input_size": True, "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225), "first_conv": "patch_embed.proj", "classifier": "head",
+        "std": (0.229, 0.224, 0.225), "first_conv": "patch_embed.proj",
+        "classifier": "head" if _class_of(name) is BViT else ("head", "head_dist"),
     }  # fmt: skip
 
 
@@ -241,7 +215,7 @@ def _entrypoint(name: str, **defaults: Any) -> Callable[..., BViT]:
     def create(pretrained: bool = False, **kwargs: Any) -> BViT:
         feature_cfg = {"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"}
         model = build_model_with_cfg(
-            BViT, name, pretrained, pretrained_filter_fn=checkpoint_filter_fn, feature_cfg=feature_cfg,
+            _class_of(name), name, pretrained, pretrained_filter_fn=checkpoint_filter_fn, feature_cfg=feature_cfg,
             **{**defaults, **kwargs},
         )  # fmt: skip
         given = {key: value for key, value in kwargs.items() if key not in _FACTORY_ARGS}
@@ -261,10 +235,11 @@ def _models() -> dict[str, dict[str, Any]]:
         for infix, extra in _VARIANTS.items():
             recurrent = {**shape, "num_blocks": 1, "num_steps": steps}
             models[f"bvit_{size}_{infix}patch16_224"] = {**recurrent, **extra}
-        models[f"vit_rms_{size}_patch16_224"] = {**shape, "num_blocks": steps, "num_steps": 1}
+        for infix in ("", "distilled_"):
+            models[f"vit_rms_{size}_{infix}patch16_224"] = {**shape, "num_blocks": steps, "num_steps": 1}
     return models
 
 
-default_cfgs = generate_default_cfgs({name: _cfg() for name in _models()})
+default_cfgs = generate_default_cfgs({name: _cfg(name) for name in _models()})
 for _name, _defaults in _models().items():
     globals()[_name] = register_model(_entrypoint(_name, **_defaults))

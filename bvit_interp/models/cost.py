@@ -3,9 +3,11 @@
 The convention of bViT (arXiv 2605.10661, Tables 1-3): 2 x the multiply-accumulates of Linear and Conv
 weights; biases, norms, softmax and GELU are free, and so are QK^T and AV unless `count_attention` asks for
 them. Counters that watch a forward pass disagree with each other on fused attention; this one reads shapes.
-A shared block costs its FLOPs at every step and its parameters once.
+A shared block costs its FLOPs at every step and its parameters once. Adding a memory to the state is free, as
+additions are; updating one is an application of the block.
 
-bViT-B: 33.697 GFLOPs (35.128 with attention) = 0.232747 + 2.788688 t at t = 12.
+bViT-B: 33.697 GFLOPs (35.128 with attention) = 0.232747 + 2.788688 t at t = 12. bViT-fl (n = 3): 134.1; bViT-sc:
+33.697 with memory="state", 50.4, 44.9, 42.1, 39.3, 36.5 with "block" and k = 2, 3, 4, 6, 12; distilled: 33.87.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from bvit_interp.errors import UserError
-from bvit_interp.models.bvit import Steps
+from bvit_interp.models.memory import MemoryBlock
+from bvit_interp.models.steps import Steps
 
 
 def flops(model: VisionTransformer, *, count_attention: bool, steps: int | None = None) -> int:
@@ -41,11 +44,15 @@ def flops(model: VisionTransformer, *, count_attention: bool, steps: int | None 
 
 
 def flops_per_step(model: VisionTransformer, *, count_attention: bool, step: int = 1) -> int:
-    """FLOPs of one image in step `step` (from 1); the steps of a `BViT` all cost the same."""
+    """FLOPs of one image in step `step` (from 1), with its inner updates; without them all steps of a `BViT` cost
+    the same."""
     block = _block_of(model, step)
     tokens = model.patch_embed.num_patches + model.num_prefix_tokens
     linear = tokens * sum(_per_row(module) for module in block.modules() if isinstance(module, nn.Linear))
-    return linear + (_attention(block, tokens) if count_attention else 0)
+    once = linear + (_attention(block, tokens) if count_attention else 0)
+    # in an unroll the inner updates are modules of the step; a recurrent block calls itself
+    calls_itself = isinstance(model.blocks, Steps) and isinstance(block, MemoryBlock)
+    return once * (1 + block.memory.updates(step - 1)) if calls_itself else once
 
 
 def parameters(model: nn.Module) -> int:

@@ -16,13 +16,17 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from bvit_interp.errors import UserError
-from bvit_interp.models.bvit import Steps, TimedBlock
+from bvit_interp.models.memory import MemoryBlock, MemorySteps, UnrolledSteps, as_plain
+from bvit_interp.models.steps import Steps, TimedBlock
 
 _TIED = "tied_to_a_model"
 
 
 def unroll(model: VisionTransformer, steps: int | None = None) -> VisionTransformer:
-    """A view of `model` in which step t is the module ``blocks[t - 1]``.
+    """A view of `model` in which step t is the module ``blocks[t - 1]``, whose output is z_t.
+
+    In a model with a memory that module's own parts are the block that gives z_t, and inner update i of the memory is
+    the ordinary block ``blocks[t - 1].inner[i - 1]``.
 
     Every module is cloned, every Parameter and buffer shared: training the model is seen by the view, and
     hooks that a tool leaves on the view never reach the model. Hooks the model already bears are copied, so that
@@ -56,7 +60,9 @@ def unroll(model: VisionTransformer, steps: int | None = None) -> VisionTransfor
             blocks.append(_step(model.blocks, i, shared))
         else:
             blocks.append(copy.deepcopy(model.blocks[i], dict(shared)))
-    view = copy.deepcopy(model, {**shared, id(model.blocks): nn.Sequential(*blocks)})
+    container = UnrolledSteps if isinstance(model.blocks, (MemorySteps, UnrolledSteps)) else nn.Sequential
+    view = copy.deepcopy(model, {**shared, id(model.blocks): container(*blocks)})
+    view.blocks.training = model.blocks.training
     view.feature_info = [{**model.feature_info[0], "module": f"blocks.{i}"} for i in range(steps)]
     setattr(view, _TIED, True)
     return view
@@ -75,9 +81,12 @@ def _tensors(model: nn.Module) -> dict[int, torch.Tensor]:
 
 
 def _step(container: Steps, i: int, shared: dict[int, torch.Tensor]) -> nn.Module:
-    """The clone for application i (from 0), owning its row of the time embedding if there is one."""
-    stored = list(container._modules.values())
-    block = copy.deepcopy(stored[container.block_index(i)], dict(shared))
-    if isinstance(block, TimedBlock):
+    """The clone for application i (from 0), owning its row of the time embedding and its inner updates, if any."""
+    stored = list(container._modules.values())[container.block_index(i)]
+    block = copy.deepcopy(stored, dict(shared))
+    if isinstance(block, TimedBlock) and container.step_embed is not None:
         block.own_step(container.step_embed, container.embed_index(i))
+    if isinstance(block, MemoryBlock):
+        updates = range(block.memory.updates(i))
+        block.own_updates([as_plain(copy.deepcopy(stored, dict(shared))) for _ in updates])
     return block

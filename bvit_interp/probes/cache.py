@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bvit_interp.errors import UserError, choices
-from bvit_interp.vocabulary import SITES, Address, check_site, check_step, unit_axis
+from bvit_interp.vocabulary import SITES, Address, check_site, check_step, place_of, unit_axis
 
 
 def unit_index(site: str, unit: int) -> tuple[object, ...]:
@@ -16,7 +16,7 @@ def unit_index(site: str, unit: int) -> tuple[object, ...]:
 
     Units are axis 1 of scores and pattern ``(B, H, Q, K)``, the last but one of q, k, v and z, else the last.
     """
-    if site in ("scores", "pattern"):
+    if place_of(site)[1] in ("scores", "pattern"):
         return (slice(None), unit)
     return (..., unit, slice(None)) if unit_axis(site) == "H" else (..., unit)
 
@@ -84,7 +84,9 @@ class Cache:
         return sum(t.untyped_storage().nbytes() for t in self._tensors.values())
 
     def __repr__(self) -> str:
-        sites = {site: len(self.steps(site)) for site in SITES if any(site == name for name, _ in self)}
+        order = list(SITES)
+        names = sorted({name for name, _ in self}, key=lambda name: (place_of(name)[0], order.index(place_of(name)[1])))
+        sites = {site: len(self.steps(site)) for site in names}
         return f"Cache({', '.join(f'{site} x {n} steps' for site, n in sites.items())}; {self.nbytes / 1e6:.1f} MB)"
 
 

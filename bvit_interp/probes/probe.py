@@ -18,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bvit_interp.errors import UserError
+from bvit_interp.errors import UserError, choices
 from bvit_interp.models.unroll import is_unrolled, unroll
 from bvit_interp.probes import sites as places
 from bvit_interp.probes.cache import Cache, unit_index
@@ -28,9 +28,11 @@ from bvit_interp.vocabulary import (
     TOKEN_WORDS,
     Address,
     Tokens,
+    axes_of,
     check_site,
     check_step,
     check_steps,
+    place_of,
     unit_axis,
 )
 
@@ -94,8 +96,10 @@ class Probe:
         ----------
         images : ``(B, C, H, W)``, normalised.
         sites : site names, or addresses such as ``"mlp_post[5]"`` and ``("mlp_post", 5)``, which bring their step.
-        steps : which steps of the named sites, from 1 (0 is allowed for resid_post alone: the embedded tokens).
-        tokens : "cls", "reg", "patches", "all", an int or a slice; for scores and pattern, query tokens.
+            Sites of an inner update are ``"inner2.mlp_post"``.
+        steps : which steps of the named sites, from 1 (0 is allowed for resid_post alone: the embedded tokens);
+            by default every step that has the site.
+        tokens : "cls", "dist", "reg", "patches", "all", an int or a slice; for scores and pattern, query tokens.
 
         Returns
         -------
@@ -155,13 +159,13 @@ class Probe:
         """Make `edits` the ones in force: all of a step are set together, so that they chain."""
         self._edit_hooks.close()
         self._edits = edits
-        by_step: dict[int, dict[str, list[places.Change]]] = {}
+        by_block: dict[places.Step, dict[str, list[places.Change]]] = {}
         for address, change in edits:
-            by_step.setdefault(address.step, {}).setdefault(address.site, []).append(change)
-        for number, changes in by_step.items():
-            step = self._steps[number - 1]
-            self._edit_hooks.callback(setattr, step, "edited", {})
-            for handle in places.edit(step, changes):
+            block, name = self._block(address.site, address.step)
+            by_block.setdefault(block, {}).setdefault(name, []).append(change)
+        for block, changes in by_block.items():
+            self._edit_hooks.callback(setattr, block, "edited", {})
+            for handle in places.edit(block, changes):
                 self._edit_hooks.callback(handle.remove)
 
     def collect(
@@ -203,6 +207,7 @@ class Probe:
         address = Address(*key) if isinstance(key, tuple) else key
         address = Address.parse(address) if isinstance(address, str) else address
         step = check_step(address.step, self.num_steps)
+        self._block(address.site, step)
         axis = unit_axis(address.site)
         units = {"H": self.num_heads, "F": self.num_neurons, "D": self.model.embed_dim}[axis]
         word = {"H": "head", "F": "neuron", "D": "channel"}[axis]
@@ -218,11 +223,13 @@ class Probe:
             has_cls = int(self.model.has_class_token)
             if tokens == "cls" and not has_cls:
                 raise UserError("this model has no CLS token; its tokens: patches, all, an int or a slice")
+            registers = has_cls + int(getattr(self.model, "dist_token", None) is not None)
             words = {
-                "cls": slice(0, has_cls), "reg": slice(has_cls, self.num_prefix_tokens),
+                "cls": slice(0, has_cls), "dist": slice(has_cls, registers),
+                "reg": slice(registers, self.num_prefix_tokens),
                 "patches": slice(self.num_prefix_tokens, count), "all": slice(0, count),
             }  # fmt: skip
-            chosen, single = words[tokens], tokens == "cls"
+            chosen, single = words[tokens], tokens in ("cls", "dist")
         elif isinstance(tokens, slice):
             chosen, single = tokens, False
         else:
@@ -257,8 +264,8 @@ class Probe:
                     if stop and len(cache) == len(targets):
                         raise _Recorded
 
-                place, name = (self._steps[0], "resid_pre") if step == 0 else (self._steps[step - 1], site)
-                pending.callback(places.record(place, name, rows, keep).remove)
+                block, name = (self._steps[0], "resid_pre") if step == 0 else self._block(site, step)
+                pending.callback(places.record(block, name, rows, keep).remove)
             hooks = pending.pop_all()
         return cache, hooks
 
@@ -276,14 +283,36 @@ class Probe:
             address = self.address(key)
             return [(address.site, address.step)]
         site = check_site(str(key))
-        return [(site, step) for step in check_steps(steps, self.num_steps, zero=site == "resid_post")]
+        chosen = check_steps(steps, self.num_steps, zero=site == "resid_post")
+        update, _ = place_of(site)
+        if steps is None and (having := [step for step in chosen if update <= len(self._steps[step - 1].inner)]):
+            chosen = having
+        for step in chosen:
+            self._block(site, step)
+        return [(site, step) for step in chosen]
+
+    def _block(self, site: str, step: int) -> tuple[places.Step, str]:
+        """The block that has the site in a step (counted from 1), and the site's name there."""
+        update, name = place_of(site)
+        own = self._steps[step - 1]
+        if update == 0:
+            return own, name
+        if update <= len(own.inner):
+            return own.inner[update - 1], name
+        having = [t for t, each in enumerate(self._steps, start=1) if update <= len(each.inner)]
+        if having:
+            there = choices(having, 24)
+            raise UserError(f"{site}: step {step} has no inner update {update}; steps that have it: {there}")
+        most = max(len(each.inner) for each in self._steps)
+        there = f"has inner1..inner{most} alone" if most else f"has none; sites: {', '.join(SITES)}"
+        raise UserError(f"{site}: this model {there}")
 
     def _announce(self, batch: int, targets: list[tuple[str, int]], rows: int, count: int) -> None:
         """Refuse a cache beyond `max_bytes`, warn of a large one; 4 or the parameters' bytes a number."""
         embed, heads = self.model.embed_dim, self.num_heads
         sizes = {"B": batch, "N": rows, "Q": rows, "K": count, "D": embed, "F": self.num_neurons, "H": heads}
         sizes["E"] = int(self.model.blocks[0].attn.head_dim)
-        numbers = sum(math.prod(sizes[axis] for axis in SITES[site][0].split()) for site, _ in targets)
+        numbers = sum(math.prod(sizes[axis] for axis in axes_of(site)) for site, _ in targets)
         total = numbers * next(self.model.parameters()).element_size()
         if total > self.max_bytes:
             raise UserError(
@@ -308,7 +337,7 @@ def _is_site(key: Key) -> bool:
 def _own(tensor: Tensor, site: str, single: bool) -> Tensor:
     """The recorded tensor without its one-token axis, and never a view that keeps a larger one alive."""
     if single:
-        tensor = tensor.squeeze(2 if site in ("scores", "pattern") else 1)
+        tensor = tensor.squeeze(2 if place_of(site)[1] in ("scores", "pattern") else 1)
     kept = tensor.untyped_storage().nbytes()
     return tensor.clone() if kept > tensor.numel() * tensor.element_size() else tensor
 

@@ -4,8 +4,8 @@
 the step (Abnar & Zuidema, 2020); `gradient-x-activation` and `integrated-gradients` (Sundararajan et al.,
 2017) attribute the predicted class's logit to the tokens that enter the step, with captum on the tied unroll.
 At the last step gradient-x-activation is zero on every patch (there a patch acts through a norm that ignores its
-length, so x . df/dx = 0): read that step of it as noise. captum's LayerGradCam is not offered: it sums tokens
-and is wrong for a ViT.
+length, so x . df/dx = 0; not where a memory is added to the state there): read that step of it as noise. captum's
+LayerGradCam is not offered: it sums tokens and is wrong for a ViT.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from bvit_interp.errors import UserError
-from bvit_interp.models.bvit import TimedBlock
+from bvit_interp.models.memory import MemoryBlock
+from bvit_interp.models.steps import TimedBlock
 from bvit_interp.vocabulary import SITES
 
 Change = Callable[[Tensor], Tensor | None]
@@ -23,11 +24,15 @@ Change = Callable[[Tensor], Tensor | None]
 Handle = torch.utils.hooks.RemovableHandle
 
 
+_KINDS = (Block, TimedBlock, MemoryBlock)
+
+
 class Step:
-    """The block of one step, with the hooks for each site.
+    """The block of one step or of one inner update, with the hooks for each site.
 
     Attributes
     ----------
+    inner : the inner updates of the step's memory, if it has any; without inner updates of their own.
     edited : scores and pattern that stand in for the kernel's in the forward that is running.
 
     Raises
@@ -38,10 +43,11 @@ class Step:
     """
 
     def __init__(self, block: nn.Module) -> None:
-        for module, kinds in ((block, (Block, TimedBlock)), (getattr(block, "attn", None), (Attention,))):
+        for module, kinds in ((block, _KINDS), (getattr(block, "attn", None), (Attention,))):
             if type(module) not in kinds:
                 raise UserError(f"{type(module).__name__} cannot be probed: only timm's Block with its Attention can")
         self.block = block
+        self.inner = [Step(update) for update in block.inner] if isinstance(block, MemoryBlock) else []
         self.edited: dict[str, Tensor] = {}
 
     @property

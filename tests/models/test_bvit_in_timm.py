@@ -23,9 +23,10 @@ def forward_states(model, images):
 
 
 def test_names_are_registered():
-    expected = {f"bvit_{s}_{v}patch16_224" for s in ("small", "base", "large") for v in ("", "te_", "reg4_")}
-    assert set(timm.list_models("bvit_*")) == expected
-    assert set(timm.list_models("vit_rms_*")) == {f"vit_rms_{s}_patch16_224" for s in ("small", "base", "large")}
+    sizes, variants = ("small", "base", "large"), ("", "te_", "reg4_", "fl_", "sc_", "distilled_")
+    assert set(timm.list_models("bvit_*")) == {f"bvit_{s}_{v}patch16_224" for s in sizes for v in variants}
+    stacks = {f"vit_rms_{s}_{v}patch16_224" for s in sizes for v in ("", "distilled_")}
+    assert set(timm.list_models("vit_rms_*")) == stacks
 
 
 @pytest.mark.parametrize(
@@ -72,10 +73,9 @@ def model_tokens(model, patches):
     return 1 + model.num_reg_tokens + patches
 
 
-@pytest.mark.parametrize("fixture", ["tiny", "tiny_te", "tiny_reg4", "tiny_hybrid"])
-def test_gradient_checkpointing_changes_nothing(request, images, fixture):
+def test_gradient_checkpointing_changes_nothing(any_model, images):
     """timm's own `checkpoint_seq(self.blocks, x)` would run every stored block once: one step."""
-    model = request.getfixturevalue(fixture).train()
+    model = any_model.train()
     results = []
     for checkpointing in (False, True):
         model.set_grad_checkpointing(checkpointing)
@@ -132,7 +132,7 @@ def test_set_input_size_that_fails_leaves_the_registers_counted(tiny_reg4):
     assert tiny_reg4.num_prefix_tokens == 5
 
 
-@pytest.mark.parametrize("fixture", ["tiny", "tiny_te", "tiny_hybrid"])
+@pytest.mark.parametrize("fixture", ["tiny", "tiny_te", "tiny_hybrid", "tiny_fl", "tiny_sc", "tiny_sc_block"])
 def test_forward_intermediates_are_the_states_after_each_step(request, images, fixture):
     model = request.getfixturevalue(fixture)
     states = forward_states(model, images)
@@ -166,7 +166,7 @@ def test_features_only_gives_maps_of_the_asked_steps(tiny, images):
         assert torch.equal(feature_map, expected)
 
 
-@pytest.mark.parametrize("fixture", ["tiny", "tiny_te", "tiny_hybrid"])
+@pytest.mark.parametrize("fixture", ["tiny", "tiny_te", "tiny_hybrid", "tiny_fl", "tiny_sc"])
 def test_prune_intermediate_layers_keeps_the_first_steps(request, images, fixture):
     model = request.getfixturevalue(fixture)
     state = forward_states(model, images)[4]

@@ -22,16 +22,18 @@ def loop(by_hand, model, images):
 
 
 def test_every_site_of_every_step(any_model, images, by_hand):
+    any_model, images = any_model.double(), images.double()
     probe = Probe(any_model)
     logits, cache = probe.run(images, list(SITES))
     hand = loop(by_hand, any_model, images)
     assert torch.equal(logits, any_model(images))
     for t in range(1, probe.num_steps + 1):
         before, after, block = hand[t - 1]["resid_post"], hand[t], any_model.blocks[t - 1]
+        read = after["resid_pre"]  # with a memory not z_{t-1}
         for site in ("pattern", "resid_mid", "mlp_pre", "mlp_post", "resid_post"):
             torch.testing.assert_close(cache[site, t], after[site], **CLOSE)
         torch.testing.assert_close(cache["resid_pre", t], before, **CLOSE)
-        torch.testing.assert_close(cache["attn_out", t], after["resid_mid"] - before, **CLOSE)
+        torch.testing.assert_close(cache["attn_out", t], after["resid_mid"] - read, **CLOSE)
         torch.testing.assert_close(cache["scores", t].softmax(-1), after["pattern"], **CLOSE)
         q, k, v = (cache[site, t].transpose(1, 2) for site in "qkv")
         torch.testing.assert_close(q @ k.mT / q.shape[-1] ** 0.5, cache["scores", t], **CLOSE)
@@ -149,7 +151,7 @@ def test_addresses_bring_their_step_and_pick_a_unit(tiny, images):
         ({"sites": "mlp_post[5]:128"}, r"no neuron 128; neurons: 0\.\.127"),
         ({"sites": "z[five]"}, "not an address"),
         ({"sites": "z", "tokens": "reg"}, "selects none of the 17 tokens"),
-        ({"sites": "z", "tokens": "class"}, "unknown tokens 'class'; tokens: cls, reg, patches, all"),
+        ({"sites": "z", "tokens": "class"}, "unknown tokens 'class'; tokens: cls, dist, reg, patches, all"),
         ({"sites": "z", "tokens": 17}, "selects none"),
         ({"sites": "z", "tokens": slice(4, 4)}, "selects none"),
     ],

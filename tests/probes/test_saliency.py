@@ -32,11 +32,8 @@ def attributed_by_hand(by_hand, model, images, t, at=None):
         hand = by_hand.run(model, images, blocks, embedding)
         predicted = by_hand.logits(model, hand[-1]["resid_post"]).argmax(-1, keepdim=True)
     tokens = (hand[t - 1]["resid_post"] if at is None else at).clone().requires_grad_()
-    z = tokens
-    for i in range(t - 1, len(blocks)):
-        z = by_hand.block(blocks[i], z)["resid_post"]
-        z = z if embedding is None else z + embedding[i]
-    logits = by_hand.logits(model, z)
+    run = by_hand.run(model, images, blocks, embedding, states={t - 1: tokens})
+    logits = by_hand.logits(model, run[-1]["resid_post"])
     (gradient,) = torch.autograd.grad(logits.gather(1, predicted).sum(), tokens)
     return tokens.detach(), gradient
 
@@ -109,9 +106,14 @@ def test_gradient_times_activation(any_model, images, by_hand):
 
 
 def test_gradient_times_activation_vanishes_at_the_last_step(any_model, images):
-    """There a patch acts through a norm alone, which ignores its length: x . df/dx = 0 (Euler), but for eps."""
+    """There a patch acts through a norm alone, which ignores its length: x . df/dx = 0 (Euler), but for eps.
+
+    Not where something else is added to the patch before the norm: a memory that is not the state itself.
+    """
     maps = saliency.gradient_x_activation(Probe(any_model.double()), images.double())
-    assert maps[:, -1].abs().max() < 1e-5 * maps.abs().max()
+    memory = getattr(any_model.blocks[0], "memory", None)
+    through_a_norm_alone = memory is None or memory.kind == "state"  # refreshed at the last of its 5 steps
+    assert (maps[:, -1].abs().max() < 1e-5 * maps.abs().max()) == through_a_norm_alone
 
 
 @pytest.mark.parametrize("t", [1, 3, -1])
@@ -131,7 +133,7 @@ def test_integrated_gradients_is_a_gauss_legendre_sum(any_model, images, by_hand
         mean += weight * attributed_by_hand(by_hand, any_model, images, t, start + node * (here - start))[1]
     expected = ((here - start) * mean).sum(-1)[:, any_model.num_prefix_tokens :]
     torch.testing.assert_close(maps[:, t - 1, 0], expected, rtol=1e-6, atol=1e-10)
-    assert expected.abs().max() > 1e-3
+    assert expected.abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("steps", [16, 128])
