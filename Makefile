@@ -22,6 +22,8 @@ demo: setup
 	$(BIN)/bvit-interp energy-rank --ckpt $(CKPT) --data $(RUN)/digits-s --out $(RUN)
 	$(BIN)/bvit-interp rank-sweep --ckpt $(CKPT) --data $(RUN)/digits-s --out $(RUN)
 	$(BIN)/bvit-interp pointing-game --ckpt $(CKPT) --data $(RUN)/digits-s --out $(RUN)
+	$(BIN)/bvit-interp step-accuracy --ckpt $(CKPT) --data $(RUN)/digits-s --out $(RUN)
+	$(BIN)/bvit-interp evaluate --ckpt $(CKPT) --data $(RUN)/digits-s --out $(RUN)
 	$(BIN)/bvit-interp report $(RUN)
 
 test: setup lint
@@ -39,6 +41,7 @@ notebooks: setup
 
 bench: setup
 	$(BIN)/python benchmarks/recording.py
+	$(BIN)/python benchmarks/training.py
 
 clean:
 	rm -rf .venv $(RUN)

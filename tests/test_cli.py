@@ -211,7 +211,10 @@ def test_report_of_a_run(ckpt, tmp_path, capsys):
         (["train", "--recipe", "nope"], "no recipe 'nope'; shipped: cifar10, "),
         (["train", "--recipe", "digits-s", "--set", "lrr=3"], "unknown setting lrr"),
         (["train", "--recipe", "cifar10", "--data", "cifar10:nowhere"], "cifar10: no folder nowhere"),
-        (["train", "--recipe", "digits-s", "--set", "model.num_classes=7"], "num_classes is 7, the data has 10 classes"),
+        (
+            ["train", "--recipe", "digits-s", "--set", "model.num_classes=7"],
+            "num_classes is 7, the data has 10 classes",
+        ),
         (["study", "depth"], "no study 'depth'; studies: blocks, heads, steps, width"),
         (["study", "steps", "--recipe", "nope"], "no recipe 'nope'; shipped: cifar10, "),
         (["train", "--recipe", "digits-s", "--set", "epochs=0"], "epochs must be >= 1, got 0"),
@@ -325,7 +328,7 @@ def test_interrupt_keeps_finished_rows(ckpt, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(rank_sweep, "_count_hits", count)
     arguments = ["rank-sweep", "--ckpt", ckpt, "--limit", "5", "--ranks", "2", "4", "8", "--out", str(tmp_path)]
     assert main(arguments) == 130
-    assert "finished rows of a sweep are kept" in capfd.readouterr().err
+    assert "what is finished is kept" in capfd.readouterr().err
     assert pd.read_csv(tmp_path / "rank_sweep.csv")["rank"].tolist() == [2, 4]
     assert main(arguments) == 0
     assert pd.read_csv(tmp_path / "rank_sweep.csv")["rank"].tolist() == [2, 4, 8]

@@ -7,10 +7,15 @@ import pytest
 import torch
 
 from bvit_interp.analyses import energy_rank, pointing_game, rank_sweep
+from bvit_interp.data import digits
 from bvit_interp.data.digits import DigitScenes
 from bvit_interp.data.geometry import Geometry
 from bvit_interp.data.loader import Loader, run_in_halves
+from bvit_interp.models.checkpoint import load
 from bvit_interp.probes.probe import Probe
+from bvit_interp.results import read_table
+from bvit_interp.training import supervised
+from bvit_interp.training.recipe import Recipe
 
 pytestmark = [
     pytest.mark.gpu,
@@ -44,3 +49,32 @@ def test_a_batch_too_large_is_halved(tiny):
 
     run_in_halves(hungry, batch)
     assert sizes == [2, 2, 2, 2]
+
+
+def test_training_goes_on_where_it_was_killed(tmp_path, monkeypatch):
+    """Also from the CPU's generator alone, and within rounding: kernels on a GPU add in any order."""
+    recipe = Recipe(
+        model={"name": "bvit_small_patch16_224", "img_size": 32, "patch_size": 8, "embed_dim": 64, "num_heads": 2,
+               "num_steps": 3, "num_classes": 10, "patch_drop_rate": 0.25},
+        data="digits-s", epochs=2, images_per_epoch=64, batch_size=16, crop="padded", mixup=0.2, warmup_epochs=1,
+    )  # fmt: skip
+    monkeypatch.setitem(digits.LENGTHS, "test", 40)
+    monkeypatch.setattr(supervised, "_CHECKED_EVERY", 1)
+    undisturbed = supervised.train(recipe, tmp_path / "undisturbed", "cuda")
+    step = supervised.Trainer._step
+
+    def dying(trainer, *batch):
+        if trainer.run.done == 6:
+            raise KeyboardInterrupt
+        return step(trainer, *batch)
+
+    monkeypatch.setattr(supervised.Trainer, "_step", dying)
+    with pytest.raises(KeyboardInterrupt):
+        supervised.train(recipe, tmp_path / "run", "cuda", save_minutes=0)
+    monkeypatch.setattr(supervised.Trainer, "_step", step)
+    resumed = supervised.train(recipe, tmp_path / "run", "cuda", save_minutes=0)
+    for one, other in zip(undisturbed.parameters(), resumed.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=2e-3)
+    table = read_table(tmp_path / "run" / "history.csv")
+    assert (table["memory"] > 0).all() and table["mfu"].between(0, 1).all()
+    assert next(load(tmp_path / "run@ema").parameters()).device.type == "cpu"

@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if debug:
             raise
-        print("bvit-interp: interrupted; finished rows of a sweep are kept", file=sys.stderr)
+        print("bvit-interp: interrupted; what is finished is kept, the same command goes on", file=sys.stderr)
         return 130
     except RuntimeError:
         if debug or int(os.environ.get("WORLD_SIZE", "1")) == 1:

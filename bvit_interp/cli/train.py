@@ -62,6 +62,7 @@ class Study:
 def train(given: list[str]) -> None:
     """`bvit-interp train`."""
     options = parse(Train, "train", gathered(given, "--set"))
+    from bvit_interp import results
     from bvit_interp.training import recipe
 
     settings = [*options.set, *([f"data={options.data}"] if options.data else [])]
@@ -74,7 +75,8 @@ def train(given: list[str]) -> None:
             plan, out, device, overwrite=options.overwrite, tensorboard=options.tensorboard,
             save_minutes=options.save_minutes,
         )  # fmt: skip
-    print(f"wrote {out}")
+        if results.rank_and_world()[0] == 0:
+            print(f"wrote {out}")
 
 
 def study(given: list[str]) -> None:

@@ -84,7 +84,10 @@ def save(
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         for name, tensors in weights.items():
             stored = _as_stored(tensors, dtype)
-            safetensors.torch.save_file(stored, str(Path(temporary, name)), metadata={"format": "pt"})
+            try:
+                safetensors.torch.save_file(stored, str(Path(temporary, name)), metadata={"format": "pt"})
+            except SafetensorError as error:  # a full disk, for instance
+                raise CheckpointError(f"{folder / name} cannot be written ({error})") from error
         config = _config_of(model) | ({"training": dict(about)} if about else {})
         Path(temporary, CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         Path(temporary, CARD).write_text(card or f"# {folder.name}\n")

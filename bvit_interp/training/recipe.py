@@ -5,13 +5,24 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
 from bvit_interp.errors import UserError, choices
 
 FOLDER = Path(__file__).parent / "recipes"
+_WORDS = {
+    "schedule": ("step", "epoch"),
+    "crop": ("none", "padded", "random-resized"),
+    "positions": ("random", "sincos"),
+    "autocast": ("bf16", "off"),
+}
+_NOT_NEGATIVE = (
+    "lr", "min_lr", "warmup_epochs", "weight_decay", "easy_epochs", "fade_epochs", "mixup", "cutmix", "workers", "seed",
+    "clip",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,53 +32,95 @@ class Recipe:
     model: dict[str, Any]
     """`name` and constructor arguments of the model."""
     data: str
-    """Data set of the catalog."""
+    """Data set of the catalog, NAME or NAME:PATH."""
     init: str | None = None
     """Checkpoint to start from; what it lacks (a time embedding, registers) starts at its own beginning."""
+    teacher: str | None = None
+    """Distil from it (DeiT, hard labels): a checkpoint, timm:NAME or torchvision:NAME; needs a distilled model."""
     epochs: int
-    """Passes of `images_per_epoch` images."""
-    images_per_epoch: int
-    """Images an epoch; digits-s draws fresh scenes for each."""
+    """Passes over the training images."""
+    images_per_epoch: int | None = None
+    """Images an epoch; by default all there are (digits-s draws fresh scenes for each)."""
     easy_epochs: float = 0.0
     """Epochs on plain ground before the photographs fade in (digits-s)."""
     fade_epochs: float = 0.0
     """Epochs over which photographs and distractors fade in (digits-s)."""
-    batch_size: int = 32
-    """Images a step."""
+    batch_size: int = 128
+    """Images an optimiser step, all processes together."""
+    accumulate: int = 1
+    """Parts in which each process computes its share of a batch."""
     lr: float = 1e-3
     """Peak learning rate of AdamW."""
-    warmup_steps: int = 500
-    """Steps of linear warm-up, then cosine to zero."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the cosine."""
+    warmup_epochs: float = 0.0
+    """Epochs of linear warm-up, from `warmup_factor` times the peak; then cosine."""
+    warmup_factor: float = 0.033
+    """Where the warm-up starts, as a share of the peak."""
+    schedule: str = "step"
+    """The learning rate changes with every step or with every epoch."""
     weight_decay: float = 0.05
-    """On matrices only: norms, biases, tokens and positions are free of it."""
+    """Of AdamW, decoupled."""
+    decay_all: bool = False
+    """Decay every tensor; by default norms, biases, tokens and positions are free of it."""
+    crop: str = "none"
+    """none, padded (by an eighth, then cut at random) or random-resized (area 0.08..1, ratio 3/4..4/3)."""
+    flip: bool = False
+    """Mirror half of the images."""
+    randaugment: str | None = None
+    """torchvision (RandAugment, 2 operations of magnitude 9) or timm's words, as rand-m9-mstd0.5-inc1."""
+    erase: float = 0.0
+    """Probability of Random Erasing, 0..1."""
+    mixup: float = 0.0
+    """Alpha of Mixup; with `cutmix`, one of the two is drawn for each batch."""
+    cutmix: float = 0.0
+    """Alpha of CutMix."""
+    label_smoothing: float = 0.0
+    """Share of each label spread over all classes."""
+    ema: float | None = None
+    """Decay of the averaged weights; by default a horizon of 5.3 % of the steps, the paper's share of its run."""
+    clip: float | None = 1.0
+    """Largest norm of the gradient; null does not clip."""
     positions: str = "random"
     """How the learned positions start: random (timm's, std 0.02) or sincos (2-D sines and cosines of amplitude 1)."""
-    clip: float = 1.0
-    """Largest norm of the gradient."""
     autocast: str = "bf16"
     """bf16 or off."""
     compile: bool = False
-    """Compile the one shared block (needs a C++ compiler on a CPU)."""
+    """Compile the blocks (needs a C++ compiler on a CPU)."""
+    grad_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    workers: int = 0
+    """Processes that prepare images beside each training process."""
+    score_every: int = 1
+    """Epochs between two scores on the test images; the last epoch is always scored."""
     seed: int = 0
-    """Of the initial weights and the order of images."""
+    """Of the initial weights, the order of images and every augmentation."""
 
     def __post_init__(self) -> None:
         if "name" not in self.model:
             raise UserError("recipe: model needs a name")
-        for name in ("epochs", "images_per_epoch", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"recipe: {name} must be >= 1, got {getattr(self, name)}")
-        if self.images_per_epoch < self.batch_size:
+        for name in ("epochs", "images_per_epoch", "batch_size", "accumulate", "score_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"recipe: {name} must be >= 1, got {value}")
+        if self.images_per_epoch is not None and self.images_per_epoch < self.batch_size:
             raise UserError(f"recipe: an epoch of {self.images_per_epoch} images is less than a batch")
-        if self.positions not in ("random", "sincos"):
-            raise UserError(f"recipe: positions must be random or sincos, got {self.positions!r}")
-        if self.autocast not in ("bf16", "off"):
-            raise UserError(f"recipe: autocast must be bf16 or off, got {self.autocast!r}")
+        for name in ("erase", "label_smoothing", "warmup_factor", "ema"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise UserError(f"recipe: {name} must be in 0..1, got {value}")
+        for name in _NOT_NEGATIVE:
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise UserError(f"recipe: {name} must be >= 0, got {value}")
+        for name, allowed in _WORDS.items():
+            if getattr(self, name) not in allowed:
+                raise UserError(f"recipe: {name} must be {choices(allowed)}, got {getattr(self, name)!r}")
 
-    @property
-    def total_steps(self) -> int:
-        """Optimiser steps of the whole run."""
-        return self.epochs * (self.images_per_epoch // self.batch_size)
+    def identity(self) -> dict[str, Any]:
+        """The settings that the weights depend on: those a run must share to be continued."""
+        settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("workers", "score_every")}
+        return settings | {"data": self.data.partition(":")[0]}
 
     def hardness(self, epoch: int) -> float:
         """Share of photographs and distractors in epoch `epoch` (from 0): 0 easy .. 1 the data set."""
@@ -108,14 +161,18 @@ def read(name: str, settings: list[str] | None = None) -> Recipe:
 
 
 _EXPECTED = {
-    int: "a whole number", float: "a number", bool: "true or false", str: "text", str | None: "text or null",
-    dict[str, Any]: "a mapping",
+    int: "a whole number", float: "a number", bool: "true or false", str: "text", dict[str, Any]: "a mapping",
 }  # fmt: skip
 
 
 def _typed(recipe: str, key: str, value: Any) -> Any:
     """A setting read from YAML in its field's type; YAML 1.1 takes 1e-3 for text and off for false."""
     kind = get_type_hints(Recipe)[key]
+    optional = get_origin(kind) is UnionType
+    if optional:
+        kind = next(part for part in get_args(kind) if part is not NoneType)
+    if optional and value is None:
+        return value
     if kind in (int, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
             number = float(value)
@@ -129,10 +186,13 @@ def _typed(recipe: str, key: str, value: Any) -> Any:
         return "off"
     elif kind not in (int, float) and isinstance(value, dict if key == "model" else kind):
         return value
-    raise UserError(f"recipe {recipe}: {key} must be {_EXPECTED[kind]}, got {value!r}")
+    expected = _EXPECTED[kind] + (" or null" if optional else "")
+    raise UserError(f"recipe {recipe}: {key} must be {expected}, got {value!r}")
 
 
-def _content(name: str) -> dict[str, Any]:
+def _content(name: str, extending: tuple[str, ...] = ()) -> dict[str, Any]:
+    if name in extending:
+        raise UserError(f"recipe {name} extends itself")
     path = FOLDER / f"{name}.yaml" if name in available() else Path(name)
     if not path.is_file():
         raise UserError(f"no recipe {name!r}; shipped: {choices(available())}; or give a YAML file")
@@ -142,5 +202,5 @@ def _content(name: str) -> dict[str, Any]:
         raise UserError(f"{path}: not YAML ({error})") from error
     if not isinstance(content, dict) or not isinstance(content.get("model", {}), dict):
         raise UserError(f"{path}: not a recipe (a mapping of settings, with a mapping `model`)")
-    base = _content(content.pop("extends")) if "extends" in content else {}
+    base = _content(str(content.pop("extends")), (*extending, name)) if "extends" in content else {}
     return {**base, **content, "model": {**base.get("model", {}), **content.get("model", {})}}

@@ -1,219 +1,299 @@
-"""Supervised training: AdamW, linear warm-up, cosine to zero, clipping, one process.
+"""Supervised training: AdamW, warm-up and cosine, EMA, one or many processes, and a run that survives being killed.
 
-Small on purpose: enough for digits-s on two cores. Scenes of the next epoch are rendered in a
-thread while this one trains. Weights and `history.csv` are written after every epoch.
+Everything a run has become lies in `state.pt`, written whole or not at all; everything it will draw is a function of
+(seed, epoch, image), so a run killed at any moment and started again ends with the very same weights. Recipe: section 4
+of the paper (arXiv 2605.10661); optimiser, schedule, Mixup and EMA are torch's and timm's.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
-import timm
 import torch
-import torch.nn.functional as F
-from timm.layers import build_sincos2d_pos_embed
+import torch.distributed as dist
+from timm.utils import ModelEmaV3
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from bvit_interp.data.digits import DigitScenes
-from bvit_interp.errors import UserError, choices
+from bvit_interp import results
+from bvit_interp.data.catalog import open_samples
+from bvit_interp.data.geometry import Geometry
+from bvit_interp.data.labels import label_map
+from bvit_interp.data.loader import Loader
+from bvit_interp.errors import MissingExtra, UserError
 from bvit_interp.models import checkpoint
 from bvit_interp.models.bvit import BViT
+from bvit_interp.probes.scores import Classification
+from bvit_interp.training import card, feed, start
+from bvit_interp.training.augment import drawn_for, mixing, training_view
+from bvit_interp.training.distill import objective
 from bvit_interp.training.recipe import Recipe
+from bvit_interp.training.run import STATE, Run
+from bvit_interp.training.throughput import peak_memory, utilisation
 
 COLUMNS = {
     "epoch": "passes done, from 1",
-    "loss": "mean training cross-entropy of the epoch, nats",
-    "accuracy": "share of test images classified right, 0..1",
-    "test_loss": "mean test cross-entropy, nats",
-    "hardness": "share of photographs and distractors in the training scenes, 0..1",
+    "loss": "mean training loss of the epoch, nats",
+    "top1": "share of test images classified right by the raw weights, 0..1",
+    "top5": "the same among the five likeliest classes, 0..1",
+    "test_loss": "mean test cross-entropy of the raw weights, nats",
+    "ema_top1": "top1 of the averaged weights, 0..1",
+    "ema_top5": "top5 of the averaged weights, 0..1",
+    "ema_loss": "test cross-entropy of the averaged weights, nats",
     "lr": "learning rate at the end of the epoch",
     "grad_norm": "mean norm of the gradient before clipping",
-    "images_per_second": "training throughput",
+    "images_per_second": "training throughput of all processes",
+    "mfu": "model FLOPs utilisation of a process's device, share of its measured peak, 0..1",
+    "memory": "most memory held by the first process, GB",
 }
-TEST_IMAGES = 2000
-Images = tuple[np.ndarray, np.ndarray]
+HISTORY = "history.csv"
+_CHECKED_EVERY = 50  # steps between two looks at the losses: each waits for the GPU
 
 
-def render(scenes: DigitScenes) -> Images:
-    """All scenes in memory: images ``(n, 32, 32, 3)`` uint8 and labels ``(n,)``."""
-    images, labels, _ = zip(*(scenes.read(i) for i in range(len(scenes))), strict=True)
-    return np.stack(images), np.array(labels)
+def train(
+    recipe: Recipe, out: Path, device: str = "cpu", *, overwrite: bool = False, tensorboard: bool = False,
+    save_minutes: float = 2.0,
+) -> BViT:  # fmt: skip
+    """Train the recipe's model, or go on where a run in `out` stopped, and leave a checkpoint folder there.
+
+    Parameters
+    ----------
+    recipe : what to train, on what and how.
+    out : the folder: `model.safetensors`, `ema.safetensors`, `config.json`, `README.md`, `history.csv` with `COLUMNS`,
+        and `state.pt` to resume from.
+    device : of this process.
+    overwrite : start again where a run in `out` would be resumed.
+    tensorboard : log the history's columns for TensorBoard too, in `out`.
+    save_minutes : time between two states within an epoch.
+
+    Returns
+    -------
+    The model with its raw weights, in eval mode, as the checkpoint opens.
+
+    Raises
+    ------
+    UserError
+        A recipe that does not fit its data, a state of another recipe, a loss that is not finite.
+    """
+    trainer = Trainer(recipe, out, device, save_minutes)
+    if (out / STATE).exists() and not overwrite:
+        trainer.run.resume(out / STATE, recipe)
+    writer = _tensorboard(out) if tensorboard and trainer.first else None
+    with tqdm(
+        total=trainer.total, initial=trainer.run.done, desc=out.name, unit="step", disable=not trainer.first
+    ) as bar:
+        while trainer.run.done < trainer.total:
+            trainer.epoch(bar)
+            if writer is not None:
+                for name, value in trainer.run.history[-1].items():
+                    writer.add_scalar(name, value, trainer.run.history[-1]["epoch"])
+                writer.flush()
+    if trainer.world > 1:
+        dist.barrier()  # what the first process wrote is there for all
+    trainer.scored.load_state_dict(trainer.run.model.state_dict())
+    return trainer.scored.requires_grad_()
 
 
-def train(recipe: Recipe, out: Path, device: str = "cpu") -> BViT:
-    """Train the recipe's model and leave a checkpoint folder in `out`; returns the model in eval mode."""
-    if recipe.data != "digits-s":
-        raise UserError(f"recipe: data must be digits-s, got {recipe.data!r}")
-    torch.manual_seed(recipe.seed)
-    order = np.random.default_rng(recipe.seed)
-    model = _start(recipe).to(device)
-    forward = _prepare(model, recipe, device)
-    optimizer = torch.optim.AdamW(_weight_decay_groups(model, recipe.weight_decay), lr=recipe.lr)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, recipe))
-    history: list[dict[str, Any]] = []
-    with ThreadPoolExecutor(1) as renderer:
-        test = renderer.submit(render, DigitScenes("test", length=TEST_IMAGES)).result()
-        upcoming = renderer.submit(render, _scenes(recipe, 0))
-        for epoch in range(recipe.epochs):
-            images, labels = upcoming.result()
-            if epoch + 1 < recipe.epochs:
-                upcoming = renderer.submit(render, _scenes(recipe, epoch + 1))
-            began = time.perf_counter()
-            row = _epoch(forward, model, optimizer, schedule, (images, labels), recipe, order, device, epoch)
-            seconds = time.perf_counter() - began
-            history.append(
-                {"epoch": epoch + 1, **row, **evaluate(model, test, device), "hardness": recipe.hardness(epoch),
-                 "lr": schedule.get_last_lr()[0], "images_per_second": len(labels) / seconds}
-            )  # fmt: skip
-            table = pd.DataFrame(history)[list(COLUMNS)]
-            checkpoint.save(
-                model, out, card=_card(out.name, recipe, table), about={"accuracy": history[-1]["accuracy"]}
-            )
-            table.to_csv(out / "history.csv", index=False, float_format="%.6g")
-    model.eval()
-    return model
+class Trainer:
+    """A recipe made ready to run: data, model, loss and schedule around a `Run`."""
+
+    def __init__(self, recipe: Recipe, out: Path, device: str, save_minutes: float) -> None:
+        self.recipe, self.out, self.device, self.save_minutes = recipe, out, device, save_minutes
+        self.rank, self.world = results.rank_and_world()
+        self.first = self.rank == 0
+        results.check_folder(out)
+        for left in out.glob(f".{STATE}.*.partial") if self.first else ():
+            left.unlink(missing_ok=True)  # by a process killed while it wrote
+        self.samples = open_samples(recipe.data, "train")
+        model = start.make_model(recipe, self.samples).to(device)
+        self.view, self.mixup = training_view(recipe, model), mixing(recipe, model.num_classes)
+        self.steps = feed.images_per_epoch(recipe, self.samples) // recipe.batch_size
+        self.total = recipe.epochs * self.steps
+        self._check_batch()
+        self.scored = copy.deepcopy(model).requires_grad_(False).eval()  # neither compiled nor its attention changed
+        decay, warmup = start.ema_decay(recipe, self.total), round(recipe.warmup_epochs * self.steps)
+        ema = ModelEmaV3(model, decay=decay, update_after_step=warmup)
+        self.run = Run(model, ema, start.optimizer(model, recipe))
+        self.schedule = start.schedule(self.run.optimizer, recipe, self.steps)
+        self.objective = objective(recipe, model, device)
+        self.test = self._test_loader(model)
+        self.forward = self._forward(model)
+
+    def epoch(self, bar: tqdm) -> None:
+        """Train to the end of the current epoch, score, and write the checkpoint."""
+        run, recipe = self.run, self.recipe
+        number, first = divmod(run.done, self.steps)
+        run.model.train()
+        source = feed.Epoch(recipe, self.samples, self.view, number)
+        began = saved = time.monotonic()
+        pending: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for images, labels in feed.batches(source, first, recipe.workers, pin=self.device != "cpu"):
+            self.schedule.step_update(run.done)
+            self.schedule.step(number)
+            pending.append(self._step(images, labels, number))
+            run.done += 1
+            bar.update()
+            at_end = run.done % self.steps == 0
+            if at_end or len(pending) == _CHECKED_EVERY:
+                self._account(pending, number)
+                bar.set_postfix(
+                    epoch=f"{number + 1}/{recipe.epochs}",
+                    loss=f"{run.loss / (run.done % self.steps or self.steps):.3f}",
+                )
+            if not at_end and not pending and time.monotonic() - saved > 60 * self.save_minutes:
+                run.seconds += time.monotonic() - began
+                self._save()
+                began = saved = time.monotonic()
+        run.seconds += time.monotonic() - began
+        self._finish(number)
+
+    def write(self) -> None:
+        """The checkpoint folder as of the last finished epoch, and its history."""
+        run, table = self.run, pd.DataFrame(self.run.history)[list(COLUMNS)]
+        made = results.provenance({})
+        last = {column: value for column, value in run.history[-1].items() if not math.isnan(value)}
+        checkpoint.save(
+            run.model, self.out, card=card.write(self.out.name, run.model, self.recipe, table, made),
+            about={"recipe": self.recipe.identity(), **last}, ema=run.ema.module.state_dict(),
+        )  # fmt: skip
+        results.write_table(table, self.out / HISTORY)
+
+    def _step(self, images: torch.Tensor, labels: torch.Tensor, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """One optimiser step; returns this process's loss and the gradient's norm, both still on the device."""
+        run, recipe = self.run, self.recipe
+        images = images.to(self.device, non_blocking=True)
+        targets = labels.to(self.device, non_blocking=True)
+        parts = list(zip(images.chunk(recipe.accumulate), targets.chunk(recipe.accumulate), strict=True))
+        total = torch.zeros((), device=self.device)
+        with drawn_for(recipe.seed, epoch, run.done, self.rank, 1):  # the last: not what an image draws
+            for i, (pixels, target) in enumerate(parts):
+                shared = i + 1 == len(parts) or self.world == 1
+                with nullcontext() if shared else self.forward.no_sync():
+                    loss = self._loss(pixels, target) / len(parts)
+                    loss.backward()
+                total += loss.detach()
+        norm = nn.utils.clip_grad_norm_(run.model.parameters(), recipe.clip or math.inf)
+        run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=True)
+        run.ema.update(run.model, step=run.done + 1)
+        return total, norm.detach()
+
+    def _loss(self, images: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        if self.mixup is not None:
+            images, target = self.mixup(images, target)
+        with self._autocast():  # the teacher too
+            return self.objective(self.forward(images), target, images)
+
+    def _account(self, pending: list[tuple[torch.Tensor, torch.Tensor]], epoch: int) -> None:
+        """Add losses and norms to the epoch's sums; stop if one is not finite.
+
+        Both are those of all processes: all of them stop at the same place, and any can go on from the first's state.
+        """
+        loss_of, norm_of = (torch.stack(column) for column in zip(*pending, strict=True))
+        if self.world > 1:
+            dist.all_reduce(loss_of)
+        losses, norms = (loss_of / self.world).tolist(), norm_of.tolist()
+        for i, (loss, norm) in enumerate(zip(losses, norms, strict=True)):
+            if not (math.isfinite(norm) and math.isfinite(loss)):
+                step = self.run.done - len(losses) + i
+                kept = (
+                    f"{self.out} holds the last good state" if (self.out / STATE).exists() else "nothing was saved yet"
+                )
+                raise UserError(
+                    f"the loss is {loss} and its gradient's norm {norm} in epoch {epoch + 1}, "
+                    f"step {step % self.steps + 1} of {self.steps}; {kept}"
+                )
+            self.run.loss += loss
+            self.run.norm += norm
+        pending.clear()
+
+    def _finish(self, epoch: int) -> None:
+        run = self.run
+        images = self.steps * self.recipe.batch_size
+        per_second = images / run.seconds
+        scored = (epoch + 1) % self.recipe.score_every == 0 or run.done == self.total
+        row = {
+            "epoch": epoch + 1, "loss": run.loss / self.steps, **(self.score() if scored else {}),
+            "lr": run.optimizer.param_groups[0]["lr"], "grad_norm": run.norm / self.steps,
+            "images_per_second": per_second, "memory": peak_memory(self.device),
+            "mfu": utilisation(run.model, per_second / self.world, self.device, self._dtype()),
+        }  # fmt: skip
+        run.history.append({column: float(row.get(column, math.nan)) for column in COLUMNS} | {"epoch": epoch + 1})
+        run.loss = run.norm = run.seconds = 0.0
+        if self.first and scored:
+            self.write()
+        self._save()
+
+    def score(self) -> dict[str, float]:
+        """Test scores of the raw and the averaged weights, in full precision and one pass over the images."""
+        self.scored.load_state_dict(self.run.model.state_dict())
+        models = {"raw": self.scored, "ema": self.run.ema.module}
+        metrics = {name: Classification(model.num_classes).to(self.device) for name, model in models.items()}
+        with torch.inference_mode():
+            for batch in self.test:
+                images, labels = batch.images.to(self.device), self.places[batch.labels].to(self.device)
+                for name, model in models.items():
+                    metrics[name].update(model(images), labels)
+        raw, ema = metrics["raw"].compute(), metrics["ema"].compute()
+        return {
+            "top1": raw["top1"], "top5": raw["top5"], "test_loss": raw["loss"],
+            "ema_top1": ema["top1"], "ema_top5": ema["top5"], "ema_loss": ema["loss"],
+        }  # fmt: skip
+
+    def _save(self) -> None:
+        if self.first:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.run.save(self.out / STATE, self.recipe)
+
+    def _check_batch(self) -> None:
+        size, shares = self.recipe.batch_size, self.world * self.recipe.accumulate
+        if size % shares:
+            raise UserError(f"recipe: batch_size {size} is not divisible by {shares} (processes x accumulate)")
+        if self.mixup is not None and size // shares % 2:
+            raise UserError(f"recipe: Mixup needs an even number of images, got parts of {size // shares}")
+        if not self.steps:
+            raise UserError(f"recipe: an epoch of {len(self.samples)} images is less than a batch of {size}")
+
+    def _test_loader(self, model: BViT) -> Loader:
+        samples = open_samples(self.recipe.data)
+        place, own = ([getattr(kind, name, None) for name in ("root", "split")] for kind in (samples, self.samples))
+        if place == own:
+            raise UserError(f"recipe: {self.recipe.data} has nothing to score on beside its training images")
+        self.places = label_map(samples, model)
+        return Loader(samples, [Geometry.of(model, samples)], batch_size=250, workers=self.recipe.workers)
+
+    def _dtype(self) -> torch.dtype:
+        return torch.float32 if self.recipe.autocast == "off" else torch.bfloat16
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.recipe.autocast != "off")
+
+    def _forward(self, model: BViT) -> nn.Module:
+        """The model as it is trained: blocks compiled, activations recomputed, gradients shared, as asked."""
+        blocks = list(model.blocks.children())
+        model.set_grad_checkpointing(self.recipe.grad_checkpointing)
+        if self.device == "cpu" and self.recipe.autocast != "off":
+            for block in blocks:  # the fused kernel's bf16 backward is several times slower on a CPU
+                block.attn.fused_attn = False
+        if self.recipe.compile:
+            for block in blocks:
+                block.compile()
+        if self.world == 1:
+            return model
+        on = None if self.device == "cpu" else [torch.device(self.device)]
+        return DistributedDataParallel(model, device_ids=on, static_graph=self.recipe.accumulate == 1)
 
 
-@torch.inference_mode()
-def evaluate(model: nn.Module, images: Images, device: str = "cpu", batch_size: int = 250) -> dict[str, float]:
-    """Accuracy and cross-entropy of a model in full precision on images in memory."""
-    was_training = model.training
-    model.eval()
-    logits = torch.cat([model(batch) for batch, _ in _batches(model, images, batch_size, device)])
-    model.train(was_training)
-    target = torch.as_tensor(images[1], device=device)
-    return {
-        "accuracy": (logits.argmax(1) == target).float().mean().item(),
-        "test_loss": F.cross_entropy(logits, target).item(),
-    }
-
-
-def _epoch(
-    forward: Callable[[torch.Tensor], torch.Tensor], model: BViT, optimizer: torch.optim.Optimizer,
-    schedule: Any, images: Images, recipe: Recipe, order: np.random.Generator, device: str, epoch: int,
-) -> dict[str, float]:  # fmt: skip
-    model.train()
-    losses: list[float] = []
-    norms: list[float] = []
-    steps = len(images[1]) // recipe.batch_size
-    shuffled = order.permutation(len(images[1]))[: steps * recipe.batch_size]
-    batches = _batches(model, (images[0][shuffled], images[1][shuffled]), recipe.batch_size, device)
-    bar = tqdm(batches, total=steps, desc=f"epoch {epoch + 1}/{recipe.epochs}", leave=False)
-    for batch, target in bar:
-        loss = F.cross_entropy(forward(batch).float(), target)
-        if not torch.isfinite(loss):
-            where = f"epoch {epoch + 1}, step {len(losses) + 1}"
-            raise UserError(f"the loss is {loss.item()} in {where}; the weights of epoch {epoch} are kept")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norms.append(nn.utils.clip_grad_norm_(model.parameters(), recipe.clip).item())
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-        if len(losses) % 50 == 0:
-            bar.set_postfix(loss=f"{np.mean(losses[-50:]):.3f}")
-    return {"loss": float(np.mean(losses)), "grad_norm": float(np.mean(norms))}
-
-
-def _start(recipe: Recipe) -> BViT:
-    """The model before its first step."""
-    arguments = dict(recipe.model)
-    name = str(arguments.pop("name"))
+def _tensorboard(folder: Path) -> Any:
     try:
-        model = timm.create_model(name, **arguments)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        given = ", ".join(f"{key}={value}" for key, value in arguments.items())
-        raise UserError(f"recipe: cannot make the model {name} ({given}): {reason}") from error
-    if not isinstance(model, BViT):
-        raise UserError(f"recipe: {recipe.model['name']} is not a BViT")
-    if recipe.positions == "sincos":
-        grid = build_sincos2d_pos_embed(list(model.patch_embed.grid_size), model.embed_dim)
-        model.pos_embed.data[0, 1:] = grid
-    if recipe.init is not None:
-        weights = checkpoint.load(recipe.init).state_dict()
-        own = model.state_dict()
-        misfits = [key for key in weights if key not in own or own[key].shape != weights[key].shape]
-        if misfits:
-            raise UserError(f"recipe: {recipe.init} does not fit the model: {choices(misfits)}")
-        model.load_state_dict(weights, strict=False)
-    model.pretrained_cfg |= {"crop_pct": 1.0, "label_names": list(DigitScenes.classes)}
-    return model
-
-
-def _scenes(recipe: Recipe, epoch: int) -> DigitScenes:
-    n = recipe.images_per_epoch
-    return DigitScenes("train", length=n, start=epoch * n, hardness=recipe.hardness(epoch))
-
-
-def _prepare(model: BViT, recipe: Recipe, device: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The training forward: autocast and, if asked for, the one shared block compiled."""
-    precise = recipe.autocast == "off"
-    if not precise and torch.device(device).type == "cpu":
-        for block in model.blocks.children():  # fused SDPA's bf16 backward is ten times slower on a CPU
-            block.attn.fused_attn = False
-    if recipe.compile:
-        for block in model.blocks.children():
-            block.compile()
-
-    def forward(images: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=not precise):
-            return model(images)
-
-    return forward
-
-
-def _batches(model: nn.Module, images: Images, batch_size: int, device: str) -> Any:
-    """Normalised batches ``(B, 3, H, W)`` and labels ``(B,)``, in order."""
-    mean = torch.tensor(model.pretrained_cfg["mean"], device=device).view(3, 1, 1) * 255
-    std = torch.tensor(model.pretrained_cfg["std"], device=device).view(3, 1, 1) * 255
-    for begin in range(0, len(images[1]), batch_size):
-        pixels = torch.as_tensor(images[0][begin : begin + batch_size], device=device).permute(0, 3, 1, 2)
-        yield (pixels.float() - mean) / std, torch.as_tensor(images[1][begin : begin + batch_size], device=device)
-
-
-def _lr_factor(step: int, recipe: Recipe) -> float:
-    if step < recipe.warmup_steps:
-        return (step + 1) / recipe.warmup_steps
-    progress = (step - recipe.warmup_steps) / max(recipe.total_steps - recipe.warmup_steps, 1)
-    return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-
-
-def _weight_decay_groups(model: BViT, weight_decay: float) -> list[dict[str, Any]]:
-    free = model.no_weight_decay()
-    decayed = {name for name, p in model.named_parameters() if p.ndim > 1 and name not in free}
-    return [
-        {"params": [p for name, p in model.named_parameters() if name in decayed], "weight_decay": weight_decay},
-        {"params": [p for name, p in model.named_parameters() if name not in decayed], "weight_decay": 0.0},
-    ]
-
-
-def _card(name: str, recipe: Recipe, history: pd.DataFrame) -> str:
-    """The model card: what it is, how it was made, what it scores and is good for."""
-    last = history.iloc[-1]
-    images = int(last["epoch"]) * recipe.images_per_epoch
-    changed = " ".join(f"{key}={value}" for key, value in asdict(recipe).items() if key != "model")
-    model = ", ".join(f"{key} {value}" for key, value in recipe.model.items())
-    return f"""# {name}
-
-{model}.
-
-- Data: {recipe.data}, {images:,} fresh training scenes; scored on {TEST_IMAGES:,} test scenes, whose handwritten
-  digits and photographs the training never shows.
-- Test accuracy: {100 * last["accuracy"]:.1f} % (raw weights, float32), cross-entropy {last["test_loss"]:.3f}, after
-  epoch {int(last["epoch"])} of {recipe.epochs}. Per epoch: `history.csv`.
-- Recipe: {changed}.
-- Throughput in training: {last["images_per_second"]:.0f} images/s in the last epoch.
-- Good for: demos and tests of the toolkit. It says nothing about natural images.
-- Open: `bvit_interp.load("{name}")`, or `timm.create_model("local-dir:{name}", pretrained=True)` after
-  `import bvit_interp`.
-"""
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise MissingExtra("tensorboard", "tensorboard") from None
+    return SummaryWriter(str(folder))

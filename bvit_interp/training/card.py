@@ -1,0 +1,50 @@
+"""The model card of a training run: what the model is, how it was made, what it scores and is good for."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pandas as pd
+
+from bvit_interp.models import cost
+from bvit_interp.models.bvit import BViT
+from bvit_interp.training.recipe import Recipe
+
+_ABOUT = {
+    "digits-s": "scenes made on the fly; the test scenes' handwritten digits and photographs are never trained on. The "
+    "model says nothing about natural images.",
+    "cifar10": "50,000 training and 10,000 test photographs of 32 px. A copy whose pixels differ from the official "
+    "files, a JPEG re-encoding for instance, gives accuracies that are not comparable to the last point.",
+}
+
+
+def write(name: str, model: BViT, recipe: Recipe, history: pd.DataFrame, made: dict[str, Any]) -> str:
+    """The card's text, from the last scored epoch of `history` and what `results.provenance` says of the run."""
+    last = history.dropna(subset="top1").iloc[-1]
+    data = recipe.data.partition(":")[0]
+    settings = ", ".join(f"{key} {value}" for key, value in recipe.identity().items() if key not in ("model", "data"))
+    arguments = ", ".join(f"{key} {value}" for key, value in recipe.model.items() if key != "name")
+    versions = ", ".join(f"{library} {version}" for library, version in made["versions"].items())
+    gflops = cost.flops(model, count_attention=False) / 1e9
+    raw, averaged = _scores(last, "top1", "top5", "test_loss"), _scores(last, "ema_top1", "ema_top5", "ema_loss")
+    return f"""# {name}
+
+{recipe.model["name"]} ({arguments}): {cost.parameters(model):,} parameters, {gflops:.2f} GFLOPs an image
+without attention products.
+
+- Data: {data}, {_ABOUT.get(data, "its training split; scored on its evaluation split.")}
+- Test accuracy after epoch {int(last["epoch"])} of {recipe.epochs}: raw weights {raw},
+  averaged weights (EMA) {averaged}. Per epoch: `history.csv`.
+- Check: `bvit-interp evaluate --ckpt {name} --data {data}`.
+- Made by: `{made["command"]}`, {made["date"][:10]}, {made["machine"]}, {last["images_per_second"]:.0f} images/s
+  ({versions}).
+- Recipe: {settings}.
+- Open: `bvit_interp.load("{name}")`, averaged weights as `{name}@ema`, or `timm.create_model("local-dir:{name}",
+  pretrained=True)` after `import bvit_interp`.
+"""
+
+
+def _scores(row: pd.Series, top1: str, top5: str, loss: str) -> str:
+    among_five = "" if math.isnan(row[top5]) else f"top-5 {100 * row[top5]:.2f} %, "  # fewer than five classes
+    return f"{100 * row[top1]:.2f} % ({among_five}cross-entropy {row[loss]:.3f})"

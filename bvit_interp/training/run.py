@@ -1,0 +1,79 @@
+"""What a training run has become, in one file: weights, moments, history and how far it is.
+
+There is no state of random numbers or of a sampler to keep: every draw is a function of (seed, epoch, image).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from timm.utils import ModelEmaV3
+
+from bvit_interp import results
+from bvit_interp.data.samples import first_line
+from bvit_interp.errors import UserError
+from bvit_interp.models.bvit import BViT
+from bvit_interp.training.recipe import Recipe
+
+STATE = "state.pt"
+_COUNTED = ("done", "loss", "norm", "seconds", "history")
+_NO_STATE = "not the whole state of a run"
+
+
+@dataclass
+class Run:
+    """What a run has become: the contents of `state.pt`.
+
+    Parameters
+    ----------
+    model, ema, optimizer : the raw weights, the averaged ones and AdamW's moments.
+    done : optimiser steps taken.
+    loss, norm : sums over the steps of the current epoch.
+    seconds : time spent training in the current epoch.
+    history : a row of `COLUMNS` for every finished epoch.
+    """
+
+    model: BViT
+    ema: ModelEmaV3
+    optimizer: torch.optim.Optimizer
+    done: int = 0
+    loss: float = 0.0
+    norm: float = 0.0
+    seconds: float = 0.0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    def save(self, path: Path, recipe: Recipe) -> None:
+        """Write the state; on an error (`UserError`) the file that is there stays as it was."""
+        parts = {key: getattr(self, key).state_dict() for key in ("model", "optimizer")}
+        counted = {key: getattr(self, key) for key in _COUNTED}
+        state = {**parts, **counted, "ema": self.ema.module.state_dict(), "recipe": recipe.identity()}
+        try:
+            with results.replacing(path) as temporary:
+                torch.save(state, temporary)
+        except (OSError, RuntimeError) as error:  # torch raises RuntimeError where the disk is full
+            raise UserError(f"{path}: the state cannot be written ({first_line(error)})") from error
+
+    def resume(self, path: Path, recipe: Recipe) -> None:
+        """Take up a saved state; one of another recipe is refused."""
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            saved = dict(state["recipe"])
+        except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError, ... as the damage is
+            raise UserError(f"{path}: {_NO_STATE} ({first_line(error)}); --overwrite starts again") from error
+        differing = [
+            f"{key}: {saved.get(key)!r} there, {value!r} now"
+            for key, value in recipe.identity().items()
+            if saved.get(key) != value
+        ]
+        if differing:
+            raise UserError(f"{path} is of another recipe ({'; '.join(differing)}); --overwrite starts again")
+        try:
+            self.model.load_state_dict(state["model"])
+            self.ema.module.load_state_dict(state["ema"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            for key in _COUNTED:
+                setattr(self, key, state[key])
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise UserError(f"{path}: {_NO_STATE} ({first_line(error)}); --overwrite starts again") from error

@@ -1,0 +1,141 @@
+"""A study: one recipe trained at several points of a grid and with several seeds, into one tidy table.
+
+Fig. 2 (width, steps, heads) and Table 2 (blocks) of the paper (arXiv 2605.10661), at the scale of CIFAR-10 or digits-s.
+A study is a YAML file beside this module: a recipe, settings for all runs, and points that change some of them. It goes
+on where it stopped, also in the middle of a run.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from bvit_interp.data.catalog import open_samples
+from bvit_interp.errors import UserError, choices
+from bvit_interp.models import cost
+from bvit_interp.models.bvit import BViT
+from bvit_interp.results import Table, read_table
+from bvit_interp.training import recipe as recipes
+from bvit_interp.training import start, supervised
+
+FOLDER = Path(__file__).parent / "studies"
+COLUMNS = {
+    "study": "what is varied: width, steps, heads or blocks",
+    "series": "line of the figure",
+    "width": "embedding dimension",
+    "heads": "attention heads",
+    "blocks": "distinct blocks",
+    "steps": "applications of a block",
+    "seed": "of the run",
+    "epochs": "of the run",
+    "parameters": "of the model",
+    "gflops": "an image, without attention products",
+    "top1": "share of test images classified right by the raw weights, 0..1",
+    "ema_top1": "the same of the averaged weights, 0..1",
+    "test_loss": "test cross-entropy of the raw weights, nats",
+    "chance": "the null: share of test images guessed right without looking, 1 / classes",
+}
+_SHAPE = ("width", "heads", "blocks", "steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """What is trained: every point with every seed.
+
+    Parameters
+    ----------
+    name : what is varied, a column of the table.
+    recipe : the recipe all runs share.
+    settings : ``key=value`` for all runs.
+    points : `series`, and the settings of this point by key.
+    """
+
+    name: str
+    recipe: str
+    settings: tuple[str, ...]
+    points: tuple[dict[str, Any], ...]
+
+    def runs(self, seeds: tuple[int, ...]) -> list[tuple[str, int, recipes.Recipe]]:
+        """Series, seed and full recipe of every run, the first seed of all points first."""
+        listed = []
+        for seed in seeds:
+            for point in self.points:
+                own = [f"{key}={value}" for key, value in point.items() if key != "series"]
+                plan = recipes.read(self.recipe, [*self.settings, *own, f"seed={seed}"])
+                listed.append((str(point["series"]), seed, plan))
+        return listed
+
+
+def available() -> list[str]:
+    """Names of the shipped studies."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def read(name: str, recipe: str | None = None, settings: tuple[str, ...] = ()) -> Study:
+    """A shipped study, with another recipe or further settings for all its runs."""
+    if name not in available():
+        raise UserError(f"no study {name!r}; studies: {choices(available())}")
+    content = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
+    return Study(
+        name=name, recipe=recipe or content["recipe"], points=tuple(content["points"]),
+        settings=(*(content["settings"] if recipe is None else ()), *settings),
+    )  # fmt: skip
+
+
+def run(
+    study: Study, seeds: tuple[int, ...], out: Path, device: str = "cpu", *, overwrite: bool = False,
+    save_minutes: float = 2.0,
+) -> pd.DataFrame:  # fmt: skip
+    """Train what is missing and return the table, a row of `COLUMNS` a run; it is written after each.
+
+    Parameters
+    ----------
+    study : the recipe and its points.
+    seeds : every point is trained with each.
+    out : folder of the table `study_NAME.csv` and of a checkpoint folder for every run.
+    device : as in `train`.
+    overwrite : start again where a table would be continued.
+    save_minutes : as in `train`.
+    """
+    plans = study.runs(seeds)
+    if not plans:
+        raise UserError("a study needs at least one seed")
+    samples = open_samples(plans[0][2].data, "train")
+    abouts = [_about(start.make_model(plan, samples)) for _, _, plan in plans]  # one that cannot be built stops at once
+    table = Table(out / f"study_{study.name}.csv", {"study": study.name, "recipe": _shared(plans)}, overwrite)
+    for (series, seed, plan), about in zip(plans, abouts, strict=True):
+        keys = {"study": study.name, "series": series, **{key: about[key] for key in _SHAPE}, "seed": seed}
+        if table.has(**keys):
+            continue
+        slug = re.sub(r"\W+", "-", "-".join(str(value) for value in keys.values())).lower()
+        supervised.train(plan, out / slug, device, overwrite=overwrite, save_minutes=save_minutes)
+        last = read_table(out / slug / supervised.HISTORY).iloc[-1]
+        scores = {name: float(last[name]) for name in ("top1", "ema_top1", "test_loss")}
+        table.append({**keys, **about, "epochs": plan.epochs, **scores})
+    return pd.DataFrame(table.rows)[list(COLUMNS)]
+
+
+def _shared(plans: list[tuple[str, int, recipes.Recipe]]) -> dict[str, Any]:
+    """The settings that all runs have in common; the model's as one text, so that one more or less is seen too."""
+    settings = [plan.identity() | plan.model for _, _, plan in plans]
+    common = {
+        key: value for key, value in settings[0].items()
+        if key != "seed" and all(key in other and other[key] == value for other in settings)
+    }  # fmt: skip
+    model = [f"{key}={common.pop(key)}" for key in sorted(plans[0][2].model) if key in common]
+    return {key: value for key, value in common.items() if key != "model"} | {"model": ", ".join(model)}
+
+
+def _about(model: BViT) -> dict[str, Any]:
+    """The columns that the model alone decides."""
+    stored = list(model.blocks.children())
+    return {
+        "width": model.embed_dim, "heads": stored[0].attn.num_heads, "blocks": len(stored), "steps": len(model.blocks),
+        "parameters": cost.parameters(model), "gflops": cost.flops(model, count_attention=False) / 1e9,
+        "chance": 1 / model.num_classes,
+    }  # fmt: skip

@@ -1,0 +1,53 @@
+"""What the machine can do and what a training run makes of it: model FLOPs utilisation.
+
+MFU (Chowdhery et al., "PaLM", 2022, appendix B) is the FLOPs the model needs, three times its forward pass, attention
+products included, over what the hardware does in that time. The peak is measured, not read from a data sheet.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from functools import lru_cache
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from bvit_interp.models import cost
+
+BACKWARD = 3  # forward and backward together, in forward passes
+
+
+@lru_cache
+def peak_flops(device: str, dtype: torch.dtype) -> float:
+    """Multiply-adds x 2 a second of a large matrix product: the best of five, FLOP/s."""
+    on_gpu = torch.device(device).type == "cuda"
+    side = 8192 if on_gpu else 1024
+    a = torch.randn(side, side, device=device).to(dtype)
+    best = float("inf")
+    for _ in range(5 + 1):
+        _wait(device)
+        began = time.perf_counter()
+        a @ a
+        _wait(device)
+        best = min(best, time.perf_counter() - began)
+    return 2 * side**3 / best
+
+
+def utilisation(model: VisionTransformer, images_per_second: float, device: str, dtype: torch.dtype) -> float:
+    """MFU of training at `images_per_second` on one device, 0..1; dropped patches are not counted."""
+    kept = 1 - getattr(model.patch_drop, "prob", 0.0)
+    needed = BACKWARD * cost.flops(model, count_attention=True) * images_per_second
+    return kept * needed / peak_flops(device, dtype)
+
+
+def peak_memory(device: str) -> float:
+    """Most memory the process held so far, GB: of the GPU, or of the machine where it trains on the CPU."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def _wait(device: str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)

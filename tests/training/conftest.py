@@ -1,0 +1,75 @@
+"""A tiny run: bViT of width 32, 3 steps, on a few scenes of digits-s; and what two runs are compared by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from bvit_interp.data import digits
+from bvit_interp.results import read_table
+from bvit_interp.training import supervised
+from bvit_interp.training.recipe import Recipe
+
+MODEL = {
+    "name": "bvit_small_patch16_224", "img_size": 32, "patch_size": 8, "embed_dim": 32, "num_heads": 2, "num_steps": 3,
+    "num_classes": 10, "weight_init": "jax",
+}  # fmt: skip
+PLAIN = {
+    "data": "digits-s", "epochs": 2, "images_per_epoch": 40, "batch_size": 8, "warmup_epochs": 0.5, "autocast": "off",
+}  # fmt: skip
+FULL = {
+    "crop": "padded", "flip": True, "randaugment": "torchvision", "erase": 0.5, "mixup": 0.2, "cutmix": 1.0,
+    "label_smoothing": 0.1, "autocast": "bf16", "easy_epochs": 0.5, "fade_epochs": 1.5,
+}  # fmt: skip
+OF_THE_MACHINE = ["images_per_second", "mfu", "memory"]
+
+
+@pytest.fixture(autouse=True)
+def few_test_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores on 40 images."""
+    monkeypatch.setitem(digits.LENGTHS, "test", 40)
+
+
+@pytest.fixture
+def settings() -> Callable[..., dict[str, Any]]:
+    """``settings(full=False, **changes)``: a tiny recipe's settings; `model` changes the model's arguments."""
+
+    def merge(full: bool = False, **changes: Any) -> dict[str, Any]:
+        model = {**MODEL, **({"patch_drop_rate": 0.25} if full else {}), **changes.pop("model", {})}
+        return {**PLAIN, **(FULL if full else {}), "model": model, **changes}
+
+    return merge
+
+
+@pytest.fixture
+def recipe(settings: Callable[..., dict[str, Any]]) -> Callable[..., Recipe]:
+    """``recipe(full=False, **changes)``: the recipe of `settings`."""
+    return lambda **changes: Recipe(**settings(**changes))
+
+
+@pytest.fixture
+def trainer(tmp_path: Path) -> Callable[..., supervised.Trainer]:
+    """``trainer(recipe)``: what `train` makes before its first step."""
+    return lambda recipe, save_minutes=2.0: supervised.Trainer(recipe, tmp_path / "run", "cpu", save_minutes)
+
+
+@pytest.fixture
+def history() -> Callable[[Path], pd.DataFrame]:
+    """``history(folder)``: a run's table without the columns that the machine decides."""
+    return lambda folder: read_table(folder / supervised.HISTORY).drop(columns=OF_THE_MACHINE)
+
+
+@pytest.fixture
+def same_run(history: Callable[[Path], pd.DataFrame]) -> Callable[[Path, Path], None]:
+    """``same_run(a, b)``: weights byte for byte, averaged weights too, and the tables."""
+
+    def compare(one: Path, other: Path) -> None:
+        for file in ("model.safetensors", "ema.safetensors"):
+            assert (one / file).read_bytes() == (other / file).read_bytes(), file
+        pd.testing.assert_frame_equal(history(one), history(other), check_exact=True)
+
+    return compare

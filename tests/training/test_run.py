@@ -1,0 +1,91 @@
+"""The state of a run: saved whole or not at all, taken up only by the recipe that it is of."""
+
+from __future__ import annotations
+
+import resource
+
+import pytest
+import torch
+
+from bvit_interp.errors import UserError
+from bvit_interp.training import supervised
+
+
+@pytest.fixture
+def saved(recipe, tmp_path):
+    """The state after one epoch of a run."""
+    supervised.train(recipe(epochs=1), tmp_path / "run")
+    return tmp_path / "run" / "state.pt"
+
+
+def test_a_state_comes_back_as_it_was(recipe, trainer, saved):
+    run = trainer(recipe(epochs=1)).run
+    run.resume(saved, recipe(epochs=1))
+    content = torch.load(saved, weights_only=True)
+    for key, state in (("model", run.model), ("ema", run.ema.module)):
+        assert all(torch.equal(content[key][name], tensor) for name, tensor in state.state_dict().items())
+    moments = run.optimizer.state_dict()["state"]
+    assert moments.keys() == content["optimizer"]["state"].keys()
+    assert all(
+        torch.equal(moments[i][kind], tensor)
+        for i, found in content["optimizer"]["state"].items()
+        for kind, tensor in found.items()
+    )
+    assert run.done == 5
+    assert (run.loss, run.norm, run.seconds) == (0, 0, 0)
+    assert [row["epoch"] for row in run.history] == [1]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"lr": 0.5}, "lr: 0.001 there, 0.5 now"),
+        ({"seed": 1}, "seed: 0 there, 1 now"),
+        ({"model": {"num_steps": 4}}, "model: .*'num_steps': 3.* there, .*'num_steps': 4.* now"),
+        ({"flip": True, "epochs": 9}, "epochs: 1 there, 9 now; flip: False there, True now"),
+    ],
+)
+def test_another_recipe_is_refused_by_what_differs(recipe, saved, change, named):
+    before = saved.read_bytes()
+    other = recipe(**{"epochs": 1, **change})
+    with pytest.raises(UserError, match=rf"state.pt is of another recipe \({named}\); --overwrite starts again"):
+        supervised.train(other, saved.parent)
+    assert saved.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content, file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+        lambda content, file: file.write_bytes(b""),
+        lambda content, file: file.write_text("a state\nof another kind\n"),
+        lambda content, file: torch.save([1, 2], file),
+        lambda content, file: torch.save({key: content[key] for key in content if key != "ema"}, file),
+        lambda content, file: torch.save({**content, "model": {}}, file),
+        lambda content, file: torch.save({**content, "optimizer": {"state": {}, "param_groups": []}}, file),
+        lambda content, file: torch.save({**content, "recipe": None}, file),
+    ],
+    ids=["cut", "empty", "text", "list", "no ema", "no weights", "no moments", "no recipe"],
+)
+def test_a_damaged_state_is_one_line_and_overwrite_starts_again(recipe, saved, damage):
+    damage(torch.load(saved, weights_only=True), saved)
+    with pytest.raises(UserError, match=r"state.pt: not the whole state of a run \(.+\); --overwrite") as error:
+        supervised.train(recipe(epochs=1), saved.parent)
+    assert "\n" not in str(error.value)
+    supervised.train(recipe(epochs=1), saved.parent, overwrite=True)
+
+
+def test_a_full_disk_leaves_the_state_that_is_there(recipe, trainer, saved):
+    """The limit on a file's size stands for the disk: torch's own writer meets a write that does not fit."""
+    before = saved.read_bytes()
+    run = trainer(recipe(epochs=1)).run
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(UserError, match=r"state\.pt: the state cannot be written \(.+\)$") as error:
+            run.save(saved, recipe(epochs=1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(error.value)
+    assert saved.read_bytes() == before
+    assert not list(saved.parent.glob(".*"))
