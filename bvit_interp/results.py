@@ -12,14 +12,15 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bvit_interp.errors import UserError
+from bvit_interp.errors import UserError, choices
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -115,7 +116,7 @@ class Table:
     ----------
     path : the CSV; its options lie in the `.json` beside it.
     options : what the rows depend on; a table made with others is refused, not mixed. Options that the `.json` has
-        beside these do not matter.
+        beside these do not matter. One with other columns than the new rows is refused when that is first seen.
     overwrite : start again instead; what is there stays until the first new row is finished.
     """
 
@@ -123,9 +124,12 @@ class Table:
         self.path, self.about = path, path.with_suffix(".json")
         self.options = json.loads(json.dumps(options, default=str))
         self.rows: list[dict[str, Any]] = []
+        self.columns: frozenset[str] | None = None  # of the rows found
         if path.exists() and not overwrite:
             self._check_options()
-            self.rows += read_table(path).to_dict("records")  # type: ignore[arg-type]
+            found = read_table(path)
+            self.rows += found.to_dict("records")  # type: ignore[arg-type]
+            self.columns = frozenset(found)
 
     def _check_options(self) -> None:
         try:
@@ -143,13 +147,35 @@ class Table:
             )
 
     def has(self, **keys: Any) -> bool:
-        """Whether a row with these values is there."""
+        """Whether a row with these values is there.
+
+        Raises
+        ------
+        UserError
+            If the table that was found lacks one of these columns.
+        """
+        if self.columns is not None:
+            self._check_columns(keys.keys() - self.columns)
         return any(all(row.get(key) == value for key, value in keys.items()) for row in self.rows)
 
+    def _check_columns(self, lacking: Set[str], foreign: Set[str] = frozenset()) -> None:
+        kinds = {"lacks": lacking, "has the unknown": foreign}
+        wrong = [f"{kind} {choices(sorted(columns))}" for kind, columns in kinds.items() if columns]
+        if wrong:
+            raise UserError(f"{self.path} has other columns: it {' and '.join(wrong)}; --overwrite replaces it")
+
     def append(self, row: Mapping[str, Any]) -> None:
-        """Add a finished row and write the table."""
+        """Add a finished row and write the table.
+
+        Raises
+        ------
+        UserError
+            If the table that was found has other columns.
+        """
         import pandas as pd
 
+        if self.columns is not None:
+            self._check_columns(row.keys() - self.columns, self.columns - row.keys())
         self.rows.append(dict(row))
         if rank_and_world()[0] == 0:
             if len(self.rows) == 1:
@@ -169,5 +195,8 @@ def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def check_folder(folder: Path) -> None:
     """Refuse a folder for results that cannot be made or written, before hours of work."""
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"--out {folder}: {there} is not a folder that can be written to")
+    try:
+        with tempfile.TemporaryDirectory(dir=there, prefix=".bvit-interp-"):  # root's permissions tell nothing
+            pass
+    except OSError as error:
+        raise UserError(f"--out {folder}: {there} is not a folder that can be written to") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import resource
 import shutil
@@ -17,7 +18,8 @@ from PIL import Image
 
 from bvit_interp.analyses import ANALYSES
 from bvit_interp.cli import main
-from bvit_interp.cli.options import gathered
+from bvit_interp.cli.options import gathered, processes
+from bvit_interp.errors import UserError
 from bvit_interp.models.checkpoint import save
 
 COMMANDS = [word.replace("_", "-") for word in ANALYSES]
@@ -202,6 +204,10 @@ def test_report_of_a_run(ckpt, tmp_path, capsys):
         (["pointing-game", "--ckpt", "nowhere"], "no checkpoint at nowhere"),
         (["pointing-game", "--ckpt", "timm:vit_bas"], "timm has no model 'vit_bas'"),
         (["energy-rank", "--device", "cuda:9x"], "unknown device"),
+        (["energy-rank", "--device", "mps"], "unknown device 'mps'; devices: auto, cpu, cuda, cuda:N"),
+        (["energy-rank", "--device", "meta"], "unknown device 'meta'; devices: auto, cpu, cuda, cuda:N"),
+        (["train", "--recipe", "digits-s", "--threads", "0"], "threads must be >= 1, got 0"),
+        (["study", "steps", "--recipe", "digits-s", "--threads", "-1"], "threads must be >= 1, got -1"),
         (["energy-rank", "--energy", "2"], "energy must be in (0, 1], got 2.0"),
         (["energy-rank", "--data", "nothing-here"], "nothing-here"),
         (["energy-rank", "--limit", "0"], "limit must be >= 1, got 0"),
@@ -226,6 +232,35 @@ def test_one_line_and_exit_code_two(arguments, message, ckpt, capfd, tmp_path, m
         arguments = [*arguments, "--ckpt", ckpt]
     assert message in error_of(capfd, arguments)
     assert not Path("figures").exists()
+
+
+def test_the_devices_of_a_machine_with_two_gpus(monkeypatch):
+    def device_of(wanted):
+        with processes(wanted) as device:
+            return device
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    given = ["auto", "cuda", "cuda:1", "cpu", "cpu:0"]
+    assert [device_of(wanted) for wanted in given] == ["cuda", "cuda", "cuda:1", "cpu", "cpu"]
+    with pytest.raises(UserError, match="no cuda:9; devices: auto, cpu, cuda, cuda:0, cuda:1"):
+        device_of("cuda:9")
+    monkeypatch.setattr(os, "environ", {"WORLD_SIZE": "3", "LOCAL_RANK": "2"})  # a process more than GPUs
+    with pytest.raises(UserError, match="no cuda:2; devices"):
+        device_of("auto")
+
+
+def test_the_cause_of_a_stop_under_torchrun(monkeypatch, capfd):
+    def stop(*args):
+        raise RuntimeError("CUDA error: an illegal memory access\nCompile with TORCH_USE_CUDA_DSA")
+
+    monkeypatch.setattr("bvit_interp.cli._dispatch", stop)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    message = error_of(capfd, ["energy-rank"])
+    assert message.endswith("another process stopped, or this one: CUDA error: an illegal memory access")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(RuntimeError, match="illegal"):
+        main(["energy-rank"])
 
 
 def test_unknown_options_end_with_two(capsys):
@@ -328,7 +363,7 @@ def test_interrupt_keeps_finished_rows(ckpt, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(rank_sweep, "_count_hits", count)
     arguments = ["rank-sweep", "--ckpt", ckpt, "--limit", "5", "--ranks", "2", "4", "8", "--out", str(tmp_path)]
     assert main(arguments) == 130
-    assert "what is finished is kept" in capfd.readouterr().err
+    assert "what was saved is kept" in capfd.readouterr().err
     assert pd.read_csv(tmp_path / "rank_sweep.csv")["rank"].tolist() == [2, 4]
     assert main(arguments) == 0
     assert pd.read_csv(tmp_path / "rank_sweep.csv")["rank"].tolist() == [2, 4, 8]

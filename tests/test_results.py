@@ -6,6 +6,7 @@ import csv
 import errno
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -183,6 +184,31 @@ def test_a_table_that_cannot_be_read_is_named(tmp_path, content):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("content", ["a,b\n1,2\n", "a,b\n"])
+def test_a_table_without_the_keys_is_refused_at_the_first_look(tmp_path, content):
+    path = tmp_path / "a.csv"
+    results.Table(path, OPTIONS).append({"model": "m", "rank": 4})
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"a\.csv has other columns: it lacks model, rank; --overwrite"):
+        results.Table(path, OPTIONS).has(model="m", rank=4)
+    assert not results.Table(path, OPTIONS, overwrite=True).has(model="m", rank=4)
+    assert path.read_text() == content
+
+
+@pytest.mark.parametrize(
+    ("columns", "wrong"), [("rank", "lacks value"), ("rank,old", "lacks value and has the unknown old")]
+)
+def test_a_row_of_other_columns_is_not_mixed_in(tmp_path, columns, wrong):
+    path = tmp_path / "a.csv"
+    results.Table(path, OPTIONS).append(dict.fromkeys(columns.split(","), 4))
+    before = path.read_bytes()
+    table = results.Table(path, OPTIONS)
+    with pytest.raises(UserError, match=rf"a\.csv has other columns: it {wrong}; --overwrite"):
+        table.append({"rank": 8, "value": 0.5})
+    assert path.read_bytes() == before
+    assert not table.has(rank=8)
+
+
 def test_provenance_beside_a_table_lets_it_go_on(tmp_path):
     path = tmp_path / "a.csv"
     results.Table(path, OPTIONS).append({"rank": 4})
@@ -200,6 +226,29 @@ def test_only_the_first_process_writes(tmp_path, monkeypatch):
 
 def test_one_process_is_rank_zero_of_one():
     assert results.rank_and_world() == (0, 1)
+
+
+# ---- the folder ----------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_tried_and_left_as_it_was(tmp_path):
+    (tmp_path / "file").touch()
+    results.check_folder(tmp_path / "new" / "folder")
+    results.check_folder(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    with pytest.raises(UserError, match=r"--out .*x: .*file is not a folder that can be written to"):
+        results.check_folder(tmp_path / "file" / "x")
+
+
+def test_permissions_that_promise_too_much(tmp_path, monkeypatch):
+    """As root has it in /proc: nothing forbids to write there, and nothing can be written."""
+
+    def refused(*args, **kwargs):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "mkdir", refused)
+    with pytest.raises(UserError, match="is not a folder that can be written to"):
+        results.check_folder(tmp_path / "x")
 
 
 # ---- provenance ----------------------------------------------------------------------------------------

@@ -3,8 +3,9 @@
 Fig. 8, Appendix B of bViT (arXiv 2605.10661): the model's own final norm and head applied to the tokens after step t,
 ``y_t = W_c RMSNorm(z_t^cls) + b_c`` (eq. 5 at every t), for t = 1..24 of a model trained for T = 12, in one pass over
 the images. Past T a bViT goes on applying its block (a time embedding stays at its last row: our choice, the paper
-leaves it undefined); a stacked ViT has only its own blocks. The null is `chance`, the share of the most frequent
-class among the images. FLOPs are counted as in the paper, and with the products of attention beside.
+leaves it undefined); a stacked ViT, timm's or the matched `vit_rms_*`, has only its own blocks. The null is `chance`,
+the share of the most frequent class among the images. FLOPs are counted as in the paper, and with the products of
+attention beside.
 
 Cost: `steps` / T forwards an image; 1000 images of 32 px and three models of width 128 take 45 s on one core.
 Expected: in the paper accuracy is low over the first steps, highest at step 12 (0.779 for bViT-B on ImageNet-1K)
@@ -38,7 +39,7 @@ class Config(Reading):
     """Options of the step accuracy."""
 
     steps: int = 24
-    """Steps to run, from 1; a stacked ViT stops at its last block."""
+    """Steps to run, from 1; a stacked ViT (one of timm, or a matched `vit_rms_*`) stops at its last block."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -110,11 +111,16 @@ def measure(models: Mapping[str, VisionTransformer], data: Samples, config: Conf
 
 
 def _run_on(model: VisionTransformer, steps: int) -> VisionTransformer:
-    """The unroll of `steps` steps; of a stack, or of an unroll, at most as many as it has."""
+    """The unroll of `steps` steps; of a stack, or of an unroll, at most as many as it has.
+
+    A `BViT` with as many blocks as steps, and more than one, is a stack: its first block does not come again.
+    """
     from bvit_interp.models.steps import Steps
     from bvit_interp.models.unroll import unroll
 
-    return unroll(model, steps if isinstance(model.blocks, Steps) else min(steps, len(model.blocks)))
+    stored, own = len(list(model.blocks.children())), len(model.blocks)
+    recurrent = isinstance(model.blocks, Steps) and not 1 < stored == own
+    return unroll(model, steps if recurrent else min(steps, own))
 
 
 def _metrics(probe: Probe) -> list[Classification]:

@@ -33,12 +33,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if debug:
             raise
-        print("bvit-interp: interrupted; what is finished is kept, the same command goes on", file=sys.stderr)
+        print("bvit-interp: interrupted; what was saved is kept", file=sys.stderr)
         return 130
-    except RuntimeError:
+    except RuntimeError as error:
         if debug or int(os.environ.get("WORLD_SIZE", "1")) == 1:
             raise
-        print("bvit-interp: error: another process stopped", file=sys.stderr)
+        cause = str(error).strip().partition("\n")[0] or type(error).__name__
+        print(f"bvit-interp: error: another process stopped, or this one: {cause}", file=sys.stderr)
         return 2
     return 0
 

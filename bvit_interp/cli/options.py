@@ -11,7 +11,7 @@ from typing import Any
 
 import tyro
 
-from bvit_interp.errors import UserError
+from bvit_interp.errors import UserError, choices
 
 
 def parse(options: Any, word: str, given: list[str], description: str | None = None) -> Any:
@@ -61,30 +61,54 @@ def gathered(given: list[str], flag: str) -> list[str]:
 
 @contextmanager
 def processes(device: str, threads: int | None = None) -> Iterator[str]:
-    """The device of this process, with `threads` CPU threads; under torchrun, with its process group open."""
+    """The device of this process, with `threads` CPU threads; under torchrun, with its process group open.
+
+    Raises
+    ------
+    UserError
+        For fewer threads than one, or a device that is unknown or not there.
+    """
     import torch
     import torch.distributed as dist
 
     import bvit_interp.models.bvit  # noqa: F401  registers the models with timm
 
-    if threads:
+    if threads is not None:
+        if threads < 1:
+            raise UserError(f"threads must be >= 1, got {threads}")
         torch.set_num_threads(threads)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        raise UserError(f"unknown device {device!r}; devices: auto, cpu, cuda, cuda:N") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise UserError("this machine has no CUDA device; devices: auto, cpu")
+    device = _device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield device
         return
-    if kind == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    on_cuda = device != "cpu"
+    if on_cuda:
+        device = _device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")  # tables are gathered on the CPU
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")  # tables are gathered on the CPU
     try:
         yield device
     finally:
         dist.destroy_process_group()
+
+
+def _device(wanted: str) -> str:
+    """`wanted` as cpu, cuda or cuda:N, if this machine has it."""
+    import torch
+
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"unknown device {wanted!r}; devices: auto, cpu, cuda, cuda:N")
+    if device.type == "cpu":
+        return "cpu"
+    if not torch.cuda.is_available():
+        raise UserError("this machine has no CUDA device; devices: auto, cpu")
+    there = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if device.index is not None and wanted not in there:
+        raise UserError(f"this machine has no {wanted}; devices: auto, cpu, cuda, {choices(there)}")
+    return wanted

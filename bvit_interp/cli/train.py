@@ -57,6 +57,8 @@ class Study:
     """auto, cpu, cuda or cuda:N."""
     threads: int | None = None
     """CPU threads to use; by default all."""
+    save_minutes: float = 2.0
+    """Minutes between two savings of a run's state within an epoch."""
 
 
 def train(given: list[str]) -> None:
@@ -65,8 +67,7 @@ def train(given: list[str]) -> None:
     from bvit_interp import results
     from bvit_interp.training import recipe
 
-    settings = [*options.set, *([f"data={options.data}"] if options.data else [])]
-    plan = recipe.read(options.recipe, settings)
+    plan = recipe.read(options.recipe, options.set, options.data)
     out = options.out or Path("runs") / Path(options.recipe).stem
     with processes(options.device, options.threads) as device:
         from bvit_interp.training import supervised
@@ -85,11 +86,12 @@ def study(given: list[str]) -> None:
     from bvit_interp import results
     from bvit_interp.training import study as studies
 
-    settings = [*options.set, *([f"data={options.data}"] if options.data else [])]
-    plan = studies.read(options.name, options.recipe, tuple(settings))
+    plan = studies.read(options.name, options.recipe, options.set, options.data)
     out = options.out or Path("runs") / f"study-{options.name}"
     with processes(options.device, options.threads) as device:
-        frame = studies.run(plan, options.seeds, out, device, overwrite=options.overwrite)
+        frame = studies.run(
+            plan, options.seeds, out, device, overwrite=options.overwrite, save_minutes=options.save_minutes
+        )
         if results.rank_and_world()[0] == 0:
             from bvit_interp.report import study_figure
 

@@ -9,28 +9,36 @@ from timm.data import ImageNetInfo
 from timm.models.vision_transformer import VisionTransformer
 
 from bvit_interp.data.samples import Samples
-from bvit_interp.errors import DataError
+from bvit_interp.errors import DataError, choices
 from bvit_interp.models.checkpoint import class_names
 
 
 def label_map(samples: Samples, model: VisionTransformer) -> torch.Tensor:
     """The model's class index of every class of the data set, ``(classes,)`` int64.
 
-    By name where the model's checkpoint names all of them; else class i is class i if there are as many and the
-    checkpoint's names are not all others; else by wnid for a model of the 1000 ImageNet classes.
+    By name where the model's checkpoint names all of them; else class i is class i if there are as many and their
+    names cannot tell: the checkpoint has none, the data only numbers, or one name stands for two classes of the
+    model; else by wnid for a model of the 1000 ImageNet classes.
 
     Raises
     ------
     DataError
-        If none of the three applies.
+        If none of the three applies, or if the model knows some of the names and not others.
     """
     classes = list(samples.classes)
     names = class_names(model) or []
     found = Counter(names)
     if all(found[name] == 1 for name in classes):  # a name that two classes bear ("crane") decides nothing
         return _places(classes, names)
-    strangers = names and not found.keys() & set(classes)  # both name their classes, and none is the same
-    if len(classes) == model.num_classes and not strangers:
+    unknown = [name for name in classes if name not in found]
+    ambiguous = any(found[name] > 1 for name in classes)
+    if names and len(unknown) < len(classes) and not ambiguous:
+        raise DataError(
+            f"the model does not know {len(unknown)} of the data's {len(classes)} classes: {choices(unknown)};"
+            f" its own are {choices(names)}"
+        )
+    unnamed = classes == [str(i) for i in range(len(classes))]
+    if len(classes) == model.num_classes and (not names or unnamed or ambiguous):
         return torch.arange(len(classes))
     wnids = ImageNetInfo().label_names()
     if model.num_classes == len(wnids) and set(classes) <= set(wnids):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -91,6 +92,8 @@ def save(
         config = _config_of(model) | ({"training": dict(about)} if about else {})
         Path(temporary, CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         Path(temporary, CARD).write_text(card or f"# {folder.name}\n")
+        for name in weights:  # safetensors leaves them to their owner alone
+            shutil.copymode(Path(temporary, CONFIG), Path(temporary, name))
         folder.mkdir(exist_ok=True)
         for name in (*weights, CONFIG, CARD):
             Path(temporary, name).replace(folder / name)

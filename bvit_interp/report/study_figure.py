@@ -26,6 +26,6 @@ def plot(frame: pd.DataFrame) -> Figure:
     ax.set_xscale("log", base=2)
     ax.set_xticks(sorted(frame[name].unique()), [str(value) for value in sorted(frame[name].unique())])
     ax.minorticks_off()
-    ax.set(xlabel=_LABELS[name], ylabel="test accuracy", ylim=(0, None))
+    ax.set(xlabel=_LABELS[name], ylabel="top-1 of the averaged weights", ylim=(0, None))
     plotting.legend(ax)
     return figure

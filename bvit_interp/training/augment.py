@@ -1,6 +1,6 @@
 """How training images vary: crop, flip, RandAugment, erasing, and Mixup or CutMix of a batch.
 
-The order is the paper's (arXiv 2605.10661, section 4): RandomResizedCrop, flip, RandAugment, normalise, Random Erasing.
+The order is the paper's (arXiv 2605.10661, section 3.3): crop, flip, RandAugment, normalise, Random Erasing.
 Every draw is a function of the run's seed and of what is drawn for, never of how far the process has come: a run
 that was killed goes on with the same images, on any number of workers.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -19,10 +20,10 @@ _ABOUT = {
 }
 
 
-def write(name: str, model: BViT, recipe: Recipe, history: pd.DataFrame, made: dict[str, Any]) -> str:
+def write(folder: Path, model: BViT, recipe: Recipe, history: pd.DataFrame, made: dict[str, Any]) -> str:
     """The card's text, from the last scored epoch of `history` and what `results.provenance` says of the run."""
     last = history.dropna(subset="top1").iloc[-1]
-    data = recipe.data.partition(":")[0]
+    name, data = folder.resolve().name, recipe.data.partition(":")[0]
     settings = ", ".join(f"{key} {value}" for key, value in recipe.identity().items() if key not in ("model", "data"))
     arguments = ", ".join(f"{key} {value}" for key, value in recipe.model.items() if key != "name")
     versions = ", ".join(f"{library} {version}" for library, version in made["versions"].items())
@@ -36,12 +37,12 @@ without attention products.
 - Data: {data}, {_ABOUT.get(data, "its training split; scored on its evaluation split.")}
 - Test accuracy after epoch {int(last["epoch"])} of {recipe.epochs}: raw weights {raw},
   averaged weights (EMA) {averaged}. Per epoch: `history.csv`.
-- Check: `bvit-interp evaluate --ckpt {name} --data {data}`.
+- Check: `bvit-interp evaluate --ckpt {folder} --data {recipe.data}`.
 - Made by: `{made["command"]}`, {made["date"][:10]}, {made["machine"]}, {last["images_per_second"]:.0f} images/s
   ({versions}).
 - Recipe: {settings}.
-- Open: `bvit_interp.load("{name}")`, averaged weights as `{name}@ema`, or `timm.create_model("local-dir:{name}",
-  pretrained=True)` after `import bvit_interp`.
+- Open: `bvit_interp.load("{folder}")`, averaged weights as `{folder}@ema`, or
+  `timm.create_model("local-dir:{folder}", pretrained=True)` after `import bvit_interp`.
 """
 
 

@@ -2,11 +2,13 @@
 
 The order of epoch e is a permutation drawn for (seed, e), and an image is augmented for (seed, e, image, how often it
 was seen in e): neither the number of processes, nor of workers, nor the batch at which a run resumes changes what the
-model is shown.
+model is shown. (Mixup draws its partners within a process's part of a batch.)
 """
 
 from __future__ import annotations
 
+import hashlib
+import logging
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,12 +16,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from bvit_interp.data.digits import DigitScenes
-from bvit_interp.data.samples import Samples
+from bvit_interp.data.samples import Samples, spread
 from bvit_interp.errors import DataError, UserError
 from bvit_interp.results import rank_and_world
 from bvit_interp.training.augment import View, drawn_for, reseed
 from bvit_interp.training.recipe import Recipe
 
+_log = logging.getLogger(__name__)
 Share = tuple[torch.Tensor, torch.Tensor]
 """This process's part of a batch: images ``(b, 3, H, W)`` float32 and labels ``(b,)`` int64."""
 
@@ -37,12 +40,24 @@ def images_per_epoch(recipe: Recipe, samples: Samples) -> int:
     return recipe.images_per_epoch or len(samples)
 
 
+def fingerprint(samples: Samples) -> str:
+    """16 hex digits of the classes, the number of images and 32 of them: data of one name are not always the same."""
+    digest = hashlib.sha256(repr((list(samples.classes), len(samples))).encode())
+    for i in spread(len(samples), 32):
+        try:
+            image, label, _ = samples.read(i)
+        except DataError:
+            continue
+        digest.update(image.tobytes() + bytes(str(label), "ascii"))
+    return digest.hexdigest()[:16]
+
+
 class Epoch(Dataset[Share | str]):
     """The batches of one epoch; the last incomplete one is left out.
 
     Parameters
     ----------
-    recipe : batch size, images an epoch and seed.
+    recipe : batch size, images an epoch, seed, and whether an image that cannot be read is passed over.
     samples : what to draw from.
     view : the augmentation of one image.
     epoch : from 0.
@@ -58,6 +73,7 @@ class Epoch(Dataset[Share | str]):
         self.order = np.concatenate([rng.permutation(len(self.samples)) for _ in range(passes)])[:needed]
         self.passes = np.arange(needed) // len(self.samples)  # a second view of an image is another one
         self.rank, self.world = rank_and_world()
+        self.skip_corrupt = recipe.skip_corrupt
 
     def __len__(self) -> int:
         return self.steps
@@ -69,13 +85,26 @@ class Epoch(Dataset[Share | str]):
         with drawn_for(0):
             for i, seen in zip(self.order[own].tolist(), self.passes[own].tolist(), strict=True):
                 try:
-                    image, label, _ = self.samples.read(i)
+                    image, label = self._read(i)
                     reseed(self.seed, self.epoch, i, seen)
                     images.append(self.view(image))
                 except UserError as error:
                     return str(error)
                 labels.append(label)
         return torch.stack(images), torch.tensor(labels)
+
+    def _read(self, i: int) -> tuple[np.ndarray, int]:
+        """Image i and its label; with `skip_corrupt` the next one that can be read."""
+        for place in range(i, i + len(self.samples)):
+            try:
+                image, label, _ = self.samples.read(place % len(self.samples))
+            except DataError as error:
+                if not self.skip_corrupt:
+                    raise
+                _log.warning("left out: %s", error)
+            else:
+                return image, label
+        raise DataError("no training image can be read")
 
 
 def batches(epoch: Epoch, first: int, workers: int, pin: bool = False) -> Iterator[Share]:

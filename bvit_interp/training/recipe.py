@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -13,6 +14,10 @@ import yaml
 from bvit_interp.errors import UserError, choices
 
 FOLDER = Path(__file__).parent / "recipes"
+_NOT_OF_A_MODEL = {  # arguments of timm's factory that would load weights or make another kind of model
+    "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "features_only", "device",
+    "dtype", "scriptable", "exportable",
+}  # fmt: skip
 _WORDS = {
     "schedule": ("step", "epoch"),
     "crop": ("none", "padded", "random-resized"),
@@ -91,6 +96,8 @@ class Recipe:
     """Recompute activations in the backward pass: less memory, more time."""
     workers: int = 0
     """Processes that prepare images beside each training process."""
+    skip_corrupt: bool = False
+    """Show the next image in place of one that cannot be read, and say so, instead of stopping."""
     score_every: int = 1
     """Epochs between two scores on the test images; the last epoch is always scored."""
     seed: int = 0
@@ -99,6 +106,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if "name" not in self.model:
             raise UserError("recipe: model needs a name")
+        if loaded := sorted(_NOT_OF_A_MODEL & self.model.keys()):
+            raise UserError(f"recipe: the model does not take {choices(loaded)}; weights come from init")
         for name in ("epochs", "images_per_epoch", "batch_size", "accumulate", "score_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -113,6 +122,14 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise UserError(f"recipe: {name} must be >= 0, got {value}")
+        if self.clip == 0:
+            raise UserError("recipe: clip must be > 0, or null for no clipping, got 0")
+        if self.ema == 1:
+            raise UserError("recipe: ema must be less than 1: averaged weights would never move")
+        if self.warmup_epochs and self.warmup_epochs >= self.epochs:
+            raise UserError(f"recipe: warmup_epochs {self.warmup_epochs} must be less than epochs {self.epochs}")
+        if self.schedule == "epoch" and self.warmup_epochs % 1:
+            raise UserError(f"recipe: schedule epoch needs whole warmup_epochs, got {self.warmup_epochs}")
         for name, allowed in _WORDS.items():
             if getattr(self, name) not in allowed:
                 raise UserError(f"recipe: {name} must be {choices(allowed)}, got {getattr(self, name)!r}")
@@ -133,16 +150,17 @@ def available() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
-def read(name: str, settings: list[str] | None = None) -> Recipe:
+def read(name: str, settings: Sequence[str] = (), data: str | None = None) -> Recipe:
     """A recipe with settings on top.
 
     Parameters
     ----------
     name : a shipped recipe or a YAML file; a recipe that `extends` another changes only what it names.
     settings : ``key=value``, and ``model.key=value`` for the model's arguments.
+    data : data set in place of the recipe's.
     """
-    content = _content(name)
-    for setting in settings or []:
+    content = _content(name) | ({} if data is None else {"data": data})
+    for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:
             raise UserError(f"--set takes key=value, got {setting!r}")
@@ -154,10 +172,9 @@ def read(name: str, settings: list[str] | None = None) -> Recipe:
     known = [f.name for f in fields(Recipe)]
     if unknown := sorted({str(key) for key in content} - set(known)):
         raise UserError(f"recipe {name}: unknown setting {choices(unknown)}; settings: {choices(known, 20)}")
-    try:
-        return Recipe(**{key: _typed(name, key, value) for key, value in content.items()})
-    except TypeError as error:
-        raise UserError(f"recipe {name}: {error}") from error
+    if missing := [f.name for f in fields(Recipe) if f.default is MISSING and f.name not in content]:
+        raise UserError(f"recipe {name}: {choices(missing)} must be given")
+    return Recipe(**{key: _typed(name, key, value) for key, value in content.items()})
 
 
 _EXPECTED = {
@@ -194,6 +211,8 @@ def _content(name: str, extending: tuple[str, ...] = ()) -> dict[str, Any]:
     if name in extending:
         raise UserError(f"recipe {name} extends itself")
     path = FOLDER / f"{name}.yaml" if name in available() else Path(name)
+    if extending and not path.is_file():
+        path = Path(extending[-1]).parent / name  # beside the file that extends it
     if not path.is_file():
         raise UserError(f"no recipe {name!r}; shipped: {choices(available())}; or give a YAML file")
     try:

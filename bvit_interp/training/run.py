@@ -44,24 +44,28 @@ class Run:
     seconds: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
 
-    def save(self, path: Path, recipe: Recipe) -> None:
-        """Write the state; on an error (`UserError`) the file that is there stays as it was."""
+    def save(self, path: Path, recipe: Recipe, data: str) -> None:
+        """Write the state, with its data's fingerprint; on an error (`UserError`) the file there stays as it was."""
         parts = {key: getattr(self, key).state_dict() for key in ("model", "optimizer")}
         counted = {key: getattr(self, key) for key in _COUNTED}
-        state = {**parts, **counted, "ema": self.ema.module.state_dict(), "recipe": recipe.identity()}
+        state = {**parts, **counted, "ema": self.ema.module.state_dict()} | {
+            "recipe": recipe.identity(), "data": data
+        }  # fmt: skip
         try:
             with results.replacing(path) as temporary:
                 torch.save(state, temporary)
         except (OSError, RuntimeError) as error:  # torch raises RuntimeError where the disk is full
             raise UserError(f"{path}: the state cannot be written ({first_line(error)})") from error
 
-    def resume(self, path: Path, recipe: Recipe) -> None:
-        """Take up a saved state; one of another recipe is refused."""
+    def resume(self, path: Path, recipe: Recipe, data: str) -> None:
+        """Take up a saved state; one of another recipe or of other data is refused."""
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             saved = dict(state["recipe"])
         except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError, ... as the damage is
             raise UserError(f"{path}: {_NO_STATE} ({first_line(error)}); --overwrite starts again") from error
+        if state.get("done") == 0:  # saved before the first step: nothing to go on with
+            return
         differing = [
             f"{key}: {saved.get(key)!r} there, {value!r} now"
             for key, value in recipe.identity().items()
@@ -69,11 +73,15 @@ class Run:
         ]
         if differing:
             raise UserError(f"{path} is of another recipe ({'; '.join(differing)}); --overwrite starts again")
+        if state.get("data") != data:
+            raise UserError(f"{path} is of other images than {recipe.data} holds now; --overwrite starts again")
         try:
             self.model.load_state_dict(state["model"])
             self.ema.module.load_state_dict(state["ema"])
             self.optimizer.load_state_dict(state["optimizer"])
             for key in _COUNTED:
                 setattr(self, key, state[key])
-        except (KeyError, ValueError, RuntimeError) as error:
+            if not isinstance(self.history, list) or not isinstance(self.done, int):
+                raise ValueError("its parts have other types")
+        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: {_NO_STATE} ({first_line(error)}); --overwrite starts again") from error

@@ -23,6 +23,9 @@ def make_model(recipe: Recipe, samples: Samples) -> BViT:
     with drawn_for(recipe.seed):
         try:
             model = timm.create_model(name, **arguments)
+            if recipe.positions == "sincos":
+                grid = build_sincos2d_pos_embed(list(model.patch_embed.grid_size), model.embed_dim)
+                model.pos_embed.data[0, -len(grid) :] = grid
         except (TypeError, ValueError, AssertionError, RuntimeError, LookupError, ArithmeticError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             given = ", ".join(f"{key}={value}" for key, value in arguments.items())
@@ -35,20 +38,23 @@ def make_model(recipe: Recipe, samples: Samples) -> BViT:
         raise UserError(
             f"recipe: model.num_classes is {model.num_classes}, the data has {len(samples.classes)} classes"
         )
-    if recipe.positions == "sincos":
-        grid = build_sincos2d_pos_embed(list(model.patch_embed.grid_size), model.embed_dim)
-        model.pos_embed.data[0, -len(grid) :] = grid
+    size, patch = model.patch_embed.img_size, model.patch_embed.patch_size
+    if any(pixels % side for pixels, side in zip(size, patch, strict=True)):
+        raise UserError(f"recipe: patches of {patch} do not tile {size} pixels")
     if recipe.init is not None:
         _start_from(recipe.init, model)
-    if samples.native_size is not None:
+    if samples.native_size is not None or recipe.crop != "random-resized":  # the whole image is trained on
         model.pretrained_cfg |= {"crop_pct": 1.0}
     model.pretrained_cfg |= {"label_names": list(samples.classes)}
     return model
 
 
 def _start_from(init: str, model: BViT) -> None:
-    weights = checkpoint.load(init).state_dict()
-    own = model.state_dict()
+    source = checkpoint.load(init)
+    heads, wanted = (next(kind.blocks.children()).attn.num_heads for kind in (source, model))
+    if heads != wanted:
+        raise UserError(f"recipe: {init} has {heads} heads, the model {wanted}")
+    weights, own = source.state_dict(), model.state_dict()
     misfits = [key for key in weights if key not in own or own[key].shape != weights[key].shape]
     if misfits:
         raise UserError(f"recipe: {init} does not fit the model: {choices(misfits)}")

@@ -20,8 +20,8 @@ from bvit_interp.errors import UserError, choices
 from bvit_interp.models import cost
 from bvit_interp.models.bvit import BViT
 from bvit_interp.results import Table, read_table
+from bvit_interp.training import feed, start, supervised
 from bvit_interp.training import recipe as recipes
-from bvit_interp.training import start, supervised
 
 FOLDER = Path(__file__).parent / "studies"
 COLUMNS = {
@@ -38,8 +38,9 @@ COLUMNS = {
     "top1": "share of test images classified right by the raw weights, 0..1",
     "ema_top1": "the same of the averaged weights, 0..1",
     "test_loss": "test cross-entropy of the raw weights, nats",
-    "chance": "the null: share of test images guessed right without looking, 1 / classes",
+    "chance": "the null: share of the most frequent test class, 0..1",
 }
+_SCORES = ("top1", "ema_top1", "test_loss", "chance")
 _SHAPE = ("width", "heads", "blocks", "steps")
 
 
@@ -53,12 +54,19 @@ class Study:
     recipe : the recipe all runs share.
     settings : ``key=value`` for all runs.
     points : `series`, and the settings of this point by key.
+    data : data set in place of the recipe's.
     """
 
     name: str
     recipe: str
     settings: tuple[str, ...]
     points: tuple[dict[str, Any], ...]
+    data: str | None = None
+
+    def __post_init__(self) -> None:
+        own = {"seed", "series"}.union(*self.points)
+        if taken := [setting for setting in self.settings if setting.partition("=")[0] in own]:
+            raise UserError(f"study {self.name}: its points and seeds set {choices(sorted(own))}; not {choices(taken)}")
 
     def runs(self, seeds: tuple[int, ...]) -> list[tuple[str, int, recipes.Recipe]]:
         """Series, seed and full recipe of every run, the first seed of all points first."""
@@ -66,7 +74,7 @@ class Study:
         for seed in seeds:
             for point in self.points:
                 own = [f"{key}={value}" for key, value in point.items() if key != "series"]
-                plan = recipes.read(self.recipe, [*self.settings, *own, f"seed={seed}"])
+                plan = recipes.read(self.recipe, [*self.settings, *own, f"seed={seed}"], self.data)
                 listed.append((str(point["series"]), seed, plan))
         return listed
 
@@ -76,14 +84,16 @@ def available() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
-def read(name: str, recipe: str | None = None, settings: tuple[str, ...] = ()) -> Study:
+def read(
+    name: str, recipe: str | None = None, settings: tuple[str, ...] = (), data: str | None = None
+) -> Study:  # fmt: skip
     """A shipped study, with another recipe or further settings for all its runs."""
     if name not in available():
         raise UserError(f"no study {name!r}; studies: {choices(available())}")
     content = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
     return Study(
         name=name, recipe=recipe or content["recipe"], points=tuple(content["points"]),
-        settings=(*(content["settings"] if recipe is None else ()), *settings),
+        settings=(*(content["settings"] if recipe is None else ()), *settings), data=data,
     )  # fmt: skip
 
 
@@ -107,15 +117,18 @@ def run(
         raise UserError("a study needs at least one seed")
     samples = open_samples(plans[0][2].data, "train")
     abouts = [_about(start.make_model(plan, samples)) for _, _, plan in plans]  # one that cannot be built stops at once
-    table = Table(out / f"study_{study.name}.csv", {"study": study.name, "recipe": _shared(plans)}, overwrite)
+    options = {"study": study.name, "recipe": _shared(plans), "images": feed.fingerprint(samples)}
+    table = Table(out / f"study_{study.name}.csv", options, overwrite)
     for (series, seed, plan), about in zip(plans, abouts, strict=True):
         keys = {"study": study.name, "series": series, **{key: about[key] for key in _SHAPE}, "seed": seed}
         if table.has(**keys):
             continue
         slug = re.sub(r"\W+", "-", "-".join(str(value) for value in keys.values())).lower()
         supervised.train(plan, out / slug, device, overwrite=overwrite, save_minutes=save_minutes)
-        last = read_table(out / slug / supervised.HISTORY).iloc[-1]
-        scores = {name: float(last[name]) for name in ("top1", "ema_top1", "test_loss")}
+        history = read_table(out / slug / supervised.HISTORY)
+        if not len(history) or not {*_SCORES} <= {*history.columns}:
+            raise UserError(f"{out / slug / supervised.HISTORY}: not the history of a run; --overwrite starts again")
+        scores = {name: float(history[name].iloc[-1]) for name in _SCORES}
         table.append({**keys, **about, "epochs": plan.epochs, **scores})
     return pd.DataFrame(table.rows)[list(COLUMNS)]
 
@@ -137,5 +150,4 @@ def _about(model: BViT) -> dict[str, Any]:
     return {
         "width": model.embed_dim, "heads": stored[0].attn.num_heads, "blocks": len(stored), "steps": len(model.blocks),
         "parameters": cost.parameters(model), "gflops": cost.flops(model, count_attention=False) / 1e9,
-        "chance": 1 / model.num_classes,
     }  # fmt: skip

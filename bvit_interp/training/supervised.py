@@ -1,14 +1,15 @@
 """Supervised training: AdamW, warm-up and cosine, EMA, one or many processes, and a run that survives being killed.
 
 Everything a run has become lies in `state.pt`, written whole or not at all; everything it will draw is a function of
-(seed, epoch, image), so a run killed at any moment and started again ends with the very same weights. Recipe: section 4
-of the paper (arXiv 2605.10661); optimiser, schedule, Mixup and EMA are torch's and timm's.
+(seed, epoch, image), so a run killed at any moment and started again ends with the very same weights. Recipe:
+section 3.3 of the paper (arXiv 2605.10661); optimiser, schedule, Mixup and EMA are torch's and timm's.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+import shutil
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -27,8 +28,8 @@ from bvit_interp.data.catalog import open_samples
 from bvit_interp.data.geometry import Geometry
 from bvit_interp.data.labels import label_map
 from bvit_interp.data.loader import Loader
-from bvit_interp.errors import MissingExtra, UserError
-from bvit_interp.models import checkpoint
+from bvit_interp.errors import MissingExtra, UserError, choices
+from bvit_interp.models import checkpoint, cost
 from bvit_interp.models.bvit import BViT
 from bvit_interp.probes.scores import Classification
 from bvit_interp.training import card, feed, start
@@ -44,6 +45,7 @@ COLUMNS = {
     "top1": "share of test images classified right by the raw weights, 0..1",
     "top5": "the same among the five likeliest classes, 0..1",
     "test_loss": "mean test cross-entropy of the raw weights, nats",
+    "chance": "share of the most frequent test class: top1 without looking, 0..1",
     "ema_top1": "top1 of the averaged weights, 0..1",
     "ema_top5": "top5 of the averaged weights, 0..1",
     "ema_loss": "test cross-entropy of the averaged weights, nats",
@@ -54,6 +56,8 @@ COLUMNS = {
     "memory": "most memory held by the first process, GB",
 }
 HISTORY = "history.csv"
+_WRITTEN = (STATE, HISTORY, checkpoint.WEIGHTS, checkpoint.EMA, checkpoint.CONFIG, checkpoint.CARD)
+_COMPILERS = ("g++", "clang++", "c++")
 _CHECKED_EVERY = 50  # steps between two looks at the losses: each waits for the GPU
 
 
@@ -80,21 +84,35 @@ def train(
     Raises
     ------
     UserError
-        A recipe that does not fit its data, a state of another recipe, a loss that is not finite.
+        A recipe that does not fit its data, a folder with other things or the state of another recipe, a loss that is
+        not finite, too little GPU memory.
     """
+    results.check_folder(out)
+    there = [name for name in _WRITTEN if (out / name).exists()]
+    if there and STATE not in there and not overwrite:
+        raise UserError(f"{out} holds {choices(there)} and no run to go on with: give another --out or --overwrite")
     trainer = Trainer(recipe, out, device, save_minutes)
-    if (out / STATE).exists() and not overwrite:
-        trainer.run.resume(out / STATE, recipe)
+    if overwrite:
+        trainer.clear()
+    elif STATE in there:
+        trainer.run.resume(out / STATE, recipe, trainer.data)
+    if not trainer.run.done:
+        trainer.save()  # from here on the folder is this run's
     writer = _tensorboard(out) if tensorboard and trainer.first else None
     with tqdm(
         total=trainer.total, initial=trainer.run.done, desc=out.name, unit="step", disable=not trainer.first
     ) as bar:
         while trainer.run.done < trainer.total:
-            trainer.epoch(bar)
+            try:
+                trainer.epoch(bar)
+            except torch.OutOfMemoryError:
+                raise UserError("out of GPU memory: set accumulate=2 (or more), or grad_checkpointing=true") from None
             if writer is not None:
                 for name, value in trainer.run.history[-1].items():
                     writer.add_scalar(name, value, trainer.run.history[-1]["epoch"])
                 writer.flush()
+    if trainer.first and not all((out / name).exists() for name in _WRITTEN):
+        trainer.write()
     if trainer.world > 1:
         dist.barrier()  # what the first process wrote is there for all
     trainer.scored.load_state_dict(trainer.run.model.state_dict())
@@ -108,15 +126,16 @@ class Trainer:
         self.recipe, self.out, self.device, self.save_minutes = recipe, out, device, save_minutes
         self.rank, self.world = results.rank_and_world()
         self.first = self.rank == 0
-        results.check_folder(out)
         for left in out.glob(f".{STATE}.*.partial") if self.first else ():
             left.unlink(missing_ok=True)  # by a process killed while it wrote
         self.samples = open_samples(recipe.data, "train")
+        self.data = feed.fingerprint(self.samples)
         model = start.make_model(recipe, self.samples).to(device)
         self.view, self.mixup = training_view(recipe, model), mixing(recipe, model.num_classes)
         self.steps = feed.images_per_epoch(recipe, self.samples) // recipe.batch_size
         self.total = recipe.epochs * self.steps
-        self._check_batch()
+        self._check()
+        cost.flops(model, count_attention=True)  # what the history needs must be known before an epoch is spent
         self.scored = copy.deepcopy(model).requires_grad_(False).eval()  # neither compiled nor its attention changed
         decay, warmup = start.ema_decay(recipe, self.total), round(recipe.warmup_epochs * self.steps)
         ema = ModelEmaV3(model, decay=decay, update_after_step=warmup)
@@ -149,10 +168,16 @@ class Trainer:
                 )
             if not at_end and not pending and time.monotonic() - saved > 60 * self.save_minutes:
                 run.seconds += time.monotonic() - began
-                self._save()
+                self.save()
                 began = saved = time.monotonic()
         run.seconds += time.monotonic() - began
         self._finish(number)
+
+    def clear(self) -> None:
+        """Remove what an earlier run left, so that nothing of two runs lies side by side."""
+        if self.first:
+            for name in _WRITTEN:
+                (self.out / name).unlink(missing_ok=True)
 
     def write(self) -> None:
         """The checkpoint folder as of the last finished epoch, and its history."""
@@ -160,7 +185,7 @@ class Trainer:
         made = results.provenance({})
         last = {column: value for column, value in run.history[-1].items() if not math.isnan(value)}
         checkpoint.save(
-            run.model, self.out, card=card.write(self.out.name, run.model, self.recipe, table, made),
+            run.model, self.out, card=card.write(self.out, run.model, self.recipe, table, made),
             about={"recipe": self.recipe.identity(), **last}, ema=run.ema.module.state_dict(),
         )  # fmt: skip
         results.write_table(table, self.out / HISTORY)
@@ -203,12 +228,9 @@ class Trainer:
         for i, (loss, norm) in enumerate(zip(losses, norms, strict=True)):
             if not (math.isfinite(norm) and math.isfinite(loss)):
                 step = self.run.done - len(losses) + i
-                kept = (
-                    f"{self.out} holds the last good state" if (self.out / STATE).exists() else "nothing was saved yet"
-                )
                 raise UserError(
                     f"the loss is {loss} and its gradient's norm {norm} in epoch {epoch + 1}, "
-                    f"step {step % self.steps + 1} of {self.steps}; {kept}"
+                    f"step {step % self.steps + 1} of {self.steps}; {self.out} holds the last good state"
                 )
             self.run.loss += loss
             self.run.norm += norm
@@ -229,7 +251,7 @@ class Trainer:
         run.loss = run.norm = run.seconds = 0.0
         if self.first and scored:
             self.write()
-        self._save()
+        self.save()
 
     def score(self) -> dict[str, float]:
         """Test scores of the raw and the averaged weights, in full precision and one pass over the images."""
@@ -243,21 +265,24 @@ class Trainer:
                     metrics[name].update(model(images), labels)
         raw, ema = metrics["raw"].compute(), metrics["ema"].compute()
         return {
-            "top1": raw["top1"], "top5": raw["top5"], "test_loss": raw["loss"],
+            "top1": raw["top1"], "top5": raw["top5"], "test_loss": raw["loss"], "chance": raw["chance"],
             "ema_top1": ema["top1"], "ema_top5": ema["top5"], "ema_loss": ema["loss"],
         }  # fmt: skip
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Write `state.pt`."""
         if self.first:
             self.out.mkdir(parents=True, exist_ok=True)
-            self.run.save(self.out / STATE, self.recipe)
+            self.run.save(self.out / STATE, self.recipe, self.data)
 
-    def _check_batch(self) -> None:
+    def _check(self) -> None:
         size, shares = self.recipe.batch_size, self.world * self.recipe.accumulate
         if size % shares:
             raise UserError(f"recipe: batch_size {size} is not divisible by {shares} (processes x accumulate)")
         if self.mixup is not None and size // shares % 2:
             raise UserError(f"recipe: Mixup needs an even number of images, got parts of {size // shares}")
+        if self.recipe.compile and self.device == "cpu" and not any(map(shutil.which, _COMPILERS)):
+            raise UserError(f"recipe: compile needs a C++ compiler ({choices(_COMPILERS)}); set compile=false")
         if not self.steps:
             raise UserError(f"recipe: an epoch of {len(self.samples)} images is less than a batch of {size}")
 

@@ -139,6 +139,17 @@ def test_an_unroll_has_the_steps_it_has(tiny, digits):
         measure({"m": longer}, digits, Config(steps=3, limit=5))
 
 
+def test_a_matched_stack_stops_at_its_blocks(make, digits):
+    """Twelve blocks and one round: past the last one there is none, as in a ViT of timm; one block alone goes on."""
+    frame = measure({"m": make(name="vit_rms_small_patch16_224")}, digits, Config(limit=5))
+    assert frame["step"].tolist() == list(range(1, 13))
+    assert frame["agreement"].iloc[-1] == 1.0
+    frame = measure({"hybrid": make(num_blocks=2, num_steps=3)}, digits, Config(steps=8, limit=5))
+    assert frame["step"].max() == 8
+    frame = measure({"once": make(num_blocks=1, num_steps=1)}, digits, Config(steps=3, limit=5))
+    assert frame["step"].max() == 3
+
+
 def test_several_models_share_one_pass_and_change_nothing(tiny, tiny_reg4, stacked, digits):
     reads = []
 

@@ -30,6 +30,34 @@ def test_in_order_where_there_are_as_many(make):
         label_map(data("crane", "owl"), model)
 
 
+@pytest.mark.parametrize("classes", [("ant", "cat", "dog"), ("cat", "dog", "ant", "bee"), ("cat", "ant")])
+def test_a_model_that_knows_some_of_the_classes_is_refused(make, classes):
+    model = make(num_classes=3)
+    model.pretrained_cfg["label_names"] = ["cat", "dog", "fox"]
+    unknown = [name for name in classes if name in ("ant", "bee")]
+    message = (
+        rf"does not know {len(unknown)} of the data's {len(classes)} classes: {', '.join(unknown)}; .*cat, dog, fox"
+    )
+    with pytest.raises(DataError, match=message):
+        label_map(data(*classes), model)
+
+
+def test_some_of_the_wnids_are_not_taken_for_imagenets(make):
+    model = make(num_classes=1000)
+    model.pretrained_cfg["label_names"] = ["n01443537", *(f"other {i}" for i in range(999))]
+    with pytest.raises(DataError, match="classes: n01440764; its own are n01443537, other 0"):
+        label_map(data("n01440764", "n01443537"), model)
+
+
+def test_numbered_classes_are_in_order_unless_the_model_names_numbers(make):
+    model = make(num_classes=3)
+    model.pretrained_cfg["label_names"] = ["cat", "dog", "fox"]
+    assert label_map(data("0", "1", "2"), model).tolist() == [0, 1, 2]
+    model.pretrained_cfg["label_names"] = ["1", "2", "3"]
+    with pytest.raises(DataError, match="the data's 3 classes: 0;"):
+        label_map(data("0", "1", "2"), model)
+
+
 def test_by_wnid_for_a_model_of_imagenet(make):
     """n01440764 (tench) is class 0, n01443537 (goldfish) 1, n15075141 (toilet tissue) the last."""
     wnids = data("n01443537", "n15075141", "n01440764")

@@ -39,6 +39,17 @@ def test_averaged_weights_open_under_their_own_spec(averaged, tiny, make, images
     assert torch.equal(through_timm(images), tiny(images))  # timm takes the raw ones
 
 
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_files_have_the_mode_that_the_umask_allows(tiny, tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        folder = save(tiny, tmp_path / "tiny", ema=tiny.state_dict())
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()}
+    assert modes == dict.fromkeys(["model.safetensors", "ema.safetensors", "config.json", "README.md"], mode)
+
+
 def test_versions_and_names(averaged, tiny, monkeypatch):
     assert versions(averaged) == [str(averaged), f"{averaged}@ema"]
     assert versions(f"{averaged}/") == [f"{averaged}/", f"{averaged}@ema"]

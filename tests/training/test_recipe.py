@@ -171,7 +171,7 @@ def test_bad_recipe_files(tmp_path):
     for text, message in (
         (f"extends: {file}", "extends itself"),
         ("extends: [a]", "no recipe"),
-        ("lr: 1", "missing .* 'data' and 'epochs'"),
+        ("lr: 1", "data, epochs must be given"),
     ):
         file.write_text(text)
         with pytest.raises(UserError, match=message):

@@ -18,9 +18,13 @@ def saved(recipe, tmp_path):
     return tmp_path / "run" / "state.pt"
 
 
+def content_of(saved):
+    return torch.load(saved, weights_only=True)
+
+
 def test_a_state_comes_back_as_it_was(recipe, trainer, saved):
     run = trainer(recipe(epochs=1)).run
-    run.resume(saved, recipe(epochs=1))
+    run.resume(saved, recipe(epochs=1), content_of(saved)["data"])
     content = torch.load(saved, weights_only=True)
     for key, state in (("model", run.model), ("ema", run.ema.module)):
         assert all(torch.equal(content[key][name], tensor) for name, tensor in state.state_dict().items())
@@ -83,7 +87,7 @@ def test_a_full_disk_leaves_the_state_that_is_there(recipe, trainer, saved):
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
         with pytest.raises(UserError, match=r"state\.pt: the state cannot be written \(.+\)$") as error:
-            run.save(saved, recipe(epochs=1))
+            run.save(saved, recipe(epochs=1), "data")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "\n" not in str(error.value)

@@ -69,7 +69,7 @@ def test_the_table(shipped):
     assert frame["heads"].tolist() == [2] * 6
     assert frame["blocks"].tolist() == [1, 1, 2] * 2
     assert frame["steps"].tolist() == [2, 2, 2] * 2
-    assert set(frame["epochs"]) == {1} and set(frame["study"]) == {"width"} and set(frame["chance"]) == {0.1}
+    assert set(frame["epochs"]) == {1} and set(frame["study"]) == {"width"} and frame["chance"].between(0.1, 0.2).all()
     plan = study.read("width").runs((0,))[1][2]
     arguments = dict(plan.model)
     wide = timm.create_model(arguments.pop("name"), **arguments)
