@@ -17,8 +17,8 @@ def label_map(samples: Samples, model: VisionTransformer) -> torch.Tensor:
     """The model's class index of every class of the data set, ``(classes,)`` int64.
 
     By name where the model's checkpoint names all of them; else class i is class i if there are as many and their
-    names cannot tell: the checkpoint has none, the data only numbers, or one name stands for two classes of the
-    model; else by wnid for a model of the 1000 ImageNet classes.
+    names cannot tell: the checkpoint has none, or one name stands for two classes of the model; else by wnid for a
+    model of the 1000 ImageNet classes.
 
     Raises
     ------
@@ -37,8 +37,7 @@ def label_map(samples: Samples, model: VisionTransformer) -> torch.Tensor:
             f"the model does not know {len(unknown)} of the data's {len(classes)} classes: {choices(unknown)};"
             f" its own are {choices(names)}"
         )
-    unnamed = classes == [str(i) for i in range(len(classes))]
-    if len(classes) == model.num_classes and (not names or unnamed or ambiguous):
+    if len(classes) == model.num_classes and (not names or ambiguous):
         return torch.arange(len(classes))
     wnids = ImageNetInfo().label_names()
     if model.num_classes == len(wnids) and set(classes) <= set(wnids):
