@@ -1,8 +1,8 @@
 """A study: one recipe trained at several points of a grid and with several seeds, into one tidy table.
 
 Fig. 2 (width, steps, heads) and Table 2 (blocks) of the paper (arXiv 2605.10661), at the scale of CIFAR-10 or digits-s.
-A study is a YAML file beside this module: a recipe, settings for all runs, and points that change some of them. It goes
-on where it stopped, also in the middle of a run.
+A study is a YAML file, as those beside this module: a recipe, settings for all runs, and points that change some of
+them. It goes on where it stopped, also in the middle of a run.
 """
 
 from __future__ import annotations
@@ -87,12 +87,19 @@ def available() -> list[str]:
 def read(
     name: str, recipe: str | None = None, settings: tuple[str, ...] = (), data: str | None = None
 ) -> Study:  # fmt: skip
-    """A shipped study, with another recipe or further settings for all its runs."""
-    if name not in available():
-        raise UserError(f"no study {name!r}; studies: {choices(available())}")
-    content = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
+    """A shipped study or a .yaml file of one, with another recipe or further settings for all its runs."""
+    path = Path(name) if name.endswith(".yaml") else FOLDER / f"{name}.yaml"
+    if not path.is_file():
+        raise UserError(f"no study {name!r}; studies: {choices(available())}, or a .yaml file")
+    content = yaml.safe_load(path.read_text())
+    lacking = {"recipe", "settings", "points"} - {*(content if isinstance(content, dict) else ())}
+    if lacking:
+        raise UserError(f"{path}: not a study, it lacks {choices(sorted(lacking))}")
+    varied = content.get("varies", path.stem)
+    if varied not in _SHAPE:
+        raise UserError(f"{path}: varies must be one of {', '.join(_SHAPE)}, got {varied!r}")
     return Study(
-        name=name, recipe=recipe or content["recipe"], points=tuple(content["points"]),
+        name=varied, recipe=recipe or content["recipe"], points=tuple(content["points"]),
         settings=(*(content["settings"] if recipe is None else ()), *settings), data=data,
     )  # fmt: skip
 

@@ -13,7 +13,7 @@ from bvit_interp.models import cost
 from bvit_interp.results import read_table
 from bvit_interp.training import study, supervised
 
-SHIPPED = {"blocks": 6, "heads": 4, "steps": 4, "width": 15}
+SHIPPED = {"blocks": 6, "heads": 4, "steps": 4, "width": 15, "width-small": 9}
 POINTS = [
     {"series": "bViT", "model.num_steps": 2},
     {"series": "bViT, wide", "model.num_steps": 2, "model.embed_dim": 48},
@@ -37,17 +37,35 @@ def test_a_shipped_study_has_points_that_can_be_built(name):
     runs = study.read(name).runs((0, 1))
     assert len(runs) == 2 * SHIPPED[name]
     assert [seed for _, seed, _ in runs] == [0] * SHIPPED[name] + [1] * SHIPPED[name]
-    assert all(plan.seed == seed and plan.epochs == 12 for _, seed, plan in runs)
+    assert all(plan.seed == seed and plan.epochs == (6 if "small" in name else 12) for _, seed, plan in runs)
     varied = set()
     for series, _, plan in runs[: SHIPPED[name]]:
         arguments = dict(plan.model)
         with torch.device("meta"):
             model = timm.create_model(arguments.pop("name"), **arguments)
         about = study._about(model)
-        varied.add((series, about[name]))
+        varied.add((series, about[study.read(name).name]))
         if name == "blocks":
             assert about["steps"] == 12
     assert len(varied) == SHIPPED[name]
+
+
+def test_a_file_of_ones_own(shipped):
+    content = yaml.safe_load((shipped / "studies" / "width.yaml").read_text())
+    own = shipped / "mine.yaml"
+    own.write_text(yaml.safe_dump({**content, "varies": "steps"}))
+    assert study.read(str(own)).name == "steps"
+    assert len(study.read(str(own)).points) == len(POINTS)
+    for change, message in (
+        ({"varies": "depth"}, "varies must be one of width, heads, blocks, steps, got 'depth'"),
+        ({"varies": None}, "got None"),
+    ):
+        own.write_text(yaml.safe_dump({**content, **change}))
+        with pytest.raises(UserError, match=message):
+            study.read(str(own))
+    own.write_text("points: []")
+    with pytest.raises(UserError, match="mine.yaml: not a study, it lacks recipe, settings"):
+        study.read(str(own))
 
 
 def test_names_and_settings(shipped):
