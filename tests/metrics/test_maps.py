@@ -1,0 +1,30 @@
+"""Maps over patches, against values worked out by hand or computed another way."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from bvit_interp import metrics
+
+
+def test_entropy_and_distances_by_hand():
+    shares = torch.tensor([[0.25] * 4, [1.0, 0, 0, 0], [0.5, 0.25, 0.25, 0]])
+    assert metrics.entropy(shares).tolist() == pytest.approx([math.log(4), 0, 1.5 * math.log(2)])
+    distances = metrics.grid_distances((2, 3))  # patches 0 1 2 above 3 4 5
+    assert distances[0].tolist() == pytest.approx([0, 1, 2, 1, math.sqrt(2), math.sqrt(5)])
+    assert torch.equal(distances, distances.T)
+
+
+def test_unit_maps_correlate_as_in_numpy_and_constant_ones_with_nothing():
+    maps = torch.from_numpy(np.random.default_rng(0).dirichlet(np.ones(9), size=(3, 4))).float()
+    for of_image in maps:
+        ours = metrics.correlations(metrics.unit_maps(of_image))
+        np.testing.assert_allclose(ours, np.corrcoef(of_image.double().numpy()), atol=1e-12)
+    maps[1, 2] = torch.full((9,), 1 / 9) * (1 + 1e-7 * torch.arange(9))
+    ours = metrics.correlations(metrics.unit_maps(maps[1]))
+    assert ours[2].isnan().all()
+    assert int(ours.isnan().sum()) == 7
