@@ -68,6 +68,16 @@ def unroll(model: VisionTransformer, steps: int | None = None) -> VisionTransfor
     return view
 
 
+def run_on(model: VisionTransformer, steps: int) -> VisionTransformer:
+    """The unroll of `steps` steps, also past the trained ones; of a stack, or an unroll, at most as many as it has.
+
+    A `BViT` with as many blocks as steps, and more than one, is a stack: its first block does not come again.
+    """
+    stored, own = len(list(model.blocks.children())), len(model.blocks)
+    recurrent = isinstance(model.blocks, Steps) and not 1 < stored == own
+    return unroll(model, steps if recurrent else min(steps, own))
+
+
 def is_unrolled(model: nn.Module) -> bool:
     """Whether `model` is a view made by `unroll`."""
     return getattr(model, _TIED, False)

@@ -53,6 +53,24 @@ def test_every_step_is_a_model_of_so_many_steps(any_model, digits):
     assert frame["loss"].nunique() == len(frame)  # no two steps answer alike, or the comparison says little
 
 
+def test_answers_along_the_steps_against_a_loop_over_images(tiny, digits):
+    frame = measure({"m": tiny}, digits, Config(steps=4)).set_index("step")
+    images, labels = batch_of(tiny, digits)
+    with torch.no_grad():
+        logits = [unroll(tiny, steps=t)(images).double() for t in range(1, 5)]
+    for t in (2, 4):
+        now, before = logits[t - 1], logits[t - 2]
+        rank = [1 + sum(value > row[label] for value in row) for row, label in zip(now, labels, strict=True)]
+        entropy = torch.distributions.Categorical(logits=now).entropy().mean().item()
+        assert frame.loc[t, "true_rank"] == pytest.approx(np.mean(rank))
+        assert frame.loc[t, "entropy"] == pytest.approx(entropy, rel=1e-4)
+        assert frame.loc[t, "flips"] == (now.argmax(-1) != before.argmax(-1)).double().mean().item()
+        shares = [np.bincount(x.argmax(-1), minlength=10) / 60 for x in (now, before)]
+        assert frame.loc[t, "flips_null"] == pytest.approx(1 - shares[0] @ shares[1])
+    assert np.isnan(frame.loc[1, ["flips", "flips_null"]].astype(float)).all()
+    assert (frame["rank_null"] == 5.5).all()
+
+
 def test_against_the_forward_written_by_hand(tiny, digits, by_hand):
     frame = measure({"m": tiny}, digits, Config(steps=14)).set_index("step")
     images, labels = batch_of(tiny, digits)
@@ -192,10 +210,12 @@ def test_columns_and_figure_from_the_csv_alone(tiny, stacked, digits):
     assert list(frame) == list(COLUMNS)
     labels = [digits.read(i)[1] for i in range(0, 60, 2)]
     assert (frame["chance"] == np.bincount(labels).max() / 30).all()
-    accuracy, agreement = plot(pd.read_csv(io.StringIO(frame.to_csv(index=False)))).axes
+    accuracy, agreement, ranks, flips = plot(pd.read_csv(io.StringIO(frame.to_csv(index=False)))).axes
     of_a = frame[frame["model"] == "a"]
     np.testing.assert_allclose(accuracy.lines[0].get_ydata(), of_a["top1"])
     np.testing.assert_allclose(agreement.lines[0].get_ydata(), of_a["agreement"])
+    np.testing.assert_allclose(ranks.lines[0].get_ydata(), of_a["true_rank"])
+    np.testing.assert_allclose(flips.lines[0].get_ydata(), of_a["flips"])
     verticals = {line.get_xdata()[0] for line in accuracy.lines if len(set(line.get_xdata())) == 1}
     assert {3, 12} <= verticals
 

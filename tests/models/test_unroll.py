@@ -13,7 +13,7 @@ from torch.nn.utils import prune
 
 from bvit_interp.errors import CheckpointError, UserError
 from bvit_interp.models.checkpoint import save
-from bvit_interp.models.unroll import is_unrolled, unroll
+from bvit_interp.models.unroll import is_unrolled, run_on, unroll
 
 
 def stored_blocks(model):
@@ -249,3 +249,13 @@ def test_a_step_is_needed(tiny, steps):
 def test_a_stack_takes_no_more_steps_than_it_has(stacked):
     with pytest.raises(UserError, match="stack of 3 blocks and cannot take 4 steps"):
         unroll(stacked, steps=4)
+
+
+def test_run_on_goes_past_the_trained_steps_where_there_are_any(tiny, tiny_hybrid, stacked, make):
+    """A recurrent model as far as asked, one block alone too; a stack, of timm or ours, to its last block."""
+    assert len(run_on(tiny, 20).blocks) == len(run_on(tiny_hybrid, 20).blocks) == 20
+    assert len(run_on(make(num_blocks=1, num_steps=1), 5).blocks) == 5
+    assert len(run_on(stacked, 20).blocks) == 3
+    assert len(run_on(make(name="vit_rms_small_patch16_224"), 20).blocks) == 12
+    assert len(run_on(stacked, 2).blocks) == len(run_on(tiny, 2).blocks) == 2
+    assert len(run_on(unroll(tiny, steps=15), 20).blocks) == 15
