@@ -1,9 +1,10 @@
 """Checkpoints: a folder with `model.safetensors`, `config.json` and `README.md`.
 
-Weights averaged over training (EMA) lie beside the raw ones as `ema.safetensors`; `FOLDER@ema` opens them. The layout
-is timm's for a hub or local folder, so `timm.create_model("local-dir:checkpoints/NAME", pretrained=True)` opens it
-too once `bvit_interp` is imported. `load` also takes any timm name and foreign `.pt/.pth` files, the latter without
-ever running code that a pickle may hold.
+Weights averaged over training (EMA) lie beside the raw ones as `ema.safetensors`; `FOLDER@ema` opens them. Masks of the
+steps lie there as `masks.safetensors`; `FOLDER@masked` opens the raw weights under them. The layout is timm's for a hub
+or local folder, so `timm.create_model("local-dir:checkpoints/NAME", pretrained=True)` opens it too once `bvit_interp`
+is imported. `load` also takes any timm name and foreign `.pt/.pth` files, the latter without ever running code that a
+pickle may hold.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from safetensors import SafetensorError
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from bvit_interp.errors import CheckpointError, choices
-from bvit_interp.models import bvit
+from bvit_interp.errors import CheckpointError, UserError, choices
+from bvit_interp.models import bvit, masks
 from bvit_interp.models.unroll import is_unrolled
 
 WEIGHTS, EMA, CONFIG, CARD = "model.safetensors", "ema.safetensors", "config.json", "README.md"
 _WRAPPERS = ("state_dict", "model", "model_state_dict")  # keys under which training scripts put the weights
-_FROM_TIMM, _AVERAGED = "timm:", "@ema"
+_FROM_TIMM, _AVERAGED, _MASKED = "timm:", "@ema", "@masked"
 _STORED = (torch.float32, torch.float16, torch.bfloat16)
 # what torch's restricted unpickler says of a function or class, in any protocol (149: STACK_GLOBAL)
 _SIGNS_OF_CODE = ("unsupported global", "unsupported operand 149")
@@ -120,7 +121,8 @@ def load(spec: str | Path, device: str | torch.device = "cpu") -> VisionTransfor
 
     Parameters
     ----------
-    spec : a checkpoint folder; ``FOLDER@ema`` for its averaged weights; ``timm:NAME`` (weights as timm finds
+    spec : a checkpoint folder; ``FOLDER@ema`` for its averaged weights; ``FOLDER@masked`` for its raw weights under
+        the masks of its steps, an unroll whose steps have weights of their own; ``timm:NAME`` (weights as timm finds
         them), ``timm:NAME@random`` (seeded random weights) or ``timm:NAME@FILE`` for a foreign
         `.safetensors/.pt/.pth` file of that architecture; a `.safetensors/.pt/.pth` file beside its `config.json`.
     device : where the model goes.
@@ -140,26 +142,28 @@ def load(spec: str | Path, device: str | torch.device = "cpu") -> VisionTransfor
 
 
 def display_name(spec: str | Path) -> str:
-    """Short name of a checkpoint for tables and figures: the folder's (with @ema if averaged), or timm's."""
+    """Short name of a checkpoint for tables and figures: the folder's (with @ema or @masked), or timm's."""
     text = str(spec)
     if text.startswith(_FROM_TIMM):
         return text.removeprefix(_FROM_TIMM)
-    path, averaged = _split(text)
-    return path.resolve().name + (_AVERAGED if averaged else "")
+    path, kind = _split(text)
+    return path.resolve().name + kind
 
 
 def versions(spec: str | Path) -> list[str]:
     """The spec, and after it ``FOLDER@ema`` if it is a folder with averaged weights beside the raw ones."""
     text = str(spec)
-    path, averaged = _split(text)
-    beside = not averaged and path.is_dir() and (path / EMA).is_file()
+    path, kind = _split(text)
+    beside = not kind and path.is_dir() and (path / EMA).is_file()
     return [text, f"{text.rstrip('/')}{_AVERAGED}"] if beside else [text]
 
 
-def _split(text: str) -> tuple[Path, bool]:
-    """Path of a spec, and whether it asks for the averaged weights; a path that is there is meant as it is."""
-    averaged = text.endswith(_AVERAGED) and not Path(text).exists()
-    return Path(text.removesuffix(_AVERAGED) if averaged else text), averaged
+def _split(text: str) -> tuple[Path, str]:
+    """Path of a spec, and @ema, @masked or nothing behind it; a path that is there is meant as it is."""
+    for kind in (_AVERAGED, _MASKED):
+        if text.endswith(kind) and not Path(text).exists():
+            return Path(text.removesuffix(kind)), kind
+    return Path(text), ""
 
 
 def class_names(model: VisionTransformer) -> list[str] | None:
@@ -239,12 +243,14 @@ def _close_names(name: str) -> list[str]:
     return difflib.get_close_matches(name, timm.list_models(), n=5) or timm.list_models("bvit_*")
 
 
-def _load_path(path: Path, averaged: bool) -> VisionTransformer:
+def _load_path(path: Path, kind: str) -> VisionTransformer:
     if not path.exists():
         raise CheckpointError(f"no checkpoint at {path}: give a folder, a weights file, or timm:NAME")
-    if averaged and not (path / EMA).is_file():
+    if kind == _AVERAGED and not (path / EMA).is_file():
         raise CheckpointError(f"{path} has no averaged weights ({EMA}): leave out {_AVERAGED} for the raw ones")
-    folder, weights = (path, path / (EMA if averaged else WEIGHTS)) if path.is_dir() else (path.parent, path)
+    if kind == _MASKED and not (path / masks.FILE).is_file():
+        raise CheckpointError(f"{path} has no masks ({masks.FILE}): leave out {_MASKED} for its weights without")
+    folder, weights = (path, path / (EMA if kind == _AVERAGED else WEIGHTS)) if path.is_dir() else (path.parent, path)
     config_file = folder / CONFIG
     if not config_file.is_file():
         hint = f"; for a bare weights file say timm:NAME@{path}" if path.is_file() else ""
@@ -268,7 +274,16 @@ def _load_path(path: Path, averaged: bool) -> VisionTransformer:
     if not isinstance(model, VisionTransformer):
         raise CheckpointError(f"{config_file}: {name} is a {type(model).__name__}, not a VisionTransformer")
     _fill(model, read_weights(weights), str(weights))
-    return model
+    return _under_masks(model, path / masks.FILE) if kind == _MASKED else model
+
+
+def _under_masks(model: VisionTransformer, file: Path) -> VisionTransformer:
+    try:
+        return masks.masked(model, masks.Masks.load(file, model), baked=True)
+    except CheckpointError:
+        raise
+    except UserError as error:  # masks of other things than steps
+        raise CheckpointError(f"{file}: {error}") from error
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:

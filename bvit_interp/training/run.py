@@ -44,12 +44,13 @@ class Run:
     seconds: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
 
-    def save(self, path: Path, recipe: Recipe, data: str) -> None:
-        """Write the state, with its data's fingerprint; on an error (`UserError`) the file there stays as it was."""
+    def save(self, path: Path, recipe: Recipe, data: str, masks: str | None = None) -> None:
+        """Write the state, with the fingerprints of its data and of its masks, if any; on an error (`UserError`) the
+        file there stays as it was."""
         parts = {key: getattr(self, key).state_dict() for key in ("model", "optimizer")}
         counted = {key: getattr(self, key) for key in _COUNTED}
         state = {**parts, **counted, "ema": self.ema.module.state_dict()} | {
-            "recipe": recipe.identity(), "data": data
+            "recipe": recipe.identity(), "data": data, **({} if masks is None else {"masks": masks})
         }  # fmt: skip
         try:
             with results.replacing(path) as temporary:
@@ -57,8 +58,8 @@ class Run:
         except (OSError, RuntimeError) as error:  # torch raises RuntimeError where the disk is full
             raise UserError(f"{path}: the state cannot be written ({first_line(error)})") from error
 
-    def resume(self, path: Path, recipe: Recipe, data: str) -> None:
-        """Take up a saved state; one of another recipe or of other data is refused."""
+    def resume(self, path: Path, recipe: Recipe, data: str, masks: str | None = None) -> None:
+        """Take up a saved state; one of another recipe, of other data or under other masks is refused."""
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             saved = dict(state["recipe"])
@@ -75,6 +76,8 @@ class Run:
             raise UserError(f"{path} is of another recipe ({'; '.join(differing)}); --overwrite starts again")
         if state.get("data") != data:
             raise UserError(f"{path} is of other images than {recipe.data} holds now; --overwrite starts again")
+        if state.get("masks") != masks:
+            raise UserError(f"{path} was trained under other masks than these; --overwrite starts again")
         try:
             self.model.load_state_dict(state["model"])
             self.ema.module.load_state_dict(state["ema"])

@@ -31,6 +31,8 @@ from bvit_interp.data.loader import Loader
 from bvit_interp.errors import MissingExtra, UserError, choices
 from bvit_interp.models import checkpoint, cost
 from bvit_interp.models.bvit import BViT
+from bvit_interp.models.masks import FILE as MASKS
+from bvit_interp.models.masks import Masks, masked
 from bvit_interp.probes.scores import Classification
 from bvit_interp.training import card, feed, start
 from bvit_interp.training.augment import drawn_for, mixing, training_view
@@ -58,12 +60,15 @@ COLUMNS = {
 HISTORY = "history.csv"
 _WRITTEN = (STATE, HISTORY, checkpoint.WEIGHTS, checkpoint.EMA, checkpoint.CONFIG, checkpoint.CARD)
 _COMPILERS = ("g++", "clang++", "c++")
+_UNDER_MASKS = """- Trained and scored under `masks.safetensors`, a mask for every step: open `{folder}@masked`.
+  Without them, also as `{folder}@ema`, the weights make another network.
+"""
 _CHECKED_EVERY = 50  # steps between two looks at the losses: each waits for the GPU
 
 
 def train(
     recipe: Recipe, out: Path, device: str = "cpu", *, overwrite: bool = False, tensorboard: bool = False,
-    save_minutes: float = 2.0,
+    save_minutes: float = 2.0, masks: Masks | None = None,
 ) -> BViT:  # fmt: skip
     """Train the recipe's model, or go on where a run in `out` stopped, and leave a checkpoint folder there.
 
@@ -71,15 +76,16 @@ def train(
     ----------
     recipe : what to train, on what and how.
     out : the folder: `model.safetensors`, `ema.safetensors`, `config.json`, `README.md`, `history.csv` with `COLUMNS`,
-        and `state.pt` to resume from.
+        and `state.pt` to resume from; with `masks` also `masks.safetensors`, for `FOLDER@masked`.
     device : of this process.
     overwrite : start again where a run in `out` would be resumed.
     tensorboard : log the history's columns for TensorBoard too, in `out`.
     save_minutes : time between two states within an epoch.
+    masks : one for every step (`models.masks`), active in training and in all scores; blocks are then not compiled.
 
     Returns
     -------
-    The model with its raw weights, in eval mode, as the checkpoint opens.
+    The model with its raw weights, in eval mode, as the checkpoint opens; without its masks.
 
     Raises
     ------
@@ -88,14 +94,14 @@ def train(
         not finite, too little GPU memory.
     """
     results.check_folder(out)
-    there = [name for name in _WRITTEN if (out / name).exists()]
+    there = [name for name in (*_WRITTEN, MASKS) if (out / name).exists()]
     if there and STATE not in there and not overwrite:
         raise UserError(f"{out} holds {choices(there)} and no run to go on with: give another --out or --overwrite")
-    trainer = Trainer(recipe, out, device, save_minutes)
+    trainer = Trainer(recipe, out, device, save_minutes, masks)
     if overwrite:
         trainer.clear()
     elif STATE in there:
-        trainer.run.resume(out / STATE, recipe, trainer.data)
+        trainer.run.resume(out / STATE, recipe, trainer.data, trainer.under)
     if not trainer.run.done:
         trainer.save()  # from here on the folder is this run's
     writer = _tensorboard(out) if tensorboard and trainer.first else None
@@ -111,7 +117,7 @@ def train(
                 for name, value in trainer.run.history[-1].items():
                     writer.add_scalar(name, value, trainer.run.history[-1]["epoch"])
                 writer.flush()
-    if trainer.first and not all((out / name).exists() for name in _WRITTEN):
+    if trainer.first and not all((out / name).exists() for name in (*_WRITTEN, *([MASKS] if masks else ()))):
         trainer.write()
     if trainer.world > 1:
         dist.barrier()  # what the first process wrote is there for all
@@ -122,8 +128,9 @@ def train(
 class Trainer:
     """A recipe made ready to run: data, model, loss and schedule around a `Run`."""
 
-    def __init__(self, recipe: Recipe, out: Path, device: str, save_minutes: float) -> None:
+    def __init__(self, recipe: Recipe, out: Path, device: str, save_minutes: float, masks: Masks | None = None) -> None:
         self.recipe, self.out, self.device, self.save_minutes = recipe, out, device, save_minutes
+        self.masks, self.under = masks, None if masks is None else masks.fingerprint()
         self.rank, self.world = results.rank_and_world()
         self.first = self.rank == 0
         for left in out.glob(f".{STATE}.*.partial") if self.first else ():
@@ -149,7 +156,7 @@ class Trainer:
         """Train to the end of the current epoch, score, and write the checkpoint."""
         run, recipe = self.run, self.recipe
         number, first = divmod(run.done, self.steps)
-        run.model.train()
+        self.forward.train()
         source = feed.Epoch(recipe, self.samples, self.view, number)
         began = saved = time.monotonic()
         pending: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -176,7 +183,7 @@ class Trainer:
     def clear(self) -> None:
         """Remove what an earlier run left, so that nothing of two runs lies side by side."""
         if self.first:
-            for name in _WRITTEN:
+            for name in (*_WRITTEN, MASKS):
                 (self.out / name).unlink(missing_ok=True)
 
     def write(self) -> None:
@@ -184,10 +191,15 @@ class Trainer:
         run, table = self.run, pd.DataFrame(self.run.history)[list(COLUMNS)]
         made = results.provenance({})
         last = {column: value for column, value in run.history[-1].items() if not math.isnan(value)}
+        text = card.write(self.out, run.model, self.recipe, table, made)
+        if self.masks is not None:
+            text += _UNDER_MASKS.format(folder=self.out)
         checkpoint.save(
-            run.model, self.out, card=card.write(self.out, run.model, self.recipe, table, made),
-            about={"recipe": self.recipe.identity(), **last}, ema=run.ema.module.state_dict(),
+            run.model, self.out, card=text, about={"recipe": self.recipe.identity(), **last},
+            ema=run.ema.module.state_dict(),
         )  # fmt: skip
+        if self.masks is not None:
+            self.masks.save(self.out / MASKS, run.model)
         results.write_table(table, self.out / HISTORY)
 
     def _step(self, images: torch.Tensor, labels: torch.Tensor, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -256,7 +268,9 @@ class Trainer:
     def score(self) -> dict[str, float]:
         """Test scores of the raw and the averaged weights, in full precision and one pass over the images."""
         self.scored.load_state_dict(self.run.model.state_dict())
-        models = {"raw": self.scored, "ema": self.run.ema.module}
+        models: dict[str, nn.Module] = {"raw": self.scored, "ema": self.run.ema.module}
+        if self.masks is not None:
+            models = {name: masked(model, self.masks, baked=True) for name, model in models.items()}
         metrics = {name: Classification(model.num_classes).to(self.device) for name, model in models.items()}
         with torch.inference_mode():
             for batch in self.test:
@@ -273,7 +287,7 @@ class Trainer:
         """Write `state.pt`."""
         if self.first:
             self.out.mkdir(parents=True, exist_ok=True)
-            self.run.save(self.out / STATE, self.recipe, self.data)
+            self.run.save(self.out / STATE, self.recipe, self.data, self.under)
 
     def _check(self) -> None:
         size, shares = self.recipe.batch_size, self.world * self.recipe.accumulate
@@ -301,19 +315,23 @@ class Trainer:
         return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.recipe.autocast != "off")
 
     def _forward(self, model: BViT) -> nn.Module:
-        """The model as it is trained: blocks compiled, activations recomputed, gradients shared, as asked."""
-        blocks = list(model.blocks.children())
-        model.set_grad_checkpointing(self.recipe.grad_checkpointing)
+        """The model as it is trained: masked, blocks compiled, activations recomputed, gradients shared, as asked.
+
+        Masked blocks are not compiled: each step's is another one, and the twelve would be compiled one by one.
+        """
+        trained = model if self.masks is None else masked(model, self.masks)
+        blocks = list(trained.blocks.children())
+        trained.set_grad_checkpointing(self.recipe.grad_checkpointing)
         if self.device == "cpu" and self.recipe.autocast != "off":
             for block in blocks:  # the fused kernel's bf16 backward is several times slower on a CPU
                 block.attn.fused_attn = False
-        if self.recipe.compile:
+        if self.recipe.compile and self.masks is None:
             for block in blocks:
                 block.compile()
         if self.world == 1:
-            return model
+            return trained
         on = None if self.device == "cpu" else [torch.device(self.device)]
-        return DistributedDataParallel(model, device_ids=on, static_graph=self.recipe.accumulate == 1)
+        return DistributedDataParallel(trained, device_ids=on, static_graph=self.recipe.accumulate == 1)
 
 
 def _tensorboard(folder: Path) -> Any:

@@ -1,0 +1,130 @@
+"""What masks of steps cost: an evaluation with twelve masks, a training step under them, a step of the twelve grafts.
+
+    python benchmarks/masks.py [--widths 128 256] [--batch 128] [--rounds 9] [--device cpu] [--out FILE]
+
+Evaluation multiplies once and then runs twelve matrices where the plain model runs one (float32); training multiplies
+in every forward pass (bf16, as the trainer: forward, loss, backward, AdamW). On a CPU the time is that of the process,
+which others on the machine disturb less. Every round times all once, in a new random order; ratios are medians over
+rounds of paired times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import bvit_interp.models.bvit  # noqa: F401  (registers the models with timm)
+from bvit_interp.models.masks import Masks, full, masked
+from bvit_interp.training import graft, start
+from bvit_interp.training.recipe import Recipe
+
+TOKENS = {"img_size": 32, "patch_size": 4, "num_heads": 4, "num_classes": 10}
+NAME = "bvit_small_patch16_224"
+
+
+def evaluation(model: nn.Module, images: torch.Tensor) -> Callable[[], None]:
+    """A forward pass in float32."""
+
+    def step() -> None:
+        with torch.inference_mode():
+            model.eval()(images)
+
+    return step
+
+
+def training(
+    forward: Callable[[torch.Tensor], torch.Tensor], weights: nn.Module, images: torch.Tensor, labels: torch.Tensor
+) -> Callable[[], None]:
+    """A training step in bf16 of a function with logits ``(..., B, C)``."""
+    optimizer = start.optimizer(weights, Recipe(model={"name": NAME}, data="random", epochs=1))  # type: ignore[arg-type]
+
+    def step() -> None:
+        with torch.autocast(images.device.type, torch.bfloat16):
+            logits = forward(images)
+        rows = logits.float().reshape(-1, len(labels), logits.shape[-1])
+        sum(F.cross_entropy(row, labels) for row in rows).backward()  # type: ignore[union-attr]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def steps(width: int, batch: int, device: str) -> dict[str, Callable[[], None]]:
+    """Everything that is timed at one width."""
+    torch.manual_seed(0)
+    images, labels = torch.randn(batch, 3, 32, 32, device=device), torch.randint(10, (batch,), device=device)
+    model, init = (timm.create_model(NAME, embed_dim=width, **TOKENS).to(device) for _ in range(2))
+    masks = Masks({name: torch.rand(mask.shape) < 0.5 for name, mask in full(model).items()})
+    frozen = masked(model, masks, baked=True).requires_grad_(False)
+    baked, view, grafts = masked(model, masks, baked=True), masked(model, masks), graft.Grafts(init, frozen, masks)
+    plain = timm.create_model(NAME, embed_dim=width, **TOKENS).to(device)
+    trained = {
+        "training, plain": training(plain.train(), plain, images, labels),
+        "training, masked": training(view.train(), model, images, labels),
+        "training, twelve grafts": training(
+            lambda shown: graft.answers(frozen, grafts.to(device), shown), grafts, images, labels
+        ),
+    }
+    for block in (*plain.blocks.children(), *view.blocks, *frozen.blocks, *grafts):
+        block.attn.fused_attn = device != "cpu"  # as the trainer: its bf16 backward is slow on a CPU
+    unmasked = timm.create_model(NAME, embed_dim=width, **TOKENS).to(device)
+    return {
+        "evaluation, plain": evaluation(unmasked, images), "evaluation, masked": evaluation(baked, images)
+    } | trained  # fmt: skip
+
+
+def seconds(step: Callable[[], None], device: str) -> float:
+    """Time of one call."""
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    if device != "cpu":
+        torch.cuda.synchronize()
+    began = clock()
+    step()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return clock() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--widths", type=int, nargs="+", default=[128, 256])
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    lines = [
+        f"batch {given.batch}, {given.device}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
+        f"median of {given.rounds} rounds",
+        "",
+        "| width | | ms | to plain |",
+        "|---|---|---|---|",
+    ]
+    for width in given.widths:
+        timed = steps(width, given.batch, given.device)
+        for step in timed.values():
+            step()
+        times: dict[str, list[float]] = {name: [] for name in timed}
+        for _ in range(given.rounds):
+            for name in random.sample(list(timed), len(timed)):
+                times[name].append(seconds(timed[name], given.device))
+        for name, own in times.items():
+            plain = times[f"{name.partition(',')[0]}, plain"]
+            ratio = statistics.median(mine / theirs for mine, theirs in zip(own, plain, strict=True))
+            lines.append(f"| {width} | {name} | {1000 * statistics.median(own):.0f} | {ratio:.2f} |")
+    print("\n".join(lines))
+    if given.out is not None:
+        given.out.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

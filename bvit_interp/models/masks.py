@@ -1,0 +1,202 @@
+"""Binary masks over shared weights: one for each step of a bViT, or for each part of the data.
+
+At step t a masked matrix is ``W * M_t``: twelve sparse networks in one dense tensor (Fig. 5 and section 4.2.3 of bViT,
+arXiv 2605.10661; Routing the Lottery, arXiv 2601.22141). The masked model is an unroll like any other, so every probe
+and analysis works on it. Masks lie bit-packed beside a checkpoint's weights; ``FOLDER@masked`` opens both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from bvit_interp.errors import CheckpointError, UserError, choices
+from bvit_interp.models.unroll import unroll
+from bvit_interp.results import replacing, weights_hash
+
+FILE = "masks.safetensors"
+PLACES = {"qkv": "attn.qkv", "proj": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
+"""Component of a step's masks -> the module of the block whose weight it masks; biases and norms are not masked."""
+
+
+class Masks(Mapping[str, Tensor]):
+    """K masks over the same tensors: component -> bool ``(K, *shape of the weight)``, true where a weight is active.
+
+    Parameters
+    ----------
+    of : the masks; of steps, the components of `PLACES` and K = T; of parts of the data, names of parameters.
+    blocks : of steps, which stored block each of them uses; by default all the first. A union is taken over masks of
+        the same block.
+    """
+
+    def __init__(self, of: Mapping[str, Tensor], blocks: tuple[int, ...] | None = None) -> None:
+        counts = {name: len(mask) for name, mask in of.items()}
+        if not counts or len(set(counts.values())) > 1 or any(mask.dtype != torch.bool for mask in of.values()):
+            raise UserError(f"masks must be bool tensors of the same number each, got {counts or 'none'}")
+        self.of = dict(of)
+        self.count = next(iter(counts.values()))
+        self.blocks = (0,) * self.count if blocks is None else blocks
+        if len(self.blocks) != self.count:
+            raise UserError(f"{self.count} masks need as many blocks, got {len(self.blocks)}")
+
+    def __getitem__(self, component: str) -> Tensor:
+        return self.of[component]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.of)
+
+    def __len__(self) -> int:
+        return len(self.of)
+
+    def __deepcopy__(self, memo: object) -> Masks:
+        return self  # never changed, so an unroll shares them as it shares weights
+
+    def flat(self, i: int) -> Tensor:
+        """Mask i (from 0) of all components in one row ``(W,)``."""
+        return torch.cat([mask[i].flatten() for mask in self.of.values()])
+
+    def density(self, component: str | None = None) -> Tensor:
+        """Share of active weights of each mask ``(K,)``, 0..1, in a component or in all of them."""
+        if component is not None:
+            return self.of[component].flatten(1).double().mean(1)
+        return torch.stack([self.flat(i).double().mean() for i in range(self.count)])
+
+    def union(self) -> dict[str, Tensor]:
+        """Weights that any mask keeps: component -> bool ``(blocks, *shape)``."""
+        rows = [[i for i, block in enumerate(self.blocks) if block == b] for b in sorted({*self.blocks})]
+        return {name: torch.stack([mask[own].any(0) for own in rows]) for name, mask in self.of.items()}
+
+    def fingerprint(self) -> str:
+        """16 hex digits that other masks do not have."""
+        digest = hashlib.sha256(repr(self.blocks).encode())
+        for name, bits in self._packed().items():
+            digest.update(repr((name, tuple(self.of[name].shape))).encode() + bits.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def _packed(self) -> dict[str, Tensor]:
+        return {name: torch.from_numpy(np.packbits(mask.cpu().numpy().ravel())) for name, mask in self.of.items()}
+
+    def save(self, path: Path, model: nn.Module) -> None:
+        """Write them, eight weights a byte, as the masks of `model`'s weights."""
+        packed = self._packed()
+        shapes = {name: tuple(mask.shape) for name, mask in self.of.items()}
+        about = {"shapes": shapes, "blocks": self.blocks, "weights": weights_hash(model)}
+        with replacing(path) as temporary:
+            save_file(packed, str(temporary), metadata={"masks": json.dumps(about)})  # of two keys the order is random
+            temporary.chmod(0o644)  # safetensors leaves it to its owner alone
+
+    @classmethod
+    def load(cls, path: Path, model: nn.Module | None = None) -> Masks:
+        """Read them; with `model`, refuse those of other weights, steps or shapes."""
+        if not path.is_file():
+            raise CheckpointError(f"no masks at {path}")
+        try:
+            with safe_open(str(path), "pt") as file:
+                about = json.loads((file.metadata() or {})["masks"])
+                packed = {name: file.get_tensor(name).numpy() for name in about["shapes"]}
+            of = {name: _unpacked(bits, about["shapes"][name]) for name, bits in packed.items()}
+            masks, weights = cls(of, tuple(about["blocks"])), about["weights"]
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise CheckpointError(f"{path}: truncated or not a file of masks ({error})") from error
+        if model is not None:
+            of_steps = isinstance(model, VisionTransformer) and set(masks) == set(PLACES)
+            found = _misfit(unroll(model), masks) if of_steps else None
+            if not found and weights != weights_hash(model):
+                found = "masks of other weights than these"
+            if found:
+                raise CheckpointError(f"{path}: {found}")
+        return masks
+
+
+def _unpacked(bits: np.ndarray, shape: list[int]) -> Tensor:
+    n = math.prod(shape)
+    if bits.size != -(-n // 8):
+        raise ValueError(f"{bits.size} bytes for masks of {tuple(shape)}")
+    return torch.from_numpy(np.unpackbits(bits, count=n).astype(bool)).reshape(shape)
+
+
+def full(model: VisionTransformer) -> Masks:
+    """Masks that keep every weight of every step."""
+    view = unroll(model)
+    weights = {name: [block.get_submodule(place).weight for block in view.blocks] for name, place in PLACES.items()}
+    stored: dict[int, int] = {}
+    blocks = tuple(stored.setdefault(id(weight), len(stored)) for weight in weights["qkv"])
+    return Masks({name: torch.ones(len(of), *of[0].shape, dtype=torch.bool) for name, of in weights.items()}, blocks)
+
+
+class Masked(nn.Module):
+    """The parametrization ``W -> W * M``; gradients reach active weights alone."""
+
+    mask: Tensor
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask, persistent=False)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.mask
+
+
+def masked(model: VisionTransformer, masks: Masks, *, baked: bool = False) -> VisionTransformer:
+    """The unroll of `model` in which step t uses ``W * M_t``.
+
+    Parameters
+    ----------
+    model : a `BViT` or a stacked ViT.
+    masks : one a step.
+    baked : multiply once, now: each step gets frozen weights of its own, for evaluation. Otherwise the weights stay
+        the model's Parameters and are multiplied in every forward, for training.
+
+    Raises
+    ------
+    UserError
+        For masks of another number of steps, other shapes or other components.
+    """
+    view = unroll(model)
+    if found := _misfit(view, masks):
+        raise UserError(found)
+    for t, block in enumerate(view.blocks):
+        for part in (block, *getattr(block, "inner", ())):  # a memory's inner updates are of the step
+            put_on(part, masks, t, baked=baked)
+    view.masks = masks  # type: ignore[assignment]
+    return view
+
+
+def put_on(block: nn.Module, masks: Masks, t: int, *, baked: bool = False) -> None:
+    """Mask a block in place by mask `t` (from 0), as `masked` does every step's."""
+    for name, place in PLACES.items():
+        linear = block.get_submodule(place)
+        mask = masks[name][t].to(linear.weight.device)
+        if baked:
+            linear.weight = nn.Parameter(linear.weight.detach() * mask, requires_grad=False)
+        else:
+            parametrize.register_parametrization(linear, "weight", Masked(mask))
+
+
+def masks_of(model: nn.Module) -> Masks | None:
+    """The masks of a model made by `masked`, or None."""
+    return getattr(model, "masks", None)
+
+
+def _misfit(view: VisionTransformer, masks: Masks) -> str | None:
+    """Why the masks are not of this unroll's steps, or None."""
+    if set(masks) != set(PLACES):
+        return f"masks of {choices(masks)}; expected those of {', '.join(PLACES)}"
+    if masks.count != len(view.blocks):
+        return f"masks of {masks.count} steps for a model of {len(view.blocks)}"
+    for name, place in PLACES.items():
+        found, wanted = tuple(masks[name].shape[1:]), tuple(view.blocks[0].get_submodule(place).weight.shape)
+        if found != wanted:
+            return f"masks of {name} are {found}, its weight is {wanted}"
+    return None

@@ -1,0 +1,371 @@
+"""Pruning step by step: the schedule of Table 7, what each method prunes, and a run killed at any place."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bvit_interp.cli import main, train
+from bvit_interp.data.catalog import open_samples
+from bvit_interp.errors import UserError
+from bvit_interp.models.checkpoint import load
+from bvit_interp.models.masks import PLACES, Masks, full, masks_of
+from bvit_interp.results import read_table
+from bvit_interp.training import graft, prune, start, supervised
+from bvit_interp.training import recipe as recipes
+
+DRIVER = Path(__file__).with_name("prune_driver.py")
+KILLS = (  # of the driver, in the order in which a run meets them
+    "while grafts are written", "in a graft", "between grafts and masks", "after the masks", "in a training",
+    "before a row", "after a row", "while a round is copied",
+)  # fmt: skip
+SHAPES = {"qkv": (768, 256), "proj": (256, 256), "fc1": (1024, 256), "fc2": (256, 1024)}  # of the paper's model
+TABLE_7 = {5: 67.23, 10: 89.26, 15: 96.48, 20: 98.85, 25: 99.62, 30: 99.88}
+
+
+def noise(masks, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(mask.shape, generator=generator) for name, mask in masks.items()}
+
+
+# ---- the schedule --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranking", ["global", "layer"])
+def test_table_7_by_the_schedule_of_the_code(ranking):
+    masks = Masks({name: torch.ones(2, *shape, dtype=torch.bool) for name, shape in SHAPES.items()})
+    assert len(masks.flat(0)) == 786_432
+    for prunings in range(1, 31):
+        pruned = prune.smallest_off(masks, noise(masks, prunings), 0.2, ranking)
+        assert all(not (pruned[name] & ~masks[name]).any() for name in masks)  # nested
+        masks = pruned
+        sparsity = 100 * (1 - float(masks.density().mean()))
+        assert sparsity == pytest.approx(100 * (1 - 0.8**prunings), abs=0.001)
+        if prunings in TABLE_7:
+            assert sparsity == pytest.approx(TABLE_7[prunings], abs=0.01)
+        about = prune._about(masks, prunings, 0.2)
+        assert about["expected"] == pytest.approx(about["mask_sparsity"], abs=1e-5)
+    assert not torch.equal(masks["qkv"][0], masks["qkv"][1])
+
+
+def test_the_smallest_of_all_matrices_go_or_of_each():
+    masks = Masks({"a": torch.ones(2, 1, 4, dtype=torch.bool), "b": torch.ones(2, 6, dtype=torch.bool)})
+    masks["b"][1, 0] = False
+    weights = {
+        "a": torch.tensor([[[1.0, -2.0, 3.0, -4.0]], [[8.0, 7.0, 6.0, 5.0]]]),
+        "b": torch.tensor([[5.0, 6.0, 7.0, 8.0, -0.5, 9.0], [0.0, 1.0, 1.0, 1.0, -2.0, 3.0]]),
+    }
+    at_once = prune.smallest_off(masks, weights, 0.2)
+    assert at_once["a"].tolist() == [[[False, True, True, True]], [[True] * 4]]  # 1 and -0.5 of ten
+    # of nine 7.2 stay: two go, the first two of the equal ones; what was off is not counted
+    assert at_once["b"].tolist() == [[True, True, True, True, False, True], [False, False, False, True, True, True]]
+    each = prune.smallest_off(masks, weights, 0.25, "layer")
+    assert each["a"].tolist() == [[[False, True, True, True]], [[True, True, True, False]]]
+    assert each["b"].tolist() == [[False, True, True, True, False, True], [False, False, True, True, True, True]]
+    assert masks["a"].all()  # what is given stays as it is
+
+
+@pytest.mark.parametrize(("n", "rate", "gone"), [(1, 0.2, 0), (2, 0.2, 0), (3, 0.2, 1), (5, 0.2, 1), (7, 0.2, 1),
+                                                 (8, 0.2, 2), (1, 0.9, 1), (0, 0.5, 0)])  # fmt: skip
+def test_a_share_of_few_weights(n, rate, gone):
+    masks = Masks({"a": torch.arange(9)[None] < n})
+    assert int(prune.smallest_off(masks, {"a": torch.rand(1, 9)}, rate)["a"].sum()) == n - gone
+
+
+def test_the_columns_of_masks_by_hand():
+    of = {"qkv": torch.zeros(3, 2, 4), "proj": torch.zeros(3, 4)}
+    of["qkv"][0, 0] = of["qkv"][1, 0, :2] = of["proj"][0, 0] = 1
+    masks = Masks({name: mask.bool() for name, mask in of.items()})
+    about = prune._about(masks, 2, 0.2)
+    assert about == {
+        "prunings": 2,
+        "expected": pytest.approx(0.36),
+        "mask_sparsity": pytest.approx(1 - 7 / 36),
+        "weight_sparsity": pytest.approx(1 - 5 / 12),
+        "weight_sparsity_layers": pytest.approx(1 - (4 / 8 + 1 / 4) / 2),
+        "fully_pruned": "proj[2] qkv[3] proj[3]",
+    }
+
+
+# ---- runs ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def first(recipe):
+    """``first(**changes)``: the recipe's model before its first step."""
+    return lambda **changes: start.make_model(recipe(**changes), open_samples("digits-s", "train"))
+
+
+def masks_in(folder):
+    return masks_of(load(f"{folder}@masked"))
+
+
+def test_a_table_of_three_methods_from_the_same_first_round(recipe, first, tmp_path):
+    plan, pruning = recipe(epochs=1), prune.Pruning(rounds=2, graft_epochs=2)
+    frame = prune.run(plan, pruning, tmp_path)
+    assert list(frame) == list(prune.COLUMNS)
+    assert frame["method"].tolist() == [method for method in prune.METHODS for _ in range(3)]
+    assert frame["prunings"].tolist() == [0, 1, 2] * 3
+    assert frame["mask_sparsity"].tolist() == pytest.approx([0, 0.2, 0.36] * 3, abs=1e-4)
+    assert frame["mask_sparsity"].tolist() == pytest.approx(frame["expected"].tolist(), abs=1e-4)
+    assert (frame["fully_pruned"] == "none").all()
+    assert (frame["n"] == 40).all()
+    pd.testing.assert_frame_equal(frame, read_table(tmp_path / "rounds.csv"), check_exact=True)
+    one = [tmp_path / method / "round-01" / "model.safetensors" for method in prune.METHODS]
+    assert len({file.read_bytes() for file in one}) == 1
+    init = first()
+    for method in prune.METHODS:
+        of = [masks_in(tmp_path / method / f"round-0{number}") for number in (1, 2, 3)]
+        assert all(mask.all() for mask in of[0].values())
+        history = read_table(tmp_path / method / "round-02" / "history.csv").iloc[-1]
+        row = frame[(frame["method"] == method) & (frame["round"] == 2)].iloc[0]
+        assert row["train_loss"] == history["loss"]
+        assert all(row[name] == history[name] for name in ("top1", "ema_top1", "test_loss", "ema_loss", "chance"))
+        for fewer, more in ((of[1], of[0]), (of[2], of[1])):
+            assert all(not (fewer[name] & ~more[name]).any() for name in PLACES)
+        kept = Masks.load(tmp_path / method / "round-02" / "pruned.safetensors", init)  # over the first weights
+        assert kept.fingerprint() == of[2].fingerprint()
+        same = torch.equal(of[2]["fc1"][0], of[2]["fc1"][2])
+        assert same == (method == "magnitude")
+    assert not list(tmp_path.rglob("grafts.pt"))
+    assert len(read_table(tmp_path / "rtl" / "round-02" / "grafts.csv")) == 2 * 3
+    random = frame[frame["method"] == "random"].iloc[2]
+    assert random["weight_sparsity"] == pytest.approx(0.36**3, abs=0.02)  # three masks drawn one by one
+    magnitude = frame[frame["method"] == "magnitude"].iloc[2]
+    assert magnitude["weight_sparsity"] == pytest.approx(0.36, abs=1e-4)
+
+
+def test_what_each_method_ranks_by(recipe, first, tmp_path, monkeypatch):
+    plan, given = recipe(epochs=1), []
+    init = first()
+    ones, trained = full(init), graft.train
+
+    def noted(*arguments, **named):
+        given.append(trained(*arguments, **named))
+        return given[-1]
+
+    monkeypatch.setattr(graft, "train", noted)
+    prune.run(plan, prune.Pruning(rounds=1, methods=("rtl", "magnitude"), ranking="layer"), tmp_path)
+    by_grafts = prune.smallest_off(ones, given[0][0], 0.2, "layer")
+    assert masks_in(tmp_path / "rtl" / "round-02").fingerprint() == by_grafts.fingerprint()
+    found = masks_in(tmp_path / "magnitude" / "round-02")
+    block = load(tmp_path / "magnitude" / "round-01").blocks[0]
+    for name, place in PLACES.items():
+        weight = block.get_submodule(place).weight.abs()
+        threshold = weight.flatten().sort().values[round(0.2 * weight.numel()) - 1]
+        for t in range(3):
+            assert torch.equal(found[name][t], weight > threshold)
+
+
+def test_each_round_starts_from_the_first_weights(recipe, first, tmp_path, monkeypatch):
+    started = []
+    original = supervised.Trainer.epoch
+
+    def noted(trainer, bar):
+        started.append({name: tensor.clone() for name, tensor in trainer.run.model.state_dict().items()})
+        return original(trainer, bar)
+
+    monkeypatch.setattr(supervised.Trainer, "epoch", noted)
+    prune.run(recipe(epochs=1), prune.Pruning(rounds=2, methods=("magnitude",)), tmp_path)
+    assert len(started) == 3
+    for state in started:
+        assert all(torch.equal(state[name], tensor) for name, tensor in first().state_dict().items())
+
+
+def test_emptied_layers_are_named_and_nothing_is_nan(recipe, tmp_path, caplog):
+    pruning = prune.Pruning(rounds=4, rate=0.9, methods=("rtl", "random"))
+    frame = prune.run(recipe(epochs=1, model={"step_embed": True}), pruning, tmp_path)
+    assert frame["mask_sparsity"].iloc[4] == pytest.approx(0.9999, abs=1e-3)
+    assert frame["fully_pruned"].iloc[0] == "none"
+    for method in pruning.methods:
+        assert frame[frame["method"] == method]["fully_pruned"].iloc[4] != "none"
+    values = frame.select_dtypes("number")
+    assert np.isfinite(values).all(axis=None)
+    assert "round-05: fully pruned: " in caplog.text
+    load(f"{tmp_path / 'rtl' / 'round-05'}@masked")
+
+
+def test_more_rounds_and_methods_may_follow(recipe, tmp_path, monkeypatch):
+    plan = recipe(epochs=1)
+    prune.run(plan, prune.Pruning(rounds=1, methods=("random",)), tmp_path / "run")
+    frame = prune.run(plan, prune.Pruning(rounds=2, methods=("magnitude", "random")), tmp_path / "run")
+    assert sorted(frame["method"] + frame["round"].astype(str)) == [
+        f"{method}{number}" for method in ("magnitude", "random") for number in (1, 2, 3)
+    ]
+    whole = prune.run(plan, prune.Pruning(rounds=2, methods=("magnitude", "random")), tmp_path / "whole")
+    keys = ["method", "round"]
+    pd.testing.assert_frame_equal(
+        frame.sort_values(keys, ignore_index=True), whole.sort_values(keys, ignore_index=True), check_exact=True
+    )
+    monkeypatch.setattr(supervised.Trainer, "_step", None)  # nothing is missing
+    prune.run(plan, prune.Pruning(rounds=2, methods=("magnitude", "random")), tmp_path / "run")
+
+
+def test_other_options_are_refused_and_overwrite_starts_again(recipe, tmp_path):
+    few = {"rounds": 1, "methods": ("magnitude",)}
+    prune.run(recipe(epochs=1), prune.Pruning(**few), tmp_path)
+    for plan, change, named in (
+        (recipe(epochs=1), {"rate": 0.3}, "rate: 0.2 there, 0.3 now"),
+        (recipe(epochs=1), {"ranking": "layer"}, "ranking: 'global' there, 'layer' now"),
+        (recipe(epochs=1, lr=0.5), {}, "recipe.lr: 0.001 there, 0.5 now"),
+    ):
+        with pytest.raises(UserError, match=rf"rounds.csv was made with other options \({named}\)"):
+            prune.run(plan, prune.Pruning(**few, **change), tmp_path)
+    (tmp_path / "rounds.csv").rename(tmp_path / "elsewhere.csv")
+    with pytest.raises(UserError, match=r"holds the pruned magnitude/round-01 and no rounds.csv: .* --overwrite"):
+        prune.run(recipe(epochs=1), prune.Pruning(**few), tmp_path)
+    (tmp_path / "magnitude" / "notes").mkdir()
+    frame = prune.run(recipe(epochs=1), prune.Pruning(**few, rate=0.5), tmp_path, overwrite=True)
+    assert frame["mask_sparsity"].tolist() == pytest.approx([0, 0.5], abs=1e-4)
+    assert (tmp_path / "magnitude" / "notes").is_dir()  # not ours
+
+
+def test_masks_of_another_first_model_are_refused(recipe, tmp_path):
+    pruning = prune.Pruning(rounds=1, methods=("magnitude",))
+    prune.run(recipe(epochs=1), pruning, tmp_path / "a")
+    prune.run(recipe(epochs=1, seed=1), pruning, tmp_path / "b")
+    other = tmp_path / "b" / "magnitude" / "round-01" / "pruned.safetensors"
+    (tmp_path / "a" / "magnitude" / "round-01" / "pruned.safetensors").write_bytes(other.read_bytes())
+    with pytest.raises(UserError, match=r"round-01/pruned.safetensors: masks of other weights than these"):
+        prune.run(recipe(epochs=1), pruning, tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("change", "wrong"),
+    [
+        ({"rounds": 0}, "rounds must be >= 1, got 0"),
+        ({"graft_epochs": 0}, "graft_epochs must be >= 1, got 0"),
+        ({"rate": 0.0}, "rate must be between 0 and 1, got 0.0"),
+        ({"rate": 1.0}, "rate must be between 0 and 1, got 1.0"),
+        ({"rate": float("nan")}, "rate must be between 0 and 1, got nan"),
+        ({"ranking": "step"}, "ranking must be global, layer, got 'step'"),
+        ({"methods": ()}, "methods must be of rtl, magnitude, random, each once, got none"),
+        ({"methods": ("rtl", "snip")}, "got rtl, snip"),
+        ({"methods": ("rtl", "rtl")}, "each once"),
+    ],
+)
+def test_options_that_cannot_be(change, wrong):
+    with pytest.raises(UserError, match=wrong):
+        prune.Pruning(**change)
+
+
+def test_a_model_without_grafts_stops_before_anything_is_written(recipe, tmp_path):
+    with pytest.raises(UserError, match="this has 2 blocks"):
+        prune.run(recipe(model={"num_blocks": 2}), prune.Pruning(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", [name for name in recipes.available() if name.endswith("pathways")])
+def test_the_shipped_recipes(name):
+    plan = recipes.read(name)
+    model = {"img_size", "patch_size", "embed_dim", "num_heads"}
+    assert model <= plan.model.keys()
+    assert not plan.compile
+
+
+# ---- the command ---------------------------------------------------------------------------------------
+
+
+def test_the_command(settings, tmp_path, capsys):
+    (tmp_path / "tiny.yaml").write_text(json.dumps(settings()))
+    words = ["prune", "--recipe", str(tmp_path / "tiny.yaml"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    words += ["--epochs", "1", "--rounds", "1", "--methods", "magnitude", "--methods", "random", "--set", "lr=0.002"]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert f"wrote {tmp_path / 'out' / 'rounds.csv'}" in printed
+    assert json.loads((tmp_path / "out" / "rounds.json").read_text())["options"]["recipe"]["lr"] == 0.002
+    for wrong, line in (
+        (["--rate", "1.5"], "rate must be between 0 and 1, got 1.5"),
+        (["--epochs", "0"], "recipe: epochs must be >= 1, got 0"),
+        (["--rounds", "0"], "rounds must be >= 1, got 0"),
+        (["--set", "model.num_blocks=2"], "this has 2 blocks"),
+        (["--graft-epochs", "3"], "graft_epochs: 1 there, 3 now"),
+    ):
+        assert main([*words, *wrong]) == 2
+        error = capsys.readouterr().err
+        assert line in error
+        assert "Traceback" not in error
+
+
+def test_the_help_and_the_overview(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["prune", "--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    for option in ("--rounds", "--epochs", "--graft-epochs", "--rate", "--ranking", "--methods", "--save-minutes"):
+        assert option in text
+    assert main([]) == 0
+    assert "  prune " in capsys.readouterr().out
+
+
+def test_the_defaults_of_the_command_are_those_of_the_pruning():
+    command = train.Prune(recipe="any")
+    for field in dataclasses.fields(prune.Pruning):
+        assert getattr(command, field.name) == field.default
+
+
+# ---- killed --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def drive(tmp_path):
+    """``drive(job)``: the processes of prune_driver.py."""
+
+    def run(job):
+        (tmp_path / "job.json").write_text(json.dumps(job))
+        done = subprocess.run(
+            [sys.executable, str(DRIVER), str(tmp_path / "job.json")], capture_output=True, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    return run
+
+
+def files(out):
+    """Masks, weights and tables of a pruning by path; cards and histories hold dates and speeds."""
+    kept = {f"{word}.safetensors" for word in ("masks", "pruned", "model", "ema")} | {"grafts.csv", "rounds.csv"}
+    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.name in kept}
+
+
+@pytest.mark.slow
+def test_killed_anywhere_it_ends_with_the_same_masks_and_weights(settings, tmp_path, drive):
+    pruning = {"rounds": 2, "graft_epochs": 2, "methods": ["rtl", "magnitude"]}
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    plan = settings(full=True, epochs=1)
+    runs = [{"out": str(killed), "kill": kill} for kill in KILLS]
+    drive({"recipe": plan, "pruning": pruning, "runs": [*runs, {"out": str(killed)}, {"out": str(whole)}]})
+    assert files(killed).keys() == files(whole).keys()
+    assert len([name for name in files(whole) if name.endswith("masks.safetensors")]) == 6
+    for name, content in files(whole).items():
+        assert files(killed)[name] == content, name
+    assert not list(killed.rglob(".*"))
+
+
+@pytest.mark.slow
+def test_two_processes_prune_as_one_does(settings, tmp_path, drive):
+    """Nearly: sums of two halves are rounded otherwise, which may exchange weights of nearly the same size."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    drive({
+        "recipe": settings(crop="padded", epochs=1), "pruning": {"rounds": 1, "graft_epochs": 2, "methods": ["rtl"]},
+        "runs": [{"out": str(one)}, {"out": str(two), "world": 2}],
+    })  # fmt: skip
+    tables = [read_table(folder / "rounds.csv").drop(columns=["method", "fully_pruned"]) for folder in (one, two)]
+    np.testing.assert_allclose(*tables, rtol=0, atol=2e-3)
+    np.testing.assert_allclose(
+        *(read_table(folder / "rtl" / "round-01" / "grafts.csv") for folder in (one, two)), rtol=0, atol=1e-4
+    )
+    a, b = (load_file(folder / "rtl" / "round-01" / "model.safetensors") for folder in (one, two))
+    assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
+    a, b = (masks_in(folder / "rtl" / "round-02") for folder in (one, two))
+    assert all((a[name] != b[name]).float().mean() < 2e-3 for name in a)
