@@ -1,0 +1,122 @@
+"""Exits trained: the loss by hand, all exits at once as each alone, states computed once."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from bvit_interp.data.digits import DigitScenes
+from bvit_interp.errors import UserError
+from bvit_interp.models.exits import FILE
+from bvit_interp.models.unroll import unroll
+from bvit_interp.probes.probe import Probe
+from bvit_interp.results import read_table
+from bvit_interp.training import exiting
+from bvit_interp.training.exiting import HISTORY, STATES, Plan, cached_states, fit, objective, parting, train
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+def test_the_parting_term_on_paper():
+    """Two classes; confidences .9 right, .6 right, .8 wrong: (sigma(.8 - .9) + sigma(.8 - .6)) / 2."""
+    p = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.8, 0.2]]).double()
+    labels = torch.tensor([0, 0, 1])
+    expected = (sigmoid(-0.1) + sigmoid(0.2)) / 2
+    assert parting(p.log(), labels).item() == pytest.approx(expected)
+    assert parting(p.log(), labels, 0.1).item() == pytest.approx((sigmoid(-1) + sigmoid(2)) / 2)
+    assert parting(p.log(), torch.tensor([0, 0, 0])).item() == 0  # nothing wrong
+    assert parting(p.log(), torch.tensor([1, 1, 1])).item() == 0  # nothing right
+
+
+def test_its_gradient_lowers_wrong_confidence_and_raises_right_one():
+    logits = torch.tensor([[2.0, 0.0], [1.5, 0.0]], requires_grad=True)
+    (gradient,) = torch.autograd.grad(parting(logits, torch.tensor([0, 1])), logits)
+    assert gradient[0, 0] < 0 < gradient[1, 0]
+
+
+def test_the_objective_is_the_mean_over_exits():
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(9, 3, 4, generator=generator), torch.randint(4, (9,), generator=generator)
+    each = [torch.nn.functional.cross_entropy(logits[:, e], labels) for e in range(3)]
+    assert objective(logits, labels, Plan(loss="ce")).item() == pytest.approx(sum(each).item() / 3)
+    both = sum(loss + parting(logits[:, e], labels) for e, loss in enumerate(each)).item() / 3
+    assert objective(logits, labels, Plan()).item() == pytest.approx(both)
+
+
+def test_states_are_the_probes_and_are_kept(any_model, tmp_path, monkeypatch):
+    data, steps = DigitScenes("train", length=7), tuple(range(1, len(any_model.blocks)))[-2:]
+    states, labels = cached_states(any_model, data, steps, Plan(batch_size=3), tmp_path)
+    assert labels.tolist() == [data.read(i)[1] for i in range(7)]
+    from bvit_interp.data.geometry import Geometry
+
+    geometry = Geometry.of(any_model, data)
+    images = torch.stack([geometry(data.read(i)[0], None)[0] for i in range(7)])
+    with torch.inference_mode():
+        expected = Probe(any_model).record(images, "resid_post", steps=steps, tokens="cls")["resid_post"]
+    torch.testing.assert_close(states, expected, atol=1e-4, rtol=1e-4)
+    monkeypatch.setattr(exiting, "unroll", None)  # a second call must not run the model
+    again, _ = cached_states(any_model, data, steps, Plan(batch_size=3), tmp_path)
+    assert torch.equal(again, states)
+    monkeypatch.setattr(exiting, "unroll", unroll)
+    other, _ = cached_states(any_model, data, steps, Plan(limit=3), tmp_path)
+    assert len(other) == 3
+
+
+def test_exits_learn_what_can_be_told_and_do_not_disturb_each_other():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(3, (600,), generator=generator)
+    told = torch.nn.functional.one_hot(labels, 8).float() + 0.1 * torch.randn(600, 8, generator=generator)
+    noise = torch.randn(600, 8, generator=generator)
+    plan = Plan(epochs=30, lr=0.05, loss="ce")
+    _, history = fit(torch.stack([noise, told], 1), labels, (2, 5), 3, plan)
+    last = history[history["epoch"] == 30].set_index("exit")["top1"]
+    assert last["5"] > 0.98
+    assert last["2"] < 0.6
+    alone, _ = fit(told[:, None], labels, (5,), 3, dataclasses.replace(plan, lr=0.05))
+    both, _ = fit(torch.stack([noise, told], 1), labels, (2, 5), 3, plan)
+    # the mean over exits halves each one's gradient; Adam does not care
+    torch.testing.assert_close(both.weight[1], alone.weight[0], atol=1e-3, rtol=1e-2)
+
+
+def test_trained_written_and_refused(tiny, tmp_path):
+    before = {name: tensor.clone() for name, tensor in tiny.state_dict().items()}
+    data = DigitScenes("train", length=40)
+    exits = train(tiny, data, Plan(epochs=2, exits=(8, 3)), tmp_path / "x")
+    assert exits.steps == (3, 8)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tiny.state_dict().items())
+    assert (tmp_path / "x" / FILE).is_file()
+    assert not (tmp_path / "x" / STATES).exists()
+    history = read_table(tmp_path / "x" / HISTORY)
+    assert list(history) == list(exiting.COLUMNS)
+    assert history["exit"].astype(str).tolist() == ["all", "3", "8"] * 2
+    with pytest.raises(UserError, match="holds exits already"):
+        train(tiny, data, Plan(epochs=1), tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss": "auroc"}, "loss must be one of ce, ce-auroc"),
+        ({"epochs": 0}, "epochs must be >= 1"),
+        ({"temperature": 0.0}, "temperature must be > 0"),
+        ({"lr": -1.0}, "lr must be > 0"),
+    ],
+)
+def test_bad_plans(options, message):
+    with pytest.raises(UserError, match=message):
+        Plan(**options)
+
+
+def test_one_class_and_late_exits_are_refused(tiny, tmp_path, monkeypatch):
+    data = DigitScenes("train", length=4)
+    with pytest.raises(UserError, match=r"exits must be different steps of 1\.\.11, got \(12,\)"):
+        train(tiny, data, Plan(exits=(12,)), tmp_path)
+    read = data.read
+    monkeypatch.setattr(data, "read", lambda i: (read(i)[0], 3, read(i)[2]), raising=False)
+    with pytest.raises(UserError, match="all of one class"):
+        train(tiny, data, Plan(), tmp_path)
