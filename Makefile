@@ -3,7 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 RUN := runs/demo
-CKPT := $(wildcard checkpoints/bvit-digits-s*)
+WHERE := --data $(RUN)/digits-s --out $(RUN)
+ONE := --ckpt checkpoints/bvit-digits-s $(WHERE)
+ALL := --ckpt checkpoints/bvit-digits-s checkpoints/bvit-digits-s-te checkpoints/bvit-digits-s-reg4 $(WHERE)
 
 .PHONY: setup demo test lint notebooks bench clean
 
@@ -19,11 +21,18 @@ $(STAMP): setup.cfg pyproject.toml
 demo: setup
 	rm -rf $(RUN)
 	$(BIN)/bvit-interp data export digits-s $(RUN)/digits-s --limit 300
-	$(BIN)/bvit-interp energy-rank --ckpt $(CKPT) --data $(RUN)/digits-s --out $(RUN)
-	$(BIN)/bvit-interp rank-sweep --ckpt $(CKPT) --data $(RUN)/digits-s --out $(RUN)
-	$(BIN)/bvit-interp pointing-game --ckpt $(CKPT) --data $(RUN)/digits-s --out $(RUN)
-	$(BIN)/bvit-interp step-accuracy --ckpt $(CKPT) --data $(RUN)/digits-s --out $(RUN)
-	$(BIN)/bvit-interp evaluate --ckpt $(CKPT) --data $(RUN)/digits-s --out $(RUN)
+	$(BIN)/bvit-interp features $(ONE) --limit 100 --iterations 20 --count 2 --steps 1 3 6 12
+	$(BIN)/bvit-interp pointing-game $(ALL)
+	$(BIN)/bvit-interp energy-rank $(ALL)
+	$(BIN)/bvit-interp rank-sweep $(ALL)
+	$(BIN)/bvit-interp step-accuracy $(ALL)
+	$(BIN)/bvit-interp trajectories $(ONE) --limit 80
+	$(BIN)/bvit-interp dynamics $(ALL) --limit 80
+	$(BIN)/bvit-interp evaluate $(ALL)
+	$(BIN)/bvit-interp early-exit train --limit 1000 --out $(RUN)/exits
+	$(BIN)/bvit-interp early-exit $(ONE) --exits $(RUN)/exits
+	$(BIN)/bvit-interp attention $(ALL) --limit 80
+	$(BIN)/bvit-interp cost $(ALL)
 	$(BIN)/bvit-interp report $(RUN)
 
 test: setup lint
@@ -42,6 +51,9 @@ notebooks: setup
 bench: setup
 	$(BIN)/python benchmarks/recording.py
 	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/steps.py
+	$(BIN)/python benchmarks/features.py
+	$(BIN)/python benchmarks/masks.py
 
 clean:
 	rm -rf .venv $(RUN)

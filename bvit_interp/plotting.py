@@ -66,11 +66,15 @@ def legend(ax: Axes) -> None:
 
 
 def heat_map(
-    figure: Figure, ax: Axes, values: np.ndarray, columns: list[Any], rows: list[Any], label: str, numbers: bool = True
-) -> None:
-    """A matrix ``(rows, columns)`` in colour, with its numbers written in the cells when they fit."""
+    figure: Figure, ax: Axes, values: np.ndarray, columns: list[Any], rows: list[Any], label: str, numbers: bool = True,
+    limits: tuple[float | None, float | None] = (None, None),
+) -> None:  # fmt: skip
+    """A matrix ``(rows, columns)`` in colour, with its numbers written in the cells when they fit.
+
+    `limits` are the values of the first and the last colour; by default the least and the largest of the matrix.
+    """
     ax.grid(visible=False)
-    image = ax.imshow(values, aspect="auto", cmap=SEQUENTIAL)
+    image = ax.imshow(values, aspect="auto", cmap=SEQUENTIAL, vmin=limits[0], vmax=limits[1])
     ax.set_xticks(range(len(columns)), columns)
     ax.set_yticks(range(len(rows)), rows)
     figure.colorbar(image, ax=ax, label=label, shrink=0.9)

@@ -20,7 +20,8 @@ from bvit_interp.analyses import ANALYSES
 from bvit_interp.cli import main
 from bvit_interp.cli.options import gathered, processes
 from bvit_interp.errors import UserError
-from bvit_interp.models.checkpoint import save
+from bvit_interp.models.checkpoint import load, save
+from bvit_interp.models.masks import FILE, full
 
 COMMANDS = [word.replace("_", "-") for word in ANALYSES]
 SCRIPT = Path(sys.executable).with_name("bvit-interp")
@@ -53,12 +54,14 @@ def error_of(capfd, arguments):
 def test_overview_names_every_command_and_its_question(capsys):
     assert main([]) == 0
     text = capsys.readouterr().out
-    for word in [*COMMANDS, "train", "study", "data", "report"]:
+    for word in [*COMMANDS, "train", "study", "prune", "tickets", "early-exit train", "data", "report"]:
         assert f"  {word} " in text
     assert "Does the maximum of a head's CLS attention lie on the object, step by step?" in text
 
 
-@pytest.mark.parametrize("word", [*COMMANDS, "train", "study", "report", "data export", "data list"])
+@pytest.mark.parametrize(
+    "word", [*COMMANDS, "train", "study", "prune", "tickets", "early-exit train", "report", "data export", "data list"]
+)
 def test_help_of_every_command(word, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([*word.split(), "--help"])
@@ -92,17 +95,35 @@ def test_repeated_flags_are_gathered():
 # ---- results -----------------------------------------------------------------------------------------
 
 
+QUICK = {
+    "features": ["--neurons", "3", "--steps", "2", "--iterations", "2"],
+    "cost": ["--runs", "3", "--batch-size", "2"],
+    "trajectories": ["--methods", "pca"],
+    "early_exit": ["--timed-images", "6", "--timed-batch", "3"],
+}
+
+
 @pytest.mark.parametrize("word", ANALYSES)
 def test_every_analysis_writes_table_figure_and_provenance(word, ckpt, pictures, tmp_path, capsys):
-    out = tmp_path / "out"
-    assert main([word.replace("_", "-"), "--ckpt", ckpt, "--data", str(pictures), "--out", str(out)]) == 0
+    out, name, more = tmp_path / "out", "tiny", QUICK.get(word, [])
+    if word == "pathways":
+        model = load(ckpt)
+        full(model).save(Path(ckpt) / FILE, model)
+        ckpt, name = f"{ckpt}@masked", "tiny@masked"
+    if word == "early_exit":
+        exits = str(tmp_path / "exits")
+        training = ["early-exit", "train", "--ckpt", ckpt, "--limit", "30", "--epochs", "1", "--out", exits]
+        assert main(training) == 0
+        more = [*more, "--exits", exits]
+    command = [word.replace("_", "-"), "--ckpt", ckpt, "--data", str(pictures), "--out", str(out), *more]
+    assert main(command) == 0
     frame = pd.read_csv(out / f"{word}.csv")
-    assert set(frame["model"]) == {"tiny"}
+    assert set(frame["model"]) == {name}
     with Image.open(out / f"{word}.png") as figure:
         assert figure.size[0] > 300
     about = json.loads((out / f"{word}.json").read_text())
     assert about["options"]["data"] == str(pictures)
-    assert about["options"]["weights"].keys() == {"tiny"}
+    assert about["options"]["weights"].keys() == {name}
     assert "torch" in about["versions"]
     assert f"wrote {out / word}.csv" in capsys.readouterr().out
     assert not list(out.glob("*.partial"))
@@ -200,7 +221,16 @@ def test_report_of_a_run(ckpt, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["pointing-gam"], "no command 'pointing-gam'; commands: pointing-game, energy-rank"),
+        (["pointing-gam"], "no command 'pointing-gam'; commands: features, pointing-game"),
+        (
+            ["early-exit", "--ckpt", "timm:bvit_small_patch16_224@random", "--exits", "nowhere"],
+            "no exits at nowhere/exits.safetensors",
+        ),
+        (
+            ["early-exit", "train", "--ckpt", "timm:bvit_small_patch16_224@random", "--exits", "12"],
+            "exits must be different steps of 1..11, got (12,)",
+        ),
+        (["pathways", "--ckpt", "timm:bvit_small_patch16_224@random"], "@masked"),
         (["pointing-game", "--ckpt", "nowhere"], "no checkpoint at nowhere"),
         (["pointing-game", "--ckpt", "timm:vit_bas"], "timm has no model 'vit_bas'"),
         (["energy-rank", "--device", "cuda:9x"], "unknown device"),

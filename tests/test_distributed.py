@@ -9,7 +9,9 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
+from bvit_interp.models import masks
 from bvit_interp.models.checkpoint import save
 
 
@@ -17,7 +19,7 @@ def run(processes, word, ckpt, out, limit):
     command = [
         "-m",
         "bvit_interp.cli",
-        word,
+        *word.split(),
         "--ckpt",
         ckpt,
         "--limit",
@@ -32,7 +34,7 @@ def run(processes, word, ckpt, out, limit):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    return pd.read_csv(out / f"{word.replace('-', '_')}.csv")
+    return pd.read_csv(out / f"{word.split()[0].replace('-', '_')}.csv")
 
 
 @pytest.mark.slow
@@ -41,11 +43,19 @@ def run(processes, word, ckpt, out, limit):
     # with one image the second process has none
     [
         ("pointing-game", 41), ("energy-rank", 41), ("rank-sweep", 41), ("evaluate", 41), ("step-accuracy", 41),
+        ("trajectories", 48), ("dynamics", 41), ("dynamics", 1),
+        ("attention", 41), ("attention", 1), ("pathways --swaps", 41), ("pathways", 1),
+        ("features --steps 1 3 --iterations 2 --chunk 2", 41), ("features --neurons 5 --iterations 1", 1),
         ("pointing-game", 1), ("rank-sweep", 1), ("evaluate", 1),
     ],
 )  # fmt: skip
 def test_two_processes_give_the_table_of_one(word, limit, tiny, tmp_path):
     ckpt = str(save(tiny, tmp_path / "tiny"))
+    if word.startswith("pathways"):
+        generator = torch.Generator().manual_seed(0)
+        of = {name: torch.rand(mask.shape, generator=generator) < 0.6 for name, mask in masks.full(tiny).items()}
+        masks.Masks(of).save(tmp_path / "tiny" / masks.FILE, tiny)
+        ckpt += "@masked"
     one, two = (run(n, word, ckpt, tmp_path / str(n), limit) for n in (1, 2))
     assert list(one) == list(two)
     for column in one.columns.drop("path", errors="ignore"):

@@ -85,17 +85,24 @@ def test_every_module_is_short_and_captioned(path):
     assert caption(path), f"{path} has no docstring"
 
 
+def tree_of_the_readme():
+    """Path in the package -> what the README's tree says of it."""
+    listed, folder = {}, Path()
+    tree = (ROOT / "README.md").read_text().partition("\nbvit_interp/\n")[2].partition("\ncheckpoints/")[0]
+    for line in tree.splitlines():
+        name, _, says = line.strip().partition("  ")
+        folder = Path(name) if name.endswith("/") else folder if line.startswith("    ") else Path()
+        if not name.endswith("/"):
+            listed[folder / name] = says.strip()
+    return listed
+
+
 def test_the_readme_tree_says_what_the_modules_say():
-    readme = (ROOT / "README.md").read_text()
-    for path in MODULES:
-        if path.name == "__init__.py":
-            continue
-        found = re.search(rf"^\s*{path.name}\s{{2,}}(.+)$", readme, re.MULTILINE)
-        assert found, f"{path.name} is not in the README tree"
-    for path in MODULES:
-        if path.name != "__init__.py":
-            short = re.search(rf"^\s*{path.name}\s{{2,}}(.+)$", readme, re.MULTILINE)[1].strip()
-            assert caption(path).rstrip(".").startswith(short.rstrip(".")), (path.name, short, caption(path))
+    says = {path.relative_to(PACKAGE): caption(path).rstrip(".") for path in MODULES if path.name != "__init__.py"}
+    listed = tree_of_the_readme()
+    assert set(listed) == set(says)
+    for path, short in listed.items():
+        assert says[path].startswith(short.rstrip(".")), (path, short, says[path])
 
 
 def test_the_readme_has_the_table_of_sites():

@@ -128,11 +128,21 @@ def draw(module: ModuleType, frame: pd.DataFrame, path: Path) -> None:
 
 
 def _summary(frame: pd.DataFrame) -> str:
-    """The table as text: without its rows of single heads or bins, and without the columns that only name files."""
+    """The table as text: without rows of single heads, bins or pairs of steps, a mean over its images, and without the
+    columns that only name files."""
     if "head" in frame and (frame["head"] == "mean").any():
         frame = frame[frame["head"].isin(["mean", "best", "best-split"])]
     if "bin" in frame:
         frame = frame[frame["bin"] == "all"]
+    if "other_step" in frame:
+        frame = frame[frame["other_step"].isna()]
+    if "component" in frame:
+        frame = frame[(frame["component"] == "all") & frame["step"].isna()]
+    if "kind" in frame:
+        frame = frame[frame["kind"] != "curve"]
+    if "image" in frame:
+        keys = list(frame.columns[: frame.columns.get_loc("image")])
+        frame = frame.groupby(keys, sort=False).mean(numeric_only=True).reset_index()
     return str(frame.drop(columns="path", errors="ignore").to_string(index=False, float_format="{:.3f}".format))
 
 

@@ -15,6 +15,8 @@ from bvit_interp.analyses import ANALYSES
 from bvit_interp.errors import UserError
 from bvit_interp.results import read_table, replacing
 
+SHOWN = 1000  # rows of a table; its CSV has them all
+
 
 def write(folder: Path, out: Path | None = None) -> Path:
     """Write the page of every analysis whose table lies in `folder`; returns its path.
@@ -49,7 +51,8 @@ def _section(folder: Path, word: str) -> dict[str, Any]:
         "question": question,
         "paragraphs": [" ".join(part.split()) for part in text.split("\n\n") if part.strip()],
         "columns": {name: module.COLUMNS.get(name, "") for name in frame.columns},
-        "rows": [[_cell(value) for value in row] for row in frame.itertuples(index=False)],
+        "length": len(frame),
+        "rows": [[_cell(value) for value in row] for row in frame.head(SHOWN).itertuples(index=False)],
         "figure": base64.b64encode(figure.read_bytes()).decode() if figure.is_file() else None,
         "about": _options(about) if about.is_file() else None,
     }

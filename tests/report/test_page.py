@@ -227,3 +227,11 @@ def test_a_disk_that_fills_leaves_the_old_page(folder, monkeypatch):
         page.write(folder)
     assert out.read_text() == "the old page"
     assert not [file for file in folder.iterdir() if file.name.endswith(".partial")]
+
+
+def test_a_long_table_is_cut_and_says_so(tmp_path):
+    word, rows = ANALYSES[0], page.SHOWN + 7
+    results.write_table(pd.DataFrame({"model": ["m"] * rows, "step": range(rows)}), tmp_path / f"{word}.csv")
+    seen = Page(page.write(tmp_path))
+    assert len(seen.cells) == 2 * page.SHOWN
+    assert f"the first {page.SHOWN} of {rows} rows ({word}.csv" in "".join(seen.text)
