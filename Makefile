@@ -37,7 +37,7 @@ demo: setup
 
 test: setup lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbmake --nbmake-timeout=300 notebooks
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=300 notebooks
 
 lint: setup
 	$(BIN)/ruff check .
@@ -46,7 +46,7 @@ lint: setup
 	$(BIN)/mypy
 
 notebooks: setup
-	$(BIN)/python -m pytest --nbmake --nbmake-timeout=300 notebooks
+	$(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=300 notebooks
 
 bench: setup
 	$(BIN)/python benchmarks/recording.py
