@@ -54,13 +54,25 @@ def error_of(capfd, arguments):
 def test_overview_names_every_command_and_its_question(capsys):
     assert main([]) == 0
     text = capsys.readouterr().out
-    for word in [*COMMANDS, "train", "study", "prune", "tickets", "early-exit train", "data", "report"]:
+    for word in [*COMMANDS, "train", "study", "prune", "tickets", "transfer", "early-exit train", "data", "report"]:
         assert f"  {word} " in text
     assert "Does the maximum of a head's CLS attention lie on the object, step by step?" in text
 
 
 @pytest.mark.parametrize(
-    "word", [*COMMANDS, "train", "study", "prune", "tickets", "early-exit train", "report", "data export", "data list"]
+    "word",
+    [
+        *COMMANDS,
+        "train",
+        "study",
+        "prune",
+        "tickets",
+        "transfer",
+        "early-exit train",
+        "report",
+        "data export",
+        "data list",
+    ],
 )
 def test_help_of_every_command(word, capsys):
     with pytest.raises(SystemExit) as stopped:

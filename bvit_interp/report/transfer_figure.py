@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 _MODES = {
     "probe": "probe", "te": "time\nembedding", "lora-qv": "LoRA\nq, v", "lora-ffn": "LoRA\nFFN", "full": "all\nweights",
 }  # fmt: skip
-_ALONE = r"step (\d+)"
+_ALONE = r"^step (\d+)$"
 
 
 def plot(frame: pd.DataFrame) -> Figure:
@@ -20,8 +20,9 @@ def plot(frame: pd.DataFrame) -> Figure:
     of one standard deviation; nulls are grey."""
     from bvit_interp import plotting
 
-    sets, swept = list(frame["data"].unique()), frame["steps"].str.fullmatch(_ALONE).any()
-    figure, axes = plotting.canvas(columns=2 if swept else 1, rows=len(sets), width=5.4, height=3.5)
+    frame = frame.assign(series=_series(frame), step=frame["steps"].str.extract(_ALONE)[0].astype(float))
+    sets, swept = list(frame["data"].unique()), frame["step"].notna().any()
+    figure, axes = plotting.canvas(columns=2 if swept else 1, rows=len(sets), width=5.6, height=4.0)
     for row, data in zip(axes, sets, strict=True):
         own = frame[frame["data"] == data]
         _modes(row[0], own)
@@ -32,63 +33,70 @@ def plot(frame: pd.DataFrame) -> Figure:
     return figure
 
 
+def _series(frame: pd.DataFrame) -> pd.Series:
+    """The model, with what differs of rank, epochs and images; a mode without a rank goes with the least."""
+    ranks = frame["rank"].where(frame["rank"] > 0)
+    ranks = ranks.fillna(ranks.min()).fillna(0).astype(int)
+    names = frame["model"].astype(str)
+    for values, word in ((ranks, "rank {}"), (frame["epochs"], "{} epochs"), (frame["train_images"], "{:,} images")):
+        if (values.groupby(frame["data"]).nunique() > 1).any():
+            names = names + ", " + values.map(word.format)
+    return names
+
+
 def _modes(ax: Axes, frame: pd.DataFrame) -> None:
     from bvit_interp import plotting
 
-    whole = frame[~frame["steps"].str.startswith("step") & ~((frame["steps"] == "none") & (frame["mode"] != "probe"))]
-    modes = [mode for mode in _MODES if (whole["mode"] == mode).any()]
+    whole = frame[(frame["steps"] == "all") | (frame["mode"] == "probe")]
     trained = whole[whole["backbone"] == "trained"]
-    series = list(trained.groupby(["model", "rank", "epochs", "train_images"], sort=False).groups)
-    models = list(dict.fromkeys(key[0] for key in series))
-    for i, model in enumerate(models):
-        own = (
-            trained[trained["model"] == model].groupby("mode")["accuracy"].agg(["mean", "std", "count"]).reindex(modes)
-        )
-        shift = 0.12 * (i - (len(models) - 1) / 2)
+    modes = [mode for mode in _MODES if (trained["mode"] == mode).any()]
+    listed = list(trained["series"].unique())
+    for i, series in enumerate(listed):
+        own = trained[trained["series"] == series]
+        found = own.groupby("mode")["accuracy"].agg(["mean", "std", "count"])
+        found = found.reindex([mode for mode in modes if mode in found.index])
+        places = [modes.index(mode) + 0.14 * (i - (len(listed) - 1) / 2) for mode in found.index]
         style: dict[str, Any] = {**plotting.line_style(i), "linestyle": "none", "markersize": 6}
-        ax.errorbar(
-            [place + shift for place in range(len(modes))], own["mean"], yerr=own["std"], capsize=3,
-            label=f"{model}, {_seeds(own['count'].max())}", **style,
-        )  # fmt: skip
-        for place, (_, line) in enumerate(own.iterrows()):
-            if line["count"] > 0 and len(models) == 1:
-                ax.annotate(
-                    f"{line['mean']:.3f}", (place, line["mean"]), textcoords="offset points", xytext=(8, 3), fontsize=8
-                )
-    exact = trained["exact"].dropna()
-    if len(exact) and "probe" in modes and len(models) == 1:
-        ax.plot([modes.index("probe")], [exact.mean()], "_", color="black", markersize=16, label="probe, exact solver")
+        label = f"{series}, {_seeds(found['count'])}"
+        ax.errorbar(places, found["mean"], yerr=found["std"], capsize=3, label=label, **style)
+        for place, (mode, mean) in zip(places, found["mean"].items(), strict=True):
+            if trained.loc[trained["mode"] == mode, "series"].nunique() == 1:  # else numbers would overlap
+                ax.annotate(f"{mean:.3f}", (place, mean), textcoords="offset points", xytext=(10, -3), fontsize=8)
+        exact = own["exact"].mean()
+        if exact == exact:
+            said = "probe, exact solver" if "exact" not in "".join(ax.get_legend_handles_labels()[1]) else None
+            ax.plot([places[list(found.index).index("probe")]], [exact], "_k", markersize=15, label=said)
     _nulls(ax, frame)
     counts = [trained.loc[trained["mode"] == mode, "trainable"].max() for mode in modes]
     labels = [f"{_MODES[mode]}\n{_short(n)}" for mode, n in zip(modes, counts, strict=True)]
     ax.set_xticks(range(len(modes)), labels)
     ax.set(xlabel="trained beside the head", ylabel="test accuracy", ylim=(0, 1.02), xlim=(-0.5, len(modes) - 0.3))
-    plotting.legend(ax)
+    _legend(ax)
 
 
 def _steps(ax: Axes, frame: pd.DataFrame) -> None:
-    """Adapters at a single step each, against the same at all steps and none."""
+    """Adapters at a single step each, and apart from them the same at no step and at all."""
     from bvit_interp import plotting
 
-    alone = frame["steps"].str.extract(rf"^{_ALONE}$")[0].astype(float)
-    modes = [mode for mode in _MODES if (alone.notna() & (frame["mode"] == mode)).any()]
-    for i, mode in enumerate(modes):
-        own = frame[frame["mode"] == mode]
-        each = own["accuracy"].groupby(alone[own.index]).agg(["mean", "std", "count"])
-        style = plotting.line_style(i)
-        label = f"{_MODES[mode]}, {_seeds(each['count'].max())}".replace("\n", " ")
-        ax.errorbar(each.index, each["mean"], yerr=each["std"], capsize=3, label=label, **style)
-        for word, dash in (("all", "-"), ("none", ":")):
-            level = own.loc[own["steps"] == word, "accuracy"]
-            if len(level):
-                said = f"{_MODES[mode]}, {word} steps".replace("\n", " ").replace("none", "no")
-                ax.axhline(level.mean(), color=style["color"], linewidth=1.0, linestyle=dash, label=said)
-    ax.set(ylabel="test accuracy")
-    if modes:
-        plotting.step_axis(ax, alone.dropna())
-        plotting.legend(ax)
-    else:
+    last = frame["step"].max()
+    if last != last:
         ax.set_axis_off()
+        return
+    swept = frame.loc[frame["step"].notna(), ["mode", "series"]].drop_duplicates()
+    for i, (mode, series) in enumerate(zip(swept["mode"], swept["series"], strict=True)):
+        own = frame[(frame["mode"] == mode) & (frame["series"] == series)]
+        style = {**plotting.line_style(i), "capsize": 3}
+        each = own.groupby("step")["accuracy"].agg(["mean", "std", "count"])
+        label = f"{_MODES[mode]}, {series}, {_seeds(each['count'])}".replace("\n", " ")
+        ax.errorbar(each.index, each["mean"], yerr=each["std"], label=label, **style)
+        ends = own.groupby("steps")["accuracy"].agg(["mean", "std"]).reindex(["none", "all"])
+        places = [last + 1.5 + 0.2 * i, last + 2.5 + 0.2 * i]
+        ax.errorbar(places, ends["mean"], yerr=ends["std"], **{**style, "linestyle": "none"})
+    ax.axvline(last + 0.85, color="0.8", linewidth=0.8)
+    ticks = sorted(frame["step"].dropna().unique())
+    ax.set_xticks([*ticks, last + 1.55, last + 2.55], [*(f"{t:.0f}" for t in ticks), "none", "all"])
+    ax.set(xlabel="step with the adapter", ylabel="test accuracy")
+    _legend(ax)
 
 
 def _nulls(ax: Axes, frame: pd.DataFrame) -> None:
@@ -100,8 +108,13 @@ def _nulls(ax: Axes, frame: pd.DataFrame) -> None:
     ax.axhline(frame["chance"].iloc[0], **plotting.NULL, label="chance")
 
 
-def _seeds(n: float) -> str:
-    return "one seed" if n == 1 else f"{n:.0f} seeds"
+def _legend(ax: Axes) -> None:
+    """Below the axes: lines may lie anywhere in them."""
+    ax.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.32), ncols=2)
+
+
+def _seeds(counts: pd.Series) -> str:
+    return "one seed" if counts.max() == 1 else f"{counts.max():.0f} seeds"
 
 
 def _short(n: float) -> str:
