@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 
 from bvit_interp import __version__
 from bvit_interp.analyses import ANALYSES
-from bvit_interp.cli import analyse, datasets, train
+from bvit_interp.cli import analyse, datasets, exits, tickets, train
+from bvit_interp.cli import transfer as transferring
 from bvit_interp.errors import UserError, choices
 
 
@@ -53,8 +54,10 @@ def _commands() -> dict[str, Callable[[list[str]], None]]:
     commands: dict[str, Callable[[list[str]], None]] = {}
     for word in ANALYSES:
         commands[word.replace("_", "-")] = lambda given, word=word: analyse.analyse(word, given)  # type: ignore[misc]
-    others = {"train": train.train, "study": train.study, "data": datasets.data, "report": analyse.report}
-    return commands | others
+    made = {"train": train.train, "study": train.study, "prune": train.prune, "tickets": tickets.tickets}
+    made["early-exit"] = exits.early_exit  # an analysis, and what it analyses is made by `early-exit train`
+    made["transfer"] = transferring.transfer
+    return commands | made | {"data": datasets.data, "report": analyse.report}
 
 
 def _dispatch(word: str, given: list[str]) -> None:
@@ -69,10 +72,14 @@ def _overview() -> str:
     rows |= {
         "train": str(train.Train.__doc__),
         "study": str(train.Study.__doc__),
+        "prune": str(train.Prune.__doc__),
+        "tickets": str(tickets.Options.__doc__),
+        "early-exit train": str(exits.Train.__doc__),
+        "transfer": str(transferring.Transfer.__doc__),
         "data": "List data sets (data list) or write one (data export).",
         "report": str(analyse.Report.__doc__),
     }
-    listed = "\n".join(f"  {word:<15} {text}" for word, text in rows.items())
+    listed = "\n".join(f"  {word:<17} {text}" for word, text in rows.items())
     return (
         "usage: bvit-interp WORD [options]     (bvit-interp WORD --help tells the options)\n\n"
         "Follow heads and neurons through the steps of a recurrent Vision Transformer.\n\n"

@@ -1,4 +1,4 @@
-"""The words that make weights: `train` a recipe, `study` a grid of them."""
+"""The words that make weights: `train` a recipe, `study` a grid of them, `prune` one step by step."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Study:
     """Train a grid of models (width, steps, heads or blocks) and write one table and its figure."""
 
     name: tyro.conf.Positional[str]
-    """width, steps, heads or blocks."""
+    """width, steps, heads, blocks, width-small (two hours on a CPU core), or a .yaml file of your own."""
     recipe: str | None = None
     """Recipe of all runs in place of the study's (cifar10-d128): digits-s needs no data, for instance."""
     data: str | None = None
@@ -59,6 +59,40 @@ class Study:
     """CPU threads to use; by default all."""
     save_minutes: float = 2.0
     """Minutes between two savings of a run's state within an epoch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prune:
+    """Prune a bViT with a mask for every step, beside one mask for all steps and random ones."""
+
+    recipe: str
+    """cifar10-pathways (the paper's model), cifar10-d128-pathways, digits-s-pathways (minutes), or a YAML file."""
+    rounds: int = 6
+    """Prunings P; one more training follows, so that every mask has its accuracy (paper: 30)."""
+    epochs: int | None = None
+    """Epochs E of each round's training; by default the recipe's (paper: 200)."""
+    graft_epochs: int = 1
+    """Epochs G of a round's grafts; each costs about five of the training's (paper: 100)."""
+    rate: float = 0.2
+    """Share of a step's active weights that a pruning takes, between 0 and 1."""
+    ranking: str = "global"
+    """Smallest weights of a step over its four matrices together (global) or in each (layer)."""
+    methods: tuple[str, ...] = ("rtl", "magnitude", "random")
+    """rtl (a graft for every step) and the baselines: magnitude (one mask for all steps), random."""
+    data: str | None = None
+    """Data set, NAME:PATH, in place of the recipe's."""
+    set: tuple[str, ...] = ()
+    """Settings of the recipe to change: key=value ..., model.key=value for the model's."""
+    out: Path | None = None
+    """Folder for rounds.csv and METHOD/round-NN; by default runs/prune-RECIPE. It goes on there."""
+    overwrite: bool = False
+    """Start again where a pruning in the folder would go on."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    threads: int | None = None
+    """CPU threads to use; by default all."""
+    save_minutes: float = 2.0
+    """Minutes between two savings of the state within an epoch."""
 
 
 def train(given: list[str]) -> None:
@@ -87,7 +121,7 @@ def study(given: list[str]) -> None:
     from bvit_interp.training import study as studies
 
     plan = studies.read(options.name, options.recipe, options.set, options.data)
-    out = options.out or Path("runs") / f"study-{options.name}"
+    out = options.out or Path("runs") / f"study-{Path(options.name).stem}"
     with processes(options.device, options.threads) as device:
         frame = studies.run(
             plan, options.seeds, out, device, overwrite=options.overwrite, save_minutes=options.save_minutes
@@ -97,3 +131,26 @@ def study(given: list[str]) -> None:
 
             print(frame.to_string(index=False, float_format="{:.3f}".format))
             draw(study_figure, frame, out / f"study_{plan.name}.png")
+
+
+def prune(given: list[str]) -> None:
+    """`bvit-interp prune`."""
+    options = parse(Prune, "prune", gathered(gathered(given, "--set"), "--methods"))
+    from bvit_interp import results
+    from bvit_interp.training import prune as pruning
+    from bvit_interp.training import recipe
+
+    plan = pruning.Pruning(
+        rounds=options.rounds, graft_epochs=options.graft_epochs, rate=options.rate, ranking=options.ranking,
+        methods=options.methods,
+    )  # fmt: skip
+    epochs = () if options.epochs is None else (f"epochs={options.epochs}",)
+    trained = recipe.read(options.recipe, (*options.set, *epochs), options.data)
+    out = options.out or Path("runs") / f"prune-{Path(options.recipe).stem}"
+    with processes(options.device, options.threads) as device:
+        frame = pruning.run(
+            trained, plan, out, device, overwrite=options.overwrite, save_minutes=options.save_minutes
+        )  # fmt: skip
+        if results.rank_and_world()[0] == 0:
+            print(frame.to_string(index=False, float_format="{:.3f}".format))
+            print(f"\nwrote {out / pruning.TABLE}")
