@@ -6,5 +6,8 @@ Modules import torch, pandas and matplotlib inside their functions: help needs n
 drawn without torch.
 """
 
-ANALYSES = ("pointing_game", "energy_rank", "rank_sweep", "step_accuracy", "evaluate")
+ANALYSES = (
+    "features", "pointing_game", "pathways", "energy_rank", "rank_sweep", "step_accuracy", "trajectories", "dynamics",
+    "evaluate", "early_exit", "attention", "cost",
+)  # fmt: skip
 """The questions there are, in the order of the paper's figures; then its tables."""

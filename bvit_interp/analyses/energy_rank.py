@@ -4,7 +4,9 @@ Fig. 6, section 4.1.3 and Appendix A.2 of bViT (arXiv 2605.10661): the smallest 
 values hold 95 % of their sum, ``E_k = sum_{i<=k} s_i^2 / sum_i s_i^2``, of the FFN's in- and out-projection and of
 the matrix whose rows are the CLS tokens after a step. The null beside each is the rank expected of a random
 matrix of the same shape (Marchenko & Pastur, 1967): a weight near it is close to unstructured. The paper does
-not say whether the CLS matrix is centred; by default it is not, as the weights are not.
+not say whether the CLS matrix is centred; by default it is not, as the weights are not. Then one direction, the mean
+CLS token, may hold most of the energy: `mean_share` (ours) says how much, and a rank that grows while this falls need
+not grow with `--centred`.
 
 Cost: one forward an image, streamed as float64 Gram matrices in constant memory.
 Expected: around 600 of 768 for bViT-B (its random 3072 x 768 null is 661), lower in the early blocks of ViT-B.
@@ -12,6 +14,7 @@ Expected: around 600 of 768 for bViT-B (its random 3072 x 768 null is 661), lowe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,6 +24,7 @@ from bvit_interp.errors import UserError
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from timm.models.vision_transformer import VisionTransformer
 
@@ -51,9 +55,10 @@ COLUMNS = {
     "share": "rank / largest possible rank, 0..1",
     "random_rank": "null: energy rank of a random Gaussian matrix of this shape",
     "full_rank": "largest possible rank, min(rows, columns)",
-    "rows": "rows of the matrix (for cls, images)",
+    "rows": "rows of the matrix (for cls, images; one less if centred, for the mean takes one dimension)",
     "columns": "columns of the matrix",
     "energy": "share of the squared singular values held, 0..1",
+    "mean_share": "share of the squared entries that is the mean CLS token's, before centring, 0..1; none for weights",
 }
 
 
@@ -101,24 +106,30 @@ def _weight_rows(name: str, probe: Probe, config: Config) -> list[dict[str, Any]
     """Ranks of the FFN weights; a weight shared by several steps is decomposed once."""
     import torch
 
-    known: dict[int, int] = {}
+    known: dict[Any, int] = {}  # the tensors themselves as keys: the id of a masked one, made at every look, comes back
     rows = []
     for matrix in ("fc1", "fc2"):
         for t, block in enumerate(probe.model.blocks, start=1):
             weight = block.mlp.get_submodule(matrix).weight
-            if id(weight) not in known:
-                known[id(weight)] = _rank(torch.linalg.svdvals(weight.detach().double()), config)
-            rows.append(_row(name, matrix, t, known[id(weight)], tuple(weight.shape), config))
+            if weight not in known:
+                known[weight] = _rank(torch.linalg.svdvals(weight.detach().double()), config)
+            rows.append(_row(name, matrix, t, known[weight], tuple(weight.shape), config))
     return rows
 
 
 def _cls_rows(name: str, moments: dict[str, Any], config: Config) -> list[dict[str, Any]]:
     from bvit_interp.metrics import singular_values_of_gram
 
-    gram, images = moments["centred" if config.centred else "gram"], int(moments["count"])
-    values = singular_values_of_gram(gram)
-    shape = (images, gram.shape[-1])
-    return [_row(name, "cls", t, _rank(v, config), shape, config) for t, v in enumerate(values, start=1)]
+    images, energy = int(moments["count"]), moments["gram"].diagonal(dim1=1, dim2=2).sum(-1)
+    if config.centred and images < 2:
+        raise UserError("the CLS tokens of one image have no rank about their mean; give two images or more")
+    mean_share = 1 - moments["centred"].diagonal(dim1=1, dim2=2).sum(-1) / energy
+    gram = moments["centred" if config.centred else "gram"]
+    shape = (images - config.centred, gram.shape[-1])
+    return [
+        _row(name, "cls", t, _rank(values, config), shape, config, float(mean))
+        for t, (values, mean) in enumerate(zip(singular_values_of_gram(gram), mean_share, strict=True), start=1)
+    ]
 
 
 def _rank(singular_values: Any, config: Config) -> int:
@@ -127,33 +138,57 @@ def _rank(singular_values: Any, config: Config) -> int:
     return int(energy_rank(singular_values, config.energy))
 
 
-def _row(name: str, matrix: str, step: int, rank: int, shape: tuple[int, int], config: Config) -> dict[str, Any]:
+def _row(
+    name: str, matrix: str, step: int, rank: int, shape: tuple[int, int], config: Config, mean_share: float = math.nan
+) -> dict[str, Any]:
     from bvit_interp.metrics import random_energy_rank
 
     return {
         "model": name, "matrix": matrix, "step": step, "rank": rank, "share": rank / min(shape),
         "random_rank": random_energy_rank(*shape, config.energy), "full_rank": min(shape),
-        "rows": shape[0], "columns": shape[1], "energy": config.energy,
+        "rows": shape[0], "columns": shape[1], "energy": config.energy, "mean_share": mean_share,
     }  # fmt: skip
 
 
 def plot(frame: pd.DataFrame) -> Figure:
-    """Fig. 6: rank against step, one panel a matrix, with the random-matrix null."""
+    """Fig. 6: rank against step, one panel a matrix, with the random-matrix nulls; shares where widths differ."""
     from bvit_interp import plotting
 
     titles = {"fc1": "FFN in-projection", "fc2": "FFN out-projection", "cls": "CLS token"}
-    figure, axes = plotting.canvas(columns=3, width=3.7)
+    names = list(dict.fromkeys(frame["model"]))
+    one_width = frame.loc[frame["matrix"] == "fc1", "full_rank"].nunique() == 1
+    figure, axes = plotting.canvas(columns=3, width=3.9, height=3.5)
     for ax, (matrix, title) in zip(axes[0], titles.items(), strict=True):
         of_matrix = frame[frame["matrix"] == matrix]
-        nulls = set()
-        for i, (name, part) in enumerate(of_matrix.groupby("model", sort=False)):
-            ax.plot(part["step"], part["rank"], **plotting.line_style(i), label=name)
-            nulls |= {(part["random_rank"].iloc[0], part["full_rank"].iloc[0])}
-        for random_rank, full_rank in sorted(nulls):
-            ax.axhline(random_rank, **plotting.NULL, label=f"random matrix: {random_rank} of {full_rank}")
+        scale = 1.0 if one_width else of_matrix["full_rank"]
+        for i, name in enumerate(names):
+            part = of_matrix[of_matrix["model"] == name]
+            # equal ranks lie on each other: markers take turns
+            turns = (i, len(names)) if len(part) >= 2 * len(names) else 1
+            y = (of_matrix["rank"] / scale)[part.index]
+            ax.plot(part["step"], y, **plotting.line_style(i), markevery=turns, label=name)
+        _draw_nulls(ax, of_matrix, one_width)
         ax.set_title(title, fontsize=10)
-        ax.set_ylim(bottom=0)
         plotting.step_axis(ax, of_matrix["step"])
-        plotting.legend(ax)
-    axes[0, 0].set_ylabel(f"rank at {frame['energy'].iloc[0]:.0%} energy")
+    measured = "rank" if one_width else "rank / full rank"
+    axes[0, 0].set_ylabel(f"{measured} at {frame['energy'].iloc[0]:.0%} energy")
+    lines = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside lower center", ncols=min(len(names) + 1, 5), frameon=False, fontsize=8)
     return figure
+
+
+def _draw_nulls(ax: Axes, of_matrix: pd.DataFrame, one_width: bool) -> None:
+    """A thin grey line a shape of matrix, and above the highest what they stand for."""
+    from bvit_interp import plotting
+
+    nulls = of_matrix[["full_rank", "random_rank"]].drop_duplicates().sort_values("full_rank")
+    heights = nulls["random_rank"] / (1 if one_width else nulls["full_rank"])
+    for i, height in enumerate(heights):
+        ax.axhline(height, **plotting.NULL, label=None if i else "random matrix of the same shape")
+    told = "random: " + ", ".join(f"{null.random_rank} of {null.full_rank}" for null in nulls.itertuples())
+    top = heights.max()
+    ax.annotate(
+        told, (1, top), (0, 3), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", va="bottom",
+        color=plotting.NULL["color"], fontsize=8,
+    )  # fmt: skip
+    ax.set_ylim(0, 1.12 * max(top, of_matrix["rank" if one_width else "share"].max()))

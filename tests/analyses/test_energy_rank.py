@@ -12,6 +12,7 @@ import torch
 from bvit_interp.analyses.energy_rank import COLUMNS, Config, measure, plot
 from bvit_interp.data.geometry import Geometry
 from bvit_interp.errors import UserError
+from bvit_interp.models.masks import Masks, full, masked
 
 
 def rank_by_numpy(matrix, energy=0.95):
@@ -43,12 +44,56 @@ def test_weights_and_cls_against_numpy(any_model, digits, energy):
     assert frame[frame["matrix"] == "cls"]["rank"].tolist() == expected
 
 
+@pytest.mark.parametrize("baked", [False, True])
+def test_a_step_with_its_own_mask_has_its_own_rank(tiny, digits, baked):
+    generator = torch.Generator().manual_seed(0)
+    of = {name: torch.rand(mask.shape, generator=generator) for name, mask in full(tiny).items()}
+    density = torch.linspace(0.02, 0.9, 12)[:, None, None]
+    masks = Masks({name: drawn < density for name, drawn in of.items()})
+    frame = measure({"m": masked(tiny, masks, baked=baked)}, digits, Config(limit=4))
+    weight = tiny.blocks[0].mlp.fc1.weight.detach()
+    expected = [rank_by_numpy(weight * mask) for mask in masks["fc1"]]
+    assert frame[frame["matrix"] == "fc1"]["rank"].tolist() == expected
+    assert len(set(expected)) > 3
+
+
 def test_centring(tiny, digits):
     frame = measure({"m": tiny}, digits, Config(centred=True))
     tokens = cls_by_forward(tiny, digits)
     expected = [rank_by_numpy(step - step.mean(0)) for step in tokens]
     assert frame[frame["matrix"] == "cls"]["rank"].tolist() == expected
     assert expected != [rank_by_numpy(step) for step in tokens]
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_fewer_images_than_columns(tiny, digits, centred):
+    """Twelve rows of 32: rank 12 at most, 11 about their mean, and the null is a matrix of that many rows."""
+    frame = measure({"m": tiny}, digits, Config(limit=12, centred=centred, energy=0.99))
+    of_cls = frame[frame["matrix"] == "cls"]
+    rows = 12 - centred
+    assert set(of_cls[["rows", "columns", "full_rank"]].itertuples(index=False, name=None)) == {(rows, 32, rows)}
+    tokens = cls_by_forward(tiny, digits)[:, ::5]
+    expected = [rank_by_numpy(step - centred * step.mean(0), 0.99) for step in tokens]
+    assert of_cls["rank"].tolist() == expected
+    gaussian = np.random.default_rng(0).normal(size=(200, 12, 32))
+    ranks = [rank_by_numpy(g - centred * g.mean(0), 0.99) for g in gaussian]
+    assert of_cls["random_rank"].iloc[0] == pytest.approx(np.mean(ranks), abs=0.6)
+    assert of_cls["random_rank"].iloc[0] <= rows
+
+
+def test_the_share_of_the_mean(tiny, digits):
+    for centred in (False, True):  # it is told in both
+        frame = measure({"m": tiny}, digits, Config(centred=centred))
+        tokens = cls_by_forward(tiny, digits)
+        expected = [60 * np.square(step.mean(0)).sum() / np.square(step).sum() for step in tokens]
+        np.testing.assert_allclose(frame[frame["matrix"] == "cls"]["mean_share"], expected, rtol=1e-6)
+        assert frame[frame["matrix"] != "cls"]["mean_share"].isna().all()
+
+
+def test_one_image_has_no_rank_about_its_mean(tiny, digits):
+    with pytest.raises(UserError, match="the CLS tokens of one image have no rank about their mean"):
+        measure({"m": tiny}, digits, Config(limit=1, centred=True))
+    assert (measure({"m": tiny}, digits, Config(limit=1))["rank"] >= 1).all()
 
 
 def test_null_and_shapes(tiny, digits):
@@ -85,6 +130,21 @@ def test_columns_and_figure_from_the_csv_alone(tiny, stacked, digits):
     figure = plot(pd.read_csv(io.StringIO(frame.to_csv(index=False))))
     drawn = figure.axes[2].lines[0].get_ydata()
     np.testing.assert_array_equal(drawn, frame[(frame["model"] == "a") & (frame["matrix"] == "cls")]["rank"])
+
+
+def test_widths_that_differ_are_drawn_as_shares_with_a_null_each(tiny, tiny_te, make, digits):
+    wide = make(name="vit_tiny_patch16_224", depth=3, embed_dim=48)
+    frame = measure({"a": tiny, "b": tiny_te, "c": wide}, digits, Config(limit=8))
+    figure = plot(pd.read_csv(io.StringIO(frame.to_csv(index=False))))
+    ax = figure.axes[1]
+    for line, name in zip(ax.lines[:3], "abc", strict=True):
+        part = frame[(frame["model"] == name) & (frame["matrix"] == "fc2")]
+        np.testing.assert_allclose(line.get_ydata(), part["share"])
+    nulls = frame[frame["matrix"] == "fc2"][["random_rank", "full_rank"]].drop_duplicates()
+    assert len(ax.lines) == 3 + len(nulls) == 5
+    told = ", ".join(f"{null.random_rank} of {null.full_rank}" for null in nulls.itertuples())
+    assert [text.get_text() for text in ax.texts] == [f"random: {told}"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [*"abc", "random matrix of the same shape"]
 
 
 @pytest.mark.parametrize("energy", [0.0, 1.1, -1.0])
