@@ -342,7 +342,8 @@ def _draw_curves(ax: Axes, frame: pd.DataFrame, method: str) -> None:
         ax.plot(part[x], part["accuracy"], **style, label=name)
         ax.fill_between(part[x], part["low"], part["high"], color=style["color"], alpha=0.15, linewidth=0)
         if method != "random":
-            label = None if i or not len(null) else "random directions, in the dash of the model"
+            last = i == frame["model"].nunique() - 1
+            label = "random directions, in the dash of the model" if last and len(null) else None
             ax.plot(null[x], null["accuracy"], **{**style, **plotting.NULL, "marker": ""}, label=label)
     chance = frame["chance"].iloc[0]
     ax.axhline(chance, **plotting.NULL)
