@@ -67,7 +67,7 @@ class Prune:
 
     recipe: str
     """cifar10-pathways (the paper's model), cifar10-d128-pathways, digits-s-pathways (minutes), or a YAML file."""
-    rounds: int = 6
+    rounds: int = 4
     """Prunings P; one more training follows, so that every mask has its accuracy (paper: 30)."""
     epochs: int | None = None
     """Epochs E of each round's training; by default the recipe's (paper: 200)."""

@@ -70,7 +70,7 @@ _SCORES = {"top1": "top1", "ema_top1": "ema_top1", "test_loss": "test_loss", "em
 class Pruning:
     """How often and what is pruned. The paper: 30 prunings, 200 epochs a training (the recipe's), 100 a graft."""
 
-    rounds: int = 6
+    rounds: int = 4
     """Prunings; one more training follows (paper: 30)."""
     graft_epochs: int = 1
     """Epochs of the grafts of a round, which cost five of the training's each (paper: 100)."""
