@@ -24,7 +24,7 @@ demo: setup
 	$(BIN)/bvit-interp features $(ONE) --limit 100 --iterations 20 --count 2 --steps 1 3 6 12
 	$(BIN)/bvit-interp pointing-game $(ALL)
 	$(BIN)/bvit-interp energy-rank $(ALL)
-	$(BIN)/bvit-interp rank-sweep $(ALL)
+	$(BIN)/bvit-interp rank-sweep $(ALL) --ranks 16 32 64 128
 	$(BIN)/bvit-interp step-accuracy $(ALL)
 	$(BIN)/bvit-interp trajectories $(ONE) --limit 80
 	$(BIN)/bvit-interp dynamics $(ALL) --limit 80
