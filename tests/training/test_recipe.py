@@ -12,7 +12,11 @@ from bvit_interp.models import cost
 from bvit_interp.training import start
 from bvit_interp.training.recipe import Recipe, available, read
 
-SHIPPED = ["cifar10", "cifar10-d128", "cifar10-d128-pathways", "cifar10-d128-vit", "cifar10-pathways", "cifar10-reg4", "cifar10-te", "cifar10-vit", "digits-s", "digits-s-pathways", "digits-s-reg4", "digits-s-te", "imagenet-distilled", "imagenet-paper", "tickets-digits-s"]  # fmt: skip
+SHIPPED = [
+    "cifar10", "cifar10-d128", "cifar10-d128-pathways", "cifar10-d128-vit", "cifar10-pathways", "cifar10-reg4",
+    "cifar10-te", "cifar10-vit", "digits-s", "digits-s-pathways", "digits-s-reg4", "digits-s-te",
+    "imagenet-distilled", "imagenet-paper", "tickets-digits-s",
+]  # fmt: skip
 
 
 def test_the_shipped_recipes_are_known():
