@@ -52,8 +52,8 @@ def train(recipe, out, rank, world, meeting, kill_at, in_writing):
         dist.destroy_process_group()
 
 
-def run(recipe, out, world=1, kill_at=None, in_writing=False):
-    """One run; returns how its processes ended."""
+def forked(work, world=1):
+    """`work(rank, meeting)` in `world` forked processes; returns how they ended."""
     with tempfile.TemporaryDirectory() as folder:
         children = []
         for rank in range(world):
@@ -61,7 +61,7 @@ def run(recipe, out, world=1, kill_at=None, in_writing=False):
             if child == 0:
                 code = 1
                 try:
-                    train(recipe, out, rank, world, Path(folder, "meeting"), kill_at, in_writing)
+                    work(rank, Path(folder, "meeting"))
                     code = 0
                 finally:  # an exception is printed, and the fork never goes on as the parent
                     if code:
@@ -70,6 +70,11 @@ def run(recipe, out, world=1, kill_at=None, in_writing=False):
                     os._exit(code)
             children.append(child)
         return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def run(recipe, out, world=1, kill_at=None, in_writing=False):
+    """One run; returns how its processes ended."""
+    return forked(lambda rank, meeting: train(recipe, out, rank, world, meeting, kill_at, in_writing), world)
 
 
 if __name__ == "__main__":

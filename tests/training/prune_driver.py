@@ -11,11 +11,11 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from driver import forked
 
 from bvit_interp import results
 from bvit_interp.data import digits
@@ -95,22 +95,7 @@ def work(job, out, rank, world, meeting, kill):
 
 def run(job, out, world=1, kill=None):
     """One pruning; returns how its processes ended."""
-    with tempfile.TemporaryDirectory() as folder:
-        children = []
-        for rank in range(world):
-            child = os.fork()
-            if child == 0:
-                code = 1
-                try:
-                    work(job, out, rank, world, Path(folder, "meeting"), kill)
-                    code = 0
-                finally:  # an exception is printed, and the fork never goes on as the parent
-                    if code:
-                        sys.excepthook(*sys.exc_info())
-                    sys.stdout.flush()
-                    os._exit(code)
-            children.append(child)
-        return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    return forked(lambda rank, meeting: work(job, out, rank, world, meeting, kill), world)
 
 
 if __name__ == "__main__":
