@@ -59,6 +59,10 @@ class Config(Reading):
         if self.images is not None and min(self.images, default=0) < 0:
             raise UserError(f"images are places in the data set, from 0, got {self.images}")
 
+    def headline(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """Means over heads, without agreements of two steps."""
+        return super().headline(frame[(frame["head"] == "mean") & frame["other_step"].isna()])
+
 
 COLUMNS = {
     "model": "checkpoint",

@@ -80,6 +80,10 @@ class Config(Reading):
         if self.pair_steps is not None and (not self.pair_steps or min(self.pair_steps) < 1):
             raise UserError(f"pair-steps must be >= 1, got {self.pair_steps}")
 
+    def headline(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """Without pairs of steps."""
+        return frame[frame["other_step"].isna()]
+
 
 COLUMNS = {
     "model": "checkpoint",

@@ -57,6 +57,10 @@ class Config(Reading):
         if self.timed_images < 0 or self.timed_batch < 1:
             raise UserError("timed-images must be >= 0 and timed-batch >= 1")
 
+    def headline(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """Without the curve over all thresholds."""
+        return frame[frame["kind"] != "curve"]
+
 
 COLUMNS = {
     "model": "checkpoint",

@@ -42,6 +42,10 @@ class Config(Reading):
         if self.bins < 1:
             raise UserError(f"bins must be >= 1, got {self.bins}")
 
+    def headline(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """Without the bins of calibration."""
+        return frame[frame["bin"] == "all"]
+
 
 COLUMNS = {
     "model": "checkpoint; NAME@ema are its averaged weights",

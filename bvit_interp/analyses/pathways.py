@@ -69,6 +69,10 @@ class Config(Reading):
         if self.shuffles < 0:
             raise UserError(f"shuffles must be >= 0, got {self.shuffles}")
 
+    def headline(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """All components and steps together."""
+        return frame[(frame["component"] == ALL) & frame["step"].isna()]
+
 
 COLUMNS = {
     "model": "checkpoint",

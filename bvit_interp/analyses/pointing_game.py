@@ -60,6 +60,10 @@ class Config(Reading):
         if self.point == "majority" and self.tolerance:
             raise UserError("tolerance goes with --point centre: a majority has no radius")
 
+    def headline(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """Of the heads their mean and the best."""
+        return super().headline(frame[frame["head"].isin(["mean", "best", "best-split"])])
+
 
 COLUMNS = {
     "model": "checkpoint",

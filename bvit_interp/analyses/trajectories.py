@@ -68,6 +68,12 @@ class Config(Reading):
         if not 0 <= self.seed < 2**31 - 1:
             raise UserError(f"seed must be 0..{2**31 - 2}, got {self.seed}")
 
+    def headline(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """Means over images."""
+        return (
+            frame.groupby(list(frame)[: list(frame).index("image")], sort=False).mean(numeric_only=True).reset_index()
+        )
+
 
 COLUMNS = {
     "model": "checkpoint",

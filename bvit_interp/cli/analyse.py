@@ -92,7 +92,7 @@ def run_analysis(word: str, inputs: Inputs, config: Any, device: str = "cpu") ->
     if results.rank_and_world()[0] == 0:
         results.write_table(frame, path)
         results.write_json(results.provenance({**rows_of, "config": asdict(config)}), path.with_suffix(".json"))
-        print(_summary(frame))
+        print(config.headline(frame).to_string(index=False, float_format="{:.3f}".format))
         print(f"\nwrote {path}")
         draw(module, frame, path.with_suffix(".png"))
     return frame
@@ -125,25 +125,6 @@ def draw(module: ModuleType, frame: pd.DataFrame, path: Path) -> None:
         raise MissingExtra("matplotlib", "viz") from None
     plotting.save(module.plot(frame), path)
     print(f"wrote {path}")
-
-
-def _summary(frame: pd.DataFrame) -> str:
-    """The table as text: without rows of single heads, bins or pairs of steps, a mean over its images, and without the
-    columns that only name files."""
-    if "head" in frame and (frame["head"] == "mean").any():
-        frame = frame[frame["head"].isin(["mean", "best", "best-split"])]
-    if "bin" in frame:
-        frame = frame[frame["bin"] == "all"]
-    if "other_step" in frame:
-        frame = frame[frame["other_step"].isna()]
-    if "component" in frame:
-        frame = frame[(frame["component"] == "all") & frame["step"].isna()]
-    if "kind" in frame:
-        frame = frame[frame["kind"] != "curve"]
-    if "image" in frame:
-        keys = list(frame.columns[: frame.columns.get_loc("image")])
-        frame = frame.groupby(keys, sort=False).mean(numeric_only=True).reset_index()
-    return str(frame.drop(columns="path", errors="ignore").to_string(index=False, float_format="{:.3f}".format))
 
 
 def report(given: list[str]) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from bvit_interp.errors import UserError
 
 if TYPE_CHECKING:
+    import pandas as pd
     from timm.models.vision_transformer import VisionTransformer
 
     from bvit_interp.data.geometry import Geometry
@@ -43,6 +44,10 @@ class Reading:
     def identity(self) -> dict[str, Any]:
         """The options that rows depend on: those a table must share to be continued."""
         return {key: value for key, value in asdict(self).items() if key not in ("batch_size", "workers")}
+
+    def headline(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """The rows and columns of the analysis's table that the command line prints; here all but the names of files."""
+        return frame.drop(columns="path", errors="ignore")
 
     def loader(
         self, samples: Samples, models: Mapping[str, VisionTransformer], progress: str

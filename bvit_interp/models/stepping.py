@@ -34,6 +34,11 @@ class State:
         """The same of some images of the batch: a slice, a mask or indices ``(B',)``."""
         return State(self.tokens[images], self.step, None if self.memory is None else self.memory[images])
 
+    def repeated(self, times: int) -> State:
+        """The whole batch `times` over, one copy behind the other: ``(times B, N, D)``."""
+        memory = None if self.memory is None else self.memory.repeat(times, 1, 1)
+        return State(self.tokens.repeat(times, 1, 1), self.step, memory)
+
 
 def embed(model: VisionTransformer, images: Tensor) -> State:
     """Step 0: the tokens z_0 of normalised images ``(B, C, H, W)`` (eq. 1)."""
@@ -50,6 +55,13 @@ def advance(unrolled: VisionTransformer, state: State) -> State:
     refresh = block.memory.refreshed(state.step)
     tokens = block(state.tokens, before=before, after=after, refresh=refresh)
     return State(tokens, state.step + 1, after.value)
+
+
+def proceed(unrolled: VisionTransformer, state: State, until: int | None = None) -> State:
+    """The state after step `until`; by default the unroll's last."""
+    for _ in range(state.step, len(unrolled.blocks) if until is None else until):
+        state = advance(unrolled, state)
+    return state
 
 
 def answer(model: VisionTransformer, state: State) -> Tensor:

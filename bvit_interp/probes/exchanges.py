@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from bvit_interp.models.masks import PLACES, Masks
-from bvit_interp.models.stepping import advance, answer, embed
+from bvit_interp.models.stepping import advance, answer, embed, proceed
 from bvit_interp.models.unroll import unroll
 
 
@@ -64,9 +64,7 @@ class Exchanges:
         for change in [{t: s} for t, s in self.swaps] + [dict(enumerate(order)) for order in self.orders]:
             state = states[min(change)]
             with self._placed(change):
-                for _ in range(state.step, len(states) - 1):
-                    state = advance(self.view, state)
-                logits = answer(self.view, state)
+                logits = answer(self.view, proceed(self.view, state))
             yield logits
 
     @contextmanager

@@ -1,0 +1,60 @@
+"""Ablation: every variant against a run of its own with an edit written by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bvit_interp.models.stepping import advance, answer, embed, proceed
+from bvit_interp.probes.ablating import ablate, neuron_groups
+from bvit_interp.probes.probe import Probe
+
+
+@pytest.mark.parametrize("kind", ["zero", "mean", "resample"])
+@pytest.mark.parametrize("site", ["z", "mlp_post"])
+def test_variants_of_a_restarted_batch_are_runs_of_their_own(any_model, images, site, kind):
+    probe = Probe(any_model)
+    step, units = 3, {"z": probe.num_heads, "mlp_post": probe.num_neurons}[site]
+    keep = torch.rand(3, units, generator=torch.Generator().manual_seed(0)) < 0.5
+    with torch.inference_mode():
+        clean = probe.record(images, site, step)[site, step]
+        fill = {"zero": None, "mean": clean.mean(0), "resample": clean.roll(1, 0)}[kind]
+        before = proceed(probe.model, embed(probe.model, images), step - 1)
+        with probe.edit({(site, step): ablate(keep, fill)}):
+            after = advance(probe.model, before.repeated(3))
+        logits = answer(probe.model, proceed(probe.model, after)).unflatten(0, (3, -1))
+        for variant, kept in enumerate(keep):
+
+            def by_hand(activation, address, kept=kept):
+                new = activation.clone()
+                for unit in range(units):
+                    if not kept[unit]:
+                        new[:, :, unit] = 0 if fill is None else fill[:, unit] if kind == "mean" else fill[:, :, unit]
+                return new
+
+            with probe.edit({(site, step): by_hand}):
+                expected = probe(images)
+            assert torch.allclose(logits[variant], expected, atol=1e-4)
+        assert not torch.allclose(logits[0], logits[1], atol=1e-4)
+
+
+def test_keeping_all_changes_nothing(tiny, images):
+    probe = Probe(tiny)
+    with torch.inference_mode():
+        with probe.edit({("z", 5): ablate(torch.ones(1, 4, dtype=torch.bool))}):
+            kept = probe(images)
+        assert torch.equal(kept, tiny(images))
+
+
+def test_a_gradient_goes_through_the_shares(tiny, images):
+    probe = Probe(tiny)
+    share = torch.ones(1, 4, requires_grad=True)
+    with probe.edit({("z", 5): ablate(share)}):
+        probe(images).sum().backward()
+    assert share.grad.shape == (1, 4)
+    assert share.grad.abs().min() > 0
+
+
+def test_neuron_groups_are_runs_of_equal_size():
+    assert neuron_groups(7, 3).tolist() == [0, 0, 0, 1, 1, 2, 2]
+    assert neuron_groups(8, 4).bincount().tolist() == [2, 2, 2, 2]
