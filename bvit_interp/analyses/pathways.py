@@ -225,8 +225,7 @@ def _accuracy_rows(variants: Exchanges, found: Tensor) -> list[dict[str, Any]]:
     """From hits of every variant and the class ``(n, variants + 1)``."""
     from bvit_interp.metrics import wilson_interval
 
-    *hits, labels = found.unbind(1)
-    n = len(found)
+    (*hits, labels), n = found.unbind(1), len(found)
     common = {"component": ALL, "null": int(labels.long().bincount().max()) / n, "n": n}
 
     def scored(statistic: str, of: Tensor) -> dict[str, Any]:
@@ -237,8 +236,8 @@ def _accuracy_rows(variants: Exchanges, found: Tensor) -> list[dict[str, Any]]:
     shuffled = [float(of.mean()) for of in hits[1 + len(variants.swaps) :]]
     rows = [scored("accuracy", hits[0])]
     if shuffled:
-        about = {"value": sum(shuffled) / len(shuffled), "low": min(shuffled), "high": max(shuffled)}
-        rows.append({"statistic": "shuffled", **common, **about})
+        mean = sum(shuffled) / len(shuffled)
+        rows.append({"statistic": "shuffled", **common, "value": mean, "low": min(shuffled), "high": max(shuffled)})
     return rows + [scored("swapped", of) | {"step": t + 1, "other_step": s + 1} for (t, s), of in sorted(swaps.items())]
 
 
@@ -357,10 +356,7 @@ def _draw_exclusive(ax: Axes, of: pd.DataFrame, names: bool) -> None:
         edges = [shades(int(t) - 1) for t in pruned["step"]]
         ax.scatter(pruned["x"], [1.0] * len(pruned), s=22, facecolors="none", edgecolors=edges, label="fully pruned")
     ax.set_ylim(0, 1.05)
-    if single:
-        plotting.step_axis(ax, of["step"])
-    else:
-        _sparsity_axis(ax, of)
+    plotting.step_axis(ax, of["step"]) if single else _sparsity_axis(ax, of)
 
 
 def _draw_utilisation(ax: Axes, first: pd.DataFrame) -> None:

@@ -46,7 +46,7 @@ class Reading:
         return {key: value for key, value in asdict(self).items() if key not in ("batch_size", "workers")}
 
     def headline(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """The rows and columns of the analysis's table that the command line prints; here all but the names of files."""
+        """What of the table the command line prints; here all but the names of files."""
         return frame.drop(columns="path", errors="ignore")
 
     def loader(
