@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 
 import numpy as np
@@ -93,13 +94,18 @@ def test_who_leaves_where_on_paper():
     assert _leave(confidence, 1.0).tolist() == [2, 2, 2]
 
 
-def test_times_are_measured_for_thresholds_alone(tiny, digits, exits_of):
+def test_times_are_measured_for_thresholds_and_if_asked_for_the_curve(tiny, digits, exits_of):
     config = Config(exits=(exits_of(tiny, (1, 2)),), timed_images=24, timed_batch=8, thresholds=(0.0, 1.0))
     frame = measure({"m": tiny}, digits, config)
     timed = frame[frame["kind"] == "threshold"].set_index("threshold")
     assert (timed["ms"] > 0).all()
     assert timed.loc[0.0, "saved_time"] > 0.3  # 1 of 12 steps
     assert frame[frame["kind"] != "threshold"]["ms"].isna().all()
+    every = measure({"m": tiny}, digits, dataclasses.replace(config, timed_curve=True))
+    assert (every[every["kind"].isin(["threshold", "curve"])]["ms"] > 0).all()
+    assert every[every["kind"].isin(["exit", "class"])]["ms"].isna().all()
+    shown = plot(every).axes[1].lines[0]
+    assert len(shown.get_xdata()) == 51
     with pytest.raises(UserError, match="less than a timed batch of 32"):
         measure({"m": tiny}, digits, Config(exits=config.exits, timed_images=8, limit=8))
 
