@@ -112,6 +112,11 @@ QUICK = {
     "cost": ["--runs", "3", "--batch-size", "2"],
     "trajectories": ["--methods", "pca"],
     "early_exit": ["--timed-images", "6", "--timed-batch", "3"],
+    "biography": ["--ablated", "2", "--nulls", "1"],
+    "ablation": ["--images", "2", "--methods", "mean", "--groups", "0", "--scopes", "each"],
+    "patching": ["--steps", "1", "12"],
+    "lens": ["--fit-images", "6", "--iterations", "3"],
+    "step_attribution": ["--folds", "4", "--methods", "magnitude", "random", "--sparsities", "0.5"],
 }
 
 

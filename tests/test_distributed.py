@@ -47,6 +47,10 @@ def run(processes, word, ckpt, out, limit):
         ("attention", 41), ("attention", 1), ("pathways --swaps", 41), ("pathways", 1),
         ("features --steps 1 3 --iterations 2 --chunk 2", 41), ("features --neurons 5 --iterations 1", 1),
         ("pointing-game", 1), ("rank-sweep", 1), ("evaluate", 1),
+        ("biography --ablated 5", 41), ("patching --steps 1 3 12 --tokens all cls", 41),
+        ("ablation --groups 2 --images 7", 7),
+        ("ablation --groups 0 --methods mean zero", 1), ("lens --fit-images 24 --iterations 5", 41),
+        ("lens --fit-images 24 --iterations 5", 1), ("step-attribution --folds 6 --sparsities 0.5", 41),
     ],
 )  # fmt: skip
 def test_two_processes_give_the_table_of_one(word, limit, tiny, tmp_path):

@@ -6,8 +6,13 @@ Modules import torch, pandas and matplotlib inside their functions: help needs n
 drawn without torch.
 """
 
-ANALYSES = (
+OF_THE_PAPER = (
     "features", "pointing_game", "pathways", "energy_rank", "rank_sweep", "step_accuracy", "trajectories", "dynamics",
     "evaluate", "early_exit", "attention", "cost",
 )  # fmt: skip
-"""The questions there are, in the order of the paper's figures; then its tables."""
+"""The questions of bViT's figures, then of its tables."""
+THROUGH_TIME = (
+    "biography", "patching", "ablation", "lens", "stability", "step_attribution", "clock", "circuits",
+)  # fmt: skip
+"""Questions that one block at every step makes possible; ours."""
+ANALYSES = OF_THE_PAPER + THROUGH_TIME

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
@@ -30,14 +30,13 @@ from bvit_interp.data.reading import Reading
 from bvit_interp.errors import UserError
 
 if TYPE_CHECKING:
-    import numpy as np
     import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from timm.models.vision_transformer import VisionTransformer
     from torch import Tensor
 
-    from bvit_interp.data.samples import Samples
+    from bvit_interp.data.samples import Samples, Subset
     from bvit_interp.probes.truncation import Matrix, TruncatedFFN
     from bvit_interp.results import Table
 
@@ -136,7 +135,7 @@ def measure(
     classes = {name: label_map(data, model) for name, model in models.items()}
     ffns = {name: TruncatedFFN(model, config.blocks == "each", config.seed) for name, model in models.items()}
     units = {name: _units(name, ffn, config) for name, ffn in ffns.items()}
-    calibration = _calibration(data, config)
+    calibration, scored = _calibration(data, config)
     for row in [] if table is None else table.rows:
         row["step"] = str(row.get("step"))  # a CSV without "all" reads as numbers
     rows: list[dict[str, Any]] = []
@@ -153,7 +152,7 @@ def measure(
         counts = {**whole, **(_count_hits(models, new, ffns, classes, data, config) if new else {})}
         whole |= {name: counts[name] for name, unit in chosen.items() if unit.rank == ffns[name].full_rank}
         for name, unit in chosen.items():
-            rows.append(_row(name, unit, ffns[name], calibration, *counts[name]))
+            rows.append(_row(name, unit, ffns[name], len(calibration), scored, *counts[name]))
             if table is not None:
                 table.append(rows[-1])
     return pd.DataFrame(rows if table is None else table.rows)[list(COLUMNS)]
@@ -172,49 +171,20 @@ def _ranks(name: str, full: int, config: Config) -> list[int]:
     return sorted(set(config.ranks))
 
 
-@dataclass(frozen=True)
-class _Calibration:
-    """The images that the second moments are over, and the share of them that are also scored."""
-
-    data: Samples
-    places: Sequence[int]
-    scored: float
-
-    @property
-    def classes(self) -> Sequence[str]:
-        return self.data.classes
-
-    @property
-    def native_size(self) -> int | None:
-        return self.data.native_size
-
-    @property
-    def has_masks(self) -> bool:
-        return self.data.has_masks
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def name(self, i: int) -> str:
-        return self.data.name(self.places[i])
-
-    def read(self, i: int) -> tuple[np.ndarray, int, np.ndarray | None]:
-        return self.data.read(self.places[i])
-
-
-def _calibration(data: Samples, config: Config) -> _Calibration:
-    """Images spread evenly over those that are not scored, or, where these are too few, over all."""
-    from bvit_interp.data.samples import spread
+def _calibration(data: Samples, config: Config) -> tuple[Subset, float]:
+    """Images for the second moments, spread evenly over those that are not scored, or, where these are too few, over
+    all; and the share of them that are also scored."""
+    from bvit_interp.data.samples import Subset, spread
 
     scored = set(spread(len(data), config.limit))
     others = [i for i in range(len(data)) if i not in scored]
     pool = others if len(others) >= config.calibration_images else range(len(data))
     places = [pool[i] for i in spread(len(pool), config.calibration_images)] if config.calibration_images else []
-    return _Calibration(data, places, len(scored & set(places)) / max(len(places), 1))
+    return Subset(data, places), len(scored & set(places)) / max(len(places), 1)
 
 
 def _take_moments(
-    models: Mapping[str, VisionTransformer], ffns: Mapping[str, TruncatedFFN], calibration: _Calibration, config: Config
+    models: Mapping[str, VisionTransformer], ffns: Mapping[str, TruncatedFFN], calibration: Subset, config: Config
 ) -> None:
     """Second moments of what every weight reads in the uncut models, in one pass."""
     import torch
@@ -274,7 +244,7 @@ def _count_hits(
 
 
 def _row(
-    name: str, unit: _Unit, ffn: TruncatedFFN, calibration: _Calibration, hits: int, n: int, chance: float
+    name: str, unit: _Unit, ffn: TruncatedFFN, calibration_images: int, scored: float, hits: int, n: int, chance: float
 ) -> dict[str, Any]:
     from bvit_interp.metrics import wilson_interval
 
@@ -285,8 +255,8 @@ def _row(
     return {
         "model": name, **unit._asdict(), "share": unit.rank / ffn.full_rank, "accuracy": hits / n, "low": low,
         "high": high, "n": n, "energy_fc1": _mean(energy, "fc1"), "energy_fc2": _mean(energy, "fc2"),
-        "error_fc1": _mean(error, "fc1"), "error_fc2": _mean(error, "fc2"), "calibration_images": len(calibration),
-        "calibration_scored": calibration.scored, "chance": chance,
+        "error_fc1": _mean(error, "fc1"), "error_fc2": _mean(error, "fc2"), "calibration_images": calibration_images,
+        "calibration_scored": scored, "chance": chance,
     }  # fmt: skip
 
 

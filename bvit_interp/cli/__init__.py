@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from bvit_interp import __version__
-from bvit_interp.analyses import ANALYSES
+from bvit_interp.analyses import ANALYSES, OF_THE_PAPER, THROUGH_TIME
 from bvit_interp.cli import analyse, datasets, exits, tickets, train
 from bvit_interp.cli import transfer as transferring
 from bvit_interp.errors import UserError, choices
@@ -68,20 +68,34 @@ def _dispatch(word: str, given: list[str]) -> None:
 
 
 def _overview() -> str:
-    rows = {word.replace("_", "-"): analyse.question(analyse.module_of(word)) for word in ANALYSES}
-    rows |= {
+    made = {
         "train": str(train.Train.__doc__),
         "study": str(train.Study.__doc__),
         "prune": str(train.Prune.__doc__),
         "tickets": str(tickets.Options.__doc__),
         "early-exit train": str(exits.Train.__doc__),
         "transfer": str(transferring.Transfer.__doc__),
+    }
+    others = {
         "data": "List data sets (data list) or write one (data export).",
         "report": str(analyse.Report.__doc__),
     }
-    listed = "\n".join(f"  {word:<17} {text}" for word, text in rows.items())
+    groups = {
+        "The paper's figures and tables": _questions(OF_THE_PAPER),
+        "Through time": _questions(THROUGH_TIME),
+        "Weights": made,
+        "Data and reports": others,
+    }
+    listed = "\n\n".join(
+        "\n".join([f"{title}:", *(f"  {word:<17} {text}" for word, text in rows.items())])
+        for title, rows in groups.items()
+    )
     return (
         "usage: bvit-interp WORD [options]     (bvit-interp WORD --help tells the options)\n\n"
         "Follow heads and neurons through the steps of a recurrent Vision Transformer.\n\n"
         f"{listed}\n\n--debug shows the traceback of an error; --version the version."
     )
+
+
+def _questions(words: Sequence[str]) -> dict[str, str]:
+    return {word.replace("_", "-"): analyse.question(analyse.module_of(word)) for word in words}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Protocol
@@ -54,6 +55,40 @@ class Samples(Protocol):
         DataError
             Naming the file, if the image is corrupt or its mask does not fit.
         """
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Some images of a data set, as `Samples` of their own: image i is the set's image ``places[i]``."""
+
+    data: Samples
+    places: Sequence[int]
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """The set's, also those without an image here."""
+        return self.data.classes
+
+    @property
+    def native_size(self) -> int | None:
+        """The set's."""
+        return self.data.native_size
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether the set has them."""
+        return self.data.has_masks
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def name(self, i: int) -> str:
+        """Name of image i in the set."""
+        return self.data.name(self.places[i])
+
+    def read(self, i: int) -> tuple[np.ndarray, int, np.ndarray | None]:
+        """As the set's `read`."""
+        return self.data.read(self.places[i])
 
 
 def read_image(source: Path | bytes, name: str) -> np.ndarray:

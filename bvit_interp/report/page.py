@@ -13,13 +13,16 @@ import pandas as pd
 
 from bvit_interp.analyses import ANALYSES
 from bvit_interp.errors import UserError
+from bvit_interp.report import unit_page
 from bvit_interp.results import read_table, replacing
 
 SHOWN = 1000  # rows of a table; its CSV has them all
 
 
 def write(folder: Path, out: Path | None = None) -> Path:
-    """Write the page of every analysis whose table lies in `folder`; returns its path.
+    """Write the page of every analysis whose table lies in `folder`, and beside it one of each unit told in full.
+
+    Returns the page's path.
 
     Raises
     ------
@@ -32,9 +35,12 @@ def write(folder: Path, out: Path | None = None) -> Path:
     if not sections:
         raise UserError(f"{folder} holds no results; a report needs one of {', '.join(f'{w}.csv' for w in ANALYSES)}")
     out = out or folder / "report.html"
+    lives = folder / "biography.csv"
+    units = unit_page.write(read_table(lives), folder, out) if lives.is_file() else {}
     templates = jinja2.Environment(loader=jinja2.PackageLoader("bvit_interp", "report"), autoescape=True)
     with replacing(out) as temporary:
-        temporary.write_text(templates.get_template("page.html.j2").render(sections=sections, folder=folder.name))
+        page = templates.get_template("page.html.j2")
+        temporary.write_text(page.render(sections=sections, folder=folder.name, units=units))
     return out
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bvit_interp.data.samples import IGNORE, read_image, read_mask, spread, write_mask
+from bvit_interp.data.samples import IGNORE, Subset, read_image, read_mask, spread, write_mask
 from bvit_interp.errors import DataError, UserError
 
 
@@ -78,3 +78,21 @@ def test_a_limit_is_spread_evenly():
     assert spread(3, None) == spread(3, 3) == spread(3, 10**9) == [0, 1, 2]
     with pytest.raises(UserError, match="at least 1, got 0"):
         spread(3, 0)
+
+
+def test_a_subset_is_a_set_of_its_own():
+    class Set:
+        classes, native_size, has_masks = ("a", "b"), 8, False
+
+        def name(self, i):
+            return f"image-{i}"
+
+        def read(self, i):
+            return np.full((8, 8, 3), i, np.uint8), i % 2, None
+
+    some = Subset(Set(), [4, 1])
+    assert len(some) == 2
+    assert (some.classes, some.native_size, some.has_masks) == (("a", "b"), 8, False)
+    assert [some.name(i) for i in range(2)] == ["image-4", "image-1"]
+    image, label, mask = some.read(1)
+    assert (image.max(), label, mask) == (1, 1, None)

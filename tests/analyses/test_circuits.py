@@ -1,0 +1,247 @@
+"""Circuits against masks applied by hand, their nulls, and the sweep that continues."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from bvit_interp import results
+from bvit_interp.analyses import circuits
+from bvit_interp.analyses.circuits import COLUMNS, Config, measure, plot
+from bvit_interp.data.digits import DigitScenes
+from bvit_interp.data.geometry import Geometry
+from bvit_interp.errors import DataError, UserError
+from bvit_interp.probes.probe import Probe
+
+SMALL = {"fractions": (0.5,), "groups": 4, "fit_images": 6, "draws": 1}
+
+
+def batch_of(model, data, places):
+    geometry = Geometry.of(model, data)
+    scenes = [data.read(i) for i in places]
+    return torch.stack([geometry(image, None)[0] for image, _, _ in scenes]), torch.tensor([s[1] for s in scenes])
+
+
+def of_models(frame):
+    return frame[frame["step"] == "all"].set_index("condition")
+
+
+def gates_of(frame, steps):
+    """The circuit read back from the table: heads, and groups of neurons, ``(T, n)`` of 0 and 1."""
+    tables = []
+    for kind in ("head", "neuron"):
+        part = frame[frame["kind"] == kind]
+        assert part["step"].tolist() == [str(t) for t in range(1, steps + 1)]
+        tables.append(np.array([[float(char == "#") for char in gates] for gates in part["gates"]]))
+    return tables
+
+
+@pytest.mark.parametrize("ablation", ["mean", "zero"])
+def test_the_circuit_applied_by_hand(any_model, digits, ablation):
+    """KL, accuracy and interval of the circuit in the table, by edits written here on the images that are judged."""
+    config = Config(**SMALL, limit=8, ablation=ablation)
+    frame = measure({"m": any_model}, digits, config)
+    probe = Probe(any_model)
+    heads, neurons = gates_of(frame, probe.num_steps)
+    fit, _ = batch_of(any_model, digits, circuits._fit_places(digits, config))
+    places = [i * 60 // 8 for i in range(8)]
+    assert not set(places) & set(circuits._fit_places(digits, config))
+    images, labels = batch_of(any_model, digits, places)
+
+    def by_hand(activation, address):
+        filled = clean[address.site, address.step].mean(0) if ablation == "mean" else torch.zeros(())
+        keep = heads[address.step - 1]
+        if address.site == "mlp_post":
+            keep = np.repeat(neurons[address.step - 1], probe.num_neurons // 4)
+        open_ = torch.tensor(keep, dtype=torch.bool)
+        open_ = open_[:, None] if address.site == "z" else open_
+        return torch.where(open_, activation, filled)
+
+    with torch.no_grad():
+        _, clean = probe.run(fit, ["z", "mlp_post"])
+        with probe.edit({(site, t): by_hand for site in ("z", "mlp_post") for t in range(1, probe.num_steps + 1)}):
+            gated = probe(images).double().log_softmax(-1)
+        whole = any_model(images).double().log_softmax(-1)
+    kl = (whole.exp() * (whole - gated)).sum(-1)
+    row = of_models(frame).loc["per-step"]
+    assert row["kl"] == pytest.approx(kl.mean().item(), rel=1e-3, abs=1e-5)
+    half = 1.959963984540054 * kl.std() / 8**0.5
+    assert row["kl_high"] == pytest.approx((kl.mean() + half).item(), rel=1e-3, abs=1e-5)
+    assert row["accuracy"] == (gated.argmax(-1) == labels).double().mean().item()
+    assert row["n"] == 8
+    full = of_models(frame).loc["full"]
+    assert full["accuracy"] == (whole.argmax(-1) == labels).double().mean().item()
+
+
+def test_fractions_conditions_and_their_counts(tiny, stacked, digits):
+    frame = measure({"a": tiny, "b": stacked}, digits, Config(**SMALL | {"fractions": (0.3, 0.7)}, limit=5))
+    assert list(frame) == list(COLUMNS)
+    for (name, fraction), part in frame[frame["fraction"] < 1].groupby(["model", "fraction"]):
+        model = {"a": tiny, "b": stacked}[name]
+        steps = len(model.blocks)
+        assert of_models(part).index.tolist() == [
+            "per-step", "even", "all-steps", "shuffled", "shuffled-units", "random", "even-random",
+        ]  # fmt: skip
+        for kind, table in zip(("head", "neuron"), gates_of(part, steps), strict=True):
+            np.testing.assert_allclose(part[part["kind"] == kind]["kept"], table.mean(1))
+            assert table.sum() == round(fraction * table.size)
+    assert frame["condition"].eq("full").sum() == 2
+
+
+def test_excess_is_the_difference_to_the_circuit(tiny, digits):
+    rows = of_models(measure({"m": tiny}, digits, Config(**SMALL | {"draws": 2}, limit=9)))
+    others = rows.drop(index=["full", "per-step"])
+    np.testing.assert_allclose(others["excess"], others["kl"] - rows.loc["per-step", "kl"], atol=1e-9)
+    assert rows.loc[["full", "per-step"], "excess"].isna().all()
+    assert (others["kl_least"] <= others["kl"] + 1e-12).all()
+    assert (others["kl_most"] >= others["kl"] - 1e-12).all()
+    assert (others.loc[["shuffled", "random"], "kl_most"] > others.loc[["shuffled", "random"], "kl_least"]).all()
+    labels = [digits.read(i * 60 // 9)[1] for i in range(9)]
+    assert (rows["chance"] == np.bincount(labels).max() / 9).all()
+
+
+def test_the_unit_that_answers_is_found(make, digits):
+    """Only head 2 of step 3 and one group of step 2 reach the residual: at one gate a kind, these stay open."""
+    model = make(name="vit_tiny_patch16_224", depth=3)
+    with torch.no_grad():
+        for t, block in enumerate(model.blocks):
+            if t != 2:
+                block.attn.proj.weight.zero_()
+            if t != 1:
+                block.mlp.fc2.weight.zero_()
+        head = torch.arange(32) // 8 == 2
+        model.blocks[2].attn.proj.weight[:, ~head] = 0
+        model.blocks[1].mlp.fc2.weight[:, 32:] = 0  # of 128 neurons, group 0 of 4 stays
+    frame = measure({"m": model}, digits, Config(**SMALL | {"fractions": (1 / 12,)}, limit=6))
+    heads, neurons = gates_of(frame, 3)
+    assert np.argwhere(heads).tolist() == [[2, 2]]
+    assert np.argwhere(neurons).tolist() == [[1, 0]]
+    rows = of_models(frame)
+    assert rows.loc["per-step", "kl"] == pytest.approx(0, abs=1e-9)
+    assert rows.loc["per-step", "agreement"] == 1.0
+    assert rows.loc["shuffled", "excess"] > 1e-4
+
+
+def test_batches_and_order_of_models_change_nothing(tiny, stacked, digits):
+    config = {**SMALL, "limit": 11, "methods": ("learned",), "epochs": 1}
+    one = measure({"a": tiny, "b": stacked}, digits, Config(**config, batch_size=3))
+    two = measure({"b": stacked, "a": tiny}, digits, Config(**config, batch_size=64))
+    for name in ("a", "b"):
+        parts = [frame[frame["model"] == name].reset_index(drop=True) for frame in (one, two)]
+        pd.testing.assert_frame_equal(*parts, rtol=1e-6, atol=1e-6)
+
+
+def test_out_of_memory_halves_the_batch(tiny, digits, monkeypatch):
+    whole = measure({"m": tiny}, digits, Config(**SMALL, limit=12))
+    from bvit_interp.probes.circuit import Gates
+
+    run = Gates.logits
+
+    def fail(self, images, keep):
+        if len(images) > 5:
+            raise torch.OutOfMemoryError
+        return run(self, images, keep)
+
+    monkeypatch.setattr(Gates, "logits", fail)
+    pd.testing.assert_frame_equal(measure({"m": tiny}, digits, Config(**SMALL, limit=12)), whole, rtol=1e-6, atol=1e-6)
+
+
+def test_all_images_are_either_fit_or_judged(tiny):
+    data = DigitScenes("test", length=20)
+    config = Config(**SMALL | {"fit_images": 50})
+    frame = measure({"m": tiny}, data, config)
+    assert (of_models(frame)["n"] == 10).all()
+    assert (frame[frame["kind"] == "head"]["n"] == 10).all()
+    assert len(set(circuits._fit_places(data, config))) == 10
+    # what the limit leaves out comes first
+    assert set(circuits._fit_places(data, Config(limit=10, fit_images=8))) <= set(range(1, 20, 2))
+
+
+def test_a_sweep_continues_where_it_stopped(tiny, digits, tmp_path, monkeypatch):
+    config = Config(**SMALL | {"fractions": (0.3, 0.7)}, limit=5)
+    whole = measure({"m": tiny}, digits, config)
+    path, options = tmp_path / "circuits.csv", {"config": config.identity()}
+    table = results.Table(path, options)
+    append, written = table.append, []
+
+    def killed(row):
+        if len(written) == 40:
+            raise KeyboardInterrupt
+        written.append(row)
+        append(row)
+
+    monkeypatch.setattr(table, "append", killed)
+    with pytest.raises(KeyboardInterrupt):
+        measure({"m": tiny}, digits, config, table)
+    again = results.Table(path, options)
+    assert len(again.rows) == 40
+    frame = measure({"m": tiny}, digits, config, again)
+    pd.testing.assert_frame_equal(frame, whole, rtol=1e-9)
+    monkeypatch.setattr(circuits, "_judge", None)  # all is there
+    third = measure({"m": tiny}, digits, config, results.Table(path, options))
+    pd.testing.assert_frame_equal(third, whole, rtol=1e-9)
+
+
+def test_the_model_comes_back_as_it_was(tiny_te, digits, watched_models):
+    before = {name: tensor.clone() for name, tensor in tiny_te.state_dict().items()}
+    measure({"m": tiny_te}, digits, Config(**SMALL, limit=3))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tiny_te.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in tiny_te.parameters())
+    assert tiny_te in watched_models  # the fixture asserts that no hook is left
+
+
+def test_figure_and_summary_from_the_csv_alone(tiny, stacked, digits, tmp_path):
+    config = Config(**SMALL | {"fractions": (0.3, 0.7)}, limit=6, methods=("gradient", "learned"), epochs=1)
+    results.write_table(measure({"a": tiny, "b": stacked}, digits, config), tmp_path / "c.csv")
+    frame = results.read_table(tmp_path / "c.csv")
+    axes = plot(frame).axes
+    rows = frame[(frame["model"] == "a") & (frame["method"] == "learned") & (frame["condition"] == "shuffled")]
+    drawn = {line.get_label(): line for line in axes[0].lines}
+    np.testing.assert_allclose(drawn["circuit of another step"].get_ydata(), rows.sort_values("fraction")["kl"])
+    raster = axes[3].images[0].get_array()
+    assert raster.shape == (8, 12)
+    assert raster.sum() == round(0.7 * 48) * 2
+    shown = config.headline(frame)
+    assert len(shown) == 8
+    assert shown["shuffled"].tolist()[0] == frame[frame["condition"] == "shuffled"]["kl"].iloc[0]
+
+
+def test_bad_input(tiny, digits):
+    for given, message in (
+        ({"fractions": (0.5, 1.0)}, "fractions must be between 0 and 1"),
+        ({"fractions": ()}, "fractions must be"),
+        ({"methods": ("gradient", "gradient")}, "methods must be one or more of gradient, learned, each once"),
+        ({"ablation": "resample"}, "ablation must be mean or zero, got 'resample'"),
+        ({"fit_images": 0}, "fit-images must be >= 1, got 0"),
+        ({"draws": 0}, "draws must be >= 1, got 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Config(**given)
+    with pytest.raises(UserError, match="at least 2 are needed, got 1"):
+        measure({"m": tiny}, DigitScenes("test", length=1), Config(**SMALL))
+    tiny.reset_classifier(7)
+    with pytest.raises(DataError, match="do not match the model's 7"):
+        measure({"m": tiny}, digits, Config(**SMALL))
+
+
+def test_nan_and_images_that_cannot_be_read(tiny, digits, monkeypatch):
+    read = DigitScenes.read
+
+    def corrupt(self, i):
+        if i % 7 == 3:
+            raise DataError(f"scene {i} cannot be read")
+        return read(self, i)
+
+    monkeypatch.setattr(DigitScenes, "read", corrupt)
+    with pytest.raises(DataError, match="cannot be read"):
+        measure({"m": tiny}, digits, Config(**SMALL | {"fit_images": 20}, limit=20))
+    frame = measure({"m": tiny}, digits, Config(**SMALL | {"fit_images": 20}, limit=20, skip_corrupt=True))
+    assert (of_models(frame)["n"] < 20).all()
+    assert (frame[frame["kind"] == "head"]["n"] < 20).all()
+    monkeypatch.undo()
+    with torch.no_grad():
+        tiny.head.bias[0] = torch.nan
+    with pytest.raises(UserError, match="NaN"):
+        measure({"m": tiny}, digits, Config(**SMALL, limit=5))

@@ -1,0 +1,223 @@
+"""The lens against `step_accuracy`, against a reading by hand, and against what its table must say at both ends."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from bvit_interp.analyses import lens, step_accuracy
+from bvit_interp.analyses.lens import COLUMNS, Config, measure, plot
+from bvit_interp.errors import DataError, UserError
+
+FAST = Config(fit_images=10, iterations=2, limit=12, batch_size=8)
+BOTH_ENDS = ("agreement", "kl", "top1")
+
+
+def change(**options):
+    return dataclasses.replace(FAST, **options)
+
+
+def steps_of(frame, of, tokens, statistic):
+    rows = frame[(frame["lens"] == of) & (frame["tokens"] == tokens) & (frame["statistic"] == statistic)]
+    return rows.set_index("step")
+
+
+def test_raw_on_cls_is_the_step_accuracy(any_model, digits):
+    frame = measure({"m": any_model}, digits, FAST)
+    depth = len(any_model.blocks)
+    known = step_accuracy.measure({"m": any_model}, digits, step_accuracy.Config(steps=depth, limit=12)).set_index(
+        "step"
+    )
+    for name in ("top1", "agreement", "entropy", "true_rank", "confidence", "flips"):
+        rows = steps_of(frame, "raw", "cls", name)
+        np.testing.assert_allclose(rows["value"], known[name], rtol=1e-6, err_msg=name)
+    np.testing.assert_allclose(steps_of(frame, "raw", "cls", "flips")["null"], known["flips_null"])
+    np.testing.assert_allclose(steps_of(frame, "raw", "cls", "top1")["null"], known["chance"])
+    assert steps_of(frame, "raw", "cls", "kl")["value"].iloc[-1] == pytest.approx(0, abs=1e-12)
+    assert (frame["n"] <= 12).all()
+    assert (frame["fit_images"] == 10).all()
+    registers = any_model.num_prefix_tokens > (2 if hasattr(any_model, "head_dist") else 1)
+    assert set(frame["tokens"]) == ({"cls", "reg", "patches"} if registers else {"cls", "patches"})
+    for kind in set(frame["tokens"]):
+        assert steps_of(frame, "tuned", kind, "kl")["value"].notna().all()
+
+
+def test_patches_by_hand(tiny, digits, by_hand):
+    frame = measure({"m": tiny}, digits, FAST)
+    from bvit_interp.data.geometry import Geometry
+    from bvit_interp.data.samples import spread
+
+    geometry = Geometry.of(tiny, digits)
+    scenes = [digits.read(i) for i in spread(60, 12)]
+    images, labels = torch.stack([geometry(s[0])[0] for s in scenes]), np.array([s[1] for s in scenes])
+    with torch.no_grad():
+        sites = by_hand.run(tiny, images, [tiny.blocks[0]] * 12)
+        final = by_hand.logits(tiny, sites[12]["resid_post"]).double().softmax(-1).numpy()
+        for t in (1, 6, 12):
+            z = sites[t]["resid_post"]
+            q = torch.stack([by_hand.logits(tiny, z[:, 1 + p :]) for p in range(16)], 1).double().softmax(-1).numpy()
+            found = {name: steps_of(frame, "raw", "patches", name)["value"][t] for name in BOTH_ENDS}
+            assert found["top1"] == pytest.approx((q.argmax(-1) == labels[:, None]).mean())
+            assert found["agreement"] == pytest.approx((q.argmax(-1) == final.argmax(-1)[:, None]).mean())
+            kl = (final[:, None] * np.log(final[:, None] / q)).sum(-1).mean()
+            assert found["kl"] == pytest.approx(kl, rel=1e-4)
+            maps = np.log(np.stack([q[i, :, labels[i]] for i in range(12)]))
+            hits, covered = [], []
+            for i, (_, label, mask) in enumerate(scenes):
+                on = np.array([mask[8 * r + 4, 8 * c + 4] == label + 1 for r in range(4) for c in range(4)])
+                if on.any():
+                    hits.append(on[maps[i].argmax()])
+                    covered.append(on.mean())
+            row = steps_of(frame, "raw", "patches", "pointing").loc[t]
+            assert row["value"] == pytest.approx(np.mean(hits))
+            assert row["n"] == len(hits)
+            assert steps_of(frame, "raw", "patches", "object_share")["value"][t] == pytest.approx(np.mean(covered))
+
+
+def test_the_tuned_lens_reads_more_than_the_raw_and_than_its_null(make, digits):
+    """A random model's answers are functions of the image; the map learns them from other images."""
+    model = make(num_steps=3)
+    frame = measure({"m": model}, digits, Config(fit_images=40, limit=20, iterations=20))
+    raw, tuned, shuffled = (steps_of(frame, of, "cls", "kl")["value"] for of in ("raw", "tuned", "shuffled"))
+    assert (tuned < shuffled).all()
+    assert tuned[1] < raw[1]
+    assert tuned[3] < 0.1 * steps_of(frame, "tuned", "cls", "kl")["null"][3]
+
+
+@pytest.mark.parametrize("name", ["tiny_reg4", "stacked"])
+def test_it_does_not_depend_on_the_batches(name, digits, request):
+    model = request.getfixturevalue(name)
+    whole, parts = (measure({"m": model}, digits, change(batch_size=size)) for size in (64, 5))
+    pd.testing.assert_frame_equal(whole, parts, rtol=1e-5, atol=1e-5)
+
+
+def test_memory_that_runs_short_changes_nothing(tiny, digits, monkeypatch):
+    """Parts that fit a bound, and batches halved after an error as on a GPU."""
+    from bvit_interp.probes import lens_scores
+
+    whole = measure({"m": tiny}, digits, FAST)
+    monkeypatch.setattr(lens_scores, "BYTES_OF_LOGITS", 1)
+    pd.testing.assert_frame_equal(measure({"m": tiny}, digits, FAST), whole, rtol=1e-5, atol=1e-5)
+    monkeypatch.undo()
+    head = type(tiny).forward_head
+
+    def fail(self, x, pre_logits=False):
+        if len(x) > 4 * 16 and not torch.is_grad_enabled():
+            raise torch.OutOfMemoryError
+        return head(self, x, pre_logits)
+
+    monkeypatch.setattr(type(tiny), "forward_head", fail)
+    pd.testing.assert_frame_equal(measure({"m": tiny}, digits, FAST), whole, rtol=1e-5, atol=1e-5)
+
+
+def test_images_are_trained_on_or_scored_never_both(squares):
+    for count, limit, fit_images, scored, fitted in ((27, 9, 18, 9, 18), (27, None, 10, 17, 10), (27, 20, 18, 10, 10)):
+        fit, score = lens._split(squares(count), Config(limit=limit, fit_images=fit_images))
+        assert (len(score), len(fit)) == (scored, fitted)
+        assert not set(fit.places) & set(score.places)
+        assert score.name(2) == f"square-{score.places[2]}"
+    with pytest.raises(UserError, match="at least 4 are needed, got 3"):
+        lens._split(squares(3), Config())
+
+
+def test_leaving_at_both_ends_of_the_threshold(tiny, digits):
+    frame = measure({"m": tiny}, digits, FAST)
+    exits = frame[frame["statistic"] == "exit_accuracy"]
+    own = steps_of(frame, "raw", "cls", "top1")["value"]
+    for of in ("raw", "tuned"):
+        curve = exits[exits["lens"] == of].set_index("threshold")
+        assert curve.loc[1.0, "value"] == own[12] == curve.loc[1.0, "null"]
+        assert curve.loc[1.0, "mean_step"] == 12
+        assert curve.loc[0.0, "value"] == steps_of(frame, of, "cls", "top1")["value"][1]
+        assert curve.loc[0.0, "mean_step"] == 1
+        assert curve["mean_step"].is_monotonic_increasing
+
+
+def test_one_image_is_scored_and_has_no_other_to_compare_with(make, digits):
+    frame = measure({"m": make(num_steps=1)}, digits, change(limit=1))
+    assert (frame["n"] <= 1).all()
+    assert frame[frame["statistic"].isin(["kl", "agreement"])]["null"].isna().all()
+    plot(frame)
+
+
+def test_several_models_share_one_pass_and_come_back_as_they_were(tiny, stacked, digits):
+    reads = []
+
+    class Counted(type(digits)):
+        def read(self, i):
+            reads.append(i)
+            return super().read(i)
+
+    before = {name: tensor.clone() for name, tensor in tiny.state_dict().items()}
+    both = measure({"a": tiny, "b": stacked}, Counted("test", length=22), FAST)
+    assert sorted(reads) == list(range(22))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tiny.state_dict().items())
+    assert all(parameter.grad is None for parameter in tiny.parameters())
+    alone = measure({"b": stacked}, Counted("test", length=22), FAST)
+    pd.testing.assert_frame_equal(both[both["model"] == "b"].reset_index(drop=True), alone)
+
+
+def test_kept_maps_are_those_of_the_table(tiny, digits, tmp_path):
+    frame = measure({"a/b@ema": tiny}, digits, change(examples=3), folder=tmp_path)
+    assert set(frame["path"]) == {str(tmp_path / "lens_a_b_ema.npz")}
+    with np.load(tmp_path / "lens_a_b_ema.npz") as found:
+        assert found["maps"].shape == (3, 2, 12, 4, 4)
+        assert found["mean_maps"].shape == (2, 12, 4, 4)
+        assert (found["mean_maps"] < 0).all()
+        assert list(found["lenses"]) == ["raw", "tuned"]
+        for i, place in enumerate((0, 20, 40)):  # of 60 images the scored are 0, 5, ..., 55
+            image, label, _ = digits.read(place)
+            assert found["classes"][i] == str(label)
+            assert np.abs(found["images"][i].astype(int) - image).max() <= 1
+    without = measure({"a": tiny}, digits, change(examples=0), folder=tmp_path)
+    assert len(plot(without).axes) == 6
+
+
+def test_columns_and_figure_from_the_csv_alone(tiny, stacked, squares, digits, tmp_path):
+    class Unmasked(squares):
+        has_masks = False
+
+        def read(self, i):
+            return (*super().read(i)[:2], None)
+
+    frame = measure({"a": tiny, "b": stacked}, digits, FAST, folder=tmp_path)
+    assert list(frame) == list(COLUMNS)
+    assert not frame.duplicated(["model", "lens", "tokens", "statistic", "step", "threshold"]).any()
+    figure = plot(pd.read_csv(io.StringIO(frame.to_csv(index=False))))
+    accuracy = figure.axes[0]
+    rows = steps_of(frame[frame["model"] == "a"], "raw", "cls", "top1")
+    np.testing.assert_allclose(accuracy.lines[0].get_ydata(), rows["value"])
+    np.testing.assert_allclose(accuracy.lines[1].get_ydata(), rows["null"])
+    assert "maximum on the object" in figure.axes[5].get_title()
+    headline = FAST.headline(frame[frame["model"] == "a"])
+    assert set(headline["step"]) == {3, 6, 12}
+    tiny.reset_classifier(3)
+    unmasked = measure({"a": tiny}, Unmasked(27), FAST)
+    assert not unmasked["statistic"].isin(["pointing", "object_share"]).any()
+    assert "correlation with that of T" in plot(unmasked).axes[5].get_title()
+
+
+def test_bad_input(tiny, make, digits):
+    for options, message in (
+        ({"fit_images": 1}, "fit-images must be >= 2, got 1"),
+        ({"iterations": -1}, "iterations must be >= 0, got -1"),
+        ({"examples": -2}, "examples must be >= 0, got -2"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Config(**options)
+    with pytest.raises(UserError, match="global_pool must be token"):
+        measure({"m": make(global_pool="avg")}, digits, FAST)
+    assert change(examples=5).identity() == FAST.identity()
+    assert change(seed=5).identity() != FAST.identity()
+    with torch.no_grad():
+        tiny.cls_token[:] = torch.nan
+    with pytest.raises(UserError, match="NaN"):
+        measure({"m": tiny}, digits, FAST)
+    tiny.reset_classifier(7)
+    with pytest.raises(DataError, match="do not match the model's 7"):
+        measure({"m": tiny}, digits, FAST)

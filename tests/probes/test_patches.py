@@ -1,0 +1,215 @@
+"""Patched cells against forwards written by hand, one cell at a time; ratios of means against numpy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from bvit_interp.errors import UserError
+from bvit_interp.models.unroll import unroll
+from bvit_interp.probes.patches import Patches, Recovered, corrupt
+from bvit_interp.probes.probe import Probe
+
+
+@pytest.fixture
+def others():
+    """Four other images."""
+    return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(8))
+
+
+def blocks_of(model):
+    return [model.blocks[i] for i in range(len(model.blocks))]
+
+
+@pytest.mark.parametrize("tokens", ["all", "cls", "patches"])
+def test_states_against_the_forward_written_by_hand(any_model, images, others, by_hand, tokens):
+    """Also with a memory, which stays the receiver's, with a time embedding, registers and several blocks."""
+    blocks, embed = blocks_of(any_model), getattr(any_model.blocks, "step_embed", None)
+    last = len(blocks)
+    patches = Patches(any_model, tokens=tokens, steps=(1, 2, last))
+    prefix = any_model.num_prefix_tokens
+    rows = {"all": slice(None), "cls": slice(0, 1), "patches": slice(prefix, None)}[tokens]
+    with torch.inference_mode():
+        logits = patches.logits(images, others)
+        donor, receiver = (by_hand.run(any_model, x, blocks, embed) for x in (others, images))
+        for i, s in enumerate(patches.steps):
+            for j, t in enumerate(patches.steps):
+                state = receiver[t]["resid_post"].clone()
+                state[:, rows] = donor[s]["resid_post"][:, rows]
+                if t < last:
+                    state = by_hand.run(any_model, images, blocks, embed, states={t: state})[-1]["resid_post"]
+                torch.testing.assert_close(logits[i, j], by_hand.logits(any_model, state), rtol=1e-4, atol=1e-4)
+    assert logits.shape == (3, 3, 4, 10)
+    assert (logits[0, 1] - logits[1, 1]).abs().max() > 1e-3
+
+
+def test_neurons_against_the_forward_written_by_hand(tiny, images, others, by_hand):
+    patches = Patches(tiny, "mlp_post", "cls", unit=5, steps=(2, 12))
+    blocks = [tiny.blocks[0]] * 12
+    with torch.inference_mode():
+        logits = patches.logits(images, others)
+        donor = by_hand.run(tiny, others, blocks)
+        for i, s in enumerate((2, 12)):
+            for j, t in enumerate((2, 12)):
+
+                def change(neurons, s=s):
+                    neurons = neurons.clone()
+                    neurons[:, 0, 5] = donor[s]["mlp_post"][:, 0, 5]
+                    return neurons
+
+                state = by_hand.run(tiny, images, blocks, changes={t: change})[-1]["resid_post"]
+                torch.testing.assert_close(logits[i, j], by_hand.logits(tiny, state), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("site", "unit", "index"),
+    [
+        ("z", 1, lambda rows: (slice(None), rows, 1)),
+        ("attn_out", None, lambda rows: (slice(None), rows)),
+        ("resid_mid", 3, lambda rows: (slice(None), rows, 3)),
+        ("resid_post", 3, lambda rows: (slice(None), rows, 3)),
+        ("pattern", None, lambda rows: (slice(None), slice(None), rows)),
+        ("pattern", 2, lambda rows: (slice(None), 2, rows)),
+    ],
+)
+def test_other_sites_against_one_edit_at_a_time(stacked, images, others, site, unit, index):
+    patches, probe = Patches(stacked, site, "patches", unit), Probe(stacked)
+    where = index(slice(1, None))
+    with torch.inference_mode():
+        logits, cache = patches.logits(images, others), probe.record(others, site)
+        for s in (1, 2, 3):
+            for t in (1, 2, 3):
+
+                def edit(old, _, s=s):
+                    new = old.clone()
+                    new[where] = cache[site, s][where]
+                    return new
+
+                with probe.edit({(site, t): edit}):
+                    torch.testing.assert_close(logits[s - 1, t - 1], probe(images), rtol=1e-5, atol=1e-5)
+
+
+def test_one_map_needs_one_longer_run(tiny, images, others):
+    """F^(T-t)(z_s), by models of so many steps; and the same by restarts, in the unroll, which is not known as tied."""
+    patches, restarts = Patches(tiny, steps=(1, 12)), Patches(unroll(tiny), steps=(1, 12))
+    assert patches.tied and not restarts.tied
+    with torch.inference_mode():
+        logits = patches.logits(images, others)
+        torch.testing.assert_close(logits, restarts.logits(images, others), rtol=1e-5, atol=1e-5)
+        for i, s in enumerate((1, 12)):
+            for j, t in enumerate((1, 12)):
+                torch.testing.assert_close(logits[i, j], unroll(tiny, steps=s + 12 - t)(others), rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_whole_and_what_is_one_map(tiny, tiny_te, tiny_hybrid, tiny_fl, stacked):
+    known = {model: (patches.whole, patches.tied) for model in (tiny, tiny_te, tiny_hybrid, tiny_fl, stacked)
+             for patches in [Patches(model)]}  # fmt: skip
+    assert known == {
+        tiny: (True, True), tiny_te: (True, False), tiny_hybrid: (True, False), tiny_fl: (False, False),
+        stacked: (True, False),
+    }  # fmt: skip
+    for options in ({"tokens": "cls"}, {"unit": 2}, {"site": "attn_out"}):
+        assert not Patches(tiny, **options).whole
+
+
+@pytest.mark.parametrize(("site", "tokens", "patched"), [("resid_post", "cls", 792), ("z", "all", 936)])
+def test_blocks_applied_are_those_of_the_docstring(tiny, images, site, tokens, patched):
+    patches, calls = Patches(tiny, site, tokens), []
+    handles = [b.register_forward_pre_hook(lambda _, x: calls.append(len(x[0]))) for b in patches.view.blocks]
+    with torch.inference_mode():
+        patches.logits(images, images)
+    for handle in handles:
+        handle.remove()
+    assert sum(calls) == 4 * (patched + 24)  # 24: the runs of donor and receiver
+
+
+def test_one_map_applies_its_block_23_times(tiny, images):
+    patches, calls = Patches(tiny), []
+    handles = [b.register_forward_hook(lambda *_: calls.append(1)) for b in patches._longer.blocks]
+    with torch.inference_mode():
+        patches.logits(images, images)
+    for handle in handles:
+        handle.remove()
+    assert len(calls) == 23
+
+
+def test_nothing_stays_on_the_model(tiny, images, watched_models):
+    patches = Patches(tiny, "z", "cls", steps=(1, 2))
+    watched_models.append(patches.view)
+    before = tiny(images)
+    patches.logits(images, images.flip(0))
+    assert torch.equal(tiny(images), before)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"site": "residual"}, "unknown site 'residual'"),
+        ({"site": "z", "unit": 4}, "no head 4; heads: 0..3"),
+        ({"tokens": "reg"}, "selects none of the 17 tokens"),
+        ({"steps": (1, 13)}, "no step 13; steps: 1..12"),
+        ({"site": "inner1.z"}, "this model has none"),
+    ],
+)
+def test_bad_places(tiny, options, message):
+    with pytest.raises(UserError, match=message):
+        Patches(tiny, **options)
+
+
+# ---- the ratio of means --------------------------------------------------------------------------------
+
+
+def test_recovered_against_numpy_and_a_bootstrap():
+    rng = np.random.default_rng(0)
+    whole = 2 + rng.standard_normal(400)
+    gained = 0.7 * whole[:, None] + rng.standard_normal((400, 2)) * [0.5, 2.0]
+    metric = Recovered(2)
+    for part in (slice(0, 150), slice(150, 400)):
+        metric.update(torch.from_numpy(gained[part]), torch.from_numpy(whole[part, None]))
+    found = {key: values.numpy() for key, values in metric.compute().items()}
+    ratio = gained.mean(0) / whole.mean()
+    half = 1.959964 * (gained - ratio * whole[:, None]).std(0, ddof=1) / np.sqrt(400) / whole.mean()
+    np.testing.assert_allclose(found["value"], ratio, rtol=1e-12)
+    np.testing.assert_allclose(found["low"], ratio - half, rtol=1e-6)
+    np.testing.assert_allclose(found["high"], ratio + half, rtol=1e-6)
+    draws = [gained[i].mean(0) / whole[i].mean() for i in rng.integers(0, 400, (4000, 400))]
+    np.testing.assert_allclose(half, 1.96 * np.std(draws, axis=0), rtol=0.08)
+
+
+def test_recovered_without_numbers():
+    metric = Recovered(1)
+    metric.update(torch.tensor([[1.0]]), torch.tensor([[2.0]]))
+    alone = metric.compute()
+    assert (alone["value"].item(), alone["n"].item()) == (0.5, 1)
+    assert alone["low"].isnan().all()
+    nothing = Recovered(1)
+    nothing.update(torch.tensor([[1.0], [2.0]]), torch.zeros(2, 1))
+    assert nothing.compute()["value"].isnan().all()
+    with pytest.raises(UserError, match="NaN"):
+        metric.update(torch.tensor([[torch.nan]]), torch.tensor([[1.0]]))
+
+
+# ---- corruption ----------------------------------------------------------------------------------------
+
+
+def test_shuffled_patches_are_the_patches_elsewhere():
+    image = torch.arange(3 * 8 * 12.0).reshape(1, 3, 8, 12)
+    shuffled = corrupt(image, torch.tensor([5]), (2, 3), "shuffle")[0]  # patches of 4 x 4 pixels
+
+    def tiles(x):
+        return [tuple(x[:, 4 * i : 4 * i + 4, 4 * j : 4 * j + 4].flatten().tolist()) for i in (0, 1) for j in (0, 1, 2)]
+
+    assert sorted(tiles(shuffled)) == sorted(tiles(image[0]))
+    assert tiles(shuffled) != tiles(image[0])
+
+
+@pytest.mark.parametrize("kind", ["shuffle", "noise"])
+def test_an_image_is_always_corrupted_alike(images, kind):
+    whole = corrupt(images, torch.tensor([9, 3, 4, 5]), (4, 4), kind)
+    alone = corrupt(images[1:2], torch.tensor([3]), (4, 4), kind)
+    assert torch.equal(whole[1:2], alone)
+    assert not torch.equal(alone, corrupt(images[1:2], torch.tensor([4]), (4, 4), kind))
+    assert not torch.equal(alone, corrupt(images[1:2], torch.tensor([3]), (4, 4), kind, seed=1))
+    if kind == "noise":
+        assert (whole - images).std().item() == pytest.approx(1, abs=0.03)
