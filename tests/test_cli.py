@@ -116,6 +116,9 @@ QUICK = {
     "ablation": ["--images", "2", "--methods", "mean", "--groups", "0", "--scopes", "each"],
     "patching": ["--steps", "1", "12"],
     "lens": ["--fit-images", "6", "--iterations", "3"],
+    "stability": ["--jacobian-images", "1", "--steps", "13", "--spectra", "1", "--leading", "1", "--iterations", "3"],
+    "clock": ["--scored", "2", "--runs", "6"],
+    "circuits": ["--fit-images", "3", "--fractions", "0.5", "--draws", "1"],
     "step_attribution": ["--folds", "4", "--methods", "magnitude", "random", "--sparsities", "0.5"],
 }
 

@@ -51,6 +51,10 @@ def run(processes, word, ckpt, out, limit):
         ("ablation --groups 2 --images 7", 7),
         ("ablation --groups 0 --methods mean zero", 1), ("lens --fit-images 24 --iterations 5", 41),
         ("lens --fit-images 24 --iterations 5", 1), ("step-attribution --folds 6 --sparsities 0.5", 41),
+        ("clock --scored 6 --runs 6 --shifts 1", 41), ("circuits --fractions 0.5 --fit-images 16 --draws 1", 41),
+        ("circuits --methods gradient learned --epochs 1 --fit-images 16 --fractions 0.5", 1),
+        ("stability --jacobian-images 3 --steps 13 --spectra 1 --leading 2 --iterations 3", 7),
+        ("stability --jacobian-images 1 --steps 13 --spectra 1 --leading 2 --iterations 3", 3),
     ],
 )  # fmt: skip
 def test_two_processes_give_the_table_of_one(word, limit, tiny, tmp_path):

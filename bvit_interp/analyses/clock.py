@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     from bvit_interp.models.stepping import State
     from bvit_interp.probes.schedule import Plan
 
-_LEAST_IMAGES = 6
 _STRIPPED = ("subspace", "mean")
 
 
@@ -153,8 +152,8 @@ def _roles(length: int, config: Config) -> dict[str, set[int]]:
 
     places = spread(length, config.limit)
     n = len(places)
-    if n < _LEAST_IMAGES:
-        raise UserError(f"the step is read on held-out images: at least {_LEAST_IMAGES} are needed, got {n}")
+    if n < 6:
+        raise UserError(f"the step is read on held-out images: at least 6 are needed, got {n}")
     shuffled = torch.randperm(n, generator=torch.Generator().manual_seed(config.seed)).tolist()
     scored = min(config.scored, n // 2)
     ends = {"matrix": (0, min(config.matrix_images, scored)), "test": (0, scored)}
@@ -169,6 +168,7 @@ class _Subject:
         from bvit_interp.models.unroll import run_on
         from bvit_interp.probes import schedule
         from bvit_interp.probes.moments import Moments
+        from bvit_interp.probes.probe import Probe
 
         self.trained, self.classes, self.config = len(model.blocks), classes, config
         if self.trained < 2:
@@ -183,7 +183,7 @@ class _Subject:
         differ = len({*schedule.same_steps(self.view)[: self.trained]}) > 1
         pairs = schedule.substitutions(self.trained) if differ and config.matrix_images else {}
         self.matrix = [schedule.Plan(self.view, pairs)] if pairs else []
-        self.kinds = schedule.token_kinds(self.view)
+        self.kinds = Probe(self.view).kinds()
         widths = {name: 1 if name == "norm" else self.view.embed_dim for name in schedule.FEATURES}
         keys = [(kind, name, "fit") for kind in self.kinds for name in widths]
         keys += [(kind, "raw", "refit") for kind in self.kinds]

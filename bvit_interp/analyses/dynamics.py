@@ -48,7 +48,6 @@ if TYPE_CHECKING:
     from bvit_interp.probes.pairs import StatePairs
     from bvit_interp.probes.probe import Probe
 
-_KINDS = ("cls", "reg", "dist", "patches")
 _BYTES_OF_STATES = 2**28
 _BYTES_OF_PAIRS = 2**34
 _SIMILARITIES = ("cka", "cka_debiased", "procrustes")
@@ -151,18 +150,6 @@ def measure(models: Mapping[str, VisionTransformer], data: Samples, config: Conf
     return frame.astype({"other_step": "Int64"})
 
 
-def _kinds(probe: Probe) -> dict[str, slice]:
-    """The kinds of token the model has, and where each is."""
-    count = probe.num_prefix_tokens + math.prod(probe.grid)
-    found = {}
-    for kind in _KINDS:
-        try:
-            found[kind] = probe.rows(kind, count)[0]
-        except UserError:  # it has none
-            continue
-    return found
-
-
 def _motions(probe: Probe, trained: int) -> dict[str, Motion]:
     """One a kind of token, on the model's device: a process without images takes part in the gather too."""
     from bvit_interp.probes.motion import Motion
@@ -170,7 +157,7 @@ def _motions(probe: Probe, trained: int) -> dict[str, Motion]:
     device, count = next(probe.model.parameters()).device, probe.num_prefix_tokens + math.prod(probe.grid)
     return {
         kind: Motion(probe.num_steps, len(range(count)[rows]), probe.model.embed_dim, trained).to(device)
-        for kind, rows in _kinds(probe).items()
+        for kind, rows in probe.kinds().items()
     }
 
 
@@ -218,7 +205,7 @@ def _watch(probe: Probe, batch: Batch, geometry: Any, motions: Mapping[str, Moti
 
     from bvit_interp.data.loader import run_in_halves
 
-    device, kinds, points = next(probe.model.parameters()).device, _kinds(probe), []
+    device, kinds, points = next(probe.model.parameters()).device, probe.kinds(), []
 
     def states_of(part: Batch) -> Tensor:
         return probe.record(part.views[geometry][0].to(device), "resid_post", range(probe.num_steps + 1))["resid_post"]
@@ -301,7 +288,7 @@ def plot(frame: pd.DataFrame) -> Figure:
     from bvit_interp import plotting
 
     names = list(dict.fromkeys(frame["model"]))
-    kinds = [kind for kind in _KINDS if kind in set(frame["tokens"][frame["statistic"] == "norm"])]
+    kinds = [kind for kind in _NAMES if kind in set(frame["tokens"][frame["statistic"] == "norm"])]
     figure, axes = plotting.canvas(columns=4, rows=len(kinds) + 1, width=3.7, height=2.9)
     for row, kind in zip(axes, kinds, strict=False):
         for ax, (statistic, title) in zip(row, _PANELS.items(), strict=True):

@@ -7,8 +7,8 @@ conventions. Time is measured: the same images through a run that drops those th
 in turns. The null of an accuracy is `accuracy_null`: as many images leave at each exit, but drawn at random, not by
 confidence. The null of `auroc` is 0.5. Thresholds and exits of the paper are not printed: ours are options.
 
-Cost: one forward an image, and for the times up to one of `timed_images` a threshold; 10,000 images of 32 px at width 128
-take 2 min on one core, times included.
+Cost: one forward an image, and for the times up to one of `timed_images` a threshold; 10,000 images of 32 px at width
+128 take 2 min on one core, times included.
 Expected: in the paper bViT-B keeps 0.776 of 0.779 at 27.3 of 33.7 GFLOPs, 19 % less.
 """
 

@@ -33,7 +33,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -176,10 +175,7 @@ class _Plan:
         self.variants = list(itertools.product(("random", "partner"), starts, dict.fromkeys(config.eps)))
         probe = Probe(self.view)
         self.count = probe.num_prefix_tokens + math.prod(probe.grid)
-        self.kinds: dict[str, slice] = {}
-        for kind in ("cls", "reg", "dist", "patches"):
-            with suppress(UserError):  # it has none
-                self.kinds[kind] = probe.rows(kind, self.count)[0]
+        self.kinds = probe.kinds()
         self.packed = dict(self.kinds)
         if isinstance(self.view.blocks[0], MemoryBlock):
             self.packed["memory"] = slice(self.count, 2 * self.count)

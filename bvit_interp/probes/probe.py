@@ -241,6 +241,16 @@ class Probe:
             )
         return chosen, single
 
+    def kinds(self) -> dict[str, slice]:
+        """The kinds of token the model has, and where each is: cls, reg, dist, patches."""
+        found = {}
+        for kind in ("cls", "reg", "dist", "patches"):
+            try:
+                found[kind] = self.rows(kind, self.num_prefix_tokens + math.prod(self.grid))[0]
+            except UserError:  # it has none
+                continue
+        return found
+
     # ---- machinery -----------------------------------------------------------------------------------
 
     def _recording(

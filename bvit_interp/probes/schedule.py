@@ -11,7 +11,6 @@ stripped of its step.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -28,9 +27,7 @@ from bvit_interp.models.memory import MemoryBlock
 from bvit_interp.models.stepping import State, advance, answer, embed
 from bvit_interp.models.unroll import unroll
 from bvit_interp.probes.moments import Moments
-from bvit_interp.probes.probe import Probe
 
-KINDS = ("cls", "reg", "dist", "patches")
 FEATURES = ("raw", "direction", "norm")
 """What of a state a probe reads: all of it, z / ||z||, or the logarithm of ||z|| alone."""
 REMOVALS = ("subspace", "random_subspace", "random_scaled", "mean", "random_shift")
@@ -213,18 +210,6 @@ class Outcomes(Moments):
 
 
 # ---- reading the step ------------------------------------------------------------------------------------
-
-
-def token_kinds(view: VisionTransformer) -> dict[str, slice]:
-    """The kinds of token the model has, and where each is."""
-    probe = Probe(view)
-    found = {}
-    for kind in KINDS:
-        try:
-            found[kind] = probe.rows(kind, probe.num_prefix_tokens + math.prod(probe.grid))[0]
-        except UserError:  # it has none
-            continue
-    return found
 
 
 def states(view: VisionTransformer, images: Tensor, steps: int) -> Iterator[State]:

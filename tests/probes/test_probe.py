@@ -397,3 +397,11 @@ def test_a_gated_ffn_has_neurons_but_no_single_input(make, images):
     torch.testing.assert_close(block.mlp.fc2(cache["mlp_post", 2]), cache["mlp_out", 2])
     with pytest.raises(UserError, match="a gated FFN has no mlp_pre"):
         probe.record(images, "mlp_pre")
+
+
+def test_kinds_of_token(tiny, tiny_reg4, tiny_distilled, make):
+    assert Probe(tiny).kinds() == {"cls": slice(0, 1), "patches": slice(1, 17)}
+    assert Probe(tiny_reg4).kinds() == {"cls": slice(0, 1), "reg": slice(1, 5), "patches": slice(5, 21)}
+    assert list(Probe(tiny_distilled).kinds()) == ["cls", "reg", "dist", "patches"]
+    pooled = make(name="vit_tiny_patch16_224", depth=2, global_pool="avg", class_token=False)
+    assert list(Probe(pooled).kinds()) == ["patches"]

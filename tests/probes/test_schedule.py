@@ -27,7 +27,6 @@ from bvit_interp.probes.schedule import (
     same_steps,
     schedules,
     substitutions,
-    token_kinds,
     with_mean_row,
 )
 
@@ -268,11 +267,3 @@ def test_nothing_and_nan_are_refused():
         StepMoments(2, 3).compute()
     with pytest.raises(UserError, match="NaN"):
         StepMoments(2, 3).update(torch.full((1, 1, 3), math.nan, dtype=torch.float64), 1)
-
-
-def test_kinds_of_token(tiny, tiny_reg4, tiny_distilled, make):
-    assert token_kinds(unroll(tiny)) == {"cls": slice(0, 1), "patches": slice(1, 17)}
-    assert token_kinds(unroll(tiny_reg4)) == {"cls": slice(0, 1), "reg": slice(1, 5), "patches": slice(5, 21)}
-    assert list(token_kinds(unroll(tiny_distilled))) == ["cls", "reg", "dist", "patches"]
-    pooled = make(name="vit_tiny_patch16_224", depth=2, global_pool="avg", class_token=False)
-    assert list(token_kinds(unroll(pooled))) == ["patches"]
