@@ -17,7 +17,7 @@ _ALONE = r"^step (\d+)$"
 
 def plot(frame: pd.DataFrame) -> Figure:
     """A row a data set: modes beside each other, and single-step adapters where there are any. Means over seeds, bars
-    of one standard deviation; nulls are grey."""
+    of one standard deviation, of one seed its 95 % interval over images; nulls are grey."""
     from bvit_interp import plotting
 
     frame = frame.assign(series=_series(frame), step=frame["steps"].str.extract(_ALONE)[0].astype(float))
@@ -53,12 +53,12 @@ def _modes(ax: Axes, frame: pd.DataFrame) -> None:
     listed = list(trained["series"].unique())
     for i, series in enumerate(listed):
         own = trained[trained["series"] == series]
-        found = own.groupby("mode")["accuracy"].agg(["mean", "std", "count"])
+        found = _over_seeds(own, "mode")
         found = found.reindex([mode for mode in modes if mode in found.index])
         places = [modes.index(mode) + 0.14 * (i - (len(listed) - 1) / 2) for mode in found.index]
         style: dict[str, Any] = {**plotting.line_style(i), "linestyle": "none", "markersize": 6}
         label = f"{series}, {_seeds(found['count'])}"
-        ax.errorbar(places, found["mean"], yerr=found["std"], capsize=3, label=label, **style)
+        ax.errorbar(places, found["mean"], yerr=_bars(found), capsize=3, label=label, **style)
         for place, (mode, mean) in zip(places, found["mean"].items(), strict=True):
             if trained.loc[trained["mode"] == mode, "series"].nunique() == 1:  # else numbers would overlap
                 ax.annotate(f"{mean:.3f}", (place, mean), textcoords="offset points", xytext=(10, -3), fontsize=8)
@@ -67,8 +67,8 @@ def _modes(ax: Axes, frame: pd.DataFrame) -> None:
             said = "probe, exact solver" if "exact" not in "".join(ax.get_legend_handles_labels()[1]) else None
             ax.plot([places[list(found.index).index("probe")]], [exact], "_k", markersize=15, label=said)
     _nulls(ax, frame)
-    counts = [trained.loc[trained["mode"] == mode, "trainable"].max() for mode in modes]
-    labels = [f"{_MODES[mode]}\n{_short(n)}" for mode, n in zip(modes, counts, strict=True)]
+    counts = [trained.loc[trained["mode"] == mode, "trainable"].unique() for mode in modes]
+    labels = [f"{_MODES[mode]}\n{' / '.join(map(_short, of))}" for mode, of in zip(modes, counts, strict=True)]
     ax.set_xticks(range(len(modes)), labels)
     ax.set(xlabel="trained beside the head", ylabel="test accuracy", ylim=(0, 1.02), xlim=(-0.5, len(modes) - 0.3))
     _legend(ax)
@@ -86,12 +86,12 @@ def _steps(ax: Axes, frame: pd.DataFrame) -> None:
     for i, (mode, series) in enumerate(zip(swept["mode"], swept["series"], strict=True)):
         own = frame[(frame["mode"] == mode) & (frame["series"] == series)]
         style = {**plotting.line_style(i), "capsize": 3}
-        each = own.groupby("step")["accuracy"].agg(["mean", "std", "count"])
+        each = _over_seeds(own, "step")
         label = f"{_MODES[mode]}, {series}, {_seeds(each['count'])}".replace("\n", " ")
-        ax.errorbar(each.index, each["mean"], yerr=each["std"], label=label, **style)
-        ends = own.groupby("steps")["accuracy"].agg(["mean", "std"]).reindex(["none", "all"])
+        ax.errorbar(each.index, each["mean"], yerr=_bars(each), label=label, **style)
+        ends = _over_seeds(own, "steps").reindex(["none", "all"])
         places = [last + 1.5 + 0.2 * i, last + 2.5 + 0.2 * i]
-        ax.errorbar(places, ends["mean"], yerr=ends["std"], **{**style, "linestyle": "none"})
+        ax.errorbar(places, ends["mean"], yerr=_bars(ends), **{**style, "linestyle": "none"})
     ax.axvline(last + 0.85, color="0.8", linewidth=0.8)
     ticks = sorted(frame["step"].dropna().unique())
     ax.set_xticks([*ticks, last + 1.55, last + 2.55], [*(f"{t:.0f}" for t in ticks), "none", "all"])
@@ -113,8 +113,22 @@ def _legend(ax: Axes) -> None:
     ax.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.32), ncols=2)
 
 
+def _over_seeds(frame: pd.DataFrame, key: str) -> pd.DataFrame:
+    """Mean, deviation and number of seeds, and the interval over images, which counts for a single seed."""
+    accuracy = {"mean": ("accuracy", "mean"), "std": ("accuracy", "std"), "count": ("accuracy", "count")}
+    return frame.groupby(key).agg(**accuracy, low=("low", "mean"), high=("high", "mean"))
+
+
+def _bars(found: pd.DataFrame) -> list[pd.Series]:
+    """Below and above the mean: the deviation over seeds, of one seed the interval over images."""
+    return [found["std"].fillna(side) for side in (found["mean"] - found["low"], found["high"] - found["mean"])]
+
+
 def _seeds(counts: pd.Series) -> str:
-    return "one seed" if counts.max() == 1 else f"{counts.max():.0f} seeds"
+    least, most = int(counts.min()), int(counts.max())
+    if most == 1:
+        return "one seed"
+    return f"{most} seeds" if least == most else f"{least} to {most} seeds"
 
 
 def _short(n: float) -> str:

@@ -75,3 +75,14 @@ def test_runs_of_other_settings_are_not_averaged(frame):
     labels = modes.get_legend_handles_labels()[1]
     assert {"m, 2 epochs, 2 seeds", "m, 40 epochs, 2 seeds"} <= {*labels}
     np.testing.assert_allclose([c.lines[0].get_ydata()[-1] for c in modes.containers], [0.8, 0.1])
+
+
+def test_one_seed_has_its_interval_over_images_and_every_models_parameters_are_told(frame):
+    one = frame[(frame["seed"] == 0) | (frame["mode"] == "probe")].assign(low=0.2, high=0.9)
+    vit = frame.assign(model="vit", trainable=frame["trainable"] * 10)
+    modes = plot(pd.concat([one, vit])).axes[0]
+    drawn = modes.containers[0].lines[2][0].get_segments()
+    np.testing.assert_allclose(drawn[1][:, 1], [0.2, 0.9])
+    np.testing.assert_allclose(drawn[0][:, 1], 0.55 + np.array([-1, 1]) * np.std([0, 0.1], ddof=1))
+    assert [label.get_text() for label in modes.get_xticklabels()] == ["probe\n0", "LoRA\nq, v\n25K / 253K"]
+    assert {"m, 1 to 2 seeds", "vit, 2 seeds"} <= {*modes.get_legend_handles_labels()[1]}
