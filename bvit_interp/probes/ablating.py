@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 
+from bvit_interp.errors import UserError
 from bvit_interp.probes.probe import Edit
 from bvit_interp.vocabulary import Address, unit_axis
 
@@ -47,3 +49,32 @@ def ablate(keep: Tensor, fill: Tensor | None = None) -> Edit:
 def neuron_groups(neurons: int, groups: int) -> Tensor:
     """The group ``(F,)`` int64 of every neuron: `groups` runs of neighbours, their sizes within one of each other."""
     return torch.arange(neurons) * groups // neurons
+
+
+class SiteMeans(Metric):
+    """Mean over images of a site at every step and token, float64: what mean ablation leaves.
+
+    Parameters
+    ----------
+    *shape : ``(T, N, ...)``.
+    """
+
+    full_state_update = False
+    total: Tensor
+    count: Tensor
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, total: Tensor, count: int) -> None:
+        """Add the sum ``(T, N, ...)`` over `count` images."""
+        if not torch.isfinite(total).all():
+            raise UserError("activations hold NaN or infinite values")
+        self.total += total
+        self.count += count
+
+    def compute(self) -> Tensor:
+        """Means ``(T, N, ...)``."""
+        return self.total / self.count

@@ -24,7 +24,7 @@ from bvit_interp.data.reading import Reading
 from bvit_interp.data.samples import Samples, spread
 from bvit_interp.errors import UserError
 from bvit_interp.models.stepping import State, advance, answer, embed, proceed
-from bvit_interp.probes.ablating import SITES_OF_UNITS, ablate
+from bvit_interp.probes.ablating import SITES_OF_UNITS, SiteMeans, ablate
 from bvit_interp.probes.moments import Moments
 from bvit_interp.probes.probe import Probe
 from bvit_interp.probes.toplist import TopList
@@ -98,33 +98,6 @@ def drawn(probe: Probe, count: int, seed: int) -> list[tuple[str, int]]:
     return [(kind, int(unit)) for kind, size in sizes.items() for unit in rng.permutation(size)[:count]]
 
 
-class PlaceMeans(Metric):
-    """Mean over images of a site at every step and token: what a mean ablation leaves.
-
-    Parameters
-    ----------
-    *shape : ``(T, N, ...)``.
-    """
-
-    full_state_update = False
-    total: Tensor
-    count: Tensor
-
-    def __init__(self, *shape: int) -> None:
-        super().__init__()
-        self.add_state("total", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-
-    def update(self, totals: Tensor, images: int) -> None:
-        """Add the sum ``(T, N, ...)`` over a batch of so many images."""
-        self.total += totals
-        self.count += images
-
-    def compute(self) -> Tensor:
-        """``(T, N, ...)`` float64."""
-        return self.total / self.count
-
-
 class Profiles(Metric):
     """Sums of every unit's answers by class, for each half of the images, and by random group.
 
@@ -172,7 +145,7 @@ class Profiles(Metric):
 
 
 class Biographies:
-    """What is streamed of every neuron and head of a model: `Profiles`, `PlaceMeans`, a `TopList`, firing rates.
+    """What is streamed of every neuron and head of a model: `Profiles`, `SiteMeans`, a `TopList`, firing rates.
 
     Parameters
     ----------
@@ -184,11 +157,11 @@ class Biographies:
     def __init__(self, probe: Probe, classes: int, top: int) -> None:
         self.probe = probe
         device = next(probe.model.parameters()).device
-        self.profiles, self.fill, self.top = dict[str, Profiles](), dict[str, PlaceMeans](), dict[str, TopList]()
+        self.profiles, self.fill, self.top = dict[str, Profiles](), dict[str, SiteMeans](), dict[str, TopList]()
         for kind, places in _places(probe).items():
             units = (probe.num_steps, places[2])
             self.profiles[kind] = Profiles(classes, *units).to(device)
-            self.fill[kind] = PlaceMeans(*places).to(device)
+            self.fill[kind] = SiteMeans(*places).to(device)
             self.top[kind] = TopList(*units, top).to(device)
         self.firing = Moments(probe.num_steps, probe.num_neurons).to(device)
 

@@ -14,12 +14,11 @@ import numpy as np
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
-from torchmetrics import Metric
 
 from bvit_interp.errors import UserError
 from bvit_interp.metrics import shuffled_rows
 from bvit_interp.models.stepping import State, advance, answer, embed, proceed
-from bvit_interp.probes.ablating import ablate, neuron_groups
+from bvit_interp.probes.ablating import SiteMeans, ablate, neuron_groups
 from bvit_interp.probes.cache import Cache
 from bvit_interp.probes.probe import Edit, Probe
 from bvit_interp.vocabulary import Address
@@ -34,35 +33,6 @@ Span = tuple[int, int]
 _BYTES_OF_A_RUN = 2**28
 _BYTES_OF_MEANS = 2**32
 _T_95 = 2.262157162740992  # Student's t of FOLDS - 1 degrees of freedom
-
-
-class SiteMeans(Metric):
-    """Mean activation of a site at every step, a token at a time; float64.
-
-    Parameters
-    ----------
-    *shape : ``(T, N, ...)``.
-    """
-
-    full_state_update = False
-    total: Tensor
-    count: Tensor
-
-    def __init__(self, *shape: int) -> None:
-        super().__init__()
-        self.add_state("total", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-
-    def update(self, total: Tensor, count: int) -> None:
-        """Add the sum ``(T, N, ...)`` over `count` images."""
-        if not torch.isfinite(total).all():
-            raise UserError("activations hold NaN or infinite values")
-        self.total += total
-        self.count += count
-
-    def compute(self) -> Tensor:
-        """Means ``(T, N, ...)``."""
-        return self.total / self.count
 
 
 @dataclass(frozen=True)

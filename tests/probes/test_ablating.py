@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bvit_interp.errors import UserError
 from bvit_interp.models.stepping import advance, answer, embed, proceed
-from bvit_interp.probes.ablating import ablate, neuron_groups
+from bvit_interp.probes.ablating import SiteMeans, ablate, neuron_groups
 from bvit_interp.probes.probe import Probe
 
 
@@ -58,3 +59,13 @@ def test_a_gradient_goes_through_the_shares(tiny, images):
 def test_neuron_groups_are_runs_of_equal_size():
     assert neuron_groups(7, 3).tolist() == [0, 0, 0, 1, 1, 2, 2]
     assert neuron_groups(8, 4).bincount().tolist() == [2, 2, 2, 2]
+
+
+def test_means_add_up_over_batches_and_start_in_shape():
+    metric = SiteMeans(2, 3)
+    assert metric.total.shape == (2, 3)  # of a process without images, too
+    metric.update(torch.ones(2, 3), 1)
+    metric.update(torch.full((2, 3), 8.0), 2)
+    assert torch.equal(metric.compute(), torch.full((2, 3), 3.0, dtype=torch.float64))
+    with pytest.raises(UserError, match="NaN"):
+        metric.update(torch.full((2, 3), torch.nan), 3)

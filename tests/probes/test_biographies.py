@@ -12,7 +12,6 @@ from bvit_interp.data.reading import Reading
 from bvit_interp.errors import UserError
 from bvit_interp.probes.biographies import (
     Biographies,
-    PlaceMeans,
     Profiles,
     ablate_all,
     ablations,
@@ -86,13 +85,6 @@ def test_one_pass_whatever_the_batches(tiny, digits):
         expected = np.bincount(labels[lots % 2 == half], minlength=10)
         np.testing.assert_array_equal(found["head"]["count"][half], expected)
     np.testing.assert_array_equal(found["head"]["count"][2], np.bincount(lots // 2 % 10, minlength=10))
-
-
-def test_place_means():
-    metric = PlaceMeans(2, 3)
-    for count in (1, 3):
-        metric.update(torch.full((2, 3), 2.0 * count, dtype=torch.float64), count)
-    assert (metric.compute() == 2).all()
 
 
 @pytest.mark.parametrize("zero", [False, True])

@@ -11,7 +11,7 @@ from torch import nn
 
 from bvit_interp.errors import UserError
 from bvit_interp.models.unroll import unroll
-from bvit_interp.probes.effects import ANSWERS, Ablator, SiteMeans, steps_and_units
+from bvit_interp.probes.effects import ANSWERS, Ablator, steps_and_units
 from bvit_interp.probes.probe import Probe
 
 MODULES = {"z": "attn.proj", "mlp_post": "mlp.fc2"}
@@ -97,22 +97,12 @@ def test_one_head_is_its_own_null(make, images):
 def test_what_cannot_be_done_is_refused(tiny, images, monkeypatch):
     with pytest.raises(UserError, match="groups: 0..128"):
         Ablator(tiny, groups=129)
-    with pytest.raises(UserError, match="NaN"):
-        SiteMeans(1, 2).update(torch.full((1, 2), torch.nan), 3)
     nn.init.constant_(tiny.head.weight, torch.nan)
     with pytest.raises(UserError, match="logits hold NaN"), torch.inference_mode():
         Ablator(tiny, groups=0).effects(images, LABELS, ["zero"], [(12, 12)])
     monkeypatch.setattr("bvit_interp.probes.effects._BYTES_OF_MEANS", 1)
     with pytest.raises(UserError, match="means of every step"):
         Ablator(tiny, groups=0).site_means()
-
-
-def test_means_add_up_over_batches_and_start_in_shape():
-    metric = SiteMeans(2, 3)
-    assert metric.total.shape == (2, 3)  # of a process without images, too
-    metric.update(torch.ones(2, 3), 1)
-    metric.update(torch.full((2, 3), 8.0), 2)
-    assert torch.equal(metric.compute(), torch.full((2, 3), 3.0, dtype=torch.float64))
 
 
 def same_in_all_folds(table):
