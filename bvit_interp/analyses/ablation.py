@@ -117,7 +117,7 @@ COLUMNS = {
     "high": "upper end of it",
     "null": "null: random channels of z, as many; neurons: mean over the groups; of the table: units shuffled within"
     " steps (variance_steps: steps within units)",
-    "p_value": "share of those shuffles that give as much, 0..1; none for changes and variance_both",
+    "p_value": "of reliability: share of renumberings of the units, new in each tenth of the images, that give as much",
     "n": "images ablated",
 }
 
@@ -229,7 +229,8 @@ class _Tally:
                 changes = torch.cat([changes, *self._sums(changes)], dim=3)
             self.whole.update(changes)
             of_folds = changes.new_full((len(changes), FOLDS, *changes.shape[1:]), math.nan)
-            fold = [place[int(i)] % FOLDS for i in index]
+            half = max(len(place) // 2, 1)  # an image and its partner lie in one fold
+            fold = [place[int(i)] % half % FOLDS for i in index]
             of_folds[range(len(fold)), fold] = changes
             self.folds.update(of_folds)
 

@@ -86,7 +86,7 @@ class Config(Reading):
         for unit in self.units:
             if not _UNIT.fullmatch(unit):
                 raise UserError(f"units must be as mlp_post:374 (a neuron) or z:2 (a head), got {unit!r}")
-        if len(set(self.units)) < len(self.units):
+        if len({(site, int(unit)) for site, unit in (each.split(":") for each in self.units)}) < len(self.units):
             raise UserError(f"a unit is given twice: {', '.join(self.units)}")
 
     def headline(self, frame: pd.DataFrame) -> pd.DataFrame:

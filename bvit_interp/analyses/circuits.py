@@ -10,18 +10,18 @@ chosen on `fit_images` drawn at random and judged on others, by ``KL(whole model
 
 Conditions, all with as many open gates of each kind: `per-step`, the circuit; `all-steps`, the same units at every
 step; `even`, as many at each step as these, but its own best; `shuffled`, the circuit of another step at each step;
-`shuffled-units`, each step's own number of units, but those that another step ranks first. Nulls are random units anew
-at each step: `random`, each step's own number; `even-random`, as many at every step. So how many units a step needs
-(`shuffled`, `even` against `per-step`) is told from which (`shuffled-units`, `random` against `per-step`; `all-steps`,
-`even-random` against `even`). `excess` is KL above the circuit's on the same images; its interval is over images,
-`kl_least` and `kl_most` are over draws. Steps of a stack have weights of their own, head 0 of two steps is no more
-alike than heads 0 and 1: there `shuffled-units` and `all-steps` mean nothing, and so between the blocks of a hybrid.
-With a memory, gates are in a step's own block; its inner updates stay whole.
+`shuffled-units`, each step's own number of units, but those that another step ranks first. Nulls are random units:
+`random`, each step's own number; `even-random`, as many at every step; `same-random`, the same at every step. So how
+many units a step needs (`shuffled`, `even` against `per-step`) is told from which (`shuffled-units`, `random` against
+`per-step`; `even-random` against `even`; `same-random` against `all-steps`). `excess` is KL above the circuit's on the
+same images; its interval is over images, `kl_least` and `kl_most` are over draws. Steps of a stack have weights of
+their own, head 0 of two steps is no more alike than heads 0 and 1: there `shuffled-units` and `all-steps` mean nothing,
+and so between the blocks of a hybrid. With a memory, gates are in a step's own block; its inner updates stay whole.
 
 Beside it, per step: the share of its gates that stay open (null: open gates lie anywhere), and the Jaccard overlap with
 other steps' circuits (null: random gates, as many at each step). The fit runs on every process, on the same images.
 
-Cost: `draws` * 4 + 4 forwards an image, method and fraction, 48 by default: 128 images of 32 px, a bViT of width 128
+Cost: `draws` * 5 + 4 forwards an image, method and fraction, 56 by default: 128 images of 32 px, a bViT of width 128
 and its ViT, 86 s on one core (AMD EPYC). Computed, not measured: 1000 images of bViT-B are 1.6 PFLOPs, three minutes of
 a GPU at 10 TFLOP/s. Learning takes 8 * `epochs` + 2 forwards a fit image and fraction more.
 Expected: early steps need nearly all units, late ones few; which ones stay open matters less than how many.
@@ -58,9 +58,10 @@ _KEYS = ("model", "method", "fraction", "condition", "kind", "step")
 _LABELS = {
     "per-step": "circuit of each step", "even": "as many at every step, own units",
     "all-steps": "same units at every step", "shuffled": "circuit of another step",
-    "shuffled-units": "own number, another step's units",
-    "random": "null: own number, random units", "even-random": "null: as many at every step, random",
+    "shuffled-units": "own number, another step's units", "random": "null: own number, random units",
+    "even-random": "null: as many at every step, random", "same-random": "null: same random units at every step",
 }  # fmt: skip
+_NULLS = {"random": "-", "even-random": "--", "same-random": ":"}
 Method = Literal["gradient", "learned"]
 
 
@@ -117,7 +118,7 @@ COLUMNS = {
     "model": "checkpoint",
     "method": "how gates are chosen: gradient or learned; none for the whole model",
     "fraction": "share of the gates of each kind that stay open, 0..1",
-    "condition": "full, per-step (the circuit), even, all-steps, shuffled, shuffled-units; nulls: random, even-random",
+    "condition": "full, per-step, even, all-steps, shuffled, shuffled-units, random, even-random or same-random",
     "kind": "head or neuron: gates of a step; all for the rows of a whole condition",
     "step": "step t whose gates the row is about; all for the rows of a whole condition",
     "kl": "mean KL(whole model || gated model) over images and draws, nats",
@@ -341,11 +342,11 @@ def _draw_conditions(ax: Axes, frame: pd.DataFrame) -> None:
 
     for i, (condition, label) in enumerate(_LABELS.items()):
         part, style = frame[frame["condition"] == condition].sort_values("fraction"), plotting.line_style(i)
-        style = {"random": plotting.NULL, "even-random": plotting.NULL | {"linestyle": "--"}}.get(condition, style)
+        style = plotting.NULL | {"linestyle": _NULLS[condition]} if condition in _NULLS else style
         ax.plot(part["fraction"], part["kl"], **style, label=label)
         ax.fill_between(part["fraction"], part["kl_low"], part["kl_high"], color=style["color"], alpha=0.2, linewidth=0)
-    sizes = sorted(set(frame["fraction"]))
-    ax.set(xlabel="share of gates open", ylabel="KL to the whole model, nats", ylim=(0, None), xticks=sizes)
+    ax.set(xlabel="share of gates open", ylabel="KL to the whole model, nats", ylim=(0, None))
+    ax.set_xticks(sorted(set(frame["fraction"])))
 
 
 def _draw_gates(ax: Axes, frame: pd.DataFrame) -> None:
@@ -361,10 +362,9 @@ def _draw_gates(ax: Axes, frame: pd.DataFrame) -> None:
     ax.grid(visible=False)
     ax.imshow(raster.T, aspect="auto", cmap="Greys", vmax=1.4, interpolation="nearest")
     ax.axhline(heads - 0.5, color=plotting.COLOURS[1], linewidth=1.5)
-    ax.set_xticks(range(len(raster)), range(1, len(raster) + 1))
+    ax.set(xticks=range(len(raster)), xticklabels=range(1, len(raster) + 1), xlabel="step")
     middles = [(heads - 1) / 2, (heads + raster.shape[1] - 1) / 2]
     ax.set_yticks(middles, ["heads", "neuron groups"], rotation=90, va="center", fontsize=8)
-    ax.set_xlabel("step")
 
 
 def _draw_accuracy(ax: Axes, effects: pd.DataFrame, methods: Sequence[str]) -> None:
@@ -391,8 +391,8 @@ def _draw_overlap(ax: Axes, frame: pd.DataFrame, models: Sequence[str]) -> None:
         part, style = frame[frame["model"] == name], plotting.line_style(i)
         steps = part["step"].astype(int)
         ax.plot(steps, part["overlap"], **style, label=name)
-        ax.plot(steps, part["overlap_null"], **{**style, **plotting.NULL, "marker": ""},
-                label=None if i else "null: random gates")  # fmt: skip
+        null = style | plotting.NULL | {"marker": "", "label": None if i else "null: random gates"}
+        ax.plot(steps, part["overlap_null"], **null)
         ax.fill_between(steps, part["overlap_null_low"], part["overlap_null_high"], color="0.5", alpha=0.2, linewidth=0)
     ax.set(ylabel="mean Jaccard overlap", ylim=(0, 1))
     ax.set_title("neuron groups shared with other steps", fontsize=10)

@@ -27,6 +27,7 @@ Expected: none published. A plain bViT has no clock but its state; one with a ti
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -75,10 +76,8 @@ class Config(Reading):
                 raise UserError(f"{name} must be >= 1, each once, got {' '.join(map(str, values))}")
         if self.scored < 1 or self.matrix_images < 0:
             raise UserError(f"scored must be >= 1 and matrix-images >= 0, got {self.scored} and {self.matrix_images}")
-        if not self.ridge > 0:
-            raise UserError(f"ridge must be > 0, got {self.ridge}")
-        if self.seed < 0:
-            raise UserError(f"seed must be >= 0, got {self.seed}")
+        if not 0 < self.ridge < math.inf:
+            raise UserError(f"ridge must be > 0 and finite, got {self.ridge}")
 
     def headline(self, frame: pd.DataFrame) -> pd.DataFrame:
         """Accuracies: of the normal and the longer runs, of the step that is read, and of removals half way."""

@@ -48,7 +48,7 @@ class Config(Reading):
     timed_images: int = 256
     """Images of a measured time; 0 measures none."""
     timed_batch: int = 32
-    """Images at once in a measured time."""
+    """Images at once in a measured time; all, where there are fewer."""
     timed_curve: bool = False
     """Measure the time of the 51 thresholds of the curve too, each as long as one of `thresholds`."""
 
@@ -261,9 +261,8 @@ def _time(
     from bvit_interp.models.exits import run_with_exits
 
     device = next(view.parameters()).device
-    batches = [part.to(device) for part in images.split(config.timed_batch) if len(part) == config.timed_batch]
-    if not batches:
-        raise UserError(f"{len(images)} timed images are less than a timed batch of {config.timed_batch}")
+    size = min(config.timed_batch, len(images))
+    batches = [part.to(device) for part in images.split(size) if len(part) == size]
     kinds = ("threshold", "curve") if config.timed_curve else ("threshold",)
     rows = [row for row in table if row["model"] == name and row["kind"] in kinds]
     taken = np.empty((len(rows) + 1, len(batches)))
@@ -279,7 +278,7 @@ def _time(
                     torch.cuda.synchronize(device)
                 taken[i, j] = time.perf_counter() - began
     for row, own in zip(rows, taken[1:], strict=True):
-        row["ms"] = 1000 * float(np.median(own)) / config.timed_batch
+        row["ms"] = 1000 * float(np.median(own)) / size
         row["saved_time"] = 1 - float(np.median(own / taken[0]))
 
 

@@ -156,6 +156,8 @@ def measure(models: Mapping[str, VisionTransformer], data: Samples, config: Conf
     partners = Partners(data, config.limit, config.skip_corrupt)
     if "other" in config.mode and len(partners.places) < 3:
         raise UserError(f"the mode other takes three images, a pair and the null's; got {len(partners.places)}")
+    if "other" in config.mode and len(data.classes) < 2:
+        raise UserError("the mode other takes images of two classes, the data have one; take the mode same")
     classes = {name: label_map(data, model) for name, model in models.items()}
     patches = {
         name: {tokens: Patches(model, config.site, tokens, config.unit, config.steps) for tokens in config.tokens}
@@ -308,7 +310,9 @@ def _rows(patches: Patches, recovered: Recovered, levels: Moments) -> Iterator[d
     found, of_runs = recovered.compute(), levels.compute()
     count, images = int(found["n"]), int(of_runs["n"][2])
     if not count:
-        raise UserError(f"each of the {images} images has the class of its partner: take more images or another mode")
+        raise UserError(
+            f"mode other: each of the {images} images has the class of its partner; take others, or mode same"
+        )
     clean, baseline, _ = of_runs["value"].tolist()
     steps = patches.steps
     places = [(s, t, t - s) for s in steps for t in steps] + [(None, None, shift) for shift in _shifts(steps)]

@@ -95,8 +95,6 @@ class Config(Reading):
             raise UserError(f"starts must be steps >= 0, got {self.starts}")
         if not self.eps or not all(0 < share < math.inf for share in self.eps):
             raise UserError(f"eps must be > 0 and finite, got {self.eps}")
-        if self.seed < 0:
-            raise UserError(f"seed must be >= 0, got {self.seed}")
 
     def headline(self, frame: pd.DataFrame) -> pd.DataFrame:
         """Of the trained and the last step: first singular value, radius, first exponents, and how far CLS got."""

@@ -38,8 +38,9 @@ class Reading:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name.replace('_', '-')} must be >= 1, got {value}")
-        if self.workers < 0:
-            raise UserError(f"workers must be >= 0, got {self.workers}")
+        for name in ("workers", "seed"):  # an analysis that draws has a seed
+            if getattr(self, name, 0) < 0:
+                raise UserError(f"{name} must be >= 0, got {getattr(self, name)}")
 
     def identity(self) -> dict[str, Any]:
         """The options that rows depend on: those a table must share to be continued."""

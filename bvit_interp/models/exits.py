@@ -75,6 +75,8 @@ class Exits(nn.Module):
             exits.load_state_dict(tensors)
         except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
             raise CheckpointError(f"{path}: truncated or not a file of exits ({error})") from error
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise CheckpointError(f"{path}: the exits hold NaN or infinite weights")
         if about.get("weights") != weights_hash(model):
             raise CheckpointError(f"{path}: exits of another model's weights")
         return exits.to(next(model.parameters()).device).eval()
@@ -83,6 +85,8 @@ class Exits(nn.Module):
 def check_exits(steps: tuple[int, ...], model: VisionTransformer) -> tuple[int, ...]:
     """The exits' steps, ascending; a UserError for none, repeated ones, or one that is not before the last step."""
     last = len(model.blocks)
+    if last < 2:
+        raise UserError("a model of one step has no step to leave before its head")
     if not steps or len(set(steps)) < len(steps) or not all(1 <= t < last for t in steps):
         raise UserError(
             f"exits must be different steps of 1..{last - 1}, got {steps}; after step {last} the head answers"

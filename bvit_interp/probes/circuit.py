@@ -208,7 +208,8 @@ def conditions(fit: Fit, method: str, share: float, epochs: int, draws: int, see
     `per-step`, the circuit by "gradient" or "learned" scores; `even`, as many units at every step, each step's best;
     `all-steps`, the same units at every step; `shuffled`, at each step the gates of another; `shuffled-units`, each
     step's own number of units, those another step ranks first; `random`, its own number of random units;
-    `even-random`, random units, as many at every step. The first three have one variant, the others `draws`.
+    `even-random`, random units, as many at every step; `same-random`, random units, the same at every step. The first
+    three have one variant, the others `draws`.
     """
     gates, generator = fit.gates, torch.Generator().manual_seed(seed)
     orders = [other_order(gates.steps, generator) for _ in range(draws)]
@@ -226,6 +227,7 @@ def conditions(fit: Fit, method: str, share: float, epochs: int, draws: int, see
         "shuffled-units": torch.stack([gates.by_kind(best_of_step, scores[order], own) for order in orders]),
         "random": torch.stack([gates.by_kind(best_of_step, drawn, own) for drawn in chance]),
         "even-random": torch.stack([gates.by_kind(best_of_step, drawn, shared) for drawn in chance]),
+        "same-random": torch.stack([gates.by_kind(partial(best_same, share=share), drawn) for drawn in chance]),
     }
 
 

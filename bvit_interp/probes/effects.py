@@ -16,7 +16,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from bvit_interp.errors import UserError
-from bvit_interp.metrics import shuffled_rows
 from bvit_interp.models.stepping import State, advance, answer, embed, proceed
 from bvit_interp.probes.ablating import SiteMeans, ablate, neuron_groups
 from bvit_interp.probes.cache import Cache
@@ -220,10 +219,11 @@ def steps_and_units(effects: np.ndarray, counts: np.ndarray, seed: int = 0, draw
 
     Returns
     -------
-    `variance_steps`, `variance_units`, `variance_both` and `reliability`, the correlation over images of even and of
-    odd folds of the differences between the units of a step. Each has `value`, and `null` and `p_value` with the units
-    shuffled within each step (`variance_steps`: the steps within each unit). Shares have `low` and `high`, the
-    delete-a-fold jackknife's 95 % interval, if there are ten folds. nan where all is noise.
+    `variance_steps`, `variance_units`, `variance_both`: each `value`, the `null` expected with the units shuffled
+    within each step (`variance_steps`: the steps within each unit), and `low` and `high`, the delete-a-fold jackknife's
+    95 % interval, if there are ten folds. `reliability`, the correlation over images of even and of odd folds of the
+    differences between the units of a step: `value`, `null` 0, and `p_value`, with the units renumbered in every fold
+    anew but at all its steps alike, as an image's noise is in all of them. nan where all is noise.
     """
     there = counts > 0
     weighted, counts = effects[there] * counts[there, None, None], counts[there]
@@ -232,10 +232,9 @@ def steps_and_units(effects: np.ndarray, counts: np.ndarray, seed: int = 0, draw
     low, high = _jackknife(weighted, shares)
     null_units = (1 - shares[0]) / steps
     nulls = ((1 - shares[1]) / units, null_units, 1 - shares[0] - null_units)  # the last: what shuffled units leave
-    p_values = (_p_value(weighted.swapaxes(1, 2), seed, draws), _p_value(weighted, seed, draws), math.nan)
-    columns = zip(shares, low, high, nulls, p_values, strict=True)
+    columns = zip(shares, low, high, nulls, strict=True)
     found = {
-        f"variance_{name}": dict(zip(("value", "low", "high", "null", "p_value"), values, strict=True))
+        f"variance_{name}": dict(zip(("value", "low", "high", "null"), values, strict=True))
         for name, values in zip(("steps", "units", "both"), columns, strict=True)
     }
     value, p_value = _reliability(weighted, seed, draws)
@@ -265,36 +264,22 @@ def _jackknife(weighted: np.ndarray, shares: np.ndarray) -> tuple[np.ndarray, np
     return shares - half, shares + half
 
 
-def _within_steps(effects: np.ndarray, seed: int, draws: int) -> tuple[np.ndarray, np.ndarray]:
-    """Differences of units from their step's mean ``(K, T, U)``, and shuffled alike in all folds ``(draws, ...)``."""
-    within = effects - effects.mean(-1, keepdims=True)
-    _, steps, units = effects.shape
-    orders = shuffled_rows(np.tile(np.arange(units, dtype=float), (steps, 1)), seed, draws).astype(int)
-    return within, np.take_along_axis(within[None], orders[:, None], axis=-1)
-
-
-def _p_value(weighted: np.ndarray, seed: int, draws: int) -> float:
-    """Share of shuffles that leave the units' means as different as they are; itself counts as one."""
-    if weighted.shape[-1] < 2 or len(weighted) < 2:
-        return math.nan
-    within, shuffled = _within_steps(weighted, seed, draws)
-    found, by_chance = (_across(each.mean(-2, keepdims=True)) for each in (within, shuffled))
-    return _share_above(by_chance, found)
-
-
-def _share_above(by_chance: np.ndarray, found: np.floating) -> float:
-    slack = 1e-9 * abs(found)  # shuffles that change nothing but the rounding are no larger
-    return float((1 + (by_chance >= found - slack).sum()) / (1 + len(by_chance)))
-
-
 def _reliability(weighted: np.ndarray, seed: int, draws: int) -> tuple[float, float]:
-    """Correlation of the two halves of the folds, and its p-value."""
-    if weighted.shape[-1] < 2 or len(weighted) < 2:
+    """Correlation of the two halves of the folds, and its p-value; the numbering as it is counts as a draw."""
+    count, steps, units = weighted.shape
+    if units < 2 or count < 2:
         return math.nan, math.nan
-    within, shuffled = _within_steps(weighted, seed, draws)
-    even, odd = within[::2].sum(0), within[1::2].sum(0)
-    scale = np.sqrt((even**2).sum() * (odd**2).sum())
-    if scale == 0:
-        return math.nan, math.nan
-    found = (even * odd).sum() / scale
-    return float(found), _share_above((shuffled[:, ::2].sum(1) * odd).sum((1, 2)) / scale, found)
+    within = weighted - weighted.mean(-1, keepdims=True)
+    found = _halves(within[None])[0]
+    orders = np.random.default_rng(seed).permuted(np.tile(np.arange(units), (draws, count, 1)), axis=-1)
+    by_chance = _halves(np.take_along_axis(within[None], orders[:, :, None].repeat(steps, axis=2), axis=-1))
+    slack = 1e-9 * abs(found)  # orders that change nothing but the rounding are no larger
+    return float(found), float((1 + (by_chance >= found - slack).sum()) / (1 + draws))
+
+
+def _halves(within: np.ndarray) -> np.ndarray:
+    """Correlations ``(...)`` of the sums of even and of odd folds of differences ``(..., K, T, U)``; nan of nothing."""
+    even, odd = within[..., ::2, :, :].sum(-3), within[..., 1::2, :, :].sum(-3)
+    scale = np.sqrt((even**2).sum((-2, -1)) * (odd**2).sum((-2, -1)))
+    products = (even * odd).sum((-2, -1))
+    return np.divide(products, scale, out=np.full_like(scale, math.nan), where=scale > 0)

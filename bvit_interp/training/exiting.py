@@ -69,8 +69,8 @@ class Plan(Reading):
             if getattr(self, name) < 1:
                 raise UserError(f"{name.replace('_', '-')} must be >= 1, got {getattr(self, name)}")
         for name in ("temperature", "lr"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name} must be > 0, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < 1e6:
+                raise UserError(f"{name} must be > 0 and below 1e6, got {getattr(self, name)}")
 
 
 def train(model: VisionTransformer, data: Samples, plan: Plan, out: Path, overwrite: bool = False) -> Exits:

@@ -229,6 +229,7 @@ def test_few_images(tiny, stacked, digits):
     [
         ({"units": ("neuron 5",)}, r"units must be as mlp_post:374 .* got 'neuron 5'"),
         ({"units": ("z:1", "z:1")}, "a unit is given twice"),
+        ({"units": ("z:01", "z:1")}, "a unit is given twice"),
         ({"threshold": 1.0}, "threshold must be 0 or more and below 1, got 1.0"),
         ({"count": 0}, "count must be >= 1, got 0"),
         ({"ablated": 0}, "ablated must be >= 1, got 0"),

@@ -83,6 +83,7 @@ def test_fractions_conditions_and_their_counts(tiny, stacked, digits):
         steps = len(model.blocks)
         assert of_models(part).index.tolist() == [
             "per-step", "even", "all-steps", "shuffled", "shuffled-units", "random", "even-random",
+            "same-random",
         ]  # fmt: skip
         for kind, table in zip(("head", "neuron"), gates_of(part, steps), strict=True):
             np.testing.assert_allclose(part[part["kind"] == kind]["kept"], table.mean(1))

@@ -245,7 +245,8 @@ def test_bad_input(tiny, make, digits):
         ({"shifts": (2, 2)}, "shifts must be >= 1, each once, got 2 2"),
         ({"scored": 0}, "scored must be >= 1 and matrix-images >= 0, got 0 and 100"),
         ({"matrix_images": -1}, "matrix-images >= 0, got 300 and -1"),
-        ({"ridge": 0.0}, "ridge must be > 0, got 0.0"),
+        ({"ridge": 0.0}, "ridge must be > 0 and finite, got 0.0"),
+        ({"ridge": float("inf")}, "ridge must be > 0 and finite, got inf"),
         ({"seed": -1}, "seed must be >= 0, got -1"),
     ):
         with pytest.raises(UserError, match=message):

@@ -106,8 +106,8 @@ def test_times_are_measured_for_thresholds_and_if_asked_for_the_curve(tiny, digi
     assert every[every["kind"].isin(["exit", "class"])]["ms"].isna().all()
     shown = plot(every).axes[1].lines[0]
     assert len(shown.get_xdata()) == 51
-    with pytest.raises(UserError, match="less than a timed batch of 32"):
-        measure({"m": tiny}, digits, Config(exits=config.exits, timed_images=8, limit=8))
+    few = measure({"m": tiny}, digits, Config(exits=config.exits, timed_images=8, limit=8))  # less than a batch of 32
+    assert (few[few["kind"] == "threshold"]["ms"] > 0).all()
 
 
 def test_several_models_and_the_figure_from_the_csv(tiny, stacked, digits, exits_of):

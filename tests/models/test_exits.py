@@ -97,3 +97,14 @@ def test_bad_exits(tiny, make):
     pooled = make(name="vit_tiny_patch16_224", depth=3, class_token=False, global_pool="avg")
     with pytest.raises(UserError, match="no"):
         check_exits((1,), pooled)
+
+
+def test_exits_that_are_no_numbers_and_models_of_one_step_are_refused(tiny, make, tmp_path):
+    exits = Exits((6,), 32, 10)
+    with torch.no_grad():
+        exits.weight[0, 0, 0] = torch.nan
+    exits.save(tmp_path / FILE, tiny, {})
+    with pytest.raises(CheckpointError, match="NaN or infinite"):
+        Exits.load(tmp_path / FILE, tiny)
+    with pytest.raises(UserError, match="one step"):
+        check_exits((1,), make(num_steps=1))

@@ -191,7 +191,7 @@ def test_conditions_have_the_counts_they_say(tiny, images):
     own = found["per-step"][0]
     assert {name: len(masks) for name, masks in found.items()} == {
         "per-step": 1, "even": 1, "all-steps": 1, "shuffled": 3, "shuffled-units": 3, "random": 3,
-        "even-random": 3,
+        "even-random": 3, "same-random": 3,
     }  # fmt: skip
     for units in gates.kinds.values():
         total = round(0.4 * own[:, units].numel())
@@ -200,12 +200,15 @@ def test_conditions_have_the_counts_they_say(tiny, images):
             assert all(torch.equal(mask[:, units].sum(1), own[:, units].sum(1)) for mask in found[name])
         for mask in (*found["even"], *found["even-random"]):
             assert torch.equal(mask[:, units].sum(1), found["all-steps"][0][:, units].sum(1))
+        for mask in (found["all-steps"][0], *found["same-random"]):
+            assert ((mask[:, units].sum(0) % gates.steps) != 0).sum() <= 1
         # each step's own best: no closed gate of a step scores above an open one
         for scores, mask in zip(fit.slopes[:, units], found["even"][0][:, units], strict=True):
             assert not mask.any() or mask.all() or scores[mask].min() >= scores[~mask].max()
     rows = [tuple(row) for row in own.tolist()]
     for mask in found["shuffled"]:
         assert sorted(map(tuple, mask.tolist())) == sorted(rows)
+    assert not torch.equal(found["same-random"][0], found["same-random"][1])
     assert torch.equal(circuit.conditions(fit, "gradient", 0.4, 1, 3, seed=0)["random"], found["random"])
     assert not torch.equal(circuit.conditions(fit, "gradient", 0.4, 1, 3, seed=1)["random"], found["random"])
 

@@ -105,6 +105,7 @@ def test_trained_written_and_refused(tiny, tmp_path):
         ({"epochs": 0}, "epochs must be >= 1"),
         ({"temperature": 0.0}, "temperature must be > 0"),
         ({"lr": -1.0}, "lr must be > 0"),
+        ({"lr": float("inf")}, "lr must be > 0 and below 1e6"),
     ],
 )
 def test_bad_plans(options, message):
