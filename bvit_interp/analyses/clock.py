@@ -16,7 +16,8 @@ Ours; not in bViT (arXiv 2605.10661), whose eq. 9 adds a time embedding and whos
   component along the differences of the steps' mean states (T - 1 dimensions) by its mean over the steps, `mean` takes
   only the own step's mean out; both leave the steps equal means, where no linear probe beats a constant (Belrose et
   al., 2023, arXiv 2306.03819): `reading` fits a new probe to fresh images and sees. Nulls: `random_subspace` of as many
-  dimensions, `random_scaled` the same with every token moved as far as by `subspace`, `random_shift` as far as `mean`.
+  dimensions, `random_scaled` the same with every token moved as far as by `subspace` (so past the mean, which harms
+  more), `random_shift` as far as `mean`.
 
 Cost: for T = 12 a scored image takes 33 forwards of a plain bViT, 69 of a model with a time embedding or a stack, 72
 more for the matrix, any other image one. 2400 images of 32 px, 240 of them scored, of three models of width 128 took

@@ -294,7 +294,7 @@ def shuffled(terms: Tensor, layout: Layout, seed: int) -> Tensor:
 
 def shuffled_cosine(terms: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation ``(T, T, parts)`` of the cosine of two terms ``(T, P)`` over all orders of their
-    weights, in closed form (that of the permutation test of a correlation)."""
+    weights, in closed form (a permutation test's); too narrow for gradients of low rank, whose weights go together."""
     cuts = [*layout.parts.values(), slice(None)]
     means = torch.stack([terms[:, cut].mean(1) for cut in cuts], 1)
     squares = torch.stack([terms[:, cut].square().mean(1) for cut in cuts], 1)
