@@ -123,8 +123,8 @@ COLUMNS = {
     "high": "upper end of it",
     "residual": "mean relative residual of an iterative estimate; none for the others",
     "null": "null: the value with permuted weights; of a curve, of another image's clean run; none for token_share",
-    "null_low": "lower end of the normal 95 % interval of the null; of curves up to sqrt 2 too narrow, as pairs of images"
-    " come both ways round",
+    "null_low": "lower end of the normal 95 % interval of the null; of curves up to sqrt 2 too narrow, as pairs of"
+    " images come both ways round",
     "null_high": "upper end of it",
     "n": "images",
 }
