@@ -32,6 +32,7 @@ Expected: raw answers are near chance at the first steps; the tuned lens reads m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from bvit_interp.probes.lens_scores import Readings
     from bvit_interp.probes.lenses import Lenses
 
+_SHARES = ("top1", "agreement", "flips")  # on CLS each image is right or not
 _TOKENS = 4  # of an image and kind, at most, that a map is trained on
 _THRESHOLDS = tuple(i / 50 for i in range(51))
 
@@ -98,8 +100,8 @@ COLUMNS = {
     "step": "step t, from 1; none for exit_accuracy",
     "threshold": "of exit_accuracy: tau, 0..1",
     "value": "a share 0..1, nats (kl, entropy, map_entropy), a rank from 1, or a correlation -1..1",
-    "low": "lower end of the 95 % interval over images, normal (exit_accuracy: Wilson's); none where the value is no"
-    " mean over images",
+    "low": "lower end of the 95 % interval over images, normal (of shares of images, as top1 on cls, Wilson's); none"
+    " where the value is no mean over images",
     "high": "upper end of it",
     "null": "null: the value without what is claimed, as the analysis says for each statistic",
     "mean_step": "of exit_accuracy: mean step at which images leave",
@@ -199,6 +201,7 @@ def _tune(
 
 def _rows(readings: Readings) -> Iterator[dict[str, Any]]:
     """Rows of one model, but for what they share."""
+    from bvit_interp.metrics import wilson_interval
     from bvit_interp.probes.lens_scores import LENSES, leave
 
     found = {key: scores.compute() for key, scores in readings.scores.items()}
@@ -209,6 +212,8 @@ def _rows(readings: Readings) -> Iterator[dict[str, Any]]:
         for statistic, measures in statistics.items():
             for t in range(readings.steps):
                 of_step = {key: values[t].item() for key, values in measures.items()}
+                if kind == "cls" and statistic in _SHARES and not math.isnan(of_step["value"]):
+                    of_step["low"], of_step["high"] = wilson_interval(of_step["value"] * n, n)
                 yield {"lens": lens, "tokens": kind, "statistic": statistic, "step": t + 1, "n": n} | of_step
     leaving = readings.leaving.compute()[1].numpy().reshape(n, len(LENSES), 2, readings.steps)
     for i, lens in enumerate(LENSES):

@@ -38,6 +38,7 @@ def test_raw_on_cls_is_the_step_accuracy(any_model, digits):
         np.testing.assert_allclose(rows["value"], known[name], rtol=1e-6, err_msg=name)
     np.testing.assert_allclose(steps_of(frame, "raw", "cls", "flips")["null"], known["flips_null"])
     np.testing.assert_allclose(steps_of(frame, "raw", "cls", "top1")["null"], known["chance"])
+    np.testing.assert_allclose(steps_of(frame, "raw", "cls", "top1")[["low", "high"]], known[["low", "high"]])
     assert steps_of(frame, "raw", "cls", "kl")["value"].iloc[-1] == pytest.approx(0, abs=1e-12)
     assert (frame["n"] <= 12).all()
     assert (frame["fit_images"] == 10).all()
