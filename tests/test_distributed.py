@@ -15,7 +15,6 @@ import pandas as pd
 import pytest
 import torch
 
-from bvit_interp.cli import main
 from bvit_interp.models import masks
 from bvit_interp.models.checkpoint import save
 
@@ -64,22 +63,22 @@ def arguments(word, limit, ckpt, out):
     return [*word.split(), "--ckpt", ckpt, "--limit", str(limit), "--batch-size", "8", "--out", str(out)]
 
 
-def in_two(commands):
-    """Run the commands in two processes that find each other."""
+def run(count, commands):
+    """Run the commands in `count` processes that find each other; never in the tests' own, whose state others share."""
     with ExitStack() as stack:  # held until all are found, so that they differ
         sockets = [stack.enter_context(socket.socket()) for _ in commands]
         for each in sockets:
             each.bind(("127.0.0.1", 0))
         ports = [each.getsockname()[1] for each in sockets]
     listed = json.dumps(list(zip(ports, commands, strict=True)))
-    shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
     running = [
         subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("two_processes.py"), listed], text=True,
+            [sys.executable, Path(__file__).with_name("commands.py"), listed], text=True,
             env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         )
-        for rank in range(2)
+        for rank in range(count)
     ]  # fmt: skip
     try:
         errors = [process.communicate(timeout=400)[1] for process in running]
@@ -104,10 +103,10 @@ def same(word, one, two):
 @pytest.mark.parametrize("group", COMMANDS)
 def test_two_processes_give_the_tables_of_one(group, ckpt, tmp_path):
     commands = COMMANDS[group]
-    in_two([arguments(*command, ckpt, tmp_path / f"two{i}") for i, command in enumerate(commands)])
-    for i, command in enumerate(commands):
-        assert main(arguments(*command, ckpt, tmp_path / f"one{i}")) == 0
-        same(command[0], tmp_path / f"one{i}", tmp_path / f"two{i}")
+    for count in (1, 2):
+        run(count, [arguments(*command, ckpt, tmp_path / f"{count}-{i}") for i, command in enumerate(commands)])
+    for i, (word, _) in enumerate(commands):
+        same(word, tmp_path / f"1-{i}", tmp_path / f"2-{i}")
 
 
 @pytest.mark.slow
@@ -119,5 +118,5 @@ def test_torchrun_gives_the_table_of_one(ckpt, tmp_path):
         [*launch, "-m", "bvit_interp.cli", *arguments(*command, ckpt, tmp_path / "two")],
         check=True, env=environment, capture_output=True, timeout=300,
     )  # fmt: skip
-    assert main(arguments(*command, ckpt, tmp_path / "one")) == 0
+    run(1, [arguments(*command, ckpt, tmp_path / "one")])
     same(command[0], tmp_path / "one", tmp_path / "two")

@@ -1,4 +1,4 @@
-"""One of two processes that run commands in order: `RANK=0 python two_processes.py [[PORT, [WORD, ...]], ...]`."""
+"""One of one or two processes that run commands in order: `RANK=0 python commands.py [[PORT, [WORD, ...]], ...]`."""
 
 from __future__ import annotations
 
