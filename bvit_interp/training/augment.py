@@ -1,112 +1,191 @@
-"""How training images vary: crop, flip, RandAugment, erasing, and Mixup or CutMix of a batch.
+"""How training images vary: crop, flip, RandAugment, erasing, and Mixup or CutMix, on batches and on any device.
 
-The order is the paper's (arXiv 2605.10661, section 3.3): crop, flip, RandAugment, normalise, Random Erasing.
-Every draw is a function of the run's seed and of what is drawn for, never of how far the process has come: a run
-that was killed goes on with the same images, on any number of workers.
+The order is the paper's (arXiv 2605.10661, section 3.3): crop, flip, RandAugment, normalise, Random Erasing. Every
+image has its own draw: a row of uniform numbers (`draws.Draws`), a function of the seed, the epoch and the image.
 """
 
 from __future__ import annotations
 
-import random
-import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
-from timm.data import Mixup
-from timm.data.auto_augment import rand_augment_transform
+import torch.nn.functional as F
+from scipy.special import betaincinv
 from timm.models.vision_transformer import VisionTransformer
-from torchvision.transforms import InterpolationMode, v2
+from torch import Tensor
 
 from bvit_interp.errors import UserError
+from bvit_interp.training import crops, randaugment
+from bvit_interp.training.draws import sent
 from bvit_interp.training.recipe import Recipe
 
-# rand_augment_transform passes over words that it does not know
-_WORDS = re.compile(r"rand(-((m|n|mmax|inc)\d+|(p|mstd)\d+(\.\d+)?|t(weights|3aw?)))*")
-View = Callable[[np.ndarray], torch.Tensor]
-"""An image ``(H, W, 3)`` uint8 -> the model's input ``(3, H', W')``."""
+_ERASED = (0.02, 0.33)  # share of the area that Random Erasing takes, and ratios of its sides, as torchvision's
+_ERASED_RATIO = (0.3, 3.3)
+_ERASING = 1 + 2 * crops.TRIES + 2  # numbers it takes: whether, areas, ratios, a place
+_MIXING = 4  # which, the share, the centre of the box
+_BOXES: dict[str, Callable[[np.ndarray, tuple[int, int]], np.ndarray]] = {
+    "none": crops.whole_boxes, "padded": crops.padded_boxes, "random-resized": crops.random_boxes,
+}  # fmt: skip
 
 
-@contextmanager
-def drawn_for(*numbers: int) -> Iterator[None]:
-    """Inside, Python's, numpy's and torch's random numbers depend on `numbers` alone; outside nothing changes.
+class Augmentation:
+    """A recipe's training images at a model's size.
 
-    A GPU's generator is seeded too and not put back: nothing else draws from it in training.
+    Parameters
+    ----------
+    recipe : its crop, flip, randaugment and erase.
+    model : its input size, mean and std.
+
+    Attributes
+    ----------
+    width : uniform numbers that an image takes, those of `Mixing` included.
+    size : height and width of the result.
     """
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002  timm draws from it
-    try:
-        reseed(*numbers)
-        if torch.cuda.is_initialized():
-            torch.cuda.manual_seed(torch.initial_seed())
-        yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])  # noqa: NPY002
-        torch.set_rng_state(before[2])
 
+    def __init__(self, recipe: Recipe, model: VisionTransformer) -> None:
+        cfg = model.pretrained_cfg
+        high, wide = model.patch_embed.img_size
+        self.size: tuple[int, int] = (high, wide)
+        self.crop, self.flip, self.erase = recipe.crop, recipe.flip, recipe.erase
+        self.mean, self.std = (torch.tensor(cfg[key]).view(3, 1, 1) * 255 for key in ("mean", "std"))
+        self.randaugment: randaugment.RandAugment | None = None
+        if recipe.randaugment == "torchvision":
+            self.randaugment = randaugment.torchvisions()
+        elif recipe.randaugment is not None:
+            red, green, blue = (round(255 * mean) for mean in cfg["mean"])
+            self.randaugment = randaugment.timms(recipe.randaugment, (red, green, blue))
+        self._erasing = crops.WIDTH + (0 if self.randaugment is None else self.randaugment.width)
+        self._mixing = self._erasing + _ERASING
+        self.width = self._mixing + _MIXING
 
-def reseed(*numbers: int) -> None:
-    """Seed the three global generators by `numbers`."""
-    for_torch, for_numpy, for_python = np.random.SeedSequence(numbers).generate_state(3).tolist()
-    torch.default_generator.manual_seed(for_torch)  # torch.manual_seed would reseed the GPUs too
-    np.random.seed(for_numpy)  # noqa: NPY002
-    random.seed(for_python)
+    def __call__(self, images: Tensor, draws: np.ndarray) -> Tensor:
+        """Augmented and normalised images ``(B, 3, *size)`` float32 of ``(B, 3, H, W)`` uint8, on the same device.
 
+        Parameters
+        ----------
+        draws : uniform numbers, a row of at least `width` for each image.
+        """
+        return self.coloured(self.cropped(images, draws), draws)
 
-def training_view(recipe: Recipe, model: VisionTransformer) -> View:
-    """The recipe's transforms at the model's input size."""
-    cfg = model.pretrained_cfg
-    size = list(model.patch_embed.img_size)
-    mode = InterpolationMode(cfg["interpolation"])
-    steps: list[Callable[[Image.Image], Image.Image]] = []
-    resizes = recipe.crop == "random-resized"
-    if recipe.crop == "padded":
-        steps.append(v2.RandomCrop(size, padding=size[0] // 8))
-    elif resizes:
-        steps.append(v2.RandomResizedCrop(size, interpolation=mode))
-    if recipe.flip:
-        steps.append(v2.RandomHorizontalFlip())
-    if recipe.randaugment == "torchvision":
-        steps.append(v2.RandAugment(num_ops=2, magnitude=9, interpolation=mode))
-    elif recipe.randaugment is not None:
-        grey = tuple(round(255 * mean) for mean in cfg["mean"])
-        if not _WORDS.fullmatch(recipe.randaugment):
-            raise UserError(
-                f"recipe: randaugment must be torchvision or timm's words, as rand-m9-mstd0.5-inc1, "
-                f"got {recipe.randaugment!r}"
-            )
-        about = {"translate_const": int(0.45 * min(size)), "img_mean": grey}
-        drawn = rand_augment_transform(recipe.randaugment, about)
-        for operation in drawn.ops:
-            if operation.name.startswith("Posterize"):
-                operation.aug_fn = _posterize
-        steps.append(drawn)
-    mean, std = (torch.tensor(cfg[key]).view(3, 1, 1) * 255 for key in ("mean", "std"))
-    erase = v2.RandomErasing(recipe.erase) if recipe.erase else None
+    def cropped(self, images: Tensor, draws: np.ndarray) -> Tensor:
+        """Crop and flip: ``(B, 3, H, W)`` uint8 to ``(B, 3, *size)`` uint8.
 
-    def view(image: np.ndarray) -> torch.Tensor:
-        if not resizes and list(image.shape[:2]) != size:
-            found, wanted = (" x ".join(map(str, sides)) for sides in (image.shape[:2], size))
+        Raises
+        ------
+        UserError
+            Images of another size under a crop that does not resize.
+        """
+        size = (images.shape[2], images.shape[3])
+        if self.crop != "random-resized" and size != self.size:
+            found, wanted = (" x ".join(map(str, sides)) for sides in (size, self.size))
             raise UserError(f"an image of {found} pixels for a model of {wanted}: use crop=random-resized")
-        picture = Image.fromarray(image)
-        for step in steps:
-            picture = step(picture)
-        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-        pixels = (pixels - mean) / std
-        return pixels if erase is None else erase(pixels)
+        flips = draws[:, crops.WIDTH - 1] < (0.5 if self.flip else 0)
+        return crops.cut(images, _BOXES[self.crop](draws, size), flips, self.size)
 
-    return view
+    def coloured(self, images: Tensor, draws: np.ndarray) -> Tensor:
+        """What follows the crop: RandAugment, normalisation and erasing, ``(B, 3, *size)`` uint8 to float32."""
+        if self.randaugment is not None:
+            images = self.randaugment(images, draws[:, crops.WIDTH :])
+        mean, std = (part.to(images.device, non_blocking=True) for part in (self.mean, self.std))
+        pixels = (images - mean) / std
+        if self.erase:
+            boxes = erased_boxes(draws[:, self._erasing :], self.erase, self.size)
+            pixels.masked_fill_(_inside(boxes, self.size, pixels.device), 0.0)
+        return pixels
+
+    def of_mixing(self, draws: np.ndarray) -> np.ndarray:
+        """The columns that `Mixing` takes."""
+        return draws[:, self._mixing :]
 
 
-def _posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
-    """Keep the `bits` highest bits; timm also asks for none, which newer Pillows refuse."""
-    return image if bits >= 8 else ImageOps.posterize(image, max(bits, 1))
+def erased_boxes(draws: np.ndarray, probability: float, size: tuple[int, int]) -> np.ndarray:
+    """Boxes of torchvision's `RandomErasing`, top, left, height and width ``(B, 4)``; empty where nothing is erased."""
+    high, wide = size
+    low, up = _ERASED
+    area = high * wide * (low + (up - low) * draws[:, 1 : 1 + crops.TRIES])
+    low, up = np.log(_ERASED_RATIO)
+    ratio = np.exp(low + (up - low) * draws[:, 1 + crops.TRIES : 1 + 2 * crops.TRIES])
+    heights, widths = (np.rint(np.sqrt(part)).astype(np.int64) for part in (area * ratio, area / ratio))
+    fits = (heights < high) & (widths < wide)
+    chosen = fits.argmax(1)[:, None]
+    taken = (draws[:, 0] < probability) & fits.any(1)
+    height, width = (np.take_along_axis(sides, chosen, 1)[:, 0] * taken for sides in (heights, widths))
+    place = draws[:, 1 + 2 * crops.TRIES : 3 + 2 * crops.TRIES]
+    top, left = ((place[:, i] * (side - own + 1)).astype(np.int64) for i, (side, own) in
+                 enumerate(((high, height), (wide, width))))  # fmt: skip
+    return np.stack([top, left, height, width], 1)
 
 
-def mixing(recipe: Recipe, classes: int) -> Mixup | None:
-    """Mixup and CutMix of whole batches as the recipe has them; targets come out soft and smoothed."""
-    if not recipe.mixup and not recipe.cutmix:
-        return None
-    return Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=classes)
+def _inside(boxes: np.ndarray, size: tuple[int, int], device: torch.device) -> Tensor:
+    """Which pixels lie in their image's box, ``(B, 1, H, W)`` bool."""
+    given = sent(boxes, device)[:, None, None, :]
+    rows, columns = torch.arange(size[0], device=device)[:, None], torch.arange(size[1], device=device)
+    top, left, height, width = given.unbind(-1)
+    vertical = (rows >= top[..., None]) & (rows < (top + height)[..., None])
+    return vertical & (columns >= left[..., None]) & (columns < (left + width)[..., None])
+
+
+class Mixing:
+    """Mixup or CutMix of a batch with itself in reverse order; one of the two and its share drawn for each image.
+
+    Zhang et al. 2018 (arXiv 1710.09412), Yun et al. 2019 (arXiv 1905.04899), with the arithmetic of timm's
+    ``Mixup(mode="elem")``: with both alphas each of the two is as likely, a box is clipped at the border, and the
+    share is that of the pixels.
+
+    Parameters
+    ----------
+    recipe : alphas of Mixup and CutMix, label smoothing.
+    classes : of the model.
+    """
+
+    def __init__(self, recipe: Recipe, classes: int) -> None:
+        self.mixup, self.cutmix, self.classes = recipe.mixup, recipe.cutmix, classes
+        self.smoothing = recipe.label_smoothing
+        grid = np.linspace(0, 1, 4097)
+        self._grid = grid
+        self._shares = [  # quantiles of Beta(alpha, alpha)
+            betaincinv(alpha, alpha, grid) if alpha else None for alpha in (self.mixup, self.cutmix)
+        ]
+
+    @property
+    def active(self) -> bool:
+        """Whether the recipe mixes at all."""
+        return bool(self.mixup or self.cutmix)
+
+    def __call__(
+        self, images: Tensor, labels: Tensor, draws: np.ndarray, batch: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Images ``(B, 3, H, W)`` and targets: ``(B, classes)`` soft and smoothed if anything is mixed, else labels.
+
+        Parameters
+        ----------
+        images, labels : one batch, or several of `batch` images one after another.
+        draws : uniform numbers ``(B, 4)``: which of the two, the share, the centre of the box.
+        batch : images that are mixed with each other; by default all.
+        """
+        if not self.active:
+            return images, labels
+        device, (high, wide) = images.device, images.shape[2:]
+        cuts = draws[:, 0] < (0.5 if self.mixup and self.cutmix else float(bool(self.cutmix)))
+        share = np.zeros(len(draws))
+        for own, quantiles in ((~cuts, self._shares[0]), (cuts, self._shares[1])):
+            if quantiles is not None:
+                share[own] = np.interp(draws[own, 1], self._grid, quantiles)
+        side = np.sqrt(1 - share)
+        sides = np.stack([(high * side).astype(np.int64), (wide * side).astype(np.int64)], 1)
+        centre = (draws[:, 2:4] * (high, wide)).astype(np.int64)
+        begin, end = (np.clip(centre + sign * (sides // 2), 0, (high, wide)) for sign in (-1, 1))
+        share = np.where(cuts, 1 - (end - begin).prod(1) / (high * wide), share)
+        boxes = np.concatenate([begin, end - begin], 1) * cuts[:, None]
+        own = sent(np.where(cuts, 1.0, share).astype(np.float32), device)
+        weight = own[:, None, None, None] * ~_inside(boxes, (high, wide), device)
+        mixed = _reversed(images, batch).lerp(images, weight)
+        kept = sent(share.astype(np.float32), device)[:, None]
+        targets = F.one_hot(labels, self.classes) * (1 - self.smoothing) + self.smoothing / self.classes
+        return mixed, _reversed(targets, batch).lerp(targets, kept)
+
+
+def _reversed(rows: Tensor, batch: int | None) -> Tensor:
+    """Each batch of `batch` rows in reverse order."""
+    return rows.unflatten(0, (-1, batch or len(rows))).flip(1).flatten(0, 1)

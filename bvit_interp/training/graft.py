@@ -33,9 +33,10 @@ from bvit_interp.models.bvit import BViT
 from bvit_interp.models.masks import PLACES, Masks, put_on
 from bvit_interp.models.unroll import unroll
 from bvit_interp.training import feed, start
-from bvit_interp.training.augment import drawn_for, mixing, training_view
 from bvit_interp.training.distill import objective
+from bvit_interp.training.draws import drawn_for
 from bvit_interp.training.recipe import Recipe
+from bvit_interp.training.throughput import precision
 
 COLUMNS = {
     "epoch": "passes done, from 1",
@@ -160,10 +161,9 @@ class _Training:
         }  # fmt: skip
         self.main = main.requires_grad_(False).to(device).train()  # patches are left out as the recipe says
         self.grafts = Grafts(init, self.main, masks).to(device).train()
-        if device == "cpu" and recipe.autocast != "off":
-            for block in (*self.grafts, *self.main.blocks):  # as the trainer: its bf16 backward is slow on a CPU
-                block.attn.fused_attn = False
-        self.view, self.mixup = training_view(recipe, init), mixing(recipe, init.num_classes)
+        self.precision = precision(recipe.autocast, device)
+        self._choose_attention()
+        self.feed = feed.Feed(recipe, samples, init, device)
         self.optimizer = start.optimizer(self.grafts, self.recipe)  # type: ignore[arg-type]
         self.steps = feed.images_per_epoch(recipe, samples) // recipe.batch_size
         self.total, self.done = epochs * self.steps, 0
@@ -172,20 +172,24 @@ class _Training:
         self.losses = torch.zeros(len(self.grafts), device=device)  # sums over the steps of the epoch
         self.history: list[dict[str, float]] = []
 
+    def _choose_attention(self) -> None:
+        """As the trainer: the fused kernel's bf16 backward is slow on a CPU."""
+        for block in (*self.grafts, *self.main.blocks):
+            block.attn.fused_attn = not (self.device == "cpu" and self.precision != "off")
+
     def steps_of_epoch(self) -> Iterator[None]:
         """Take the steps that are left of the current epoch; yields after each."""
         number, first = divmod(self.done, self.steps)
-        source = feed.Epoch(self.recipe, self.samples, self.view, self.offset + number)
-        for images, labels in feed.batches(source, first, self.recipe.workers, pin=self.device != "cpu"):
+        for images, targets in self.feed.epoch(self.offset + number, first):
             self.schedule.step_update(self.done)
             self.schedule.step(number)
-            self._step(images.to(self.device), labels.to(self.device), self.offset + number)
+            self._step(images, targets, self.offset + number)
             self.done += 1
             yield
 
-    def _step(self, images: Tensor, labels: Tensor, epoch: int) -> None:
+    def _step(self, images: Tensor, targets: Tensor, epoch: int) -> None:
         recipe = self.recipe
-        parts = list(zip(images.chunk(recipe.accumulate), labels.chunk(recipe.accumulate), strict=True))
+        parts = list(zip(images.chunk(recipe.accumulate), targets.chunk(recipe.accumulate), strict=True))
         with drawn_for(recipe.seed, epoch, self.done, self.rank, 1):
             for pixels, target in parts:
                 losses = self._losses(pixels, target) / len(parts)
@@ -203,9 +207,7 @@ class _Training:
 
     def _losses(self, images: Tensor, target: Tensor) -> Tensor:
         """The loss of each graft ``(T,)``."""
-        if self.mixup is not None:
-            images, target = self.mixup(images, target)
-        on = self.recipe.autocast != "off"
+        on = self.precision != "off"
         with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=on):
             logits = answers(self.main, self.grafts, images, recompute=self.recipe.grad_checkpointing)
             return torch.stack([self.objective(own, target, images) for own in logits])
@@ -238,7 +240,7 @@ class _Training:
             return
         content = {
             "grafts": self.grafts.state_dict(), "optimizer": self.optimizer.state_dict(), "done": self.done,
-            "losses": self.losses, "history": self.history, "identity": self.identity,
+            "losses": self.losses, "history": self.history, "identity": self.identity, "precision": self.precision,
         }  # fmt: skip
         try:
             with results.replacing(self.state) as temporary:
@@ -262,7 +264,8 @@ class _Training:
         self.grafts.load_state_dict(content["grafts"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.losses.copy_(content["losses"])
-        self.done, self.history = content["done"], content["history"]
+        self.done, self.history, self.precision = content["done"], content["history"], content["precision"]
+        self._choose_attention()
 
 
 def shortened(recipe: Recipe, epochs: int) -> Recipe:

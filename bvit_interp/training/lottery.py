@@ -27,7 +27,8 @@ from bvit_interp.models.masks import FILE, Masks
 from bvit_interp.models.unroll import unroll
 from bvit_interp.training import feed, routing, subsets
 from bvit_interp.training import ticket_table as rows_of
-from bvit_interp.training.augment import drawn_for, training_view
+from bvit_interp.training.augment import Augmentation
+from bvit_interp.training.draws import drawn_for
 from bvit_interp.training.prune import smallest_off
 from bvit_interp.training.recipe import Recipe
 from bvit_interp.training.routing import Batches, Places, Subnets
@@ -81,7 +82,7 @@ class Lottery:
         self.rounds = schedule(tickets.sparsity, tickets.rate)
         self.found: dict[str, dict[int, Masks]] = {}
         seen = routing.seen_by(self.init, samples)
-        self.view, self.geometry = training_view(recipe, seen), Geometry.of(seen, scored)
+        self.view, self.geometry = Augmentation(recipe, seen), Geometry.of(seen, scored)
         batches = [-(-len(part.own) // routing.own_images(part, recipe.batch_size)) for part in self.partition.parts]
         self.passes = max(batches) * tickets.retrain_epochs  # batches of each subset: M of Algorithm 2 an epoch
         belongs = subsets.table(self.partition, self.train, self.test)

@@ -35,7 +35,7 @@ from bvit_interp.models import checkpoint
 from bvit_interp.models.bvit import BViT
 from bvit_interp.models.masks import PLACES, Masks, full
 from bvit_interp.training import feed, graft, start, supervised
-from bvit_interp.training.augment import drawn_for
+from bvit_interp.training.draws import drawn_for
 from bvit_interp.training.recipe import Recipe
 from bvit_interp.training.run import STATE
 

@@ -22,7 +22,7 @@ _WORDS = {
     "schedule": ("step", "epoch"),
     "crop": ("none", "padded", "random-resized"),
     "positions": ("random", "sincos"),
-    "autocast": ("bf16", "off"),
+    "autocast": ("auto", "bf16", "off"),
 }
 _NOT_NEGATIVE = (
     "lr", "min_lr", "warmup_epochs", "weight_decay", "easy_epochs", "fade_epochs", "mixup", "cutmix", "workers", "seed",
@@ -77,7 +77,7 @@ class Recipe:
     erase: float = 0.0
     """Probability of Random Erasing, 0..1."""
     mixup: float = 0.0
-    """Alpha of Mixup; with `cutmix`, one of the two is drawn for each batch."""
+    """Alpha of Mixup; with `cutmix`, one of the two is drawn for each image."""
     cutmix: float = 0.0
     """Alpha of CutMix."""
     label_smoothing: float = 0.0
@@ -88,8 +88,10 @@ class Recipe:
     """Largest norm of the gradient; null does not clip."""
     positions: str = "random"
     """How the learned positions start: random (timm's, std 0.02) or sincos (2-D sines and cosines of amplitude 1)."""
-    autocast: str = "bf16"
-    """bf16 or off."""
+    autocast: str = "auto"
+    """bf16, off, or auto: what a short trial on the device shows to be faster."""
+    patch_drop_until: float = 1.0
+    """Share of the epochs in which `model.patch_drop_rate` holds, 0..1; afterwards no patch is left out."""
     compile: bool = False
     """Compile the blocks (needs a C++ compiler on a CPU)."""
     grad_checkpointing: bool = False
@@ -114,7 +116,7 @@ class Recipe:
                 raise UserError(f"recipe: {name} must be >= 1, got {value}")
         if self.images_per_epoch is not None and self.images_per_epoch < self.batch_size:
             raise UserError(f"recipe: an epoch of {self.images_per_epoch} images is less than a batch")
-        for name in ("erase", "label_smoothing", "warmup_factor", "ema"):
+        for name in ("erase", "label_smoothing", "warmup_factor", "ema", "patch_drop_until"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise UserError(f"recipe: {name} must be in 0..1, got {value}")
@@ -138,6 +140,11 @@ class Recipe:
         """The settings that the weights depend on: those a run must share to be continued."""
         settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("workers", "score_every")}
         return settings | {"data": self.data.partition(":")[0]}
+
+    def patch_drop(self, epoch: int) -> float:
+        """Share of the patches that epoch `epoch` (from 0) leaves out of each image."""
+        rate = float(self.model.get("patch_drop_rate") or 0.0)
+        return rate if epoch < round(self.patch_drop_until * self.epochs) else 0.0
 
     def hardness(self, epoch: int) -> float:
         """Share of photographs and distractors in epoch `epoch` (from 0): 0 easy .. 1 the data set."""

@@ -33,10 +33,12 @@ from bvit_interp.models.bvit import BViT
 from bvit_interp.models.masks import PLACES, Masks
 from bvit_interp.models.unroll import unroll
 from bvit_interp.training import feed, graft, start
-from bvit_interp.training.augment import View, drawn_for, reseed
+from bvit_interp.training.augment import Augmentation
+from bvit_interp.training.draws import Draws, drawn_for
 from bvit_interp.training.masked_adam import MaskedAdam
 from bvit_interp.training.recipe import Recipe
 from bvit_interp.training.subsets import Part, Pool
+from bvit_interp.training.throughput import precision
 
 Places = Mapping[str, tuple[str, ...]]
 """Masked weight of the model -> its names in the module that computes, one for each of a subset's mask rows."""
@@ -45,7 +47,7 @@ Places = Mapping[str, tuple[str, ...]]
 def build(recipe: Recipe, pool: Pool, device: str = "cpu") -> nn.Module:
     """The recipe's model before its first step, with an output for each class of the pool: a bViT or any timm model."""
     model = _build(recipe, pool)
-    if device == "cpu" and recipe.autocast != "off":
+    if device == "cpu" and precision(recipe.autocast, device) != "off":
         for inner in model.modules():
             if hasattr(inner, "fused_attn"):
                 inner.fused_attn = False  # type: ignore[assignment]  # its bf16 backward is slow on a CPU
@@ -67,7 +69,7 @@ def _build(recipe: Recipe, pool: Pool) -> nn.Module:
 
 
 def seen_by(model: nn.Module, samples: Samples) -> Any:
-    """What `training_view` and `Geometry` ask of a model: a timm model without patches sees a set's own size."""
+    """What `Augmentation` and `Geometry` ask of a model: a timm model without patches sees a set's own size."""
     if hasattr(getattr(model, "patch_embed", None), "img_size"):
         return model
     cfg = cast(dict[str, Any], model.pretrained_cfg)
@@ -169,7 +171,7 @@ class Batches(Dataset[feed.Share | str]):
     """
 
     def __init__(
-        self, recipe: Recipe, pool: Pool, parts: Sequence[Part], view: View, key: tuple[int, ...], total: int
+        self, recipe: Recipe, pool: Pool, parts: Sequence[Part], view: Augmentation, key: tuple[int, ...], total: int
     ) -> None:
         self.pool, self.parts, self.view, self.total = pool, tuple(parts), view, total
         self.size, self.key = recipe.batch_size, (recipe.seed, *key)
@@ -196,15 +198,14 @@ class Batches(Dataset[feed.Share | str]):
 
     def __getitem__(self, j: int) -> feed.Share | str:
         places, images = self.places(j).tolist(), []
-        with drawn_for(0):
-            for i, place in enumerate(places):
-                try:
-                    image = self.pool.read(place)
-                    reseed(*self.key, j, i)
-                    images.append(self.view(image))
-                except UserError as error:  # out of a worker it would come as a traceback
-                    return str(error)
-        return torch.stack(images), torch.from_numpy(self.pool.labels[places])
+        draws = Draws((*self.key, j), self.view.width).table(len(places))
+        for place, numbers in zip(places, draws, strict=True):
+            try:
+                pixels = torch.from_numpy(self.pool.read(place)).permute(2, 0, 1)
+                images.append(self.view.cropped(pixels[None], numbers[None])[0])
+            except UserError as error:  # out of a worker it would come as a traceback
+                return str(error)
+        return self.view.coloured(torch.stack(images), draws), torch.from_numpy(self.pool.labels[places])
 
 
 def own_images(part: Part, size: int) -> int:
@@ -272,4 +273,5 @@ def answers(routes: Sequence[Route], pool: Pool, view: Geometry, device: str, si
 
 
 def _autocast(recipe: Recipe, device: str) -> torch.autocast:
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=recipe.autocast != "off")
+    on = precision(recipe.autocast, device) != "off"
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=on)

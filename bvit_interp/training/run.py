@@ -18,7 +18,7 @@ from bvit_interp.models.bvit import BViT
 from bvit_interp.training.recipe import Recipe
 
 STATE = "state.pt"
-_COUNTED = ("done", "loss", "norm", "seconds", "history")
+_COUNTED = ("done", "loss", "norm", "seconds", "history", "precision")
 _NO_STATE = "not the whole state of a run"
 
 
@@ -33,6 +33,7 @@ class Run:
     loss, norm : sums over the steps of the current epoch.
     seconds : time spent training in the current epoch.
     history : a row of `COLUMNS` for every finished epoch.
+    precision : bf16 or off, as the run trains; a run goes on as it began.
     """
 
     model: BViT
@@ -43,6 +44,7 @@ class Run:
     norm: float = 0.0
     seconds: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
+    precision: str = "off"
 
     def save(self, path: Path, recipe: Recipe, data: str, masks: str | None = None) -> None:
         """Write the state, with the fingerprints of its data and of its masks, if any; on an error (`UserError`) the
@@ -81,7 +83,10 @@ class Run:
         try:
             self.model.load_state_dict(state["model"])
             self.ema.module.load_state_dict(state["ema"])
+            capturable = [group["capturable"] for group in self.optimizer.param_groups]  # of this device
             self.optimizer.load_state_dict(state["optimizer"])
+            for group, own in zip(self.optimizer.param_groups, capturable, strict=True):
+                group["capturable"] = own
             for key in _COUNTED:
                 setattr(self, key, state[key])
             if not isinstance(self.history, list) or not isinstance(self.done, int):

@@ -12,7 +12,7 @@ from bvit_interp.data.samples import Samples
 from bvit_interp.errors import UserError, choices
 from bvit_interp.models import checkpoint
 from bvit_interp.models.bvit import BViT
-from bvit_interp.training.augment import drawn_for
+from bvit_interp.training.draws import drawn_for
 from bvit_interp.training.recipe import Recipe
 
 
@@ -77,7 +77,8 @@ def optimizer(model: BViT, recipe: Recipe) -> torch.optim.AdamW:
     if not recipe.decay_all:
         free = model.no_weight_decay()  # given by name: the third argument changed between timm's versions
         groups = param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=free)
-    return torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
+    on_gpu = next(model.parameters()).is_cuda
+    return torch.optim.AdamW(groups, lr=recipe.lr, fused=True, capturable=on_gpu)
 
 
 def ema_decay(recipe: Recipe, total_steps: int) -> float:

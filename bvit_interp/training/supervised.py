@@ -11,7 +11,9 @@ import copy
 import math
 import shutil
 import time
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from bvit_interp.data.catalog import open_samples
 from bvit_interp.data.geometry import Geometry
 from bvit_interp.data.labels import label_map
 from bvit_interp.data.loader import Loader
+from bvit_interp.data.samples import Samples
 from bvit_interp.errors import MissingExtra, UserError, choices
 from bvit_interp.models import checkpoint, cost
 from bvit_interp.models.bvit import BViT
@@ -35,11 +38,11 @@ from bvit_interp.models.masks import FILE as MASKS
 from bvit_interp.models.masks import Masks, masked
 from bvit_interp.probes.scores import Classification
 from bvit_interp.training import card, feed, start
-from bvit_interp.training.augment import drawn_for, mixing, training_view
 from bvit_interp.training.distill import objective
 from bvit_interp.training.recipe import Recipe
 from bvit_interp.training.run import STATE, Run
-from bvit_interp.training.throughput import peak_memory, utilisation
+from bvit_interp.training.stepper import Stepper
+from bvit_interp.training.throughput import peak_memory, precision, utilisation
 
 COLUMNS = {
     "epoch": "passes done, from 1",
@@ -63,12 +66,14 @@ _COMPILERS = ("g++", "clang++", "c++")
 _UNDER_MASKS = """- Trained and scored under `masks.safetensors`, a mask for every step: open `{folder}@masked`.
   Without them, also as `{folder}@ema`, the weights make another network.
 """
-_CHECKED_EVERY = 50  # steps between two looks at the losses: each waits for the GPU
+_CHECKED_EVERY = 50  # steps between two looks at the losses
+_LOOK = 10.0  # seconds between two looks on a GPU at least: each waits for it
+_KEPT_BYTES = 4 * 2**30  # test images kept as the model sees them
 
 
 def train(
     recipe: Recipe, out: Path, device: str = "cpu", *, overwrite: bool = False, tensorboard: bool = False,
-    save_minutes: float = 2.0, masks: Masks | None = None,
+    save_minutes: float = 2.0, masks: Masks | None = None, minutes: float | None = None,
 ) -> BViT:  # fmt: skip
     """Train the recipe's model, or go on where a run in `out` stopped, and leave a checkpoint folder there.
 
@@ -80,8 +85,9 @@ def train(
     device : of this process.
     overwrite : start again where a run in `out` would be resumed.
     tensorboard : log the history's columns for TensorBoard too, in `out`.
-    save_minutes : time between two states within an epoch.
+    save_minutes : time between two states.
     masks : one for every step (`models.masks`), active in training and in all scores; blocks are then not compiled.
+    minutes : stop after so many, between two steps, with a state to go on from; by default train to the end.
 
     Returns
     -------
@@ -93,36 +99,111 @@ def train(
         A recipe that does not fit its data, a folder with other things or the state of another recipe, a loss that is
         not finite, too little GPU memory.
     """
-    results.check_folder(out)
-    there = [name for name in (*_WRITTEN, MASKS) if (out / name).exists()]
-    if there and STATE not in there and not overwrite:
-        raise UserError(f"{out} holds {choices(there)} and no run to go on with: give another --out or --overwrite")
-    trainer = Trainer(recipe, out, device, save_minutes, masks)
-    if overwrite:
-        trainer.clear()
-    elif STATE in there:
-        trainer.run.resume(out / STATE, recipe, trainer.data, trainer.under)
-    if not trainer.run.done:
-        trainer.save()  # from here on the folder is this run's
-    writer = _tensorboard(out) if tensorboard and trainer.first else None
+    (model,) = train_all(
+        [(recipe, out)], device, overwrite=overwrite, tensorboard=tensorboard, save_minutes=save_minutes, masks=masks,
+        minutes=minutes,
+    )  # fmt: skip
+    return model
+
+
+def train_all(
+    plans: Sequence[tuple[Recipe, Path]], device: str = "cpu", *, overwrite: bool = False, tensorboard: bool = False,
+    save_minutes: float = 2.0, masks: Masks | None = None, minutes: float | None = None,
+) -> list[BViT]:  # fmt: skip
+    """Train several recipes side by side, a step of each in turn; on a GPU each has a stream of its own.
+
+    Small models leave most of a GPU idle: the steps of several overlap there. Runs on the same images share them. Each
+    run is what it would be alone.
+
+    Parameters
+    ----------
+    plans : recipe and folder of each run; the rest as in `train`.
+    """
+    folders = [out.resolve() for _, out in plans]
+    if len({*folders}) < len(folders):
+        raise UserError(f"two runs in one folder: {choices(map(str, folders))}")
+    until = math.inf if minutes is None else time.monotonic() + 60 * minutes
+    runs = [
+        _Running(recipe, out, device, overwrite, tensorboard, save_minutes, masks) for recipe, out in plans
+    ]  # fmt: skip
+    first, names = runs[0].trainer.first, ", ".join(out.name for _, out in plans)
     with tqdm(
-        total=trainer.total, initial=trainer.run.done, desc=out.name, unit="step", disable=not trainer.first
-    ) as bar:
+        total=sum(run.trainer.total for run in runs), initial=sum(run.trainer.run.done for run in runs),
+        desc=names if len(names) < 40 else f"{len(runs)} runs", unit="step", disable=not first,
+    ) as bar:  # fmt: skip
+        going = [(run, run.steps(bar)) for run in runs]
+        while going:
+            if _late(until, runs[0].trainer.world):
+                for run, _ in going:
+                    run.trainer.pause()
+                break
+            going = [(run, steps) for run, steps in going if run.advance(steps)]
+    return [run.finished() for run in runs]
+
+
+def _late(until: float, world: int) -> bool:
+    """Whether the time is up, by the first process's clock."""
+    if math.isinf(until):
+        return False
+    late = [time.monotonic() > until]
+    if world > 1:
+        dist.broadcast_object_list(late)
+    return late[0]
+
+
+class _Running:
+    """A run in its folder: made ready or resumed, then advanced a step at a time."""
+
+    def __init__(
+        self, recipe: Recipe, out: Path, device: str, overwrite: bool, tensorboard: bool, save_minutes: float,
+        masks: Masks | None,
+    ) -> None:  # fmt: skip
+        results.check_folder(out)
+        there = [name for name in (*_WRITTEN, MASKS) if (out / name).exists()]
+        if there and STATE not in there and not overwrite:
+            raise UserError(f"{out} holds {choices(there)} and no run to go on with: give another --out or --overwrite")
+        self.stream = torch.cuda.Stream(device) if torch.device(device).type == "cuda" else None
+        with torch.cuda.stream(self.stream):
+            self.trainer = trainer = Trainer(recipe, out, device, save_minutes, masks)
+            if overwrite:
+                trainer.clear()
+            elif STATE in there:
+                trainer.run.resume(out / STATE, recipe, trainer.data, trainer.under)
+            if not trainer.run.done:
+                trainer.save()  # from here on the folder is this run's
+        self.writer = _tensorboard(out) if tensorboard and trainer.first else None
+
+    def steps(self, bar: tqdm) -> Iterator[None]:
+        """Train to the end; yields after every step."""
+        trainer = self.trainer
         while trainer.run.done < trainer.total:
-            try:
-                trainer.epoch(bar)
-            except torch.OutOfMemoryError:
-                raise UserError("out of GPU memory: set accumulate=2 (or more), or grad_checkpointing=true") from None
-            if writer is not None:
+            yield from trainer.epoch(bar)
+            if self.writer is not None:
                 for name, value in trainer.run.history[-1].items():
-                    writer.add_scalar(name, value, trainer.run.history[-1]["epoch"])
-                writer.flush()
-    if trainer.first and not all((out / name).exists() for name in (*_WRITTEN, *([MASKS] if masks else ()))):
-        trainer.write()
-    if trainer.world > 1:
-        dist.barrier()  # what the first process wrote is there for all
-    trainer.scored.load_state_dict(trainer.run.model.state_dict())
-    return trainer.scored.requires_grad_()
+                    self.writer.add_scalar(name, value, trainer.run.history[-1]["epoch"])
+                self.writer.flush()
+
+    def advance(self, steps: Iterator[None]) -> bool:
+        """Take the next step; False at the end."""
+        try:
+            with torch.cuda.stream(self.stream):
+                return next(steps, self) is not self
+        except torch.OutOfMemoryError:
+            raise UserError("out of GPU memory: set accumulate=2 (or more), or grad_checkpointing=true") from None
+
+    def finished(self) -> BViT:
+        """The model as it is now, with what a folder holds at the end of a run."""
+        trainer, out = self.trainer, self.trainer.out
+        done = trainer.run.done == trainer.total
+        written = (*_WRITTEN, *([MASKS] if trainer.masks else ()))
+        if trainer.first and done and not all((out / name).exists() for name in written):
+            trainer.write()
+        if trainer.world > 1:
+            dist.barrier()  # what the first process wrote is there for all
+        if self.stream is not None:
+            self.stream.synchronize()
+        trainer.scored.load_state_dict(trainer.run.model.state_dict())
+        return trainer.scored.requires_grad_()
 
 
 class Trainer:
@@ -138,47 +219,63 @@ class Trainer:
         self.samples = open_samples(recipe.data, "train")
         self.data = feed.fingerprint(self.samples)
         model = start.make_model(recipe, self.samples).to(device)
-        self.view, self.mixup = training_view(recipe, model), mixing(recipe, model.num_classes)
         self.steps = feed.images_per_epoch(recipe, self.samples) // recipe.batch_size
         self.total = recipe.epochs * self.steps
         self._check()
+        self.feed = feed.Feed(recipe, self.samples, model, device)
         cost.flops(model, count_attention=True)  # what the history needs must be known before an epoch is spent
         self.scored = copy.deepcopy(model).requires_grad_(False).eval()  # neither compiled nor its attention changed
         decay, warmup = start.ema_decay(recipe, self.total), round(recipe.warmup_epochs * self.steps)
         ema = ModelEmaV3(model, decay=decay, update_after_step=warmup)
-        self.run = Run(model, ema, start.optimizer(model, recipe))
+        self.run = Run(model, ema, start.optimizer(model, recipe), precision=precision(recipe.autocast, device))
         self.schedule = start.schedule(self.run.optimizer, recipe, self.steps)
         self.objective = objective(recipe, model, device)
-        self.test = self._test_loader(model)
-        self.forward = self._forward(model)
+        self.test = _Test(open_samples(recipe.data), self.samples, model, recipe, device)
+        self.pending: list[tuple[torch.Tensor, torch.Tensor]] = []  # losses and norms not yet looked at
+        self.began = self.last_saved = time.monotonic()
 
-    def epoch(self, bar: tqdm) -> None:
-        """Train to the end of the current epoch, score, and write the checkpoint."""
+    def epoch(self, bar: tqdm) -> Iterator[None]:
+        """Train to the end of the current epoch, yielding after every step; score, and write the checkpoint."""
         run, recipe = self.run, self.recipe
         number, first = divmod(run.done, self.steps)
         self.forward.train()
-        source = feed.Epoch(recipe, self.samples, self.view, number)
-        began = saved = time.monotonic()
-        pending: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for images, labels in feed.batches(source, first, recipe.workers, pin=self.device != "cpu"):
+        self._drop(recipe.patch_drop(number))
+        self.began = looked = time.monotonic()
+        pending = self.pending
+        for images, targets in self.feed.epoch(number, first):
             self.schedule.step_update(run.done)
             self.schedule.step(number)
-            pending.append(self._step(images, labels, number))
+            pending.append(self._step(images, targets, number))
             run.done += 1
             bar.update()
             at_end = run.done % self.steps == 0
-            if at_end or len(pending) == _CHECKED_EVERY:
+            waits = self.device != "cpu" and time.monotonic() - looked < _LOOK
+            if at_end or (len(pending) >= _CHECKED_EVERY and not waits):
                 self._account(pending, number)
+                looked = time.monotonic()
                 bar.set_postfix(
                     epoch=f"{number + 1}/{recipe.epochs}",
                     loss=f"{run.loss / (run.done % self.steps or self.steps):.3f}",
                 )
-            if not at_end and not pending and time.monotonic() - saved > 60 * self.save_minutes:
-                run.seconds += time.monotonic() - began
-                self.save()
-                began = saved = time.monotonic()
-        run.seconds += time.monotonic() - began
+            if not at_end:
+                if not pending and time.monotonic() - self.last_saved > 60 * self.save_minutes:
+                    self._save_between()
+                yield
+        run.seconds += time.monotonic() - self.began
         self._finish(number)
+        yield
+
+    def pause(self) -> None:
+        """Save the state between two steps, to go on from."""
+        if self.pending:
+            self._account(self.pending, self.run.done // self.steps)
+        self._save_between()
+
+    def _save_between(self) -> None:
+        if self.run.done % self.steps:
+            self.run.seconds += time.monotonic() - self.began
+        self.save()
+        self.began = time.monotonic()
 
     def clear(self) -> None:
         """Remove what an earlier run left, so that nothing of two runs lies side by side."""
@@ -202,31 +299,25 @@ class Trainer:
             self.masks.save(self.out / MASKS, run.model)
         results.write_table(table, self.out / HISTORY)
 
-    def _step(self, images: torch.Tensor, labels: torch.Tensor, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _step(self, images: torch.Tensor, targets: torch.Tensor, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimiser step; returns this process's loss and the gradient's norm, both still on the device."""
-        run, recipe = self.run, self.recipe
-        images = images.to(self.device, non_blocking=True)
-        targets = labels.to(self.device, non_blocking=True)
-        parts = list(zip(images.chunk(recipe.accumulate), targets.chunk(recipe.accumulate), strict=True))
-        total = torch.zeros((), device=self.device)
-        with drawn_for(recipe.seed, epoch, run.done, self.rank, 1):  # the last: not what an image draws
-            for i, (pixels, target) in enumerate(parts):
-                shared = i + 1 == len(parts) or self.world == 1
-                with nullcontext() if shared else self.forward.no_sync():
-                    loss = self._loss(pixels, target) / len(parts)
-                    loss.backward()
-                total += loss.detach()
-        norm = nn.utils.clip_grad_norm_(run.model.parameters(), recipe.clip or math.inf)
-        run.optimizer.step()
-        run.optimizer.zero_grad(set_to_none=True)
+        run = self.run
+        result = self.step(images, targets, self.recipe.seed, epoch, run.done, self.rank)
         run.ema.update(run.model, step=run.done + 1)
-        return total, norm.detach()
+        return result
 
     def _loss(self, images: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        if self.mixup is not None:
-            images, target = self.mixup(images, target)
         with self._autocast():  # the teacher too
             return self.objective(self.forward(images), target, images)
+
+    def _drop(self, rate: float) -> None:
+        """Leave out this share of the patches from now on."""
+        drop = self.run.model.patch_drop
+        of = [drop, *([self.forward.patch_drop] if isinstance(self.forward, BViT) else [])]
+        if getattr(drop, "prob", 0.0) != rate:
+            for part in of:
+                part.prob = rate
+            self.step.forget()
 
     def _account(self, pending: list[tuple[torch.Tensor, torch.Tensor]], epoch: int) -> None:
         """Add losses and norms to the epoch's sums; stop if one is not finite.
@@ -263,7 +354,8 @@ class Trainer:
         run.loss = run.norm = run.seconds = 0.0
         if self.first and scored:
             self.write()
-        self.save()
+        if run.done == self.total or time.monotonic() - self.last_saved > 60 * self.save_minutes:
+            self.save()
 
     def score(self) -> dict[str, float]:
         """Test scores of the raw and the averaged weights, in full precision and one pass over the images."""
@@ -273,8 +365,7 @@ class Trainer:
             models = {name: masked(model, self.masks, baked=True) for name, model in models.items()}
         metrics = {name: Classification(model.num_classes).to(self.device) for name, model in models.items()}
         with torch.inference_mode():
-            for batch in self.test:
-                images, labels = batch.images.to(self.device), self.places[batch.labels].to(self.device)
+            for images, labels in self.test:
                 for name, model in models.items():
                     metrics[name].update(model(images), labels)
         raw, ema = metrics["raw"].compute(), metrics["ema"].compute()
@@ -288,50 +379,80 @@ class Trainer:
         if self.first:
             self.out.mkdir(parents=True, exist_ok=True)
             self.run.save(self.out / STATE, self.recipe, self.data, self.under)
+        self.last_saved = time.monotonic()
 
     def _check(self) -> None:
         size, shares = self.recipe.batch_size, self.world * self.recipe.accumulate
         if size % shares:
             raise UserError(f"recipe: batch_size {size} is not divisible by {shares} (processes x accumulate)")
-        if self.mixup is not None and size // shares % 2:
-            raise UserError(f"recipe: Mixup needs an even number of images, got parts of {size // shares}")
         if self.recipe.compile and self.device == "cpu" and not any(map(shutil.which, _COMPILERS)):
             raise UserError(f"recipe: compile needs a C++ compiler ({choices(_COMPILERS)}); set compile=false")
         if not self.steps:
             raise UserError(f"recipe: an epoch of {len(self.samples)} images is less than a batch of {size}")
 
-    def _test_loader(self, model: BViT) -> Loader:
-        samples = open_samples(self.recipe.data)
-        place, own = ([getattr(kind, name, None) for name in ("root", "split")] for kind in (samples, self.samples))
-        if place == own:
-            raise UserError(f"recipe: {self.recipe.data} has nothing to score on beside its training images")
-        self.places = label_map(samples, model)
-        return Loader(samples, [Geometry.of(model, samples)], batch_size=250, workers=self.recipe.workers)
-
     def _dtype(self) -> torch.dtype:
-        return torch.float32 if self.recipe.autocast == "off" else torch.bfloat16
+        return torch.float32 if self.run.precision == "off" else torch.bfloat16
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.recipe.autocast != "off")
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.run.precision != "off")
 
-    def _forward(self, model: BViT) -> nn.Module:
-        """The model as it is trained: masked, blocks compiled, activations recomputed, gradients shared, as asked.
+    @cached_property
+    def step(self) -> Stepper:
+        """An optimiser step on images and targets."""
+        captures = torch.device(self.device).type == "cuda" and self.world == 1
+        return Stepper(
+            self.recipe, self.run.model, self.run.optimizer, self._loss,
+            self.forward.no_sync if isinstance(self.forward, DistributedDataParallel) else nullcontext,
+            captures and not self.recipe.grad_checkpointing,  # recomputing reads the random state, a capture cannot
+        )  # fmt: skip
 
-        Masked blocks are not compiled: each step's is another one, and the twelve would be compiled one by one.
+    @cached_property
+    def forward(self) -> nn.Module:
+        """The model as it is trained, made once its precision is known.
+
+        It is masked, its blocks are compiled, activations recomputed, gradients shared, as asked. Masked blocks are not
+        compiled: each step's is another one, and the twelve would be compiled one by one.
         """
+        model = self.run.model
         trained = model if self.masks is None else masked(model, self.masks)
         blocks = list(trained.blocks.children())
         trained.set_grad_checkpointing(self.recipe.grad_checkpointing)
-        if self.device == "cpu" and self.recipe.autocast != "off":
+        if self.device == "cpu" and self.run.precision != "off":
             for block in blocks:  # the fused kernel's bf16 backward is several times slower on a CPU
                 block.attn.fused_attn = False
         if self.recipe.compile and self.masks is None:
             for block in blocks:
-                block.compile()
+                block.compile(dynamic=False)
         if self.world == 1:
             return trained
         on = None if self.device == "cpu" else [torch.device(self.device)]
         return DistributedDataParallel(trained, device_ids=on, static_graph=self.recipe.accumulate == 1)
+
+
+class _Test:
+    """The test images as the model sees them and their places among its classes; kept on the device where they fit."""
+
+    def __init__(self, samples: Samples, trained: Samples, model: BViT, recipe: Recipe, device: str) -> None:
+        place, own = ([getattr(kind, name, None) for name in ("root", "split")] for kind in (samples, trained))
+        if place == own:
+            raise UserError(f"recipe: {recipe.data} has nothing to score on beside its training images")
+        self.places, self.device = label_map(samples, model), device
+        geometry = Geometry.of(model, samples)
+        self.loader = Loader(samples, [geometry], batch_size=250, workers=recipe.workers)
+        self.fits = 12 * len(self.loader.index) * math.prod(geometry.size) <= _KEPT_BYTES
+        self.kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        if self.kept:
+            yield from self.kept
+            return
+        kept = []
+        for batch in self.loader:
+            pair = batch.images.to(self.device), self.places[batch.labels].to(self.device)
+            if self.fits:
+                kept.append(pair)
+            yield pair
+        self.kept = kept
 
 
 def _tensorboard(folder: Path) -> Any:

@@ -1,4 +1,4 @@
-"""What the machine can do and what a training run makes of it: model FLOPs utilisation.
+"""What the machine can do and what a training run makes of it: precision, and model FLOPs utilisation.
 
 MFU (Chowdhery et al., "PaLM", 2022, appendix B) is the FLOPs the model needs, three times its forward pass, attention
 products included, over what the hardware does in that time. The peak is measured, not read from a data sheet.
@@ -11,7 +11,7 @@ import time
 from functools import lru_cache
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 
 from bvit_interp.models import cost
 
@@ -32,6 +32,42 @@ def peak_flops(device: str, dtype: torch.dtype) -> float:
         _wait(device)
         best = min(best, time.perf_counter() - began)
     return 2 * side**3 / best
+
+
+def precision(wanted: str, device: str) -> str:
+    """bf16 or off: as `wanted`, and for "auto" what a short trial on this device shows to be faster.
+
+    Processes with or without bf16 units differ by a factor of twenty, and their names do not tell. Under torchrun the
+    first process decides for all.
+    """
+    if wanted != "auto":
+        return wanted
+    faster = [_faster(torch.device(device).type)]
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(faster)
+    return faster[0]
+
+
+@lru_cache
+def _faster(kind: str) -> str:
+    """The trial: forward and backward of a small block, three times each, the best counts."""
+    with torch.random.fork_rng(devices=[]):
+        block = Block(dim=128, num_heads=4, attn_drop=0.0).to(kind)
+        images = torch.randn(8, 65, 128, device=kind)
+    best = {}
+    for word, on in (("off", False), ("bf16", True)):
+        block.attn.fused_attn = kind != "cpu" or not on  # as a run trains, see `supervised`
+        times = []
+        for _ in range(4):
+            _wait(kind)
+            began = time.perf_counter()
+            with torch.autocast(kind, torch.bfloat16, enabled=on):
+                loss = block(images).float().square().mean()
+            loss.backward()
+            _wait(kind)
+            times.append(time.perf_counter() - began)
+        best[word] = min(times[1:])
+    return min(best, key=lambda word: best[word])
 
 
 def utilisation(model: VisionTransformer, images_per_second: float, device: str, dtype: torch.dtype) -> float:

@@ -283,7 +283,7 @@ class Transfer:
         geometry, pin = Geometry.of(self.model, self.train, self.plan.resize), self.device.type == "cuda"
 
         def batches(epoch: int) -> Iterator[Share]:
-            of = feed.Epoch(recipe, self.train, lambda image: geometry(image)[0], epoch)
+            of = feed.Epoch(recipe, self.train, lambda image, _: geometry(image)[0], epoch)
             return feed.batches(of, 0, recipe.workers, pin)
 
         about = {**keys, **self.plan.options()}

@@ -27,7 +27,7 @@ from bvit_interp.data.samples import first_line
 from bvit_interp.errors import UserError
 from bvit_interp.models.adapters import Adapted
 from bvit_interp.training import start
-from bvit_interp.training.augment import drawn_for
+from bvit_interp.training.draws import drawn_for
 from bvit_interp.training.feed import Share
 from bvit_interp.training.recipe import Recipe
 

@@ -162,7 +162,8 @@ def watched(trainer, look):
 
     trainer.run.optimizer.step = looked
     while trainer.run.done < trainer.total:
-        trainer.epoch(SimpleNamespace(update=lambda: None, set_postfix=lambda **shown: None))
+        for _ in trainer.epoch(SimpleNamespace(update=lambda: None, set_postfix=lambda **shown: None)):
+            pass
     return trainer
 
 
