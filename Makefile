@@ -7,7 +7,7 @@ WHERE := --data $(RUN)/digits-s --out $(RUN)
 ONE := --ckpt checkpoints/bvit-digits-s $(WHERE)
 ALL := --ckpt checkpoints/bvit-digits-s checkpoints/bvit-digits-s-te checkpoints/bvit-digits-s-reg4 $(WHERE)
 
-.PHONY: setup demo test lint notebooks bench clean
+.PHONY: setup demo test lint notebooks bench gpu gpu-collect clean
 
 setup: $(STAMP)
 
@@ -64,6 +64,18 @@ bench: setup
 	$(BIN)/python benchmarks/steps.py
 	$(BIN)/python benchmarks/features.py
 	$(BIN)/python benchmarks/masks.py
+
+# What only a GPU can settle, within a time limit (DATA: folder of data sets; ARGS: --only JOB, --dry-run, ...).
+# `make gpu BIN= PYTHON=python3` takes a Python that has the packages and installs nothing.
+SECONDS ?= 570
+OUT ?= runs/gpu
+OWN := $(if $(filter .venv/bin,$(BIN)),setup)
+gpu: $(OWN)
+	$(if $(BIN),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py --seconds $(SECONDS) --out $(OUT) \
+		$(if $(DATA),--data $(DATA)) $(ARGS)
+
+gpu-collect: $(OWN)
+	$(if $(BIN),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py collect $(FOLDER) $(ARGS)
 
 clean:
 	rm -rf .venv $(RUN)

@@ -1,18 +1,21 @@
 """What feature pictures cost: one batched optimisation against lucent's `render_vis`, picture by picture.
 
     python benchmarks/features.py [--ckpt checkpoints/bvit-digits-s] [--neurons 3] [--iterations 3] [--rounds 3]
+    python benchmarks/features.py --device cuda        8 neurons, 16 iterations
 
-Both make a picture of every (neuron, step) pair with the same iterations, optimiser settings, augmented copies, total
-variation, image size and unroll, one thread, weights asking for gradients as a loaded model's do. lucent is called
-once a pair, as its interface has it, on a fresh unroll each time (its hooks are never removed). What is timed is the
-optimisation alone, in CPU seconds of one thread, so that other processes count little. Rounds alternate in random
-order; the ratio is the median over rounds.
+Both make a picture of every (neuron, step) pair with the same iterations, optimiser settings, augmented
+copies, total variation, image size and unroll, weights asking for gradients as a loaded model's do.
+lucent is called once a pair, as its interface has it, on a fresh unroll each time (its hooks are never
+removed). What is timed is the optimisation alone. On a CPU that is in seconds of one thread, so that
+other processes count little. Rounds alternate in random order; the ratio is the median over rounds.
+Without lucent only our time is told.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import io
 import random
 import statistics
@@ -20,6 +23,7 @@ import time
 import warnings
 from pathlib import Path
 
+import timing
 import torch
 
 from bvit_interp import load
@@ -37,22 +41,34 @@ def pairs_of(model, count):
 
 
 def time_ours(model, neurons, steps, recipe):
-    """CPU seconds for all pairs in one call."""
+    """Seconds for all pairs in one call."""
     of = Neurons(model, MEAN, STD)
-    began = time.process_time()
-    maximise(of, neurons, steps, recipe)
-    return time.process_time() - began
+    with stopwatch(model) as passed:
+        maximise(of, neurons, steps, recipe)
+    return passed[0]
+
+
+@contextlib.contextmanager
+def stopwatch(model):
+    """A list that gets the seconds the body took: of this process on a CPU, of the clock on a GPU."""
+    device = str(next(model.parameters()).device)
+    clock = time.perf_counter if timing.is_cuda(device) else time.process_time
+    timing.wait(device)
+    passed, began = [], clock()
+    yield passed
+    timing.wait(device)
+    passed.append(clock() - began)
 
 
 def time_lucent(model, neurons, steps, recipe):
-    """CPU seconds of one `render_vis` a pair."""
+    """Seconds of one `render_vis` a pair."""
     from lucent.optvis import render
 
     seconds, size = 0.0, tuple(model.patch_embed.img_size)
     variation = VARIATION * recipe.tv * 224 / size[0]
     for neuron, step in zip(neurons.tolist(), steps.tolist(), strict=True):
         view = unroll(model)
-        image = torch.rand(1, 3, *size).requires_grad_()
+        image = torch.rand(1, 3, *size, device=next(model.parameters()).device).requires_grad_()
         stream, seen = Stream(recipe, size), []
 
         def augment(pixels, stream=stream, seen=seen):
@@ -63,50 +79,58 @@ def time_lucent(model, neurons, steps, recipe):
             fired = read(f"blocks_{step - 1}_mlp_act")[:, view.num_prefix_tokens :, neuron].mean()
             return variation * total_variation(seen[-1]).mean() - recipe.weight * fired
 
-        began = time.process_time()
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), stopwatch(model) as passed:
             render.render_vis(
                 view, loss, param_f=lambda image=image: ([image], lambda: image),
                 optimizer=lambda parameters: torch.optim.Adam(parameters, lr=recipe.lr, betas=(0.5, 0.99)),
                 transforms=[augment], thresholds=(recipe.iterations,), progress=False, show_image=False,
                 fixed_image_size=size[0],
             )  # fmt: skip
-        seconds += time.process_time() - began
+        seconds += passed[0]
     return seconds
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", default="checkpoints/bvit-digits-s")
-    parser.add_argument("--neurons", type=int, default=3, help="neurons, each at every step")
-    parser.add_argument("--iterations", type=int, default=3)
+    parser.add_argument("--neurons", type=int, help="neurons, each at every step (3; on a GPU 8)")
+    parser.add_argument("--iterations", type=int, help="iterations of a picture (3; on a GPU 16)")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="markdown file to write")
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    on_gpu = timing.is_cuda(options.device)
+    if not on_gpu:
+        torch.set_num_threads(1)
     warnings.filterwarnings("ignore")  # lucent's own
-    model = load(options.ckpt)
-    neurons, steps = pairs_of(model, options.neurons)
-    recipe = Recipe(iterations=options.iterations)
-    ways = {"ours, all in one call": time_ours, "lucent render_vis, one call each": time_lucent}
+    model = load(options.ckpt, options.device)
+    neurons, steps = pairs_of(model, options.neurons or (8 if on_gpu else 3))
+    recipe = Recipe(iterations=options.iterations or (16 if on_gpu else 3))
+    ways = {"ours, all in one call": time_ours}
+    if importlib.util.find_spec("lucent"):
+        ways["lucent render_vis, one call each"] = time_lucent
     seconds = {name: [] for name in ways}
-    for way in ways.values():  # warm up
+    time_ours(model, neurons, steps, Recipe(iterations=1))  # warm up, at full size
+    for way in ways.values():
         way(model, neurons[-1:], steps[-1:], Recipe(iterations=1))
     for _ in range(options.rounds):
         for name in random.sample(list(ways), len(ways)):
             seconds[name].append(ways[name](model, neurons, steps, recipe))
-    ours, lucent = seconds.values()
-    ratios = [theirs / own for own, theirs in zip(ours, lucent, strict=True)]
-    each = 1e3 / len(neurons) / options.iterations
+    each = 1e3 / len(neurons) / recipe.iterations
     lines = [
-        f"{len(neurons)} pictures, {options.iterations} iterations of {recipe.copies} copies, one thread", "",
+        f"{timing.machine(options.device)}; {len(neurons)} pictures, {recipe.iterations} iterations of {recipe.copies} "
+        f"copies, median of {options.rounds} rounds", "",
         "| way | ms a picture and iteration |", "|---|---|",
-        *(f"| {name} | {statistics.median(times) * each:.1f} |" for name, times in seconds.items()), "",
-        f"lucent / ours: {statistics.median(ratios):.2f} (rounds: {', '.join(f'{r:.2f}' for r in ratios)})",
+        *(f"| {name} | {statistics.median(times) * each:.3g} |" for name, times in seconds.items()), "",
     ]  # fmt: skip
-    print("\n".join(lines))
-    if options.out:
-        options.out.write_text("\n".join(lines) + "\n")
+    if len(ways) > 1:
+        ours, lucent = seconds.values()
+        ratios = [theirs / own for own, theirs in zip(ours, lucent, strict=True)]
+        rounds = ", ".join(f"{r:.2f}" for r in ratios)
+        lines.append(f"lucent / ours: {statistics.median(ratios):.2f} (rounds: {rounds})")
+    else:
+        lines.append("lucent is not installed: no ratio")
+    timing.report(lines, options.out)
 
 
 if __name__ == "__main__":

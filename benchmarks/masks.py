@@ -11,12 +11,12 @@ rounds of paired times.
 from __future__ import annotations
 
 import argparse
-import random
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import timing
 import timm
 import torch
 import torch.nn.functional as F
@@ -65,14 +65,16 @@ def steps(width: int, batch: int, device: str) -> dict[str, Callable[[], None]]:
     model, init = (timm.create_model(NAME, embed_dim=width, **TOKENS).to(device) for _ in range(2))
     masks = Masks({name: torch.rand(mask.shape) < 0.5 for name, mask in full(model).items()})
     frozen = masked(model, masks, baked=True).requires_grad_(False)
-    baked, view, grafts = masked(model, masks, baked=True), masked(model, masks), graft.Grafts(init, frozen, masks)
+    baked, view, grafts = (
+        masked(model, masks, baked=True),
+        masked(model, masks),
+        graft.Grafts(init, frozen, masks).to(device),
+    )
     plain = timm.create_model(NAME, embed_dim=width, **TOKENS).to(device)
     trained = {
         "training, plain": training(plain.train(), plain, images, labels),
         "training, masked": training(view.train(), model, images, labels),
-        "training, twelve grafts": training(
-            lambda shown: graft.answers(frozen, grafts.to(device), shown), grafts, images, labels
-        ),
+        "training, twelve grafts": training(lambda shown: graft.answers(frozen, grafts, shown), grafts, images, labels),
     }
     for block in (*plain.blocks.children(), *view.blocks, *frozen.blocks, *grafts):
         block.attn.fused_attn = device != "cpu"  # as the trainer: its bf16 backward is slow on a CPU
@@ -80,18 +82,6 @@ def steps(width: int, batch: int, device: str) -> dict[str, Callable[[], None]]:
     return {
         "evaluation, plain": evaluation(unmasked, images), "evaluation, masked": evaluation(baked, images)
     } | trained  # fmt: skip
-
-
-def seconds(step: Callable[[], None], device: str) -> float:
-    """Time of one call."""
-    clock = time.process_time if device == "cpu" else time.perf_counter
-    if device != "cpu":
-        torch.cuda.synchronize()
-    began = clock()
-    step()
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return clock() - began
 
 
 def main() -> None:
@@ -103,27 +93,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     lines = [
-        f"batch {given.batch}, {given.device}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
-        f"median of {given.rounds} rounds",
+        f"batch {given.batch}, {timing.machine(given.device)}; median of {given.rounds} rounds",
         "",
         "| width | | ms | to plain |",
         "|---|---|---|---|",
     ]
     for width in given.widths:
         timed = steps(width, given.batch, given.device)
-        for step in timed.values():
-            step()
-        times: dict[str, list[float]] = {name: [] for name in timed}
-        for _ in range(given.rounds):
-            for name in random.sample(list(timed), len(timed)):
-                times[name].append(seconds(timed[name], given.device))
+        clock = time.perf_counter if timing.is_cuda(given.device) else time.process_time
+        times = timing.paired(timed, given.rounds, given.device, clock=clock)
         for name, own in times.items():
             plain = times[f"{name.partition(',')[0]}, plain"]
-            ratio = statistics.median(mine / theirs for mine, theirs in zip(own, plain, strict=True))
-            lines.append(f"| {width} | {name} | {1000 * statistics.median(own):.0f} | {ratio:.2f} |")
-    print("\n".join(lines))
-    if given.out is not None:
-        given.out.write_text("\n".join(lines) + "\n")
+            own_ms = 1000 * statistics.median(own)
+            lines.append(
+                f"| {width} | {name} | {own_ms:.{0 if own_ms > 10 else 2}f} | {timing.ratio(own, plain):.2f} |"
+            )
+    timing.report(lines, given.out)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,22 @@
 """What recording costs: time against the plain forward and memory kept alive, beside the peers installed.
 
     python benchmarks/recording.py [--sizes 224 448] [--batch 4] [--rounds 7] [--device cpu] [--out FILE]
+    python benchmarks/recording.py --device cuda        224 px, batch 256, bf16
 
-Every round times each way once, in a new random order, so that drift hits all alike; ratios are medians over
-rounds of paired times. "Kept" is what the result holds alive per image when the forward is over.
+Every round times each way once, in a new random order, so that drift hits all alike. Ratios are medians
+over rounds of paired times. "Kept" is what the result holds alive per image when the forward is over.
 """
 
 from __future__ import annotations
 
 import argparse
-import random
 import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import timing
 import timm
 import torch
 
@@ -25,16 +26,18 @@ from bvit_interp.probes.saliency import attention
 from bvit_interp.vocabulary import SITES
 
 Way = Callable[[torch.Tensor], Any]
+PLAIN, OTHER = "plain forward", "TransformerLens plain forward (another model)"
+BESIDE, GOAL = "bvit_interp: CLS attention beside the logits", 1.05
 
 
 def ways(size: int, device: str) -> dict[str, Way]:
     """What is timed: name -> function of images."""
     torch.manual_seed(0)
-    model = timm.create_model("bvit_base_patch16_224", img_size=size).to(device).eval()
+    model = timm.create_model("bvit_base_patch16_224", img_size=size).to(device, timing.dtype_of(device)).eval()
     probe = Probe(model, max_bytes=2**36)
     found: dict[str, Way] = {
-        "plain forward": lambda x: (model(x), None)[1],
-        "bvit_interp: CLS attention beside the logits": lambda x: probe.run(x, "pattern", tokens="cls")[1]["pattern"],
+        PLAIN: lambda x: (model(x), None)[1],
+        BESIDE: lambda x: probe.run(x, "pattern", tokens="cls")[1]["pattern"],
         "bvit_interp: pointing game (maps alone)": lambda x: attention(probe, x),
         "bvit_interp: full patterns": lambda x: probe.run(x, "pattern")[1]["pattern"],
         "bvit_interp: every site": lambda x: [*probe.run(x, list(SITES))[1]._tensors.values()],
@@ -61,7 +64,7 @@ def _transformer_lens(size: int, device: str) -> dict[str, Way]:
     tokens = (size // 16) ** 2 + 1
     config = HookedTransformerConfig(
         n_layers=12, d_model=768, n_ctx=tokens, d_head=64, n_heads=12, d_mlp=3072, act_fn="gelu", d_vocab=1000,
-        attention_dir="bidirectional", device=device,
+        attention_dir="bidirectional", device=device, dtype=timing.dtype_of(device),
     )  # fmt: skip
     model = HookedTransformer(config).eval()
 
@@ -69,7 +72,7 @@ def _transformer_lens(size: int, device: str) -> dict[str, Way]:
         return torch.zeros(len(x), tokens, dtype=torch.long, device=device)
 
     return {
-        "TransformerLens plain forward (another model)": lambda x: (model(ids(x)), None)[1],
+        OTHER: lambda x: (model(ids(x)), None)[1],
         "TransformerLens patterns": lambda x: [
             *model.run_with_cache(ids(x), names_filter=lambda name: "pattern" in name)[1].values()
         ],
@@ -84,45 +87,44 @@ def kept_bytes(result: Any) -> int:
 
 
 def measure(size: int, batch: int, rounds: int, device: str) -> list[str]:
-    """Rows of the table at one image size."""
-    images = torch.randn(batch, 3, size, size, device=device)
-    timed = ways(size, device)
-    seconds: dict[str, list[float]] = {name: [] for name in timed}
-    kept = {}
+    """Rows of the table at one image size, and whether the goal was met."""
+    images = torch.randn(batch, 3, size, size, device=device, dtype=timing.dtype_of(device))
+    kept, able, notes = {}, {}, []
     with torch.inference_mode():
-        for name, way in timed.items():  # warm up
-            kept[name] = kept_bytes(way(images)) / batch
-        for _ in range(rounds):
-            for name in random.sample(list(timed), len(timed)):
-                began = time.perf_counter()
-                timed[name](images)
-                if device != "cpu":
-                    torch.cuda.synchronize()
-                seconds[name].append(time.perf_counter() - began)
+        for name, way in ways(size, device).items():  # one by one: some need more memory than there is
+            try:
+                kept[name] = kept_bytes(way(images)) / batch
+                able[name] = partial(way, images)
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                notes.append(f"{name}: out of memory at {size} px, batch {batch}")
+        times = timing.paired(able, rounds, device, warm=2 if timing.is_cuda(device) else 0)
     rows = []
-    for name, times in seconds.items():
-        base = "TransformerLens plain forward (another model)" if name.startswith("Trans") else "plain forward"
-        ratio = statistics.median(t / b for t, b in zip(times, seconds[base], strict=True))
-        rows.append(
-            f"| {size} | {name} | {1e3 * statistics.median(times) / batch:.0f} | {ratio:.2f} | {kept[name] / 1e6:.2f} |"
-        )
-    return rows
+    for name, own in times.items():
+        ratio = timing.ratio(own, times[OTHER if name.startswith("Trans") else PLAIN])
+        each = 1e3 * statistics.median(own) / batch
+        rows.append(f"| {size} | {name} | {each:.{0 if each > 10 else 3}f} | {ratio:.2f} | {kept[name] / 1e6:.2f} |")
+    goal = timing.verdict(f"CLS rows beside the logits, {size} px", timing.ratio(times[BESIDE], times[PLAIN]), GOAL,
+                          at_most=True)  # fmt: skip
+    return [*rows, "", goal, *notes]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", type=int, nargs="+", default=[224, 448], help="image sizes, px")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", help="image sizes, px (224 448; on a GPU 224)")
+    parser.add_argument("--batch", type=int, help="images a call (4; on a GPU 256)")
+    parser.add_argument("--rounds", type=int, help="rounds (7; on a GPU 15)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="markdown file to write")
     options = parser.parse_args()
-    lines = ["| px | way | ms an image | time / plain forward | MB kept an image |", "|---|---|---|---|---|"]
-    for size in options.sizes:
-        lines += measure(size, options.batch, options.rounds, options.device)
-        print("\n".join(lines if size == options.sizes[0] else lines[-len(lines) // 2 :]))
-    if options.out:
-        options.out.write_text("\n".join(lines) + "\n")
+    sizes, batch, rounds = ([224], 256, 15) if timing.is_cuda(options.device) else ([224, 448], 4, 7)
+    sizes, batch, rounds = options.sizes or sizes, options.batch or batch, options.rounds or rounds
+    precision = str(timing.dtype_of(options.device)).removeprefix("torch.")
+    lines = [f"{timing.machine(options.device)}; {precision}, batch {batch}, median of {rounds} rounds"]
+    for size in sizes:
+        lines += ["", "| px | way | ms an image | time / plain forward | MB kept an image |", "|---|---|---|---|---|"]
+        lines += measure(size, batch, rounds, options.device)
+    timing.report(lines, options.out)
 
 
 if __name__ == "__main__":

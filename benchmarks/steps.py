@@ -1,6 +1,7 @@
 """What the head after every step costs: one pass of `step-accuracy` against a plain forward, and against a run a step.
 
     python benchmarks/steps.py [--ckpt checkpoints/bvit-digits-s] [--steps 24] [--batch 64] [--rounds 7]
+        [--device cpu] [--out FILE]
 
 Every round times each way once, in a new random order; ratios are medians over rounds of paired times.
 """
@@ -8,10 +9,10 @@ Every round times each way once, in a new random order; ratios are medians over 
 from __future__ import annotations
 
 import argparse
-import random
 import statistics
-import time
+from pathlib import Path
 
+import timing
 import torch
 
 from bvit_interp import load
@@ -25,11 +26,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, help="markdown file to write")
     options = parser.parse_args()
-    model = load(options.ckpt)
+    model = load(options.ckpt, options.device)
     views = [unroll(model, steps=t) for t in range(1, options.steps + 1)]
-    images = torch.randn(options.batch, 3, *model.patch_embed.img_size)
-    labels = torch.randint(model.num_classes, (options.batch,))
+    images = torch.randn(options.batch, 3, *model.patch_embed.img_size, device=options.device)
+    labels = torch.randint(model.num_classes, (options.batch,), device=options.device)
     scores, answers = step_accuracy._metrics(views[-1], len(model.blocks))
     ways = {
         f"plain forward of {options.steps} steps": lambda: views[-1](images),
@@ -38,21 +41,14 @@ def main() -> None:
         ),
         f"{options.steps} separate runs": lambda: [view(images) for view in views],
     }
-    times: dict[str, list[float]] = {name: [] for name in ways}
     with torch.inference_mode():
-        for name in ways:
-            ways[name]()
-        for _ in range(options.rounds):
-            for name in random.sample(list(ways), len(ways)):
-                began = time.perf_counter()
-                ways[name]()
-                times[name].append(time.perf_counter() - began)
+        times = timing.paired(ways, options.rounds, options.device)
     base, *_ = times.values()
-    print(f"{options.ckpt}, batch {options.batch}, {torch.get_num_threads()} threads, {options.rounds} rounds")
-    print("| way | ms | time / plain forward |\n|---|---|---|")
+    lines = [f"{options.ckpt}, batch {options.batch}, {timing.machine(options.device)}, {options.rounds} rounds"]
+    lines += ["| way | ms | time / plain forward |", "|---|---|---|"]
     for name, of in times.items():
-        ratio = statistics.median(a / b for a, b in zip(of, base, strict=True))
-        print(f"| {name} | {1000 * statistics.median(of):.0f} | {ratio:.2f} |")
+        lines.append(f"| {name} | {1000 * statistics.median(of):.0f} | {timing.ratio(of, base):.2f} |")
+    timing.report(lines, options.out)
 
 
 if __name__ == "__main__":
