@@ -4,23 +4,31 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 
 from bvit_interp.cli.analyse import draw
 from bvit_interp.cli.options import gathered, parse, processes
 
+if TYPE_CHECKING:
+    from bvit_interp.training.recipe import Recipe
+
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
     """Train a model by a recipe and leave a checkpoint folder."""
 
-    recipe: str
-    """A shipped recipe (cifar10, digits-s, imagenet-paper, ...; an unknown name lists them) or a YAML file."""
+    recipe: tuple[str, ...]
+    """A shipped recipe (cifar10, imagenette-d128, ...; an unknown name lists them) or a YAML file. Several are trained
+    side by side on one device."""
     data: str | None = None
     """Data set, NAME:PATH, in place of the recipe's; it needs a train split and one to score on."""
+    seeds: tuple[int, ...] = ()
+    """Train each recipe with each of these seeds; by default with the recipe's own."""
     out: Path | None = None
-    """Checkpoint folder; by default runs/RECIPE. A run that was stopped there goes on."""
+    """Checkpoint folder; by default runs/RECIPE. Of several runs, the folder of RECIPE-seedN folders; by default runs.
+    A run that was stopped there goes on."""
     overwrite: bool = False
     """Start again where a run in the folder would go on."""
     set: tuple[str, ...] = ()
@@ -29,6 +37,8 @@ class Train:
     """auto, cpu, cuda or cuda:N."""
     threads: int | None = None
     """CPU threads to use; by default all."""
+    minutes: float | None = None
+    """Stop after this many minutes, with a state from which the same command goes on; by default train to the end."""
     save_minutes: float = 2.0
     """Minutes between two savings of the state within an epoch."""
     tensorboard: bool = False
@@ -97,21 +107,40 @@ class Prune:
 
 def train(given: list[str]) -> None:
     """`bvit-interp train`."""
-    options = parse(Train, "train", gathered(given, "--set"))
+    given = gathered(gathered(gathered(given, "--set"), "--recipe"), "--seeds")
+    options = parse(Train, "train", given)
     from bvit_interp import results
-    from bvit_interp.training import recipe
+    from bvit_interp.errors import UserError
 
-    plan = recipe.read(options.recipe, options.set, options.data)
-    out = options.out or Path("runs") / Path(options.recipe).stem
+    if options.minutes is not None and options.minutes <= 0:
+        raise UserError(f"minutes must be > 0, got {options.minutes}")
+    plans = _plans(options)
     with processes(options.device, options.threads) as device:
         from bvit_interp.training import supervised
 
-        supervised.train(
-            plan, out, device, overwrite=options.overwrite, tensorboard=options.tensorboard,
-            save_minutes=options.save_minutes,
+        supervised.train_all(
+            plans, device, overwrite=options.overwrite, tensorboard=options.tensorboard,
+            save_minutes=options.save_minutes, minutes=options.minutes,
         )  # fmt: skip
         if results.rank_and_world()[0] == 0:
-            print(f"wrote {out}")
+            for _, out in plans:
+                print(f"wrote {out}")
+
+
+def _plans(options: Train) -> list[tuple[Recipe, Path]]:
+    """Recipe and folder of every run."""
+    from bvit_interp.training import recipe
+
+    seeds = [(f"seed={seed}",) for seed in dict.fromkeys(options.seeds)] or [()]
+    plans = [
+        (name, recipe.read(name, (*options.set, *seed), options.data))
+        for name in dict.fromkeys(options.recipe) for seed in seeds
+    ]  # fmt: skip
+    if len(plans) == 1:
+        ((name, plan),) = plans
+        return [(plan, options.out or Path("runs") / Path(name).stem)]
+    parent = options.out or Path("runs")
+    return [(plan, parent / f"{Path(name).stem}-seed{plan.seed}") for name, plan in plans]
 
 
 def study(given: list[str]) -> None:

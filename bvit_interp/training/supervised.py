@@ -42,7 +42,7 @@ from bvit_interp.training.distill import objective
 from bvit_interp.training.recipe import Recipe
 from bvit_interp.training.run import STATE, Run
 from bvit_interp.training.stepper import Stepper
-from bvit_interp.training.throughput import peak_memory, precision, utilisation
+from bvit_interp.training.throughput import peak_flops, peak_memory, precision, utilisation
 
 COLUMNS = {
     "epoch": "passes done, from 1",
@@ -228,6 +228,7 @@ class Trainer:
         decay, warmup = start.ema_decay(recipe, self.total), round(recipe.warmup_epochs * self.steps)
         ema = ModelEmaV3(model, decay=decay, update_after_step=warmup)
         self.run = Run(model, ema, start.optimizer(model, recipe), precision=precision(recipe.autocast, device))
+        peak_flops(device, self._dtype())  # measured while nothing else runs
         self.schedule = start.schedule(self.run.optimizer, recipe, self.steps)
         self.objective = objective(recipe, model, device)
         self.test = _Test(open_samples(recipe.data), self.samples, model, recipe, device)
