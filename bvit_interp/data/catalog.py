@@ -15,9 +15,11 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
+from bvit_interp.data.boxes import ImageNetBoxes
 from bvit_interp.data.cifar import BINARIES, CIFAR10, Name, open_cifar
 from bvit_interp.data.digits import DigitScenes
 from bvit_interp.data.folders import CATEGORIES, MASKS, ImageFolderSamples, ImageNetS, class_folders
+from bvit_interp.data.imagenette import is_imagenette, open_imagenette, wnids_of
 from bvit_interp.data.parquet import ParquetSamples, columns_of, split_files
 from bvit_interp.data.samples import Samples, spread, write_mask
 from bvit_interp.errors import DataError, choices
@@ -47,12 +49,20 @@ def _cifar_opener(name: Name) -> Callable[[Path, str | None, bool], Samples]:
     return lambda root, split, download: open_cifar(name, root, str(split), download)
 
 
+def _open_imagenette(root: Path, split: str | None, download: bool) -> Samples:
+    return open_imagenette(root, str(split))
+
+
 def _open_imagenet(root: Path, split: str | None, download: bool) -> Samples:
     return ImageFolderSamples(root / str(split))
 
 
 def _open_imagenet_s(root: Path, split: str | None, download: bool) -> Samples:
     return ImageNetS(root, str(split))
+
+
+def _open_imagenet_boxes(root: Path, split: str | None, download: bool) -> Samples:
+    return ImageNetBoxes(root)
 
 
 def _open_folder(root: Path, split: str | None, download: bool) -> Samples:
@@ -89,6 +99,11 @@ CATALOG = (
         downloads=True, open=_cifar_opener("cifar100"),
     ),
     Entry(
+        name="imagenette", summary="Imagenette, photographs of 10 classes of ImageNet",
+        splits=("train", "test"), default_split="test", open=_open_imagenette,
+        needs="train/test.parquet or imagenette2/ (-320, -160) with train/ and val/<wnid>/*.JPEG",
+    ),
+    Entry(
         name="imagenet", summary="ImageNet-1k, a folder per wnid",
         splits=("train", "val"), default_split="val", needs="val/<wnid>/*.JPEG", open=_open_imagenet,
     ),
@@ -96,6 +111,11 @@ CATALOG = (
         name="imagenet-s", summary="ImageNet-S 50, 300 or 919, or any set in its layout",
         splits=("validation", "train-semi"), default_split="validation", has_masks=True,
         needs="validation/<class>/*.JPEG and validation-segmentation/<class>/*.png", open=_open_imagenet_s,
+    ),
+    Entry(
+        name="imagenet-boxes", summary="ImageNet's validation images, their boxes as masks",
+        splits=("val",), default_split="val", has_masks=True, open=_open_imagenet_boxes,
+        needs="val/<wnid>/*.JPEG or Kaggle's ILSVRC/, and LOC_val_solution.csv or XML files",
     ),
     Entry(
         name="folder", summary="your own images, a folder per class, or Hugging Face parquet",
@@ -152,7 +172,8 @@ def export(samples: Samples, out: Path, limit: int | None = None, progress: bool
     The folder appears only once it is complete. `limit` images are spread evenly over the set.
     """
     if not samples.has_masks:
-        raise DataError("only a set with masks can be exported; of the catalog: digits-s, imagenet-s")
+        able = choices(entry.name for entry in CATALOG if entry.has_masks)
+        raise DataError(f"only a set with masks can be exported; of the catalog: {able}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out} is not empty: give a new folder")
     chosen = spread(len(samples), limit)
@@ -209,11 +230,15 @@ def _kind(folder: Path) -> str:
     for name, binaries in BINARIES.items():
         if folder.name == binaries or (folder / binaries).is_dir():
             return name
+    if is_imagenette(folder):
+        return "imagenette"
     for split in _FOLDER_SPLITS:
         if files := split_files(folder, split):
             _, label, names = columns_of(files[0])
             if label == "fine_label":
                 return "cifar100"
+            if wnids_of(names):
+                return "imagenette"
             return "cifar10" if names == list(CIFAR10) else "folder"
     class_folders(folder)
     return "folder"

@@ -39,7 +39,7 @@ class ImageFolderSamples:
         self.classes: tuple[str, ...] = tuple(folders if classes is None else classes)
         place = {name: label for label, name in enumerate(self.classes)}
         self.files = [  # not paths: ImageNet's training set has 1.3 million
-            (place[folder], file) for folder in folders for file in _image_files(self.root / folder)
+            (place[folder], file) for folder in folders for file in image_files(self.root / folder)
         ]
         if not self.files:
             raise DataError(f"{self.root}: no images ({', '.join(SUFFIXES)}) in {len(folders)} class folders")
@@ -95,8 +95,8 @@ class ImageNetS(ImageFolderSamples):
         if not self.mask_root.is_dir():
             raise DataError(f"no folder {self.mask_root} with the masks of {self.root}")
         images = {Path(self.name(i)).with_suffix("").as_posix() for i in range(len(self))}
-        folders = _subfolders(self.mask_root)
-        files = [(folder, file) for folder in folders for file in _image_files(self.mask_root / folder)]
+        folders = subfolders(self.mask_root)
+        files = [(name, file) for name in folders for file in image_files(self.mask_root / name)]
         masks = {f"{folder}/{Path(file).stem}" for folder, file in files if file.endswith(".png")}
         for alone, kind, place in (
             (images - masks, "images without a mask", self.mask_root),
@@ -110,18 +110,20 @@ def class_folders(root: Path) -> list[str]:
     """Sorted names of the class folders in root; raises `DataError` if there are none."""
     if not root.is_dir():
         raise DataError(f"no folder {root}")
-    if folders := _subfolders(root):
+    if folders := subfolders(root):
         return folders
-    stray = " (its images belong into one folder per class)" if _image_files(root) else ""
+    stray = " (its images belong into one folder per class)" if image_files(root) else ""
     raise DataError(f"{root}: no class folders{stray}")
 
 
-def _subfolders(root: Path) -> list[str]:
+def subfolders(root: Path) -> list[str]:
+    """Sorted names of the folders in root that are not hidden."""
     with os.scandir(root) as entries:
         return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _image_files(folder: Path) -> list[str]:
+def image_files(folder: Path) -> list[str]:
+    """Sorted names of the images in a folder, by their suffix."""
     with os.scandir(folder) as entries:
         names = [entry.name for entry in entries if not entry.name.startswith(".")]
     return sorted(name for name in names if name.lower().endswith(SUFFIXES))

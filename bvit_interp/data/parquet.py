@@ -7,6 +7,7 @@ the folder or one below; class names lie in the schema's metadata.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,11 @@ class ParquetSamples:
         self, root: Path, split: str, classes: Sequence[str] | None = None, native_size: int | None = None
     ) -> None:
         self.root, self.split, self.native_size = root, split, native_size
-        tables = [_read(file) for file in split_files(root, split)]
-        if not tables:
+        files = split_files(root, split)
+        if not files:
             raise DataError(f"{root}: no {split}.parquet or {split}-*.parquet")
+        _check_shards(root, files)
+        tables = [_read(file) for file in files]
         self._images, self.labels, names = _joined(tables, root)
         highest = int(self.labels.max())
         self.classes: tuple[str, ...] = tuple(names or classes or map(str, range(highest + 1)))
@@ -76,6 +79,16 @@ def columns_of(file: Path) -> tuple[str, str, list[str] | None]:
     return columns[0], columns[1], _class_names(schema, columns[1])
 
 
+def _check_shards(root: Path, files: list[Path]) -> None:
+    """Refuse files of several folders, which are versions of one set, and missing shards."""
+    if len(folders := sorted({file.parent.name for file in files})) > 1:
+        some = " or ".join(folders)
+        raise DataError(f"{root}: {files[0].name} and others in several folders: give {some}")
+    of = {int(found[1]) for file in files if (found := re.search(r"-of-(\d+)", file.name))}
+    if of and of != {len(files)}:
+        raise DataError(f"{root}: of the files that {files[0].name} counts, {len(files)} are there")
+
+
 def _read(file: Path) -> tuple[Any, np.ndarray, list[str] | None]:
     """Image column, labels and class names of one file."""
     image, label, names = columns_of(file)
@@ -105,6 +118,8 @@ def _joined(tables: list[Any], root: Path) -> tuple[Any, np.ndarray, list[str] |
     labels = np.concatenate([part for _, part, _ in tables])
     if not len(labels):
         raise DataError(f"{root}: the parquet files have no rows")
+    if any(names != tables[0][2] for _, _, names in tables):
+        raise DataError(f"{root}: the parquet files name their classes differently")
     return images, labels, tables[0][2]
 
 

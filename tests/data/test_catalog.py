@@ -79,6 +79,9 @@ def test_imagenet_has_its_splits_in_folders(tmp_path, put_image):
     ("spec", "split", "download", "message"),
     [
         ("digit", None, False, "no data set or folder 'digit'; data sets: digits-s, cifar10, "),
+        ("imagenette:/wrong", None, False, "imagenette: no folder /wrong, which should hold train/test.parquet"),
+        ("imagenette", "val", False, "imagenette has no split 'val'; splits: train, test"),
+        ("imagenet-boxes", "train", False, "imagenet-boxes has no split 'train'; splits: val"),
         ("digits-s", "val", False, "digits-s has no split 'val'; splits: train, test"),
         ("imagenet-s:/gone", None, False, "no folder /gone, which should hold validation/<class>"),
         ("cifar10:/gone", None, False, "say cifar10:PATH or set .* or use --download"),
@@ -110,6 +113,8 @@ def test_the_listing_has_a_row_per_entry():
         "name": "digits-s", "splits": "train, test", "masks": "yes", "summary": "", "where": "built in",
     }  # fmt: skip
     assert rows[1]["where"] == "data/cifar10 (missing)"
+    masks = {row["name"]: row["masks"] for row in rows}
+    assert (masks["imagenette"], masks["imagenet-boxes"]) == ("no", "yes")
 
 
 def test_exported_digits_read_back_the_same(tmp_path):
@@ -154,5 +159,5 @@ def test_export_leaves_nothing_half_written(tmp_path, masked_set, put_mask):
 def test_export_refuses_a_full_folder_and_sets_without_masks(tmp_path, masked_set):
     with pytest.raises(DataError, match="set is not empty"):
         export(DigitScenes(), masked_set, progress=False)
-    with pytest.raises(DataError, match="only a set with masks"):
+    with pytest.raises(DataError, match="only a set with masks .*: digits-s, imagenet-s, imagenet-boxes$"):
         export(ImageFolderSamples(masked_set / "validation"), tmp_path / "out", progress=False)

@@ -35,6 +35,25 @@ def test_shards_are_joined_in_order(tmp_path, put_parquet):
     assert split_files(tmp_path, "test") == []
 
 
+def test_versions_of_a_set_in_several_folders_are_not_joined(tmp_path, put_parquet):
+    for folder in ("full_size", "160px"):
+        put_parquet(tmp_path / folder / "train-00000-of-00001.parquet", PICTURES, [0, 1, 0])
+    with pytest.raises(DataError, match="in several folders: give 160px or full_size$"):
+        ParquetSamples(tmp_path, "train")
+    assert len(ParquetSamples(tmp_path / "160px", "train")) == 3
+
+
+def test_missing_shards_and_shards_of_other_classes(tmp_path, put_parquet):
+    put_parquet(tmp_path / "train-00001-of-00002.parquet", PICTURES, [0, 1, 0], ["ant", "bee"])
+    with pytest.raises(DataError, match=r"that train-00001-of-00002\.parquet counts, 1 are there$"):
+        ParquetSamples(tmp_path, "train")
+    put_parquet(tmp_path / "train-00000-of-00002.parquet", PICTURES, [0, 1, 0], ["bee", "ant"])
+    with pytest.raises(DataError, match="name their classes differently$"):
+        ParquetSamples(tmp_path, "train")
+    put_parquet(tmp_path / "train-00000-of-00002.parquet", PICTURES, [0, 1, 0], ["ant", "bee"])
+    assert len(ParquetSamples(tmp_path, "train")) == 6
+
+
 def test_what_cannot_be_used_is_named(tmp_path, put_parquet):
     with pytest.raises(DataError, match=r"no test\.parquet or"):
         ParquetSamples(tmp_path, "test")
