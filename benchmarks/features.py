@@ -1,7 +1,7 @@
 """What feature pictures cost: one batched optimisation against lucent's `render_vis`, picture by picture.
 
     python benchmarks/features.py [--ckpt checkpoints/bvit-digits-s] [--neurons 3] [--iterations 3] [--rounds 3]
-    python benchmarks/features.py --device cuda        8 neurons, 16 iterations
+    python benchmarks/features.py --device cuda        4 neurons, 8 iterations
 
 Both make a picture of every (neuron, step) pair with the same iterations, optimiser settings, augmented
 copies, total variation, image size and unroll, weights asking for gradients as a loaded model's do.
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
+import importlib
 import io
 import random
 import statistics
@@ -93,8 +93,8 @@ def time_lucent(model, neurons, steps, recipe):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", default="checkpoints/bvit-digits-s")
-    parser.add_argument("--neurons", type=int, help="neurons, each at every step (3; on a GPU 8)")
-    parser.add_argument("--iterations", type=int, help="iterations of a picture (3; on a GPU 16)")
+    parser.add_argument("--neurons", type=int, help="neurons, each at every step (3; on a GPU 4)")
+    parser.add_argument("--iterations", type=int, help="iterations of a picture (3; on a GPU 8)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="markdown file to write")
@@ -104,10 +104,11 @@ def main():
         torch.set_num_threads(1)
     warnings.filterwarnings("ignore")  # lucent's own
     model = load(options.ckpt, options.device)
-    neurons, steps = pairs_of(model, options.neurons or (8 if on_gpu else 3))
-    recipe = Recipe(iterations=options.iterations or (16 if on_gpu else 3))
+    neurons, steps = pairs_of(model, options.neurons or (4 if on_gpu else 3))
+    recipe = Recipe(iterations=options.iterations or (8 if on_gpu else 3))
     ways = {"ours, all in one call": time_ours}
-    if importlib.util.find_spec("lucent"):
+    with contextlib.suppress(ImportError):
+        importlib.import_module("lucent.optvis.render")
         ways["lucent render_vis, one call each"] = time_lucent
     seconds = {name: [] for name in ways}
     time_ours(model, neurons, steps, Recipe(iterations=1))  # warm up, at full size
@@ -129,7 +130,7 @@ def main():
         rounds = ", ".join(f"{r:.2f}" for r in ratios)
         lines.append(f"lucent / ours: {statistics.median(ratios):.2f} (rounds: {rounds})")
     else:
-        lines.append("lucent is not installed: no ratio")
+        lines.append("lucent cannot be imported: no ratio")
     timing.report(lines, options.out)
 
 

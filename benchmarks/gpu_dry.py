@@ -115,6 +115,17 @@ def _run(words: list[str], log: str) -> int:
     return 0
 
 
+CLASSES = {  # image column, side and class names
+    "cifar10": ("img", 32, ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]),
+    "imagenette": (
+        "image", 224,
+        [f"n{number:08d}" for number in (
+            1440764, 2102040, 2979186, 3000684, 3028079, 3394916, 3417042, 3425413, 3445777, 3888257,
+        )],
+    ),
+}  # fmt: skip
+
+
 def write_tiny_data(folder: Path, count: int = 40) -> None:
     """Random images as `cifar10` and `imagenette`, in the layout of Hugging Face's parquet files."""
     import numpy as np
@@ -123,7 +134,9 @@ def write_tiny_data(folder: Path, count: int = 40) -> None:
     from PIL import Image
 
     random = np.random.default_rng(0)
-    for name, column, size in (("cifar10", "img", 32), ("imagenette", "image", 224)):
+    for name, (column, size, classes) in CLASSES.items():
+        features = {"label": {"names": classes, "_type": "ClassLabel"}, column: {"_type": "Image"}}
+        about = {"huggingface": json.dumps({"info": {"features": features}})}
         (folder / name).mkdir(parents=True, exist_ok=True)
         for split in ("train", "test"):
             images = []
@@ -133,7 +146,7 @@ def write_tiny_data(folder: Path, count: int = 40) -> None:
                 Image.fromarray(coarse).resize((size, size)).save(stored, format="JPEG")
                 images.append({"bytes": stored.getvalue(), "path": f"{split}-{i}.jpg"})
             rows = pa.table({column: images, "label": pa.array([i % 10 for i in range(count)], pa.int64())})
-            pq.write_table(rows, folder / name / f"{split}.parquet")
+            pq.write_table(rows.replace_schema_metadata(about), folder / name / f"{split}.parquet")
 
 
 if __name__ == "__main__":

@@ -18,8 +18,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 MIB = 2**20
-SHARD = 15 * MIB  # of 16 that travel
-TOTAL = 60 * MIB  # of 64 that travel; the rest is for log and summary
+SHARD = 63 * MIB // 4  # of 16 MiB that travel
+TOTAL = 4 * SHARD  # of 64 MiB that travel; the rest is for log and summary
+MOST_LOG = MIB // 4
 LOG, SUMMARY = "log.txt", "summary.json"
 VERSION = 1
 STATE, RAW, AVERAGED = "state.pt", "model.safetensors", "ema.safetensors"
@@ -102,7 +103,7 @@ class Package:
             "shards": [shard_name(i) for i in range(count)], **summary,
             "left_out": self.left_out, "files": self.files,
         }  # fmt: skip
-        write_whole(self.folder / LOG, log.encode()[-MIB:])
+        write_whole(self.folder / LOG, log.encode()[-MOST_LOG:])
         write_whole(self.folder / SUMMARY, (json.dumps(content, indent=1) + "\n").encode())
 
     def _append(self, member: bytes) -> None:

@@ -275,7 +275,7 @@ def test_weights_beyond_float16_stay_as_they_are(results):
 def test_the_output_keeps_the_limits_of_the_machine(results):
     shards = -(-results.TOTAL // results.SHARD)
     assert results.SHARD <= 16 * MIB and shards + 3 <= 8  # log, summary, and one of them while it is replaced
-    assert results.TOTAL + 4 * MIB <= 64 * MIB
+    assert results.TOTAL + 2 * results.MOST_LOG + MIB // 4 <= 64 * MIB
 
 
 def test_the_least_worthy_files_stay_out_and_are_named(queue, results, tmp_path, monkeypatch):
@@ -507,20 +507,11 @@ def test_a_failed_job_is_exit_code_1_and_the_table_says_which(tmp_path):
     assert any(line.split()[:2] == ["bad", "failed"] for line in done.stdout.splitlines())
 
 
-def trainer_takes_several():
-    shown = subprocess.run(
-        [sys.executable, "-m", "bvit_interp.cli", "train", "--help"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=False,
-    ).stdout
-    return "--seeds" in shown and "--minutes" in shown
-
-
+@pytest.mark.slow
 def test_the_whole_queue_runs_dry_and_its_results_fall_into_place(tmp_path, queue, results):
     """Every command of the queue at tiny sizes on the CPU: nothing is tried on the GPU for the first time."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment["OMP_NUM_THREADS"] = "1"
     done = cli("--dry-run", "--out", tmp_path / "out", "--work", tmp_path / "work", env=environment)
     found = results.read(tmp_path / "out")
     failed = [entry for entry in found.summary["jobs"] if entry["state"] != "done"]
@@ -538,6 +529,6 @@ def test_the_whole_queue_runs_dry_and_its_results_fall_into_place(tmp_path, queu
     histories = list((tmp_path / "repository" / "checkpoints").rglob("history.csv"))
     for path in histories:
         with path.open() as stream:
-            assert [row["epoch"] for row in csv.DictReader(stream)] == ["1"]
+            assert [row["epoch"] for row in csv.DictReader(stream)][-1] in ("1", "4")
         assert (path.parent / "ema.safetensors").is_file() and (path.parent / "README.md").is_file()
     assert len(histories) >= 14 + 6
