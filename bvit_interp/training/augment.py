@@ -175,7 +175,8 @@ class Mixing:
         side = np.sqrt(1 - share)
         sides = np.stack([(high * side).astype(np.int64), (wide * side).astype(np.int64)], 1)
         centre = (draws[:, 2:4] * (high, wide)).astype(np.int64)
-        begin, end = (np.clip(centre + sign * (sides // 2), 0, (high, wide)) for sign in (-1, 1))
+        begin = np.clip(centre - sides // 2, 0, (high, wide))
+        end = np.clip(centre + (sides + 1) // 2, 0, (high, wide))  # a box of an odd side has it too
         share = np.where(cuts, 1 - (end - begin).prod(1) / (high * wide), share)
         boxes = np.concatenate([begin, end - begin], 1) * cuts[:, None]
         own = sent(np.where(cuts, 1.0, share).astype(np.float32), device)

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from bvit_interp.data import digits
 from bvit_interp.results import read_table
@@ -43,6 +45,19 @@ def settings() -> Callable[..., dict[str, Any]]:
         return {**PLAIN, **(FULL if full else {}), "model": model, **changes}
 
     return merge
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> dict[str, Any]:
+    """Settings for a folder of 40 + 8 pictures of one size, dark and light noise, which lie on the device."""
+    rng = np.random.default_rng(0)
+    for split, number in (("train", 20), ("test", 4)):
+        for name, level in (("dark", 0), ("light", 135)):
+            folder = tmp_path / "pictures" / split / name
+            folder.mkdir(parents=True)
+            for i in range(number):
+                Image.fromarray(level + rng.integers(0, 120, (32, 32, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    return {"data": f"folder:{tmp_path / 'pictures'}", "images_per_epoch": None, "model": {"num_classes": 2}}
 
 
 @pytest.fixture

@@ -3,21 +3,19 @@
 # ruff: noqa: NPY002  numpy's global generator is what timm draws from
 from __future__ import annotations
 
-import contextlib
-import random
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
-from timm.data.auto_augment import rand_augment_transform
-from torchvision.transforms import v2
+from scipy.stats import ks_2samp, kstest
+from scipy.stats import beta as beta_distribution
+from timm.data import Mixup, mixup
 
 from bvit_interp.data.digits import DigitScenes
 from bvit_interp.data.geometry import Geometry
 from bvit_interp.errors import UserError
 from bvit_interp.training import augment, start
+from bvit_interp.training.draws import Draws, drawn_for
 
 DRAWS = 400
 
@@ -29,35 +27,37 @@ def image():
 
 @pytest.fixture
 def view_of(recipe):
-    """``view_of(**settings)``: the view of a recipe, giving pixels 0..255 back where `raw`."""
+    """``view_of(**settings)(image, times=DRAWS)``: a batch of views of one image by a recipe, ``(times, H, W, 3)``
+    pixels 0..255, or as the model is given them where not `raw`."""
 
     def make(raw=True, **settings):
         plan = recipe(**settings)
         model = start.make_model(plan, DigitScenes("train"))
-        view = augment.training_view(plan, model)
+        view = augment.Augmentation(plan, model)
         mean, std = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
-        return (lambda image: ((view(image) * std + mean) * 255).permute(1, 2, 0).numpy()) if raw else view
+
+        def drawn(image, times=DRAWS):
+            images = torch.from_numpy(image).permute(2, 0, 1).expand(times, -1, -1, -1)
+            found = view(images, Draws([5], view.width).table(times))
+            assert found.dtype == torch.float32
+            return ((found * std + mean) * 255).permute(0, 2, 3, 1).numpy() if raw else found
+
+        return drawn
 
     return make
-
-
-def drawn(view, image, times=DRAWS):
-    for i in range(times):
-        with augment.drawn_for(5, i):
-            yield view(image)
 
 
 def test_without_augmentation_it_is_the_geometry_of_a_test_image(recipe, view_of, image):
     model = start.make_model(recipe(), DigitScenes("train"))
     expected, _ = Geometry.of(model, DigitScenes("test"))(image)
-    torch.testing.assert_close(view_of(raw=False)(image), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(view_of(raw=False)(image, 2), expected.expand(2, -1, -1, -1), rtol=0, atol=1e-6)
 
 
 def test_crop_cuts_from_the_image_padded_by_an_eighth(view_of, image):
     padded = np.pad(image, ((4, 4), (4, 4), (0, 0)))
     places = {(r, c): padded[r : r + 32, c : c + 32] for r in range(9) for c in range(9)}
     found = []
-    for cut in drawn(view_of(crop="padded"), image):
+    for cut in view_of(crop="padded")(image):
         (place,) = [place for place, window in places.items() if np.abs(window - cut).max() < 0.01]
         found.append(place)
     counts = np.zeros((9, 9))
@@ -68,8 +68,9 @@ def test_crop_cuts_from_the_image_padded_by_an_eighth(view_of, image):
 
 
 def test_flip_mirrors_half(view_of, image):
-    mirrored = [np.abs(image[:, ::-1] - out).max() < 0.01 for out in drawn(view_of(flip=True), image)]
-    upright = [np.abs(image - out).max() < 0.01 for out in drawn(view_of(flip=True), image)]
+    found = view_of(flip=True)(image)
+    mirrored = np.abs(image[:, ::-1] - found).max((1, 2, 3)) < 0.01
+    upright = np.abs(image - found).max((1, 2, 3)) < 0.01
     assert np.logical_xor(mirrored, upright).all()
     assert np.mean(mirrored) == pytest.approx(0.5, abs=0.1)
 
@@ -79,7 +80,7 @@ def test_random_resized_crop_takes_8_to_100_percent_of_the_area(view_of):
     rows, columns = np.mgrid[:100, :100] * 2.0
     ramps = np.stack([rows, columns, 0 * rows], axis=-1).astype(np.uint8)
     sides = []
-    for out in drawn(view_of(crop="random-resized"), ramps):
+    for out in view_of(crop="random-resized")(ramps):
         assert out.shape == (32, 32, 3)
         gradients = out[16, -2, 1] - out[16, 1, 1], out[-2, 16, 0] - out[1, 16, 0]  # away from the border
         sides.append([gradient / 2 * 32 / 29 for gradient in gradients])
@@ -87,52 +88,42 @@ def test_random_resized_crop_takes_8_to_100_percent_of_the_area(view_of):
     area, ratio = width * height / 100**2, width / height
     assert 0.06 < area.min() < 0.15
     assert 0.9 < area.max() < 1.1
-    assert area.mean() == pytest.approx(0.54, abs=0.06)  # uniform in 0.08..1
+    assert area.mean() == pytest.approx(0.485, abs=0.05)  # torchvision's mean: of large areas fewer tries fit
     assert 0.68 < ratio.min() < 0.8
     assert 1.25 < ratio.max() < 1.45
 
 
-def test_randaugment_is_torchvisions_or_timms(view_of, image, monkeypatch):
-    """Two operations of magnitude 9 on the picture, and many different ones."""
-    original = ImageOps.posterize
-    torchvisions = v2.RandAugment(num_ops=2, magnitude=9, interpolation=v2.InterpolationMode.BILINEAR)
-    monkeypatch.setattr(ImageOps, "posterize", lambda picture, bits: original(picture, max(bits, 1)))
-    grey = (124, 116, 104)  # ImageNet's mean
-    timms = rand_augment_transform("rand-m9-mstd0.5-inc1", {"translate_const": 14, "img_mean": grey})
-    for words, transform in (("torchvision", torchvisions), ("rand-m9-mstd0.5-inc1", timms)):
-        view, kinds = view_of(randaugment=words), set()
-        for i, found in enumerate(drawn(view, image, 60)):
-            with augment.drawn_for(5, i):
-                expected = np.array(transform(Image.fromarray(image)))
-            np.testing.assert_allclose(found, expected, atol=0.01)
-            kinds.add(expected.tobytes())
-        assert len(kinds) > 30
-
-
 @pytest.mark.parametrize(
     "words",
-    ["", "yes", "rand-x9", "rand-m", "rand-mabc", "rand-m9-tfoo", "rand-m9-nX", "augmix-m3", "rand-mstdinf", "rand--"],
-)
-def test_words_that_timm_does_not_know(view_of, words):
-    with pytest.raises(UserError, match="randaugment must be torchvision or timm's words, .* got"):
+    ["", "yes", "rand-x9", "rand-m", "rand-mabc", "rand-m9-tfoo", "rand-m9-nX", "augmix-m3", "rand-mstdinf", "rand--",
+     "rand-n2-tweights", "rand-t3a-mmax9"],
+)  # fmt: skip
+def test_words_that_are_not_known(view_of, words):
+    with pytest.raises(UserError, match="randaugment must be torchvision or timm's words .*, got"):
         view_of(randaugment=words)
 
 
-@pytest.mark.parametrize(
-    "words", ["rand", "rand-m9-n3-p0.5", "rand-n2-tweights", "rand-t3a-mmax9", "rand-m10-inc1-n9", "rand-m0-n9"]
-)
-def test_words_that_timm_knows(view_of, image, words):
+@pytest.mark.parametrize("words", ["torchvision", "rand", "rand-m9-n3-p0.5", "rand-m10-inc1-n9", "rand-m0-n9"])
+def test_words_that_are_known(view_of, image, words):
     """Also at the ends of the scale, where timm posterises to no bits at all and Pillow raises."""
-    for out in drawn(view_of(randaugment=words), image, 20):
-        assert out.shape == (32, 32, 3)
+    found = view_of(randaugment=words)(image, 40)
+    assert found.shape == (40, 32, 32, 3)
+    assert found.min() > -0.01 and found.max() < 255.01 and np.abs(found - found.round()).max() < 0.01
+    assert len(np.unique(found.round(), axis=0)) > 15  # of 40, half of timm's operations do not take place
+
+
+def test_what_randaugment_moves_in_is_black_or_the_mean_colour(view_of):
+    white = np.full((32, 32, 3), 255, np.uint8)
+    for words, fill in (("torchvision", (0, 0, 0)), ("rand-m9-n1-p1.0", (124, 116, 104))):
+        found = view_of(randaugment=words)(white).round()
+        assert 0.05 < (found == fill).all(-1).any((1, 2)).mean() < 0.8
 
 
 def test_erasing_blanks_a_rectangle_after_normalising(view_of, image):
     """Zero after the normalisation, the mean colour: nothing else may be exactly zero."""
-    view = view_of(raw=False, erase=0.25)
-    plain = view_of(raw=False)(image)
+    plain = view_of(raw=False)(image, 1)[0]
     areas = []
-    for out in drawn(view, image):
+    for out in view_of(raw=False, erase=0.25)(image):
         erased = (out != plain).any(0)
         if erased.any():
             rows, columns = (np.flatnonzero(erased.numpy().any(axis)) for axis in (1, 0))
@@ -145,20 +136,59 @@ def test_erasing_blanks_a_rectangle_after_normalising(view_of, image):
 
 
 def test_the_order_is_crop_flip_randaugment_erase(view_of, image, monkeypatch):
-    order = []
+    order, cut = [], augment.crops.cut
 
-    def noted(name, returned):
-        def make(*args, **kwargs):
-            return lambda x: order.append(name) or (torch.zeros_like(x) if returned else x)
+    class Noted:
+        width = 0
 
-        return make
+        def __call__(self, images, draws):
+            order.append("RandAugment")
+            assert images.dtype == torch.uint8 and images.shape[2:] == (32, 32)
+            return images
 
-    for name in ("RandomResizedCrop", "RandomHorizontalFlip", "RandAugment"):
-        monkeypatch.setattr(augment.v2, name, noted(name, False))
-    monkeypatch.setattr(augment.v2, "RandomErasing", noted("RandomErasing", True))
+    def erased(draws, probability, size):
+        order.append("erase")
+        return np.tile([0, 0, 32, 32], (len(draws), 1))
+
+    monkeypatch.setattr(augment.crops, "cut", lambda *given: order.append("crop and flip") or cut(*given))
+    monkeypatch.setattr(augment.randaugment, "torchvisions", Noted)
+    monkeypatch.setattr(augment, "erased_boxes", erased)
     view = view_of(raw=False, crop="random-resized", flip=True, randaugment="torchvision", erase=0.1)
     assert (view(image) == 0).all()  # nothing comes after erasing
-    assert order == ["RandomResizedCrop", "RandomHorizontalFlip", "RandAugment", "RandomErasing"]
+    assert order == ["crop and flip", "RandAugment", "erase"]
+
+
+def test_no_two_parts_draw_from_the_same_numbers(recipe):
+    """Each column of an image's row is of one thing: changing those of one part leaves the others as they were."""
+    plan = recipe(crop="padded", flip=True, randaugment="rand-m9-mstd0.5", erase=0.5, mixup=0.2)
+    view = augment.Augmentation(plan, start.make_model(plan, DigitScenes("train")))
+    given = {}
+
+    class Row:
+        """Notes which columns are asked for, by what part."""
+
+        def __init__(self, columns):
+            self.columns = columns
+
+        def __getitem__(self, key):
+            return Row(self.columns[key[1]])
+
+    given["mixing"] = view.of_mixing(Row(np.arange(view.width))).columns[:4]
+    given["erasing"] = np.arange(view._erasing, view._erasing + 1 + 2 * 10 + 2)
+    given["randaugment"] = np.arange(augment.crops.WIDTH, augment.crops.WIDTH + view.randaugment.width)
+    given["crop"] = np.arange(augment.crops.WIDTH)
+    columns = np.concatenate([*given.values()])
+    assert len(np.unique(columns)) == len(columns) == view.width
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (20, 3, 32, 32), dtype=np.uint8))
+    table = Draws([1], view.width).table(20)
+    for part, own in given.items():
+        other = table.copy()
+        other[:, own] = Draws([2], len(own)).table(20)[:, : len(own)]
+        assert torch.equal(view.cropped(images, table), view.cropped(images, other)) == (part != "crop")
+        assert np.array_equal(view.of_mixing(table), view.of_mixing(other)) == (part != "mixing")
+        coloured, others = view.coloured(images, table), view.coloured(images, other)
+        assert torch.equal(coloured, others) == (part in ("crop", "mixing"))
+        assert torch.equal(coloured == 0, others == 0) == (part != "erasing")
 
 
 @pytest.mark.parametrize("crop", ["none", "padded"])
@@ -168,43 +198,110 @@ def test_an_image_of_another_size(view_of, crop, size):
         view_of(crop=crop)(np.zeros((*size, 3), np.uint8))
 
 
-def test_draws_depend_on_the_numbers_alone_and_leave_no_trace():
-    def draw():
-        return random.random(), np.random.rand(), torch.rand(1).item()
+# ---- Mixup and CutMix ------------------------------------------------------------------------------------
 
-    def states():
-        return random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()
 
-    before, found = states(), []
-    for numbers in ((1, 2), (1, 2), (1, 3), (2, 2)):
-        with augment.drawn_for(*numbers):
-            found.append(draw())
-        assert states() == before
-    assert found[0] == found[1]
-    assert all(len({triple[i] for triple in found}) == 3 for i in range(3))
-    with contextlib.suppress(KeyError), augment.drawn_for(9):
-        draw()
-        raise KeyError
-    assert states() == before
+def draws_of(n, key=0):
+    return Draws([key], 4).table(n)
 
 
 def test_no_mixing_by_default(recipe):
-    assert augment.mixing(recipe(), 10) is None
+    mixing = augment.Mixing(recipe(label_smoothing=0.1), 10)
+    images, labels = torch.rand(4, 3, 8, 8), torch.arange(4)
+    assert not mixing.active
+    found, targets = mixing(images, labels, draws_of(4))
+    assert found is images and targets is labels
 
 
 @pytest.mark.parametrize("alphas", [{"mixup": 0.8}, {"cutmix": 1.0}, {"mixup": 0.2, "cutmix": 1.0}])
 def test_targets_are_mixed_as_the_images_are_and_smoothed_once(recipe, alphas):
-    """Image i is constant i: its mixture with image 7 - i tells the share, which the target must have."""
-    labels = torch.arange(8)
+    """Image i is constant i: its mixture with image 8 - i tells the share, which the target must have."""
+    labels = torch.arange(9)
     smooth = 0.8 * F.one_hot(labels, 10) + 0.2 / 10
-    kinds = set()
-    for i in range(60):
-        images = torch.arange(8.0).view(8, 1, 1, 1).expand(8, 3, 16, 16).clone()
-        with augment.drawn_for(i):
-            mixed, targets = augment.mixing(recipe(**alphas, label_smoothing=0.2), 10)(images, labels)
-        share = (mixed[0].mean() / 7).item()  # of image 7 in image 0
-        torch.testing.assert_close(targets, (1 - share) * smooth + share * smooth.flip(0), atol=1e-5, rtol=0)
-        torch.testing.assert_close(targets.sum(1), torch.ones(8))
-        if 0 < share < 1:
-            kinds.add("cutmix" if len(mixed[0].unique()) == 2 else "mixup")
+    images = torch.arange(9.0).view(9, 1, 1, 1).expand(9, 3, 16, 16)
+    mixing, kinds = augment.Mixing(recipe(**alphas, label_smoothing=0.2), 10), set()
+    for i in range(30):
+        mixed, targets = mixing(images, labels, draws_of(9, i))
+        torch.testing.assert_close(targets.sum(1), torch.ones(9))
+        for own in (0, 1, 2, 3, 5, 6, 7, 8):
+            share = (mixed[own].mean() - own) / (8 - 2 * own)  # of image 8 - i in image i
+            wanted = (1 - share) * smooth[own] + share * smooth[8 - own]
+            torch.testing.assert_close(targets[own], wanted, atol=1e-5, rtol=0)
+            if 0 < share < 1:
+                kinds.add("cutmix" if len(mixed[own].unique()) == 2 else "mixup")
     assert kinds == set(alphas)
+    assert torch.equal(images[:, 0, 0, 0], torch.arange(9.0))  # what is given stays as it is
+
+
+@pytest.mark.parametrize("size", [(16, 16), (24, 10)])
+@pytest.mark.parametrize("alphas", [{"mixup": 0.2}, {"cutmix": 1.0}, {"mixup": 0.2, "cutmix": 1.0}])
+def test_the_arithmetic_is_timms_for_given_draws(recipe, monkeypatch, alphas, size):
+    """timm is told which of the two, the share and the centre of the box that ours drew."""
+    n, draws = 40, draws_of(40, 7)
+    generator = torch.Generator().manual_seed(0)
+    images, labels = torch.rand(n, 3, *size, generator=generator), torch.arange(n) % 10
+    found, targets = augment.Mixing(recipe(**alphas, label_smoothing=0.1), 10)(images, labels, draws)
+    theirs = Mixup(
+        alphas.get("mixup", 0.0), alphas.get("cutmix", 0.0), mode="elem", label_smoothing=0.1, num_classes=10
+    )
+    cuts = draws[:, 0] < 0.5 if len(alphas) == 2 else np.full(n, "cutmix" in alphas)
+    alpha = np.where(cuts, alphas.get("cutmix", 1.0), alphas.get("mixup", 1.0))
+    share = beta_distribution.ppf(draws[:, 1], alpha, alpha)
+    centres = iter(int(place * side) for row in draws[cuts] for place, side in zip(row[2:4], size, strict=True))
+    monkeypatch.setattr(theirs, "_params_per_elem", lambda batch: (share.copy(), cuts))
+    monkeypatch.setattr(mixup.np.random, "randint", lambda *given, size=None: next(centres))
+    expected, wanted = theirs(images.clone(), labels)
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=0)  # the share is of a table of 4,097 quantiles
+    torch.testing.assert_close(targets, wanted.float(), atol=2e-3, rtol=0)
+    assert (found - images).abs().mean() > 0.02
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0])
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_shares_are_distributed_as_timms(recipe, alpha, kind):
+    """The largest difference of two distribution functions; of Mixup also from Beta itself, as far as its ends."""
+    n, labels = 4000, torch.arange(4000) % 2
+    images = torch.zeros(n, 1, 16, 16)
+    mixing = augment.Mixing(recipe(**{kind: alpha}), n)
+    other = (torch.arange(n) != torch.arange(n).flip(0)).nonzero().flatten()
+    _, targets = mixing(images, torch.arange(n), draws_of(n, 3))
+    ours = targets[other, other].double().numpy()
+    with drawn_for(0):
+        theirs_of = Mixup(**{f"{kind}_alpha": alpha, "mixup_alpha" if kind == "cutmix" else "cutmix_alpha": 0.0},
+                          mode="elem", label_smoothing=0.0, num_classes=2)  # fmt: skip
+        _, mixed = theirs_of(images.clone(), labels)
+    own = mixed[torch.arange(n), labels].double().numpy()  # the partner of an even place is an odd one
+    assert ks_2samp(ours, own).statistic < 0.045  # 1.95 sqrt(2 / 4000), p < 0.001
+    if kind == "mixup":
+        assert kstest(ours.clip(1e-6, 1 - 1e-6), beta_distribution(alpha, alpha).cdf).statistic < 0.05
+        assert ks_2samp(ours, beta_distribution(alpha * 1.5, alpha * 1.5).rvs(n, random_state=0)).statistic > 0.045
+
+
+def test_one_of_the_two_is_drawn_for_each_image(recipe):
+    images = torch.rand(2000, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    mixed, _ = augment.Mixing(recipe(mixup=1.0, cutmix=1.0), 2)(images, torch.zeros(2000).long(), draws_of(2000))
+    swapped = (mixed == images) | (mixed == images.flip(0))
+    assert swapped.flatten(1).all(1).float().mean() == pytest.approx(0.5, abs=0.04)
+
+
+def test_batches_do_not_mix_with_each_other(recipe):
+    mixing = augment.Mixing(recipe(mixup=0.5, cutmix=1.0, label_smoothing=0.1), 10)
+    images, labels = torch.rand(21, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(21) % 10
+    draws = draws_of(21, 5)
+    together, targets = mixing(images, labels, draws, 7)
+    for begin in (0, 7, 14):
+        own = slice(begin, begin + 7)
+        alone, expected = mixing(images[own], labels[own], draws[own])
+        assert torch.equal(together[own], alone) and torch.equal(targets[own], expected)
+    assert not torch.equal(together, mixing(images, labels, draws)[0])
+
+
+def test_a_box_of_an_odd_side_has_that_side(recipe, monkeypatch):
+    """A share of 1 - (3 / 8)**2 around pixel (4, 4) of 8 x 8: three rows and columns, from 3 to 5."""
+    mixing = augment.Mixing(recipe(cutmix=1.0), 2)  # Beta(1, 1): the share is the number drawn
+    draws = np.array([[0.0, 1 - (3.001 / 8) ** 2, 4.5 / 8, 4.5 / 8]] * 2)
+    mixed, targets = mixing(torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 1, 8, 8), torch.tensor([0, 1]), draws)
+    assert [*zip(*(place.tolist() for place in mixed[0, 0].nonzero().T), strict=True)] == [
+        (r, c) for r in (3, 4, 5) for c in (3, 4, 5)
+    ]
+    assert targets[0].tolist() == pytest.approx([55 / 64, 9 / 64])

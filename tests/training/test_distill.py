@@ -104,7 +104,8 @@ def test_in_a_run_the_teacher_sees_the_mixed_image(recipe, trainer, teach):
     given = []
     made.forward.register_forward_pre_hook(lambda _, args: given.append(args[0].clone()))
     before = {key: value.clone() for key, value in made.run.model.state_dict().items()}
-    made.epoch(SimpleNamespace(update=lambda: None, set_postfix=lambda **shown: None))
+    for _ in made.epoch(SimpleNamespace(update=lambda: None, set_postfix=lambda **shown: None)):
+        pass
     assert len(given) == 5 and len(teacher.seen) == 6  # the first was to try it
     cfg = made.run.model.pretrained_cfg
     for images, (seen, training, recorded) in zip(given, teacher.seen[1:], strict=True):

@@ -41,7 +41,7 @@ def trained(recipe, samples, tmp_path):
     return make
 
 
-def one_after_the_other(plan, epochs, init, main, masks, samples, view):
+def one_after_the_other(plan, epochs, init, main, masks, samples):
     """The matrices of the grafts, and their mean losses, by an optimiser and T applications for each."""
     of, losses = {name: [] for name in PLACES}, []
     shortened = graft.shortened(plan, epochs)
@@ -58,8 +58,8 @@ def one_after_the_other(plan, epochs, init, main, masks, samples, view):
         steps = plan.images_per_epoch // plan.batch_size
         schedule = start.schedule(optimizer, shortened, steps)
         for epoch in range(epochs):
-            source, seen = feed.Epoch(shortened, samples, view, plan.epochs + epoch), []
-            for i, (images, labels) in enumerate(feed.batches(source, 0, 0)):
+            source, seen = feed.Feed(shortened, samples, init, "cpu"), []
+            for i, (images, labels) in enumerate(source.epoch(plan.epochs + epoch)):
                 schedule.step_update(epoch * steps + i)
                 schedule.step(epoch)
                 tokens = stepping.embed(main, images).tokens
@@ -93,12 +93,10 @@ def test_all_at_once_is_one_after_the_other(trained, samples, tmp_path, monkeypa
     if "model" in change:
         assert main.blocks[0].step_embed.abs().max() > 1e-3  # it was trained, and differs from the first, zero
     init, main = init.double(), main.double()
-    view = graft.training_view(plan, init)
-    monkeypatch.setattr(graft, "training_view", lambda *given: lambda image: view(image).double())
+    coloured = feed.Augmentation.coloured
+    monkeypatch.setattr(feed.Augmentation, "coloured", lambda *given: coloured(*given).double())
     weights, table = graft.train(plan, 2, init, main, masks, samples, tmp_path / "grafts.pt")
-    expected, losses = one_after_the_other(
-        plan, 2, init, main, masks, samples, lambda image: view(image).double()
-    )  # fmt: skip
+    expected, losses = one_after_the_other(plan, 2, init, main, masks, samples)
     for name, place in PLACES.items():
         torch.testing.assert_close(weights[name], expected[name], rtol=0, atol=1e-5)
         before = init.blocks[0].get_submodule(place).weight

@@ -116,9 +116,9 @@ class Damaged(DigitScenes):
 def test_skip_corrupt_shows_the_next_image(recipe, caplog, monkeypatch):
     monkeypatch.setattr(feed, "training_samples", lambda recipe, samples, epoch: samples)
     samples = Damaged("train", length=30)
-    view = lambda image: torch.from_numpy(image.copy())  # noqa: E731
+    view = lambda image, draws: torch.from_numpy(image.copy())  # noqa: E731
     plan = recipe(images_per_epoch=30, batch_size=30, skip_corrupt=True)
-    images, labels = feed.Epoch(plan, samples, view, 0)[0]
+    images, labels, _ = feed.Epoch(plan, samples, view, 0)[0]
     order = feed.Epoch(plan, samples, view, 0).order
     shown = [i + 1 if i % 3 == 0 else i for i in order.tolist()]
     assert all(torch.equal(images[k], torch.from_numpy(samples.read(i)[0])) for k, i in enumerate(shown))

@@ -15,8 +15,11 @@ from bvit_interp.training.recipe import Recipe, available, read
 SHIPPED = [
     "cifar10", "cifar10-d128", "cifar10-d128-pathways", "cifar10-d128-vit", "cifar10-pathways", "cifar10-reg4",
     "cifar10-te", "cifar10-vit", "digits-s", "digits-s-pathways", "digits-s-reg4", "digits-s-te",
-    "imagenet-distilled", "imagenet-paper", "tickets-digits-s",
+    "imagenet-distilled", "imagenet-paper", "imagenette", "imagenette-d128", "imagenette-d128-vit", "imagenette-reg4",
+    "imagenette-te", "imagenette-vit", "tickets-digits-s",
 ]  # fmt: skip
+
+PAIRED = [name for name in SHIPPED if name.endswith(("-vit", "-te", "-reg4")) and "digits" not in name]
 
 
 def test_the_shipped_recipes_are_known():
@@ -75,6 +78,24 @@ def test_extending():
     assert te.model == {**base.model, "name": "bvit_small_te_patch16_224", "embed_dim": 64}
     assert te.lr == 0.01
     assert te.batch_size == base.batch_size
+
+
+@pytest.mark.parametrize("name", PAIRED)
+def test_a_pair_is_trained_alike(name):
+    """All that differs is the name of the model; those of digits-s start from a trained one."""
+    base, other = read(name.rpartition("-")[0]), read(name)
+    assert {**vars(other), "model": {**other.model, "name": base.model["name"]}} == vars(base)
+    assert other.model["name"] != base.model["name"]
+
+
+def test_patches_are_left_out_until_a_share_of_the_epochs(recipe):
+    plan = recipe(epochs=10, patch_drop_until=0.67, model={"patch_drop_rate": 0.5})
+    assert [plan.patch_drop(epoch) for epoch in range(10)] == [0.5] * 7 + [0.0] * 3
+    assert recipe(epochs=2, model={"patch_drop_rate": 0.5}).patch_drop(1) == 0.5
+    assert recipe(epochs=2, patch_drop_until=0, model={"patch_drop_rate": 0.5}).patch_drop(0) == 0
+    assert recipe(epochs=2).patch_drop(0) == 0
+    with pytest.raises(UserError, match=r"patch_drop_until must be in 0\.\.1, got 1\.5"):
+        recipe(patch_drop_until=1.5)
 
 
 def test_hardness(recipe):
@@ -150,7 +171,7 @@ def test_a_recipe_file_takes_the_types_too(tmp_path):
         (["speed=3"], "unknown setting speed; settings: model, data, init"),
         (["epochs=0"], "epochs must be >= 1"),
         (["batch_size=99999"], "less than a batch"),
-        (["autocast=fp8"], "autocast must be bf16, off"),
+        (["autocast=fp8"], "autocast must be auto, bf16, off"),
         (["positions=rope"], "positions must be random, sincos"),
         (["crop=random"], "crop must be none, padded, random-resized, got 'random'"),
         (["schedule=linear"], "schedule must be step, epoch"),

@@ -168,8 +168,24 @@ def test_build_gives_an_output_a_class_and_the_same_weights_for_a_seed(recipe, p
 # ---- batches -------------------------------------------------------------------------------------------
 
 
-def view(image):
-    return torch.from_numpy(image).float()
+class Plain:
+    """In the place of an `Augmentation`: images as they are, and what was drawn for them."""
+
+    width = 4
+
+    def __init__(self):
+        self.drawn = []
+
+    def cropped(self, images, draws):
+        self.drawn.append(draws[0])
+        return images
+
+    def coloured(self, images, draws):
+        np.testing.assert_array_equal(draws, self.drawn)
+        return images.float()
+
+
+view = Plain()
 
 
 def test_batches_of_a_class_are_half_its_own_and_go_through_all_of_them(recipe, pools):
@@ -185,9 +201,15 @@ def test_batches_of_a_class_are_half_its_own_and_go_through_all_of_them(recipe, 
         counts = np.bincount(seen[k], minlength=len(train))[part.own]
         assert counts.max() - counts.min() <= 1
         assert sorted(seen[k][: len(part.own)]) == part.own.tolist()
-    images, labels = batches[5]
-    np.testing.assert_array_equal(labels, train.labels[batches.places(5)])
-    np.testing.assert_array_equal(images[2].byte(), train.read(batches.places(5)[2]))
+    drawn = []
+    for j in (5, 8, 5):
+        batches.view = Plain()
+        images, labels = batches[j]
+        np.testing.assert_array_equal(labels, train.labels[batches.places(j)])
+        np.testing.assert_array_equal(images[2].byte().permute(1, 2, 0), train.read(batches.places(j)[2]))
+        drawn.append(np.array(batches.view.drawn))
+    np.testing.assert_array_equal(drawn[0], drawn[2])  # of the seed, the key and the batch alone
+    assert len({value for table in drawn[:2] for value in table.flat}) == 2 * 8 * 4
 
 
 def test_a_small_subset_is_repeated(recipe, pools):

@@ -87,7 +87,7 @@ def test_a_probe_on_kept_features_is_the_head_trained_on_images(work, small):
     geometry = Geometry.of(small, job.train)
 
     def batches(epoch):
-        return feed.batches(feed.Epoch(recipe, job.train, lambda image: geometry(image)[0], epoch), 0, 0)
+        return feed.batches(feed.Epoch(recipe, job.train, lambda image, _: geometry(image)[0], epoch), 0, 0)
 
     tuning.fit(other.view, other, batches, len(job.train), recipe)
     torch.testing.assert_close(one.trained["head.weight"], other.trained["head.weight"], atol=1e-4, rtol=1e-3)
