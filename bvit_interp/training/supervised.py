@@ -16,10 +16,12 @@ from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import pandas as pd
 import torch
 import torch.distributed as dist
+from timm.layers import PatchDropout
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -41,7 +43,7 @@ from bvit_interp.training import card, feed, start
 from bvit_interp.training.distill import objective
 from bvit_interp.training.recipe import Recipe
 from bvit_interp.training.run import STATE, Run
-from bvit_interp.training.stepper import Stepper
+from bvit_interp.training.stepper import GivenPatchDropout, Stepper
 from bvit_interp.training.throughput import peak_flops, peak_memory, precision, utilisation
 
 COLUMNS = {
@@ -231,7 +233,7 @@ class Trainer:
         peak_flops(device, self._dtype())  # measured while nothing else runs
         self.schedule = start.schedule(self.run.optimizer, recipe, self.steps)
         self.objective = objective(recipe, model, device)
-        self.test = _Test(open_samples(recipe.data), self.samples, model, recipe, device)
+        self.test = test_images(self.samples, model, recipe, device)
         self.pending: list[tuple[torch.Tensor, torch.Tensor]] = []  # losses and norms not yet looked at
         self.began = self.last_saved = time.monotonic()
 
@@ -400,12 +402,16 @@ class Trainer:
     @cached_property
     def step(self) -> Stepper:
         """An optimiser step on images and targets."""
-        captures = torch.device(self.device).type == "cuda" and self.world == 1
+        noisy = [module for module in self.forward.modules() if isinstance(module, GivenPatchDropout)]
+        unshared = self.forward.no_sync if isinstance(self.forward, DistributedDataParallel) else nullcontext
         return Stepper(
-            self.recipe, self.run.model, self.run.optimizer, self._loss,
-            self.forward.no_sync if isinstance(self.forward, DistributedDataParallel) else nullcontext,
-            captures and not self.recipe.grad_checkpointing,  # recomputing reads the random state, a capture cannot
+            self.recipe, self.run.model, self.run.optimizer, self._loss, unshared, self._captures(), noisy
         )  # fmt: skip
+
+    def _captures(self) -> bool:
+        """Whether steps are captured in a CUDA graph: not what several processes share, nor what is recomputed."""
+        on_gpu = torch.device(self.device).type == "cuda"
+        return on_gpu and self.world == 1 and not self.recipe.grad_checkpointing
 
     @cached_property
     def forward(self) -> nn.Module:
@@ -421,7 +427,11 @@ class Trainer:
         if self.device == "cpu" and self.run.precision != "off":
             for block in blocks:  # the fused kernel's bf16 backward is several times slower on a CPU
                 block.attn.fused_attn = False
+        if self._captures() and isinstance(trained.patch_drop, PatchDropout):
+            trained.patch_drop = GivenPatchDropout(trained.patch_drop, trained.patch_embed.num_patches)
         if self.recipe.compile and self.masks is None:
+            # blocks of one shape share what is compiled, also those of several runs; each shape counts
+            torch._dynamo.config.recompile_limit = 64
             for block in blocks:
                 block.compile(dynamic=False)
         if self.world == 1:
@@ -430,20 +440,27 @@ class Trainer:
         return DistributedDataParallel(trained, device_ids=on, static_graph=self.recipe.accumulate == 1)
 
 
-class _Test:
-    """The test images as the model sees them and their places among its classes; kept on the device where they fit."""
+class Test:
+    """The test images as a model sees them; kept on the device where they fit.
 
-    def __init__(self, samples: Samples, trained: Samples, model: BViT, recipe: Recipe, device: str) -> None:
-        place, own = ([getattr(kind, name, None) for name in ("root", "split")] for kind in (samples, trained))
-        if place == own:
-            raise UserError(f"recipe: {recipe.data} has nothing to score on beside its training images")
-        self.places, self.device = label_map(samples, model), device
-        geometry = Geometry.of(model, samples)
-        self.loader = Loader(samples, [geometry], batch_size=250, workers=recipe.workers)
+    Parameters
+    ----------
+    samples : the data set.
+    geometry : how the model sees it.
+    places : the model's class of each class of the set, ``(classes,)``.
+    workers, device : how and where the images are read.
+    """
+
+    def __init__(
+        self, samples: Samples, geometry: Geometry, places: torch.Tensor, workers: int, device: str
+    ) -> None:  # fmt: skip
+        self.places, self.device = places, device
+        self.loader = Loader(samples, [geometry], batch_size=250, workers=workers)
         self.fits = 12 * len(self.loader.index) * math.prod(geometry.size) <= _KEPT_BYTES
         self.kept: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Images ``(b, 3, H, W)`` and the model's labels ``(b,)``, of this process's share."""
         if self.kept:
             yield from self.kept
             return
@@ -454,6 +471,28 @@ class _Test:
                 kept.append(pair)
             yield pair
         self.kept = kept
+
+
+_TESTS: WeakValueDictionary[tuple, Test] = WeakValueDictionary()  # runs side by side share one
+
+
+def test_images(trained: Samples, model: BViT, recipe: Recipe, device: str) -> Test:
+    """The recipe's test images.
+
+    Raises
+    ------
+    UserError
+        If they are the images it is trained on, or of other classes.
+    """
+    samples = open_samples(recipe.data)
+    place, own = ([getattr(kind, name, None) for name in ("root", "split")] for kind in (samples, trained))
+    if place == own:
+        raise UserError(f"recipe: {recipe.data} has nothing to score on beside its training images")
+    places, geometry = label_map(samples, model), Geometry.of(model, samples)
+    key = feed.fingerprint(samples), geometry, tuple(places.tolist()), device, results.rank_and_world()
+    if (found := _TESTS.get(key)) is None:
+        found = _TESTS[key] = Test(samples, geometry, places, recipe.workers, device)
+    return found
 
 
 def _tensorboard(folder: Path) -> Any:
