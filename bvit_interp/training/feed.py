@@ -126,12 +126,7 @@ def resident(samples: Samples, device: str, skip_corrupt: bool = False) -> Resid
     key = fingerprint(samples), str(device)
     if (found := _RESIDENT.get(key)) is not None:
         return found
-    try:
-        shape = samples.read(0)[0].shape
-    except DataError:
-        if not skip_corrupt:
-            raise
-        shape = _readable(samples, 0)[0].shape
+    shape = (_readable(samples, 0) if skip_corrupt else samples.read(0))[0].shape
     if len(samples) * int(np.prod(shape)) > _room(device):
         return None
     images = torch.empty(len(samples), shape[2], *shape[:2], dtype=torch.uint8)
@@ -260,7 +255,7 @@ def _readable(samples: Samples, i: int) -> tuple[np.ndarray, int, object]:
         try:
             return samples.read(place % len(samples))
         except DataError as error:
-            _log.warning("left out: %s", error)
+            _log.warning("left out: %s", str(error))  # a record of the error itself would keep all it has seen
     raise DataError("no training image can be read")
 
 

@@ -1,14 +1,13 @@
 """How training images vary, against numpy on small pictures, and statistics over many draws."""
 
-# ruff: noqa: NPY002  numpy's global generator is what timm draws from
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from scipy.stats import ks_2samp, kstest
 from scipy.stats import beta as beta_distribution
+from scipy.stats import ks_2samp, kstest
 from timm.data import Mixup, mixup
 
 from bvit_interp.data.digits import DigitScenes

@@ -10,7 +10,7 @@ import torch
 
 from bvit_interp.errors import UserError
 from bvit_interp.models.checkpoint import load
-from bvit_interp.training import supervised
+from bvit_interp.training import feed, supervised
 
 STEPS = 5  # of an epoch
 
@@ -42,6 +42,7 @@ def bytes_of(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.parametrize("data", ["digits-s", "pictures"])
 @pytest.mark.parametrize(
     "change",
     [
@@ -51,8 +52,11 @@ def bytes_of(folder):
     ],
     ids=["full", "other words"],
 )  # fmt: skip
-def test_killed_in_any_step_it_ends_with_the_same_weights(recipe, tmp_path, often, monkeypatch, same_run, change):
-    plan = recipe(**change)
+def test_killed_in_any_step_it_ends_with_the_same_weights(
+    recipe, pictures, tmp_path, often, monkeypatch, same_run, change, data
+):
+    """Scenes are drawn as they are needed, pictures lie on the device."""
+    plan = recipe(**change, **(pictures if data == "pictures" else {}))
     supervised.train(plan, tmp_path / "undisturbed")
     for step in (0, 1, 3, STEPS, 2 * STEPS - 1):  # 3: one step after a state; STEPS: at the start of an epoch
         undo = killed_at(step, monkeypatch)
@@ -70,6 +74,19 @@ def test_workers_and_scoring_may_change_when_it_goes_on(recipe, tmp_path, often,
         supervised.train(recipe(full=True, workers=1), tmp_path / "run", save_minutes=0)
     undo()
     supervised.train(recipe(full=True, score_every=2), tmp_path / "run", save_minutes=0)
+    same_run(tmp_path / "undisturbed", tmp_path / "run")
+
+
+def test_the_memory_of_the_machine_may_change_when_it_goes_on(recipe, pictures, tmp_path, often, monkeypatch, same_run):
+    """Pictures that lie on the device in one part of the run, and do not fit in the other."""
+    plan = recipe(full=True, **pictures)
+    supervised.train(plan, tmp_path / "undisturbed")
+    undo = killed_at(7, monkeypatch)
+    with pytest.raises(Killed):
+        supervised.train(plan, tmp_path / "run", save_minutes=0)
+    undo()
+    monkeypatch.setattr(feed, "_HOST_BYTES", 0)
+    supervised.train(plan, tmp_path / "run", save_minutes=0)
     same_run(tmp_path / "undisturbed", tmp_path / "run")
 
 
