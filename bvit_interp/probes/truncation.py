@@ -133,10 +133,13 @@ def factors(weight: Tensor, moment: Tensor | None = None) -> Factors:
 
 
 def random_factors(weight: Tensor, generator: torch.Generator) -> Factors:
-    """Directions of W ``(out, in)`` at random, uniformly (Haar) in its column space; drawn on the CPU."""
+    """Directions of W ``(out, in)`` at random, uniformly (Haar) in its column space; drawn on the CPU.
+
+    Drawn among the outputs and projected, so that they do not hang on the signs that a library gives singular vectors.
+    """
     left, right = _svd(weight)
-    drawn = torch.randn(len(right), len(right), dtype=torch.float64, generator=generator)
-    rotation = torch.linalg.qr(drawn).Q.to(left)
+    drawn = torch.randn(left.shape, dtype=torch.float64, generator=generator)
+    rotation = torch.linalg.qr(left.mT @ drawn.to(left)).Q
     return Factors(left @ rotation, rotation.mT @ right)
 
 
