@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from scipy.stats import beta as beta_distribution
 from scipy.stats import ks_2samp, kstest
 from timm.data import Mixup, mixup
+from torchvision.transforms import RandomErasing
 
 from bvit_interp.data.digits import DigitScenes
 from bvit_interp.data.geometry import Geometry
@@ -132,6 +133,29 @@ def test_erasing_blanks_a_rectangle_after_normalising(view_of, image):
     hit = np.array(areas) > 0
     assert hit.mean() == pytest.approx(0.25, abs=0.07)
     assert min(np.array(areas)[hit]) > 0.015 and max(areas) < 0.36  # 0.02..0.33 of the area
+
+
+@pytest.mark.parametrize("size", [(32, 32), (60, 24)])
+def test_erased_boxes_are_distributed_as_torchvisions(size):
+    """Largest difference of the distribution functions of area, ratio and both places: 0.04 is p < 0.001."""
+    boxes = augment.erased_boxes(Draws([1], augment._ERASING).table(20_000), 1.0, size)
+    with drawn_for(0):
+        theirs = np.array([
+            RandomErasing.get_params(torch.empty(3, *size), scale=(0.02, 0.33), ratio=(0.3, 3.3), value=[0])[:4]
+            for _ in range(3000)
+        ])  # fmt: skip
+    theirs, erased = theirs[theirs[:, 2] < size[0]], (theirs[:, 2] < size[0]).mean()  # the rest: no try fitted
+    boxes, found = boxes[boxes[:, 2] > 0], (boxes[:, 2] > 0).mean()
+    assert found == pytest.approx(erased, abs=0.02)
+    assert (boxes[:, :2] >= 0).all() and (boxes[:, :2] + boxes[:, 2:] <= size).all()
+
+    def measures(top, left, height, width):
+        rows, columns = (top + 0.5) / (size[0] - height + 1), (left + 0.5) / (size[1] - width + 1)
+        return np.stack([height * width, height / width, rows, columns, height, width])
+
+    ours, expected = (measures(*part.T) for part in (boxes, theirs))
+    for one, other in zip(ours, expected, strict=True):
+        assert ks_2samp(one, other).statistic < 0.04
 
 
 def test_the_order_is_crop_flip_randaugment_erase(view_of, image, monkeypatch):

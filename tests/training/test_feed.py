@@ -86,6 +86,18 @@ def test_order_and_pixels_are_of_seed_and_epoch(recipe):
         assert all(pixels[i] != others[i] for i in range(40))  # augmented otherwise too
 
 
+def test_an_image_is_augmented_for_itself_wherever_it_comes(recipe):
+    """Row r of the epoch's table is of image r, and of its second view the row r further down by a whole set."""
+    epoch = feed.Epoch(recipe(images_per_epoch=48), Numbered(20), lambda image, draws: torch.from_numpy(image), 1, 8)
+    table, seen = epoch.draws.table(60), {i: 0 for i in range(20)}
+    for step in range(6):
+        images, _, draws = epoch[step]
+        for image, own in zip(images[:, 4, 4, 0].tolist(), draws.numpy(), strict=True):
+            np.testing.assert_array_equal(own, table[20 * seen[image] + image])
+            seen[image] += 1
+    assert sorted(seen.values()) == [2] * 12 + [3] * 8
+
+
 @pytest.mark.parametrize(("first", "workers"), [(0, 1), (3, 0), (2, 1)])
 def test_workers_and_a_resumed_epoch_show_the_same(recipe, first, workers):
     expected = shown(recipe(), Numbered(40))[first:]

@@ -6,12 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from bvit_interp.data.catalog import open_samples
 from bvit_interp.errors import UserError
 from bvit_interp.models.checkpoint import load
 from bvit_interp.models.masks import full
-from bvit_interp.training import start, supervised, throughput
+from bvit_interp.training import feed, start, supervised, throughput
 
 STEPS = 5  # of an epoch
 NO_BAR = SimpleNamespace(update=lambda: None, set_postfix=lambda **shown: None)
@@ -225,3 +226,30 @@ def test_a_run_goes_on_in_the_precision_it_began_with(
     supervised.train(plan, tmp_path / "other")
     other, own = (load(tmp_path / name).state_dict() for name in ("other", "run"))
     assert any(not torch.equal(other[key], tensor) for key, tensor in own.items())
+
+
+@pytest.fixture
+def shared_gradients(tmp_path, monkeypatch):
+    """One process that takes itself for the first of two: gradients are shared, with nobody."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    for module in (supervised.results, feed):
+        monkeypatch.setattr(module, "rank_and_world", lambda: (0, 2))
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "masks",
+    [False, pytest.param(True, marks=pytest.mark.xfail(strict=True, reason="_drop does not reach a shared unroll"))],
+)
+def test_patches_are_left_out_alike_by_several_processes(recipe, tmp_path, monkeypatch, shared_gradients, masks):
+    plan = recipe(epochs=2, patch_drop_until=0.5, model={"patch_drop_rate": 0.25})
+    own = full(start.make_model(plan, open_samples(plan.data, "train"))) if masks else None
+    made = supervised.Trainer(plan, tmp_path / "run", "cpu", 2.0, own)
+    monkeypatch.setattr(made, "_finish", lambda epoch: None)  # scores are gathered from both
+    seen = []
+    made.forward.module.norm.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[1]))
+    for _ in range(2):
+        for _ in made.epoch(NO_BAR):
+            pass
+    assert seen == [1 + 12] * STEPS + [1 + 16] * STEPS

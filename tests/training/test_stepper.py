@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import random
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from timm.layers import PatchDropout
 from torch import nn
 
-from bvit_interp.training.stepper import Stepper
+from bvit_interp.training.stepper import GivenPatchDropout, Stepper
 
 
 @pytest.fixture
@@ -139,3 +141,64 @@ def test_forgetting_changes_nothing_where_nothing_is_captured(stepper, batch):
             step(*batch, i)
         steps[1].forget()
     assert torch.equal(weights_of(models[0]), weights_of(models[1]))
+
+
+# ---- patches left out by noise that is given -------------------------------------------------------------
+
+TOKENS = torch.arange(8 * 17 * 2.0).view(8, 17, 2)
+
+
+def noise_of(*numbers):
+    module = GivenPatchDropout(PatchDropout(0.25), 16).train()
+    given = []
+    loss = lambda images, targets: given.append(module(TOKENS[: len(images)])) or images.sum() * weight.sum()  # noqa: E731
+    weight = nn.Parameter(torch.ones(1))
+    recipe = SimpleNamespace(accumulate=2, clip=None)
+    holder = nn.ParameterList([weight])
+    step = Stepper(recipe, holder, torch.optim.SGD([weight], lr=0.1), loss, noisy=[module])
+    for drawn in numbers:
+        step(torch.ones(4, 3, 2, 2), torch.zeros(4), *drawn)
+    return module, given
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_it_leaves_out_what_timms_does_on_that_noise(monkeypatch, ordered):
+    theirs = PatchDropout(0.3, num_prefix_tokens=1, ordered=ordered).train()
+    ours = GivenPatchDropout(theirs, 16).train()
+    ours.draw(torch.empty(8, 3, 4, 4), torch.Generator().manual_seed(3))
+    assert abs(ours.noise.mean()) < 0.3 and 0.8 < ours.noise.std() < 1.2
+    monkeypatch.setattr(torch, "randn", lambda *shape, **_: ours.noise.clone())
+    expected = theirs(TOKENS)
+    found = ours(TOKENS)
+    assert torch.equal(found, expected)
+    assert found.shape == (8, 1 + 11, 2) and torch.equal(found[:, 0], TOKENS[:, 0])
+
+
+def test_parts_of_a_batch_take_its_noise_in_turn_and_a_new_batch_begins_anew():
+    module = GivenPatchDropout(PatchDropout(0.5), 16).train()
+    module.draw(torch.empty(8, 3, 4, 4), torch.Generator().manual_seed(3))
+    address = module.noise.data_ptr()
+    whole = module(TOKENS)
+    assert torch.equal(torch.cat([module(part) for part in TOKENS.chunk(4)]), whole)
+    module.draw(torch.empty(8, 3, 4, 4), torch.Generator().manual_seed(4))
+    assert module.noise.data_ptr() == address  # a captured step reads it there
+    assert not torch.equal(module(TOKENS), whole)
+
+
+def test_nothing_is_left_out_in_eval_mode_or_at_a_rate_of_zero():
+    module = GivenPatchDropout(PatchDropout(0.5), 16)
+    assert module.eval()(TOKENS) is TOKENS
+    module.train().prob = 0.0
+    assert module(TOKENS) is TOKENS
+
+
+def test_its_noise_is_of_the_numbers_of_the_step():
+    _, one = noise_of((1, 2), (1, 3), (1, 2))
+    before = torch.get_rng_state()
+    module, other = noise_of((1, 3))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert module.noise.shape == (4, 16)
+    for i in range(2):  # parts
+        assert torch.equal(one[i], one[4 + i]) and torch.equal(one[2 + i], other[i])
+        assert not torch.equal(one[i], other[i])
+    assert not torch.equal(one[0] - TOKENS[0, 0], one[1] - TOKENS[0, 0])
