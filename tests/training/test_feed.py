@@ -89,7 +89,7 @@ def test_order_and_pixels_are_of_seed_and_epoch(recipe):
 def test_an_image_is_augmented_for_itself_wherever_it_comes(recipe):
     """Row r of the epoch's table is of image r, and of its second view the row r further down by a whole set."""
     epoch = feed.Epoch(recipe(images_per_epoch=48), Numbered(20), lambda image, draws: torch.from_numpy(image), 1, 8)
-    table, seen = epoch.draws.table(60), {i: 0 for i in range(20)}
+    table, seen = epoch.draws.table(60), dict.fromkeys(range(20), 0)
     for step in range(6):
         images, _, draws = epoch[step]
         for image, own in zip(images[:, 4, 4, 0].tolist(), draws.numpy(), strict=True):
