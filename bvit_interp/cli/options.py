@@ -78,7 +78,7 @@ def processes(device: str, threads: int | None = None) -> Iterator[str]:
             raise UserError(f"threads must be >= 1, got {threads}")
         torch.set_num_threads(threads)
     device = _device(device)
-    if device != "cpu":  # torch's default rounds what convolutions multiply to 10 bits; tables would differ from a CPU's
+    if device != "cpu":  # torch's default rounds what convolutions multiply to 10 bits; a CPU's tables would differ
         torch.backends.cudnn.allow_tf32 = False
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield device

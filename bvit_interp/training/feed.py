@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -57,7 +56,7 @@ class Feed:
         self.recipe, self.samples, self.device = recipe, samples, torch.device(device)
         self.augmentation = Augmentation(recipe, model)  # type: ignore[arg-type]
         self.mixing = Mixing(recipe, int(model.num_classes))  # type: ignore[arg-type]
-        self.resident = resident(samples, device, recipe.skip_corrupt)
+        self.resident = resident(samples, device, recipe.skip_corrupt, recipe.workers)
 
     def epoch(self, number: int, first: int = 0) -> Iterator[Share]:
         """This process's share of batches `first`, `first` + 1, ... of epoch `number` (from 0), on the device."""
@@ -113,8 +112,10 @@ class Resident:
 _RESIDENT: WeakValueDictionary[tuple[str, str], Resident] = WeakValueDictionary()  # runs side by side share one
 
 
-def resident(samples: Samples, device: str, skip_corrupt: bool = False) -> Resident | None:
+def resident(samples: Samples, device: str, skip_corrupt: bool = False, workers: int = 0) -> Resident | None:
     """The images on the device, or None where they differ in size or do not fit; digits-s draws fresh ones.
+
+    They are read once, by `workers` processes or in this one.
 
     Raises
     ------
@@ -131,26 +132,44 @@ def resident(samples: Samples, device: str, skip_corrupt: bool = False) -> Resid
         return None
     images = torch.empty(len(samples), shape[2], *shape[:2], dtype=torch.uint8)
     labels = torch.empty(len(samples), dtype=torch.int64)
-
-    def put(i: int) -> bool:
-        image, label, _ = samples.read(i) if not skip_corrupt else _readable(samples, i)
-        if image.shape == shape:
-            images[i], labels[i] = torch.from_numpy(image).permute(2, 0, 1), label
-        return image.shape == shape
-
     silent = rank_and_world()[0] > 0 or len(samples) < 2000
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        bar = tqdm(range(len(samples)), desc="read images", unit="image", disable=silent, leave=False)
-        for start in range(0, len(samples), 512):  # the first image of another size ends it
-            part = range(start, min(start + 512, len(samples)))
-            if not all(list(pool.map(put, part))):
-                bar.close()
-                return None
-            bar.update(len(part))
-        bar.close()
+    blocks = _Blocks(samples, shape, skip_corrupt)
+    with tqdm(total=len(samples), desc="read images", unit="image", disable=silent, leave=False) as bar:
+        begin = 0
+        for part in _loaded(blocks, 0, workers if len(blocks) > workers else 0, pin=False):
+            if not part:
+                return None  # an image of another size
+            end = begin + len(part[1])
+            images[begin:end], labels[begin:end] = part
+            bar.update(end - begin)
+            begin = end
     kept = Resident(images.to(device), labels.to(device))
     _RESIDENT[key] = kept
     return kept
+
+
+class _Blocks(Dataset[tuple[Tensor, ...] | str]):
+    """The images of a set in blocks, as they are: pixels ``(b, 3, H, W)`` uint8 and labels; empty where one differs in
+    size."""
+
+    def __init__(self, samples: Samples, shape: tuple[int, ...], skip_corrupt: bool, size: int = 256) -> None:
+        self.samples, self.shape, self.skip_corrupt, self.size = samples, shape, skip_corrupt, size
+
+    def __len__(self) -> int:
+        return -(-len(self.samples) // self.size)
+
+    def __getitem__(self, block: int) -> tuple[Tensor, ...] | str:
+        pixels, labels = [], []
+        for i in range(block * self.size, min((block + 1) * self.size, len(self.samples))):
+            try:
+                image, label, _ = _readable(self.samples, i) if self.skip_corrupt else self.samples.read(i)
+            except UserError as error:  # out of a worker it would come as a traceback
+                return str(error)
+            if image.shape != self.shape:
+                return ()
+            pixels.append(torch.from_numpy(image))
+            labels.append(label)
+        return torch.stack(pixels).permute(0, 3, 1, 2), torch.tensor(labels)
 
 
 def _room(device: str) -> float:

@@ -44,7 +44,7 @@ from bvit_interp.training.distill import objective
 from bvit_interp.training.recipe import Recipe
 from bvit_interp.training.run import STATE, Run
 from bvit_interp.training.stepper import GivenPatchDropout, Stepper
-from bvit_interp.training.throughput import peak_flops, peak_memory, precision, utilisation
+from bvit_interp.training.throughput import fuses, peak_flops, peak_memory, precision, utilisation
 
 COLUMNS = {
     "epoch": "passes done, from 1",
@@ -424,9 +424,12 @@ class Trainer:
         trained = model if self.masks is None else masked(model, self.masks)
         blocks = list(trained.blocks.children())
         trained.set_grad_checkpointing(self.recipe.grad_checkpointing)
-        if self.device == "cpu" and self.run.precision != "off":
-            for block in blocks:  # the fused kernel's bf16 backward is several times slower on a CPU
-                block.attn.fused_attn = False
+        tokens = model.num_prefix_tokens + round(model.patch_embed.num_patches * (1 - self.recipe.patch_drop(0)))
+        attention = blocks[0].attn
+        share = self.recipe.batch_size // self.world // self.recipe.accumulate
+        shape = (share, attention.num_heads, tokens, attention.head_dim)
+        for block in blocks:
+            block.attn.fused_attn = fuses(self.device, self.run.precision, shape)
         if self._captures() and isinstance(trained.patch_drop, PatchDropout):
             trained.patch_drop = GivenPatchDropout(trained.patch_drop, trained.patch_embed.num_patches)
         if self.recipe.compile and self.masks is None:

@@ -11,6 +11,7 @@ import time
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from timm.models.vision_transformer import Block, VisionTransformer
 
 from bvit_interp.models import cost
@@ -50,10 +51,11 @@ def precision(wanted: str, device: str) -> str:
 
 @lru_cache
 def _faster(kind: str) -> str:
-    """The trial: forward and backward of a small block, three times each, the best counts."""
+    """The trial: forward and backward of a block, three times each; the best counts, and a GPU needs a large one."""
+    batch, tokens, width = (8, 65, 128) if kind == "cpu" else (64, 197, 768)
     with torch.random.fork_rng(devices=[]):
-        block = Block(dim=128, num_heads=4, attn_drop=0.0).to(kind)
-        images = torch.randn(8, 65, 128, device=kind)
+        block = Block(dim=width, num_heads=width // 64, attn_drop=0.0).to(kind)
+        images = torch.randn(batch, tokens, width).to(kind)
     best = {}
     for word, on in (("off", False), ("bf16", True)):
         block.attn.fused_attn = kind != "cpu" or not on  # as a run trains, see `supervised`
@@ -68,6 +70,44 @@ def _faster(kind: str) -> str:
             times.append(time.perf_counter() - began)
         best[word] = min(times[1:])
     return min(best, key=lambda word: best[word])
+
+
+def fuses(device: str, precise: str, shape: tuple[int, int, int, int]) -> bool:
+    """Whether torch's fused attention trains faster than the written-out one, forward and backward.
+
+    On a CPU its bf16 backward is several times slower. On a GPU it is tried: short sequences fill its blocks badly.
+
+    Parameters
+    ----------
+    precise : bf16 or off.
+    shape : images, heads, tokens and width of a head.
+    """
+    if torch.device(device).type == "cpu":
+        return precise == "off"
+    return _fuses(device, precise, shape)
+
+
+@lru_cache
+def _fuses(device: str, precise: str, shape: tuple[int, int, int, int]) -> bool:
+    dtype = torch.float32 if precise == "off" else torch.bfloat16
+    q, k, v = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
+
+    def written_out() -> torch.Tensor:
+        return (q * shape[3] ** -0.5 @ k.transpose(2, 3)).softmax(3) @ v
+
+    ways = (lambda: F.scaled_dot_product_attention(q, k, v), written_out)
+    best: list[float] = []
+    for way in ways:
+        times = []
+        for _ in range(6):
+            _wait(device)
+            began = time.perf_counter()
+            for _ in range(5):
+                way().backward(v)
+            _wait(device)
+            times.append(time.perf_counter() - began)
+        best.append(min(times[1:]))
+    return best[0] <= best[1]
 
 
 def utilisation(model: VisionTransformer, images_per_second: float, device: str, dtype: torch.dtype) -> float:
