@@ -262,8 +262,11 @@ def _keep_examples(
 # ---- figure --------------------------------------------------------------------------------------------
 
 
+_MOST_STRIPS = 3
+
+
 def plot(frame: pd.DataFrame) -> Figure:
-    """Entropy and distance by step, where CLS looks, agreement of heads with themselves, and the maps of Fig. 13."""
+    """Entropy and distance by step, where CLS looks, agreement of heads, and three models' maps of Fig. 13."""
     from matplotlib.figure import Figure
 
     frame = frame.assign(head=frame["head"].astype(str))
@@ -272,10 +275,10 @@ def plot(frame: pd.DataFrame) -> Figure:
     across = [of_cls[i : i + 3] for i in range(0, len(of_cls), 3)]
     strips = [
         (name, part) for name, part in of_cls if part["path"].notna().all() and Path(part["path"].iloc[0]).exists()
-    ]
-    drawn = [(3.3, _plot_lines, models), *((2.7, _plot_masses, some) for some in across)]
+    ][:_MOST_STRIPS]
+    drawn = [(3.5 + 0.2 * (len(models) // 4), _plot_lines, models), *((2.7, _plot_masses, some) for some in across)]
     drawn += [(3.9, _plot_agreement, some) for some in across if frame["other_step"].notna().any()]
-    drawn += [(3.2, _plot_strip, some) for some in strips]
+    drawn += [(0.5 + 0.93 * len(_examples(part)["image"]), _plot_strip, (name, part)) for name, part in strips]
     figure = Figure(figsize=(12, sum(height for height, *_ in drawn)), layout="constrained")
     panels = figure.subfigures(len(drawn), 1, height_ratios=[height for height, *_ in drawn], squeeze=False)[:, 0]
     for panel, (_, draw, what) in zip(panels, drawn, strict=True):
@@ -292,6 +295,7 @@ def _plot_lines(panel: SubFigure, models: list[tuple[str, pd.DataFrame]]) -> Non
     from bvit_interp import plotting
 
     titles = {"entropy_share": "entropy of CLS attention / log N", "distance_share": "attention distance / diagonal"}
+    handles: dict[str, Any] = {}
     for ax, (statistic, title) in zip(panel.subplots(1, 2), titles.items(), strict=True):
         nulls = set()
         for i, (name, part) in enumerate(models):
@@ -311,7 +315,8 @@ def _plot_lines(panel: SubFigure, models: list[tuple[str, pd.DataFrame]]) -> Non
             ax.axhline(null, **plotting.NULL, label=None if i else "uniform attention")
         ax.set_ylim(0, 1.04 if statistic == "entropy_share" else None)
         _finish(ax, [step for _, part in models for step in part["step"]], title)
-        plotting.legend(ax)
+        handles |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    panel.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
 
 
 def _plot_masses(panel: SubFigure, models: list[tuple[str, pd.DataFrame]]) -> None:
@@ -362,14 +367,20 @@ def _plot_agreement(panel: SubFigure, models: list[tuple[str, pd.DataFrame]]) ->
     panel.suptitle("head with itself (above the diagonal), different heads (below): mean correlation", fontsize=10)
 
 
-def _plot_strip(panel: SubFigure, name: str, part: pd.DataFrame) -> None:
-    """Each example image and the heads' mean CLS map of every step."""
+def _examples(part: pd.DataFrame) -> dict[str, np.ndarray]:
+    """The arrays of a model's example maps."""
     import numpy as np
 
+    with np.load(part["path"].iloc[0]) as arrays:
+        return dict(arrays)
+
+
+def _plot_strip(panel: SubFigure, name: str, part: pd.DataFrame) -> None:
+    """Each example image and the heads' mean CLS map of every step."""
     from bvit_interp import plotting
 
-    with np.load(part["path"].iloc[0]) as arrays:
-        images, maps = arrays["image"] / 255.0, arrays["maps"].mean(2)
+    arrays = _examples(part)
+    images, maps = arrays["image"] / 255.0, arrays["maps"].mean(2)
     axes = panel.subplots(len(images), maps.shape[1] + 1, squeeze=False)
     for row, image, steps in zip(axes, images, maps, strict=True):
         for ax, seen in zip(row, [None, *steps], strict=True):

@@ -126,6 +126,8 @@ def measure(
     return pd.concat(tables, ignore_index=True)[list(COLUMNS)]
 
 
+_MOST_MAPS = 3  # models whose heads and strips are drawn; the lines are of all
+_HONEST = "best head chosen on one half, scored on the other"
 _FACTS = 4  # label, has an object, share covered, centre hit: the columns before the hits
 
 
@@ -274,14 +276,16 @@ def _keep_examples(examples: list[dict[str, np.ndarray]], name: str, config: Con
 
 
 def plot(frame: pd.DataFrame) -> Figure:
-    """Fig. 4a and 4b over the models, the head maps of Fig. 10 and the strips of Fig. 13."""
+    """Fig. 4a and 4b over the models; of the first three the head maps of Fig. 10 and the strips of Fig. 13."""
     from matplotlib.figure import Figure
 
     frame = frame.assign(head=frame["head"].astype(str))
     models = list(frame.groupby(["model", "saliency"], sort=False))
-    with_heads = [(key, part) for key, part in models if (part["head"] == "mean").any()]
-    strips = [(key, part) for key, part in models if part["path"].notna().all() and Path(part["path"].iloc[0]).exists()]
-    heights = [3.3] + [2.6] * len(with_heads) + [3.0] * len(strips)
+    drawn = models[:_MOST_MAPS]
+    with_heads = [(key, part) for key, part in drawn if (part["head"] == "mean").any()]
+    strips = [(key, part) for key, part in drawn if part["path"].notna().all() and Path(part["path"].iloc[0]).exists()]
+    rows = [_examples(part)["image"].shape[0] for _, part in strips]
+    heights = [3.5 + 0.2 * (len(models) // 3)] + [2.6] * len(with_heads) + [0.5 + 0.85 * count for count in rows]
     figure = Figure(figsize=(11, sum(heights)), layout="constrained")
     panels = iter(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0])
     _plot_lines(next(panels), models)
@@ -305,7 +309,7 @@ def _plot_lines(panel: SubFigure, models: list[tuple[Any, pd.DataFrame]]) -> Non
             _line(right, part[part["head"] == "best"], style, label)
             honest = part[part["head"] == "best-split"]
             right.plot(honest["step"], honest["hit_ratio"], color=style["color"], linewidth=1, alpha=0.8, linestyle=":",
-                       label=None if i else "chosen on one half, scored on the other")  # fmt: skip
+                       label=None if i else _HONEST)  # fmt: skip
     nulls = {(part["chance"].iloc[0], part["centre"].iloc[0]) for _, part in models}
     for ax, title in ((left, "mean over heads"), (right, "best head")):
         for i, (chance, centre) in enumerate(sorted(nulls)):
@@ -314,8 +318,13 @@ def _plot_lines(panel: SubFigure, models: list[tuple[Any, pd.DataFrame]]) -> Non
         ax.set_title(title, fontsize=10)
         plotting.step_axis(ax, [step for _, part in models for step in part["step"]])
         ax.spines[["top", "right"]].set_visible(False)
-        plotting.legend(ax)
     left.set_ylabel("hit ratio")
+    handles: dict[str, Any] = {}
+    for ax in (left, right):
+        handles |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    order = sorted(handles, key=lambda label: label in ("chance: mask area", "image centre", _HONEST))
+    lines = [handles[label] for label in order]  # the models first, then the nulls
+    panel.legend(lines, order, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
 
 
 def _line(ax: Axes, part: pd.DataFrame, style: dict[str, Any], label: str) -> None:
@@ -333,17 +342,23 @@ def _plot_heads(panel: SubFigure, key: tuple[str, str], part: pd.DataFrame) -> N
     ax.set(xlabel="step", ylabel="head", title=key[0])
 
 
-def _plot_strip(panel: SubFigure, key: tuple[str, str], part: pd.DataFrame) -> None:
-    """Image, mask outline and the map of the head with the highest score at every step."""
+def _examples(part: pd.DataFrame) -> dict[str, np.ndarray]:
+    """The arrays `_keep_examples` wrote for a model."""
     import numpy as np
 
+    with np.load(part["path"].iloc[0]) as arrays:
+        return dict(arrays)
+
+
+def _plot_strip(panel: SubFigure, key: tuple[str, str], part: pd.DataFrame) -> None:
+    """Image, mask outline and the map of the head with the highest score at every step."""
     from bvit_interp import plotting
 
     single = part[part["head"].str.isdigit() | (part["head"] == "all")]
     best = str(single["head"].iloc[int(single["hit_ratio"].argmax())])
     head = int(best) if best.isdigit() else 0
-    with np.load(part["path"].iloc[0]) as arrays:
-        images, masks, maps = arrays["image"] / 255.0, arrays["mask"], arrays["maps"][:, :, head]
+    arrays = _examples(part)
+    images, masks, maps = arrays["image"] / 255.0, arrays["mask"], arrays["maps"][:, :, head]
     axes = panel.subplots(len(images), maps.shape[1] + 1, squeeze=False)
     for row, image, mask, steps in zip(axes, images, masks, maps, strict=True):
         plotting.overlay(row[0], image, outline=mask)

@@ -287,7 +287,7 @@ def plot(frame: pd.DataFrame) -> Figure:
     if curves:
         axes[0, 0].set_ylabel("accuracy")
         lines = axes[0, 0].get_legend_handles_labels()
-        figure.legend(*lines, loc="outside upper center", ncols=4, frameon=False, fontsize=8)
+        figure.legend(*lines, loc="outside upper center", ncols=3, frameon=False, fontsize=8)
     for ax, (name, method) in zip(axes[first:].flat, maps, strict=False):
         table = by_map[name, method].astype({"step": int}).pivot(index="step", columns="rank", values="accuracy")
         values, ranks, steps = table.to_numpy(), list(table.columns), list(table.index)
