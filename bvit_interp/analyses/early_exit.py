@@ -298,8 +298,9 @@ def plot(frame: pd.DataFrame) -> Figure:
         timed = of["curve" if of["curve"]["ms"].notna().any() else "threshold"].sort_values("saved_flops")
         saved.plot(timed["saved_flops"], timed["saved_time"], **{**style, "linewidth": 0.8}, label=name)
         alone = of["exit"]
-        exits.plot(alone["exit"], alone["accuracy"], **style, label=f"{name}: accuracy")
-        exits.plot(alone["exit"], alone["auroc"], **{**style, "markerfacecolor": "white"}, label=f"{name}: AUROC")
+        hollow = {**style, "markerfacecolor": "white"}  # the other panels name the models
+        exits.plot(alone["exit"], alone["accuracy"], **style, label=None if i else "accuracy (filled)")
+        exits.plot(alone["exit"], alone["auroc"], **hollow, label=None if i else "AUROC (hollow)")
     ends = [min(0, *saved.get_xlim()), max(saved.get_xlim())]
     saved.plot(ends, ends, **plotting.NULL, label="time saved = FLOPs saved")
     exits.axhline(0.5, **plotting.NULL, label="AUROC of chance")
