@@ -20,7 +20,9 @@ from bvit_interp.data import digits
 from bvit_interp.data.catalog import open_samples
 from bvit_interp.data.digits import DigitScenes
 from bvit_interp.models import masks
+from bvit_interp.models.adapters import Adapted, Spec
 from bvit_interp.training import graft, start, stepper, supervised, tickets, transfer
+from bvit_interp.training import trainer as run_trainer
 from bvit_interp.training.recipe import Recipe
 from bvit_interp.training.ticket_plan import Tickets
 
@@ -177,7 +179,7 @@ def test_no_table_hangs_on_rounding_or_on_the_order_of_equals(run, make, scenes,
 def recipe(monkeypatch):
     """``recipe(**changes)``: 24 scenes in batches of 8, a model of 3 steps; no speed is measured."""
     monkeypatch.setitem(digits.LENGTHS, "test", 40)
-    monkeypatch.setattr(supervised, "peak_flops", lambda *_: 1e12)
+    monkeypatch.setattr(run_trainer, "peak_flops", lambda *_: 1e12)
     monkeypatch.setattr(stepper, "_EAGER", 10**9)  # there is no graph to capture
     model = {"name": "bvit_small_patch16_224", "img_size": 32, "patch_size": 8, "embed_dim": 32, "num_heads": 2,
              "num_steps": 3, "num_classes": 10}  # fmt: skip
@@ -193,6 +195,17 @@ def test_nor_does_training(recipe, tmp_path):
     with Pretended():
         model = supervised.train(recipe(**augmented), tmp_path / "run", "cuda")
         assert next(model.parameters()).is_cuda
+
+
+@pytest.mark.parametrize("mode", ["probe", "full", "te", "lora-qv", "lora-ffn"])
+def test_nor_do_adapters_and_they_start_from_the_numbers_of_a_cpu(make, mode):
+    """A GPU's generator is another: what was drawn there would differ from run to run."""
+    wanted = Adapted(make(), Spec(mode=mode), ["a", "b", "c"], seed=3)
+    model = make()
+    with Pretended():
+        found = Adapted(model.to("cuda"), Spec(mode=mode), ["a", "b", "c"], seed=3)
+        for name, tensor in wanted.trained.items():
+            assert torch.equal(found.trained[name].detach().cpu(), tensor.detach()), name
 
 
 def test_nor_do_grafts(recipe, tmp_path):

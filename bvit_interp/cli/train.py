@@ -131,9 +131,9 @@ def _plans(options: Train) -> list[tuple[Recipe, Path]]:
     """Recipe and folder of every run."""
     from bvit_interp.training import recipe
 
-    seeds = [(f"seed={seed}",) for seed in dict.fromkeys(options.seeds)] or [()]
+    seeds = [[f"seed={seed}"] for seed in dict.fromkeys(options.seeds)] or [[]]
     plans = [
-        (name, recipe.read(name, (*options.set, *seed), options.data))
+        (name, recipe.read(name, [*options.set, *seed], options.data))
         for name in dict.fromkeys(options.recipe) for seed in seeds
     ]  # fmt: skip
     if len(plans) == 1:

@@ -131,7 +131,8 @@ class Adapted:
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs too
             for name, tensor in self.trained.items():
                 if name.startswith(_HEADS):
-                    nn.init.zeros_(tensor) if name.endswith("bias") else nn.init.trunc_normal_(tensor, std=0.02)
+                    drawn = torch.zeros(tensor.shape)  # on the CPU: a GPU has a generator of its own
+                    tensor.data.copy_(drawn if name.endswith("bias") else nn.init.trunc_normal_(drawn, std=0.02))
             if spec.mode in PLACES:
                 self._adapt()
         if spec.mode in PLACES and spec.train_final_norm:

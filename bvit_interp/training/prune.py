@@ -38,6 +38,7 @@ from bvit_interp.training import feed, graft, start, supervised
 from bvit_interp.training.draws import drawn_for
 from bvit_interp.training.recipe import Recipe
 from bvit_interp.training.run import STATE
+from bvit_interp.training.trainer import HISTORY
 
 _log = logging.getLogger(__name__)
 METHODS = ("rtl", "magnitude", "random")
@@ -225,9 +226,9 @@ def _about(masks: Masks, prunings: int, rate: float) -> dict[str, Any]:
 
 
 def _scores(folder: Path) -> dict[str, float]:
-    history = results.read_table(folder / supervised.HISTORY)
+    history = results.read_table(folder / HISTORY)
     if not len(history) or not {*_SCORES.values()} <= {*history.columns}:
-        raise UserError(f"{folder / supervised.HISTORY}: not the history of a run; --overwrite starts again")
+        raise UserError(f"{folder / HISTORY}: not the history of a run; --overwrite starts again")
     return {name: float(history[column].iloc[-1]) for name, column in _SCORES.items()}
 
 

@@ -141,10 +141,10 @@ class Recipe:
         settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("workers", "score_every")}
         return settings | {"data": self.data.partition(":")[0]}
 
-    def patch_drop(self, epoch: int) -> float:
+    def patch_drop(self, epoch: float) -> float:
         """Share of the patches that epoch `epoch` (from 0) leaves out of each image."""
         rate = float(self.model.get("patch_drop_rate") or 0.0)
-        return rate if epoch < round(self.patch_drop_until * self.epochs) else 0.0
+        return rate if self.patch_drop_until == 1 or epoch < round(self.patch_drop_until * self.epochs) else 0.0
 
     def hardness(self, epoch: int) -> float:
         """Share of photographs and distractors in epoch `epoch` (from 0): 0 easy .. 1 the data set."""

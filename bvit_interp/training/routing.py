@@ -232,10 +232,13 @@ def train(
         groups = param_groups_weight_decay(module, recipe.weight_decay, no_weight_decay_list=free)
     optimizer = MaskedAdam(groups, lr=recipe.lr)
     schedule = start.schedule(optimizer, replace(graft.shortened(recipe, 1), schedule="step"), len(batches))
-    losses = []
+    losses: list[Tensor] = []
+    drop: Any = getattr(module, "patch_drop", None)
     for j, (images, labels) in enumerate(feed.batches(cast(Any, batches), 0, recipe.workers)):
         k = j % len(batches.parts)
         schedule.step_update(j)
+        if hasattr(drop, "prob"):
+            drop.prob = recipe.patch_drop(recipe.epochs * j / len(batches))
         with drawn_for(*batches.key, j), _autocast(recipe, device):
             loss = subnets.loss(images.to(device), labels.to(device), k, recipe.label_smoothing)
             loss.backward()

@@ -81,6 +81,7 @@ class Stepper:
         self.recipe, self.model, self.optimizer, self.loss = recipe, model, optimizer, loss
         self.unshared, self.captures = unshared, captures
         self.noisy = noisy
+        self._generator: torch.Generator | None = None
         self.forget()
 
     def forget(self) -> None:
@@ -104,9 +105,10 @@ class Stepper:
         """
         if self.noisy:
             seed = int(np.random.SeedSequence(drawn).generate_state(1, np.uint64)[0] >> np.uint64(1))
-            generator = torch.Generator(images.device).manual_seed(seed)
+            self._generator = self._generator or torch.Generator(images.device)
+            self._generator.manual_seed(seed)
             for module in self.noisy:
-                module.draw(images, generator)
+                module.draw(images, self._generator)
         if self.captures and self._taken >= _EAGER:
             return self._replayed(images, targets)
         self._taken += 1

@@ -22,6 +22,7 @@ from bvit_interp.models.bvit import BViT
 from bvit_interp.results import Table, read_table
 from bvit_interp.training import feed, start, supervised
 from bvit_interp.training import recipe as recipes
+from bvit_interp.training.trainer import HISTORY
 
 FOLDER = Path(__file__).parent / "studies"
 COLUMNS = {
@@ -132,9 +133,9 @@ def run(
             continue
         slug = re.sub(r"\W+", "-", "-".join(str(value) for value in keys.values())).lower()
         supervised.train(plan, out / slug, device, overwrite=overwrite, save_minutes=save_minutes)
-        history = read_table(out / slug / supervised.HISTORY)
+        history = read_table(out / slug / HISTORY)
         if not len(history) or not {*_SCORES} <= {*history.columns}:
-            raise UserError(f"{out / slug / supervised.HISTORY}: not the history of a run; --overwrite starts again")
+            raise UserError(f"{out / slug / HISTORY}: not the history of a run; --overwrite starts again")
         scores = {name: float(history[name].iloc[-1]) for name in _SCORES}
         table.append({**keys, **about, "epochs": plan.epochs, **scores})
     return pd.DataFrame(table.rows)[list(COLUMNS)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import resource
 import time
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +55,7 @@ def _faster(kind: str) -> str:
     """The trial: forward and backward of a block, three times each; the best counts, and a GPU needs a large one."""
     batch, tokens, width = (8, 65, 128) if kind == "cpu" else (64, 197, 768)
     with torch.random.fork_rng(devices=[]):
-        block = Block(dim=width, num_heads=width // 64, attn_drop=0.0).to(kind)
+        block: Any = Block(dim=width, num_heads=width // 64, attn_drop=0.0).to(kind)
         images = torch.randn(batch, tokens, width).to(kind)
     best = {}
     for word, on in (("off", False), ("bf16", True)):

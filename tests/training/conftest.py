@@ -13,7 +13,7 @@ from PIL import Image
 
 from bvit_interp.data import digits
 from bvit_interp.results import read_table
-from bvit_interp.training import supervised
+from bvit_interp.training import trainer as run_trainer
 from bvit_interp.training.recipe import Recipe
 
 MODEL = {
@@ -67,15 +67,15 @@ def recipe(settings: Callable[..., dict[str, Any]]) -> Callable[..., Recipe]:
 
 
 @pytest.fixture
-def trainer(tmp_path: Path) -> Callable[..., supervised.Trainer]:
+def trainer(tmp_path: Path) -> Callable[..., run_trainer.Trainer]:
     """``trainer(recipe)``: what `train` makes before its first step."""
-    return lambda recipe, save_minutes=2.0: supervised.Trainer(recipe, tmp_path / "run", "cpu", save_minutes)
+    return lambda recipe, save_minutes=2.0: run_trainer.Trainer(recipe, tmp_path / "run", "cpu", save_minutes)
 
 
 @pytest.fixture
 def history() -> Callable[[Path], pd.DataFrame]:
     """``history(folder)``: a run's table without the columns that the machine decides."""
-    return lambda folder: read_table(folder / supervised.HISTORY).drop(columns=OF_THE_MACHINE)
+    return lambda folder: read_table(folder / run_trainer.HISTORY).drop(columns=OF_THE_MACHINE)
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from bvit_interp.data import digits
 from bvit_interp.training import supervised
+from bvit_interp.training import trainer as run_trainer
 from bvit_interp.training.recipe import Recipe
 
 TEST_IMAGES, SAVED_EVERY = 40, 3
@@ -27,10 +28,10 @@ def train(recipe, out, rank, world, meeting, kill_at, in_writing):
     """What a process does; the state is saved at every third step."""
     torch.set_num_threads(1)
     digits.LENGTHS["test"] = TEST_IMAGES
-    supervised._CHECKED_EVERY = SAVED_EVERY
+    run_trainer._CHECKED_EVERY = SAVED_EVERY
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
-    step, write = supervised.Trainer._step, torch.save
+    step, write = run_trainer.Trainer._step, torch.save
 
     def dying(trainer, *batch):
         if trainer.run.done == kill_at and not in_writing:
@@ -44,7 +45,7 @@ def train(recipe, out, rank, world, meeting, kill_at, in_writing):
             os.kill(os.getpid(), signal.SIGKILL)
 
     if kill_at is not None:
-        supervised.Trainer._step = dying
+        run_trainer.Trainer._step = dying
         if in_writing:
             torch.save = dying_in_writing
     supervised.train(Recipe(**recipe), Path(out), save_minutes=0)

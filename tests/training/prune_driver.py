@@ -20,7 +20,8 @@ from driver import forked
 from bvit_interp import results
 from bvit_interp.data import digits
 from bvit_interp.models.masks import Masks
-from bvit_interp.training import graft, prune, supervised
+from bvit_interp.training import graft, prune
+from bvit_interp.training import trainer as run_trainer
 from bvit_interp.training.recipe import Recipe
 
 TEST_IMAGES = 40
@@ -70,7 +71,7 @@ KILLS = {
         Masks, "save", lambda masks, path, model: path.name == "pruned.safetensors", after=True
     ),
     "in a training": lambda: dying(
-        supervised.Trainer, "_step", lambda run, *_: (run.out.name, run.run.done) == ("round-02", 3)
+        run_trainer.Trainer, "_step", lambda run, *_: (run.out.name, run.run.done) == ("round-02", 3)
     ),
     "before a row": lambda: dying(results.Table, "append", lambda table, row: row["round"] == 2),
     "after a row": lambda: dying(results.Table, "append", lambda table, row: row["round"] == 2, after=True),
@@ -82,7 +83,7 @@ def work(job, out, rank, world, meeting, kill):
     """What a process does."""
     torch.set_num_threads(1)
     digits.LENGTHS["test"] = TEST_IMAGES
-    supervised._CHECKED_EVERY = 2
+    run_trainer._CHECKED_EVERY = 2
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
     if kill is not None:

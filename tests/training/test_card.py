@@ -7,11 +7,12 @@ from pathlib import Path
 import pandas as pd
 
 from bvit_interp.models import cost
-from bvit_interp.training import card, supervised
+from bvit_interp.training import card
+from bvit_interp.training import trainer as run_trainer
 
 
 def test_the_card_is_of_the_last_scored_epoch(tiny, recipe):
-    rows = [dict.fromkeys(supervised.COLUMNS, float("nan")) | {"epoch": epoch} for epoch in (1, 2, 3)]
+    rows = [dict.fromkeys(run_trainer.COLUMNS, float("nan")) | {"epoch": epoch} for epoch in (1, 2, 3)]
     rows[0] |= {"top1": 0.11, "top5": 0.5, "test_loss": 2.0, "ema_top1": 0.1, "ema_top5": 0.4, "ema_loss": 2.2}
     rows[1] |= {
         "top1": 0.12345, "top5": 0.56789, "test_loss": 1.2345, "ema_top1": 0.2, "ema_top5": 0.6, "ema_loss": 1.5,

@@ -16,6 +16,12 @@ from bvit_interp.training.draws import Draws
 SIZES = [(32, 32), (24, 40), (90, 70), (8, 5)]
 
 
+@pytest.fixture(params=["cut", "_multiplied"], ids=["as on a CPU", "as on a GPU"])
+def cut(request):
+    """Both ways: torch's filter image by image, and two matrices for each."""
+    return getattr(crops, request.param)
+
+
 @pytest.fixture(scope="module")
 def photos():
     """Two photographs and noise, ``(3, 3, 53, 67)`` uint8."""
@@ -38,12 +44,12 @@ def upright(n):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_resized_box_is_torchvisions_of_a_picture_and_of_a_tensor(photos, size):
+def test_a_resized_box_is_torchvisions_of_a_picture_and_of_a_tensor(photos, size, cut):
     """Pillow rounds between the two axes, and torch's kernel in fixed point: both by a grey level at most."""
     boxes = np.concatenate([random_places(60, 53, 67), [[0, 0, 53, 67], [52, 66, 1, 1], [0, 0, *size]]])
     boxes[-1, 2:] = np.minimum(boxes[-1, 2:], (53, 67))
     images = photos[torch.arange(len(boxes)) % 3]
-    found = crops.cut(images, boxes, upright(len(boxes)), size)
+    found = cut(images, boxes, upright(len(boxes)), size)
     assert (found.shape, found.dtype) == ((len(boxes), 3, *size), torch.uint8)
     shifted = []
     for image, box, own in zip(images, boxes.tolist(), found, strict=True):
@@ -58,32 +64,30 @@ def test_a_resized_box_is_torchvisions_of_a_picture_and_of_a_tensor(photos, size
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("flips", [upright(40), np.arange(40) % 3 == 0])
-def test_a_batch_gives_each_image_what_it_gets_alone(photos, size, flips):
+def test_a_batch_gives_each_image_what_it_gets_alone(photos, size, flips, cut):
     boxes, images = random_places(40, 53, 67, seed=1), photos[torch.arange(40) % 3]
-    together = crops.cut(images, boxes, flips, size)
+    together = cut(images, boxes, flips, size)
     for i in range(40):
-        alone = crops.cut(images[i : i + 1], boxes[i : i + 1], flips[i : i + 1], size)[0]
+        alone = cut(images[i : i + 1], boxes[i : i + 1], flips[i : i + 1], size)[0]
         assert (alone.int() - together[i].int()).abs().max() <= 1
 
 
-def test_mirrored_is_the_flipped_crop(photos):
+def test_mirrored_is_the_flipped_crop(photos, cut):
     boxes, images = random_places(30, 53, 67, seed=2), photos[torch.arange(30) % 3]
-    straight = crops.cut(images, boxes, upright(30), (32, 24))
-    mirrored = crops.cut(images, boxes, np.arange(30) % 2 == 0, (32, 24))
+    straight = cut(images, boxes, upright(30), (32, 24))
+    mirrored = cut(images, boxes, np.arange(30) % 2 == 0, (32, 24))
     assert (mirrored[::2].int() - straight[::2].flip(-1).int()).abs().max() <= 1
     assert torch.equal(mirrored[1::2], straight[1::2])
     whole = crops.whole_boxes(np.zeros((3, crops.WIDTH)), (53, 67))
-    assert torch.equal(
-        crops.cut(photos, whole, np.array([True, False, True]), (53, 67))[[0, 2]], photos[[0, 2]].flip(-1)
-    )
-    assert torch.equal(crops.cut(photos, whole, upright(3), (53, 67)), photos)
+    assert torch.equal(cut(photos, whole, np.array([True, False, True]), (53, 67))[[0, 2]], photos[[0, 2]].flip(-1))
+    assert torch.equal(cut(photos, whole, upright(3), (53, 67)), photos)
 
 
 @pytest.mark.parametrize("flipped", [False, True])
-def test_what_lies_beyond_the_image_is_black_and_the_rest_exact(photos, flipped):
+def test_what_lies_beyond_the_image_is_black_and_the_rest_exact(photos, flipped, cut):
     images = photos[torch.arange(80) % 3]
     boxes = crops.padded_boxes(Draws([1], crops.WIDTH).table(80), (53, 67))
-    found = crops.cut(images, boxes, np.full(80, flipped), (53, 67))
+    found = cut(images, boxes, np.full(80, flipped), (53, 67))
     padded = np.pad(images.numpy(), ((0, 0), (0, 0), (6, 6), (6, 6)))
     for own, (top, left, *_), image in zip(found, boxes, padded, strict=True):
         window = image[:, top + 6 : top + 59, left + 6 : left + 73]
@@ -91,11 +95,11 @@ def test_what_lies_beyond_the_image_is_black_and_the_rest_exact(photos, flipped)
     assert {*boxes[:, 0]} == {*range(-6, 7)} == {*boxes[:, 1]}  # an eighth of the height on every side, in both axes
 
 
-def test_images_of_one_pixel_and_boxes_beside_them():
+def test_images_of_one_pixel_and_boxes_beside_them(cut):
     image = torch.full((1, 3, 1, 1), 200, dtype=torch.uint8)
-    assert (crops.cut(image, np.array([[0, 0, 1, 1]]), upright(1), (4, 5)) == 200).all()
+    assert (cut(image, np.array([[0, 0, 1, 1]]), upright(1), (4, 5)) == 200).all()
     large = torch.full((2, 3, 8, 8), 200, dtype=torch.uint8)
-    found = crops.cut(large, np.array([[-4, 0, 8, 8], [0, 3, 8, 8]]), upright(2), (8, 8))
+    found = cut(large, np.array([[-4, 0, 8, 8], [0, 3, 8, 8]]), upright(2), (8, 8))
     assert (found[0, :, :4] == 0).all() and (found[0, :, 4:] == 200).all()
     assert (found[1, :, :, 5:] == 0).all() and (found[1, :, :, :5] == 200).all()
 

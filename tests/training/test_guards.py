@@ -11,6 +11,7 @@ from bvit_interp.data.digits import DigitScenes
 from bvit_interp.errors import DataError, UserError
 from bvit_interp.models.checkpoint import load
 from bvit_interp.training import feed, start, study, supervised
+from bvit_interp.training import trainer as run_trainer
 from bvit_interp.training.recipe import read
 
 
@@ -31,7 +32,7 @@ def test_overwriting_leaves_nothing_of_the_old_run_beside_the_new_one(recipe, tm
     def stop(*given):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(supervised.Trainer, "epoch", stop)
+    monkeypatch.setattr(run_trainer.Trainer, "epoch", stop)
     with pytest.raises(KeyboardInterrupt):
         supervised.train(recipe(epochs=1, seed=1), tmp_path / "run", overwrite=True)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["state.pt"]

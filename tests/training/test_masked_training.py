@@ -13,6 +13,7 @@ from bvit_interp.models.masks import PLACES, Masks, full, masked
 from bvit_interp.probes.scores import Classification
 from bvit_interp.results import read_table
 from bvit_interp.training import start, supervised
+from bvit_interp.training import trainer as run_trainer
 
 
 @pytest.fixture
@@ -27,15 +28,15 @@ def half(model, seed=0):
 
 
 def killed_at(step, monkeypatch):
-    original = supervised.Trainer._step
+    original = run_trainer.Trainer._step
 
     def dying(trainer, *batch):
         if trainer.run.done == step:
             raise KeyboardInterrupt
         return original(trainer, *batch)
 
-    monkeypatch.setattr(supervised.Trainer, "_step", dying)
-    return lambda: monkeypatch.setattr(supervised.Trainer, "_step", original)
+    monkeypatch.setattr(run_trainer.Trainer, "_step", dying)
+    return lambda: monkeypatch.setattr(run_trainer.Trainer, "_step", original)
 
 
 def test_full_masks_train_as_no_masks_do(recipe, first, tmp_path):
@@ -81,7 +82,7 @@ def test_scores_are_those_of_the_masked_model(recipe, first, tmp_path):
 def test_killed_and_resumed_under_masks(recipe, first, tmp_path, monkeypatch, same_run):
     plan, masks = recipe(full=True, compile=True), half(first(full=True))
     supervised.train(plan, tmp_path / "undisturbed", masks=masks)  # nothing is compiled
-    monkeypatch.setattr(supervised, "_CHECKED_EVERY", 2)
+    monkeypatch.setattr(run_trainer, "_CHECKED_EVERY", 2)
     for step in (3, 5, 9):
         undo = killed_at(step, monkeypatch)
         with pytest.raises(KeyboardInterrupt):

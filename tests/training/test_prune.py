@@ -21,8 +21,9 @@ from bvit_interp.errors import UserError
 from bvit_interp.models.checkpoint import load
 from bvit_interp.models.masks import PLACES, Masks, full, masks_of
 from bvit_interp.results import read_table
-from bvit_interp.training import graft, prune, start, supervised
+from bvit_interp.training import graft, prune, start
 from bvit_interp.training import recipe as recipes
+from bvit_interp.training import trainer as run_trainer
 
 DRIVER = Path(__file__).with_name("prune_driver.py")
 KILLS = (  # of the driver, in the order in which a run meets them
@@ -169,13 +170,13 @@ def test_what_each_method_ranks_by(recipe, first, tmp_path, monkeypatch):
 
 def test_each_round_starts_from_the_first_weights(recipe, first, tmp_path, monkeypatch):
     started = []
-    original = supervised.Trainer.epoch
+    original = run_trainer.Trainer.epoch
 
     def noted(trainer, bar):
         started.append({name: tensor.clone() for name, tensor in trainer.run.model.state_dict().items()})
         return original(trainer, bar)
 
-    monkeypatch.setattr(supervised.Trainer, "epoch", noted)
+    monkeypatch.setattr(run_trainer.Trainer, "epoch", noted)
     prune.run(recipe(epochs=1), prune.Pruning(rounds=2, methods=("magnitude",)), tmp_path)
     assert len(started) == 3
     for state in started:
@@ -207,7 +208,7 @@ def test_more_rounds_and_methods_may_follow(recipe, tmp_path, monkeypatch):
     pd.testing.assert_frame_equal(
         frame.sort_values(keys, ignore_index=True), whole.sort_values(keys, ignore_index=True), check_exact=True
     )
-    monkeypatch.setattr(supervised.Trainer, "_step", None)  # nothing is missing
+    monkeypatch.setattr(run_trainer.Trainer, "_step", None)  # nothing is missing
     prune.run(plan, prune.Pruning(rounds=2, methods=("magnitude", "random")), tmp_path / "run")
 
 

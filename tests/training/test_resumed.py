@@ -11,6 +11,7 @@ import torch
 from bvit_interp.errors import UserError
 from bvit_interp.models.checkpoint import load
 from bvit_interp.training import feed, supervised
+from bvit_interp.training import trainer as run_trainer
 
 STEPS = 5  # of an epoch
 
@@ -22,20 +23,20 @@ class Killed(Exception):
 @pytest.fixture
 def often(monkeypatch):
     """The state is saved after every second step of an epoch, and looked at for NaN."""
-    monkeypatch.setattr(supervised, "_CHECKED_EVERY", 2)
+    monkeypatch.setattr(run_trainer, "_CHECKED_EVERY", 2)
 
 
 def killed_at(step, monkeypatch):
     """Training raises `Killed` in step `step` (from 0); returns what undoes it."""
-    original = supervised.Trainer._step
+    original = run_trainer.Trainer._step
 
     def dying(trainer, *batch):
         if trainer.run.done == step:
             raise Killed
         return original(trainer, *batch)
 
-    monkeypatch.setattr(supervised.Trainer, "_step", dying)
-    return lambda: monkeypatch.setattr(supervised.Trainer, "_step", original)
+    monkeypatch.setattr(run_trainer.Trainer, "_step", dying)
+    return lambda: monkeypatch.setattr(run_trainer.Trainer, "_step", original)
 
 
 def bytes_of(folder):
@@ -134,7 +135,7 @@ def test_a_failure_while_the_checkpoint_is_written(recipe, tmp_path, often, monk
 def test_a_finished_run_started_again_changes_nothing(recipe, tmp_path, monkeypatch):
     model = supervised.train(recipe(), tmp_path)
     before = bytes_of(tmp_path)
-    monkeypatch.setattr(supervised.Trainer, "_step", None)  # no step is taken
+    monkeypatch.setattr(run_trainer.Trainer, "_step", None)  # no step is taken
     again = supervised.train(recipe(), tmp_path)
     assert bytes_of(tmp_path) == before
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
@@ -150,7 +151,7 @@ def test_overwrite_starts_again(recipe, tmp_path, often, monkeypatch, same_run):
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
 def test_nan_stops_it_with_the_last_good_state_kept(recipe, tmp_path, often, monkeypatch, same_run, kind):
     supervised.train(recipe(), tmp_path / "undisturbed")
-    objective, calls = supervised.objective, []
+    objective, calls = run_trainer.objective, []
 
     def poisoned(*given):
         def loss(*batch):
@@ -162,7 +163,7 @@ def test_nan_stops_it_with_the_last_good_state_kept(recipe, tmp_path, often, mon
 
         return loss
 
-    monkeypatch.setattr(supervised, "objective", poisoned)
+    monkeypatch.setattr(run_trainer, "objective", poisoned)
     wrong = "the loss is nan" if kind == "loss" else r"the loss is 2.* and its gradient's norm nan"
     with pytest.raises(UserError, match=rf"{wrong}.* in epoch 2, step 3 of 5; .*run holds the last good state$"):
         supervised.train(recipe(), tmp_path / "run", save_minutes=0)
@@ -170,13 +171,15 @@ def test_nan_stops_it_with_the_last_good_state_kept(recipe, tmp_path, often, mon
     assert state["done"] == 7
     assert all(tensor.isfinite().all() for key in ("model", "ema") for tensor in state[key].values())
     load(tmp_path / "run")
-    monkeypatch.setattr(supervised, "objective", objective)
+    monkeypatch.setattr(run_trainer, "objective", objective)
     supervised.train(recipe(), tmp_path / "run", save_minutes=0)
     same_run(tmp_path / "undisturbed", tmp_path / "run")
 
 
 def test_nan_in_the_first_step_leaves_a_run_that_any_recipe_may_start_again(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(supervised, "objective", lambda *given: lambda output, target, images: output.sum() * torch.inf)
+    monkeypatch.setattr(
+        run_trainer, "objective", lambda *given: lambda output, target, images: output.sum() * torch.inf
+    )
     with pytest.raises(UserError, match="in epoch 1, step 1 of 5; .*run holds the last good state"):
         supervised.train(recipe(), tmp_path / "run")
     monkeypatch.undo()

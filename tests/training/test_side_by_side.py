@@ -13,6 +13,7 @@ from bvit_interp.errors import UserError
 from bvit_interp.models.checkpoint import load
 from bvit_interp.models.masks import full
 from bvit_interp.training import feed, start, supervised, throughput
+from bvit_interp.training import trainer as run_trainer
 
 STEPS = 5  # of an epoch
 NO_BAR = SimpleNamespace(update=lambda: None, set_postfix=lambda **shown: None)
@@ -63,14 +64,14 @@ def test_each_of_two_runs_is_what_it_is_alone(pair, alone, tmp_path, same_run):
 
 
 def test_they_take_turns_and_share_the_images(pair, tmp_path, monkeypatch):
-    turns, kept, step = [], set(), supervised.Trainer._step
+    turns, kept, step = [], set(), run_trainer.Trainer._step
 
     def noted(trainer, *batch):
         turns.append(trainer.out.name)
         kept.add(id(trainer.feed.resident))
         return step(trainer, *batch)
 
-    monkeypatch.setattr(supervised.Trainer, "_step", noted)
+    monkeypatch.setattr(run_trainer.Trainer, "_step", noted)
     supervised.train_all([(plan, tmp_path / name) for plan, name in zip(pair, "ab", strict=True)])
     assert turns == ["a", "b"] * 2 * STEPS + ["b"] * STEPS
     assert len(kept) == 1 and kept != {id(None)}
@@ -97,7 +98,7 @@ def test_stopped_again_and_again_by_the_clock(recipe, pictures, tmp_path, monkey
     ticks, found = iter(range(10**6)), []
     monkeypatch.setattr(supervised, "time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
     while not found or found[-1] < 2 * STEPS:
-        supervised.train(plan, tmp_path / "run", minutes=0.1)
+        supervised.train(plan, tmp_path / "run", minutes=0.05)
         found.append(done_of(tmp_path / "run"))
         assert len(found) < 20
     assert found == sorted(set(found)) and len(found) > 2  # each time further, and not at once
@@ -119,7 +120,9 @@ def test_no_time_at_all_leaves_a_run_to_go_on_with(recipe, pictures, tmp_path, s
 
 def test_nan_in_one_of_them_is_told_at_the_pause_too(recipe, pictures, tmp_path, stopped_after, monkeypatch):
     """No state is saved with losses that nobody has looked at."""
-    monkeypatch.setattr(supervised, "objective", lambda *given: lambda output, target, images: output.sum() * torch.nan)
+    monkeypatch.setattr(
+        run_trainer, "objective", lambda *given: lambda output, target, images: output.sum() * torch.nan
+    )
     stopped_after(2)
     with pytest.raises(UserError, match=r"the loss is nan .* in epoch 1, step 1 of 5; .*run holds the last good state"):
         supervised.train(recipe(**pictures), tmp_path / "run", minutes=1.0)
@@ -136,7 +139,7 @@ def test_two_runs_in_one_folder_are_refused(pair, tmp_path):
 def test_a_run_of_another_recipe_in_one_folder_stops_all_before_a_step(pair, tmp_path, monkeypatch):
     supervised.train(pair[0], tmp_path / "b", minutes=0.0)
     supervised.train(pair[0], tmp_path / "b")
-    monkeypatch.setattr(supervised.Trainer, "_step", None)  # no step is taken
+    monkeypatch.setattr(run_trainer.Trainer, "_step", None)  # no step is taken
     with pytest.raises(UserError, match="b/state.pt is of another recipe"):
         supervised.train_all([(pair[0], tmp_path / "a"), (pair[1], tmp_path / "b")])
 
@@ -160,7 +163,7 @@ def tokens_of(made):
 def test_patches_are_left_out_before_and_not_after(recipe, pictures, tmp_path, masks):
     plan = recipe(**pictures | DROPPING)
     own = full(start.make_model(plan, open_samples(plan.data, "train"))) if masks else None
-    made = supervised.Trainer(plan, tmp_path / "run", "cpu", 2.0, own)
+    made = run_trainer.Trainer(plan, tmp_path / "run", "cpu", 2.0, own)
     assert tokens_of(made) == [1 + 12] * 2 * STEPS + [1 + 16] * 2 * STEPS
     assert load(tmp_path / "run").eval()(torch.randn(2, 3, 32, 32)).shape == (2, 2)
 
@@ -173,7 +176,7 @@ def test_patches_are_left_out_right_where_it_goes_on(recipe, pictures, tmp_path,
         supervised.train(plan, tmp_path / "run", minutes=1.0)
     assert done_of(tmp_path / "run") == 2 * STEPS + 2
     monkeypatch.undo()
-    made = supervised.Trainer(plan, tmp_path / "run", "cpu", 2.0)
+    made = run_trainer.Trainer(plan, tmp_path / "run", "cpu", 2.0)
     made.run.resume(tmp_path / "run" / "state.pt", plan, made.data)
     assert tokens_of(made) == [1 + 16] * (2 * STEPS - 2)
     supervised.train(plan, tmp_path / "run")
@@ -240,12 +243,12 @@ def shared_gradients(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "masks",
-    [False, pytest.param(True, marks=pytest.mark.xfail(strict=True, reason="_drop does not reach a shared unroll"))],
+    [False, True],
 )
 def test_patches_are_left_out_alike_by_several_processes(recipe, tmp_path, monkeypatch, shared_gradients, masks):
     plan = recipe(epochs=2, patch_drop_until=0.5, model={"patch_drop_rate": 0.25})
     own = full(start.make_model(plan, open_samples(plan.data, "train"))) if masks else None
-    made = supervised.Trainer(plan, tmp_path / "run", "cpu", 2.0, own)
+    made = run_trainer.Trainer(plan, tmp_path / "run", "cpu", 2.0, own)
     monkeypatch.setattr(made, "_finish", lambda epoch: None)  # scores are gathered from both
     seen = []
     made.forward.module.norm.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[1]))

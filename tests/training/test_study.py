@@ -12,6 +12,7 @@ from bvit_interp.errors import UserError
 from bvit_interp.models import cost
 from bvit_interp.results import read_table
 from bvit_interp.training import study, supervised
+from bvit_interp.training import trainer as run_trainer
 
 SHIPPED = {"blocks": 6, "heads": 4, "steps": 4, "width": 15, "width-small": 9}
 POINTS = [
@@ -106,8 +107,8 @@ def test_the_table(shipped):
 
 def test_it_goes_on_in_the_middle_of_a_run_and_of_the_table(shipped, monkeypatch):
     whole = study.run(study.read("width"), (0,), shipped / "whole")
-    trained, original = [], supervised.Trainer._step
-    monkeypatch.setattr(supervised, "_CHECKED_EVERY", 1)
+    trained, original = [], run_trainer.Trainer._step
+    monkeypatch.setattr(run_trainer, "_CHECKED_EVERY", 1)
 
     def noted(trainer, *batch):
         if len(trained) == 3:  # the second of two steps of the second run
@@ -116,7 +117,7 @@ def test_it_goes_on_in_the_middle_of_a_run_and_of_the_table(shipped, monkeypatch
         trained.append((trainer.out.name, trainer.run.done))
         return original(trainer, *batch)
 
-    monkeypatch.setattr(supervised.Trainer, "_step", noted)
+    monkeypatch.setattr(run_trainer.Trainer, "_step", noted)
     with pytest.raises(KeyboardInterrupt):
         study.run(study.read("width"), (0,), shipped / "out", save_minutes=0)
     assert len(read_table(shipped / "out" / "study_width.csv")) == 1

@@ -18,7 +18,8 @@ from bvit_interp.data.digits import DigitScenes
 from bvit_interp.errors import MissingExtra, UserError
 from bvit_interp.models.checkpoint import load
 from bvit_interp.results import read_table
-from bvit_interp.training import supervised
+from bvit_interp.training import scoring, supervised
+from bvit_interp.training import trainer as run_trainer
 
 STEPS = 5  # of an epoch
 
@@ -46,7 +47,7 @@ def test_a_run_leaves_a_checkpoint_a_table_and_a_card(recipe, tmp_path):
     assert torch.equal(again(images), model(images))
     assert again.pretrained_cfg["label_names"] == list(DigitScenes.classes)
     table = read_table(tmp_path / "run" / "history.csv")
-    assert list(table) == list(supervised.COLUMNS)
+    assert list(table) == list(run_trainer.COLUMNS)
     assert table["epoch"].tolist() == [1, 2, 3]
     for column in ("top1", "ema_top1", "test_loss", "ema_loss", "top5", "ema_top5"):
         assert table[column].isna().tolist() == [True, False, False]  # the last epoch is always scored
@@ -126,7 +127,7 @@ def test_data_that_cannot_be_used(recipe, tmp_path, two_classes, workers):
 
 
 def test_a_real_run_on_cifar(recipe, tmp_path, real, monkeypatch):
-    monkeypatch.setattr(supervised, "Loader", functools.partial(supervised.Loader, limit=200))
+    monkeypatch.setattr(scoring, "Loader", functools.partial(scoring.Loader, limit=200))
     plan = recipe(
         data=f"cifar10:{real('cifar10')}", crop="padded", flip=True, epochs=1, images_per_epoch=16,
         model={"num_steps": 1},
@@ -146,7 +147,7 @@ def test_tensorboard(recipe, tmp_path, monkeypatch):
     supervised.train(recipe(), tmp_path / "run", tensorboard=True)
     last = read_table(tmp_path / "run" / "history.csv").iloc[-1]
     assert ("loss", last["loss"], 2) in logged
-    assert {name for name, _, _ in logged} == set(supervised.COLUMNS)
+    assert {name for name, _, _ in logged} == set(run_trainer.COLUMNS)
 
 
 # ---- one step ------------------------------------------------------------------------------------------
@@ -184,15 +185,15 @@ def test_the_learning_rate_in_the_optimiser(recipe, trainer, schedule):
 def test_the_average_follows_in_warm_up_and_decays_after(recipe, trainer):
     plan = recipe(warmup_epochs=0.4, ema=0.5)  # 2 of 10 steps
     made, weights = trainer(plan), []
-    update = made.run.ema.update
+    average = made.run.average
 
-    def noted(model, step):
-        update(model, step=step)
-        weights.append({key: value.clone() for key, value in model.state_dict().items()})
+    def noted():
+        average()
+        weights.append({key: value.clone() for key, value in made.run.model.state_dict().items()})
         if len(weights) <= 3:  # two steps of warm-up, and the first after it
             assert all(torch.equal(value, weights[-1][key]) for key, value in made.run.ema.module.state_dict().items())
 
-    made.run.ema.update = noted
+    made.run.average = noted
     watched(made, lambda t: None)
     expected = weights[2]
     for later in weights[3:]:
