@@ -84,7 +84,7 @@ def test_the_queue_is_in_the_order_of_worth(queue):
     names = [entry.name for entry in queue.read(queue.QUEUE)]
     assert names[0] == "gpu-tests"
     assert all(name.startswith("bench-") for name in names[1:6])
-    order = ["cifar10", "imagenette", "imagenette-d128", "cifar10-d128", "width", "shape", "variants", "pathways"]
+    order = ["cifar10-d128", "cifar10", "imagenette", "imagenette-d128", "width", "shape", "variants", "pathways"]
     assert [name for name in names if name in order] == order
 
 

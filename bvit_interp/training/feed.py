@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Callable, Iterator
 from weakref import WeakValueDictionary
 
@@ -58,7 +59,7 @@ class Feed:
         self.mixing = Mixing(recipe, int(model.num_classes))  # type: ignore[arg-type]
         shown = recipe.epochs * images_per_epoch(recipe, samples)
         few = shown < len(samples)  # reading all of them would take longer than the run
-        self.resident = None if few else resident(samples, device, recipe.skip_corrupt, recipe.workers)
+        self.resident = None if few else resident(samples, device, recipe.skip_corrupt, readers(recipe, device))
 
     def epoch(self, number: int, first: int = 0) -> Iterator[Share]:
         """This process's share of batches `first`, `first` + 1, ... of epoch `number` (from 0), on the device."""
@@ -172,6 +173,13 @@ class _Blocks(Dataset[tuple[Tensor, ...] | str]):
             pixels.append(torch.from_numpy(image))
             labels.append(label)
         return torch.stack(pixels).permute(0, 3, 1, 2), torch.tensor(labels)
+
+
+def readers(recipe: Recipe, device: str) -> int:
+    """Processes that read what is read once: the recipe's workers; a GPU waits for it, so there at least twelve."""
+    if torch.device(device).type != "cuda":
+        return recipe.workers
+    return max(recipe.workers, min(12, (os.cpu_count() or 1) - 1))
 
 
 def _room(device: str) -> float:

@@ -73,5 +73,5 @@ def test_images(trained: Samples, model: BViT, recipe: Recipe, device: str) -> T
     places, geometry = label_map(samples, model), Geometry.of(model, samples)
     key = feed.fingerprint(samples), geometry, tuple(places.tolist()), device, results.rank_and_world()
     if (found := _TESTS.get(key)) is None:
-        found = _TESTS[key] = Test(samples, geometry, places, recipe.workers, device)
+        found = _TESTS[key] = Test(samples, geometry, places, feed.readers(recipe, device), device)
     return found
