@@ -383,5 +383,5 @@ def _plot_centroids(panel: SubFigure, models: list[tuple[Any, pd.DataFrame]]) ->
         ax.set_ylim(bottom=0)
         ax.set_xlim(part["step"].min() - 0.5, part["step"].max() + 0.5)  # also where nothing counts
         plotting.step_axis(ax, part["step"])
+        plotting.legend(ax)  # each model has neurons of its own
     axes[0].set_ylabel("spectral centroid, cycles/pixel")
-    plotting.legend(axes[-1])
