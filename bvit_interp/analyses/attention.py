@@ -262,23 +262,20 @@ def _keep_examples(
 # ---- figure --------------------------------------------------------------------------------------------
 
 
-_MOST_STRIPS = 3
-
-
 def plot(frame: pd.DataFrame) -> Figure:
     """Entropy and distance by step, where CLS looks, agreement of heads, and three models' maps of Fig. 13."""
+    import numpy as np
     from matplotlib.figure import Figure
 
     frame = frame.assign(head=frame["head"].astype(str))
     models = list(frame.groupby("model", sort=False))
     of_cls = [(name, part) for name, part in models if (part["statistic"] == "entropy").any()]
     across = [of_cls[i : i + 3] for i in range(0, len(of_cls), 3)]
-    strips = [
-        (name, part) for name, part in of_cls if part["path"].notna().all() and Path(part["path"].iloc[0]).exists()
-    ][:_MOST_STRIPS]
+    paths = {name: Path(part["path"].iloc[0]) for name, part in of_cls[:3] if part["path"].notna().all()}
+    strips = [(name, np.load(path)) for name, path in paths.items() if path.exists()]
     drawn = [(3.5 + 0.2 * (len(models) // 4), _plot_lines, models), *((2.7, _plot_masses, some) for some in across)]
     drawn += [(3.9, _plot_agreement, some) for some in across if frame["other_step"].notna().any()]
-    drawn += [(0.5 + 0.93 * len(_examples(part)["image"]), _plot_strip, (name, part)) for name, part in strips]
+    drawn += [(0.5 + 0.93 * len(arrays["image"]), _plot_strip, (name, arrays)) for name, arrays in strips]
     figure = Figure(figsize=(12, sum(height for height, *_ in drawn)), layout="constrained")
     panels = figure.subfigures(len(drawn), 1, height_ratios=[height for height, *_ in drawn], squeeze=False)[:, 0]
     for panel, (_, draw, what) in zip(panels, drawn, strict=True):
@@ -367,19 +364,10 @@ def _plot_agreement(panel: SubFigure, models: list[tuple[str, pd.DataFrame]]) ->
     panel.suptitle("head with itself (above the diagonal), different heads (below): mean correlation", fontsize=10)
 
 
-def _examples(part: pd.DataFrame) -> dict[str, np.ndarray]:
-    """The arrays of a model's example maps."""
-    import numpy as np
-
-    with np.load(part["path"].iloc[0]) as arrays:
-        return dict(arrays)
-
-
-def _plot_strip(panel: SubFigure, name: str, part: pd.DataFrame) -> None:
+def _plot_strip(panel: SubFigure, name: str, arrays: Mapping[str, np.ndarray]) -> None:
     """Each example image and the heads' mean CLS map of every step."""
     from bvit_interp import plotting
 
-    arrays = _examples(part)
     images, maps = arrays["image"] / 255.0, arrays["maps"].mean(2)
     axes = panel.subplots(len(images), maps.shape[1] + 1, squeeze=False)
     for row, image, steps in zip(axes, images, maps, strict=True):
