@@ -53,7 +53,7 @@ COLUMNS = {
     "ema_loss": "test cross-entropy of the averaged weights, nats",
     "lr": "learning rate at the end of the epoch",
     "grad_norm": "mean norm of the gradient before clipping",
-    "images_per_second": "training throughput of all processes",
+    "images_per_second": "training throughput of all processes; beside other runs, this one's share",
     "mfu": "model FLOPs utilisation of a process's device, share of its measured peak, 0..1",
     "memory": "most memory held by the first process, GB",
 }
