@@ -15,7 +15,7 @@ from bvit_interp.training.recipe import Recipe
 _ABOUT = {
     "digits-s": "scenes made on the fly; the test scenes' handwritten digits and photographs are never trained on. The "
     "model says nothing about natural images.",
-    "imagenette": "photographs of ten ImageNet classes. A squashed copy shows whole photographs at 224 x 224 pixels; its "
+    "imagenette": "photographs of ten ImageNet classes. A squashed copy shows whole photographs at 224 x 224 px; its "
     "9,103 training images hold none of ImageNet's validation set, so nothing that has a box is trained on.",
     "cifar10": "50,000 training and 10,000 test photographs of 32 px. A copy whose pixels differ from the official "
     "files, a JPEG re-encoding for instance, gives accuracies that are not comparable to the last point.",

@@ -2,8 +2,8 @@
 
 A separable resize is a matrix for each axis: ``out = rows @ image @ columns.T``. Its weights are those of Pillow's and
 torch's antialiased bilinear filter inside the box, so an image cut here is that of
-``torchvision.transforms.v2.functional.resized_crop`` up to the rounding of a grey level. A CPU, which gains nothing from
-whole batches, takes torch's own filter image by image where anything is resized: it is six times as fast there.
+``torchvision.transforms.v2.functional.resized_crop`` up to the rounding of a grey level. A CPU gains nothing
+from whole batches: it takes torch's own filter image by image where anything is resized, which is six times as fast.
 """
 
 from __future__ import annotations
