@@ -112,25 +112,37 @@ def train(given: list[str]) -> None:
     from bvit_interp import results
     from bvit_interp.errors import UserError
 
-    if options.minutes is not None and options.minutes <= 0:
+    if options.minutes is not None and not options.minutes > 0:
         raise UserError(f"minutes must be > 0, got {options.minutes}")
+    if not options.save_minutes >= 0:
+        raise UserError(f"save-minutes must be >= 0, got {options.save_minutes}")
     plans = _plans(options)
     with processes(options.device, options.threads) as device:
         from bvit_interp.training import supervised
+        from bvit_interp.training.trainer import HISTORY
 
         supervised.train_all(
             plans, device, overwrite=options.overwrite, tensorboard=options.tensorboard,
             save_minutes=options.save_minutes, minutes=options.minutes,
         )  # fmt: skip
         if results.rank_and_world()[0] == 0:
-            for _, out in plans:
-                print(f"wrote {out}")
+            for plan, out in plans:
+                epochs = len(results.read_table(out / HISTORY)) if (out / HISTORY).is_file() else 0
+                if epochs == plan.epochs:
+                    print(f"wrote {out}")
+                else:
+                    print(f"stopped {out} before its last epoch; the same command goes on")
 
 
 def _plans(options: Train) -> list[tuple[Recipe, Path]]:
     """Recipe and folder of every run."""
+    from bvit_interp.errors import UserError, choices
     from bvit_interp.training import recipe
 
+    if not options.recipe:
+        raise UserError(f"--recipe needs at least one; shipped: {choices(recipe.available(), 40)}; or a YAML file")
+    if options.seeds and any(setting.partition("=")[0] == "seed" for setting in options.set):
+        raise UserError("--seeds and --set seed=... both give the seed: take one of them")
     seeds = [[f"seed={seed}"] for seed in dict.fromkeys(options.seeds)] or [[]]
     plans = [
         (name, recipe.read(name, [*options.set, *seed], options.data))

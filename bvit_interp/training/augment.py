@@ -78,8 +78,7 @@ class Augmentation:
         """
         size = (images.shape[2], images.shape[3])
         if self.crop != "random-resized" and size != self.size:
-            found, wanted = (" x ".join(map(str, sides)) for sides in (size, self.size))
-            raise UserError(f"an image of {found} pixels for a model of {wanted}: use crop=random-resized")
+            raise UserError(other_size(size, self.size))
         flips = draws[:, crops.WIDTH - 1] < (0.5 if self.flip else 0)
         return crops.cut(images, _BOXES[self.crop](draws, size), flips, self.size)
 
@@ -97,6 +96,12 @@ class Augmentation:
     def of_mixing(self, draws: np.ndarray) -> np.ndarray:
         """The columns that `Mixing` takes."""
         return draws[:, self._mixing :]
+
+
+def other_size(found: tuple[int, ...], wanted: tuple[int, int]) -> str:
+    """What is wrong with an image of another height and width."""
+    sides = [" x ".join(map(str, size)) for size in (found, wanted)]
+    return f"an image of {sides[0]} pixels for a model of {sides[1]}: use crop=random-resized"
 
 
 def erased_boxes(draws: np.ndarray, probability: float, size: tuple[int, int]) -> np.ndarray:

@@ -26,7 +26,7 @@ from bvit_interp.data.digits import DigitScenes
 from bvit_interp.data.samples import Samples, spread
 from bvit_interp.errors import DataError, UserError
 from bvit_interp.results import rank_and_world
-from bvit_interp.training.augment import Augmentation, Mixing
+from bvit_interp.training.augment import Augmentation, Mixing, other_size
 from bvit_interp.training.draws import Draws, sent
 from bvit_interp.training.recipe import Recipe
 
@@ -59,7 +59,10 @@ class Feed:
         self.mixing = Mixing(recipe, int(model.num_classes))  # type: ignore[arg-type]
         shown = recipe.epochs * images_per_epoch(recipe, samples)
         few = shown < len(samples)  # reading all of them would take longer than the run
-        self.resident = None if few else resident(samples, device, recipe.skip_corrupt, readers(recipe, device))
+        self.resident: Resident | None = None
+        if not few:
+            only = None if recipe.crop == "random-resized" else self.augmentation.size
+            self.resident = resident(samples, device, recipe.skip_corrupt, readers(recipe, device), only)
 
     def epoch(self, number: int, first: int = 0) -> Iterator[Share]:
         """This process's share of batches `first`, `first` + 1, ... of epoch `number` (from 0), on the device."""
@@ -115,7 +118,9 @@ class Resident:
 _RESIDENT: WeakValueDictionary[tuple[str, str, bool], Resident] = WeakValueDictionary()  # runs side by side share one
 
 
-def resident(samples: Samples, device: str, skip_corrupt: bool = False, workers: int = 0) -> Resident | None:
+def resident(
+    samples: Samples, device: str, skip_corrupt: bool = False, workers: int = 0, only: tuple[int, int] | None = None
+) -> Resident | None:
     """The images on the device, or None where they differ in size or do not fit; digits-s draws fresh ones.
 
     They are read once, by `workers` processes or in this one.
@@ -123,7 +128,8 @@ def resident(samples: Samples, device: str, skip_corrupt: bool = False, workers:
     Raises
     ------
     DataError
-        For an image that cannot be read; with `skip_corrupt` the next one takes its place.
+        For an image that cannot be read; with `skip_corrupt` the next one takes its place. For one of another height
+        and width than `only`.
     """
     if isinstance(samples, DigitScenes):
         return None
@@ -136,7 +142,7 @@ def resident(samples: Samples, device: str, skip_corrupt: bool = False, workers:
     images = torch.empty(len(samples), shape[2], *shape[:2], dtype=torch.uint8)
     labels = torch.empty(len(samples), dtype=torch.int64)
     silent = rank_and_world()[0] > 0 or len(samples) < 2000
-    blocks = _Blocks(samples, shape, skip_corrupt)
+    blocks = _Blocks(samples, shape, skip_corrupt, only)
     with tqdm(total=len(samples), desc="read images", unit="image", disable=silent, leave=False) as bar:
         begin = 0
         for part in _loaded(blocks, 0, workers if len(blocks) > workers else 0, pin=False):
@@ -155,8 +161,11 @@ class _Blocks(Dataset[tuple[Tensor, ...] | str]):
     """The images of a set in blocks, as they are: pixels ``(b, 3, H, W)`` uint8 and labels; empty where one differs in
     size."""
 
-    def __init__(self, samples: Samples, shape: tuple[int, ...], skip_corrupt: bool, size: int = 256) -> None:
-        self.samples, self.shape, self.skip_corrupt, self.size = samples, shape, skip_corrupt, size
+    def __init__(
+        self, samples: Samples, shape: tuple[int, ...], skip_corrupt: bool, only: tuple[int, int] | None = None,
+        size: int = 256,
+    ) -> None:  # fmt: skip
+        self.samples, self.shape, self.skip_corrupt, self.only, self.size = samples, shape, skip_corrupt, only, size
 
     def __len__(self) -> int:
         return -(-len(self.samples) // self.size)
@@ -168,6 +177,8 @@ class _Blocks(Dataset[tuple[Tensor, ...] | str]):
                 image, label, _ = _readable(self.samples, i) if self.skip_corrupt else self.samples.read(i)
             except UserError as error:  # out of a worker it would come as a traceback
                 return str(error)
+            if self.only is not None and image.shape[:2] != self.only:
+                return f"{self.samples.name(i)}: {other_size(image.shape[:2], self.only)}"
             if image.shape != self.shape:
                 return ()
             pixels.append(torch.from_numpy(image))

@@ -41,6 +41,13 @@ class Test:
         self.fits = 12 * len(self.loader.index) * math.prod(geometry.size) <= _KEPT_BYTES
         self.kept: list[tuple[torch.Tensor, torch.Tensor]] = []
 
+    def read(self) -> None:
+        """Read the images now, where they are kept."""
+        if not self.kept:
+            with torch.inference_mode():
+                for _ in self:
+                    pass
+
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Images ``(b, 3, H, W)`` and the model's labels ``(b,)``, of this process's share."""
         if self.kept:

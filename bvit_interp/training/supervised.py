@@ -71,11 +71,13 @@ def train_all(
     plans : recipe and folder of each run; the rest as in `train`.
     """
     folders = [out.resolve() for _, out in plans]
-    if len({*folders}) < len(folders):
-        raise UserError(f"two runs in one folder: {choices(map(str, folders))}")
+    if twice := sorted({str(folder) for folder in folders if folders.count(folder) > 1}):
+        raise UserError(f"two runs in one folder: {choices(twice)}; give recipe files of different names")
     runs = [
         _Running(recipe, out, device, overwrite, tensorboard, save_minutes, masks) for recipe, out in plans
     ]  # fmt: skip
+    for run in runs:  # all of them are made, so nothing is touched where one cannot be
+        run.begin(overwrite)
     until = math.inf if minutes is None else time.monotonic() + 60 * minutes  # reading the images does not count
     first, names = runs[0].trainer.first, ", ".join(out.name for _, out in plans)
     with tqdm(
@@ -116,13 +118,17 @@ class _Running:
         self.stream = torch.cuda.Stream(device) if torch.device(device).type == "cuda" else None
         with torch.cuda.stream(self.stream):
             self.trainer = trainer = Trainer(recipe, out, device, save_minutes, masks)
-            if overwrite:
-                trainer.clear()
-            elif STATE in there:
+            if STATE in there and not overwrite:
                 trainer.run.resume(out / STATE, recipe, trainer.data, trainer.under)
-            if not trainer.run.done:
-                trainer.save()  # from here on the folder is this run's
         self.writer = _tensorboard(out) if tensorboard and trainer.first else None
+
+    def begin(self, overwrite: bool) -> None:
+        """Make the folder this run's."""
+        if overwrite:
+            self.trainer.clear()
+        if not self.trainer.run.done:
+            with torch.cuda.stream(self.stream):
+                self.trainer.save()
 
     def steps(self, bar: tqdm) -> Iterator[None]:
         """Train to the end; yields after every step."""

@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -63,7 +64,7 @@ _COMPILERS = ("g++", "clang++", "c++")
 _UNDER_MASKS = """- Trained and scored under `masks.safetensors`, a mask for every step: open `{folder}@masked`.
   Without them, also as `{folder}@ema`, the weights make another network.
 """
-_CHECKED_EVERY = 50  # steps between two looks at the losses
+_CHECKED_EVERY = 10  # steps between two looks at the losses; a state is saved after one of them
 _LOOK = 10.0  # seconds between two looks on a GPU at least: each waits for it
 
 
@@ -92,7 +93,9 @@ class Trainer:
         peak_flops(device, self._dtype())  # measured while nothing else runs
         self.schedule = start.schedule(self.run.optimizer, recipe, self.steps)
         self.objective = objective(recipe, model, device)
-        self.feed = feed.Feed(recipe, self.samples, model, device)  # last: it may read all images
+        self.feed = feed.Feed(recipe, self.samples, model, device)  # late: it may read all images
+        if self.test.fits:
+            self.test.read()  # an image that cannot be read must be known before an epoch is spent
         self.pending: list[tuple[torch.Tensor, torch.Tensor]] = []  # losses and norms not yet looked at
         self.began = self.last_saved = time.monotonic()
 
@@ -111,7 +114,8 @@ class Trainer:
             run.done += 1
             bar.update()
             at_end = run.done % self.steps == 0
-            waits = self.device != "cpu" and time.monotonic() - looked < _LOOK
+            alone = self.world == 1  # several processes look at the same steps, whatever their clocks say
+            waits = alone and self.device != "cpu" and time.monotonic() - looked < _LOOK
             if at_end or (len(pending) >= _CHECKED_EVERY and not waits):
                 self._account(pending, number)
                 looked = time.monotonic()
@@ -150,11 +154,12 @@ class Trainer:
         run, table = self.run, pd.DataFrame(self.run.history)[list(COLUMNS)]
         made = results.provenance({})
         last = {column: value for column, value in run.history[-1].items() if not math.isnan(value)}
-        text = card.write(self.out, run.model, self.recipe, table, made)
+        text = card.write(self.out, run.model, replace(self.recipe, autocast=run.precision), table, made)
         if self.masks is not None:
             text += _UNDER_MASKS.format(folder=self.out)
         checkpoint.save(
-            run.model, self.out, card=text, about={"recipe": self.recipe.identity(), **last},
+            run.model, self.out, card=text,
+            about={"recipe": self.recipe.identity(), "precision": run.precision, **last},
             ema=run.ema.module.state_dict(),
         )  # fmt: skip
         if self.masks is not None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
 
 from bvit_interp.data.catalog import open_samples
 from bvit_interp.errors import UserError
@@ -256,3 +258,38 @@ def test_patches_are_left_out_alike_by_several_processes(recipe, tmp_path, monke
         for _ in made.epoch(NO_BAR):
             pass
     assert seen == [1 + 12] * STEPS + [1 + 16] * STEPS
+
+
+def test_overwrite_touches_nothing_where_one_of_the_runs_cannot_be(recipe, pictures, tmp_path):
+    plan, outs = recipe(**pictures), [tmp_path / "one", tmp_path / "other"]
+    supervised.train_all([(plan, outs[0])])
+    before = {path.name: path.read_bytes() for path in outs[0].iterdir()}
+    wrong = recipe(**pictures | {"model": pictures.get("model", {}) | {"num_heads": 3}})
+    with pytest.raises(UserError, match="cannot make the model"):
+        supervised.train_all([(plan, outs[0]), (wrong, outs[1])], overwrite=True)
+    assert {path.name: path.read_bytes() for path in outs[0].iterdir()} == before
+    assert not outs[1].exists()
+
+
+def test_what_cannot_be_shown_or_scored_is_known_before_the_first_step(recipe, tmp_path):
+    """A picture of another size under a crop that does not resize, and a test picture that cannot be read."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            folder = tmp_path / "data" / split / name
+            folder.mkdir(parents=True)
+            for i in range(10):
+                Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    plan = recipe(data=f"folder:{tmp_path / 'data'}", crop="padded", batch_size=4, images_per_epoch=None,
+                  model={"num_classes": 2})  # fmt: skip
+    odd = tmp_path / "data" / "train" / "b" / "7.png"
+    good = odd.read_bytes()
+    Image.fromarray(np.zeros((40, 32, 3), np.uint8)).save(odd)
+    with pytest.raises(UserError, match=r"^b/7\.png: an image of 40 x 32 pixels for a model of 32 x 32: use crop="):
+        supervised.train(plan, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    odd.write_bytes(good)
+    (tmp_path / "data" / "test" / "a" / "3.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"test/a/3\.png: the image cannot be read"):
+        supervised.train(plan, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
