@@ -56,7 +56,7 @@ lint: setup
 	$(BIN)/mypy
 
 notebooks: setup
-	$(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=300 notebooks
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=300 notebooks
 
 bench: setup
 	$(BIN)/python benchmarks/recording.py
