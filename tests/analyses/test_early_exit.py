@@ -95,11 +95,11 @@ def test_who_leaves_where_on_paper():
 
 
 def test_times_are_measured_for_thresholds_and_if_asked_for_the_curve(tiny, digits, exits_of):
-    config = Config(exits=(exits_of(tiny, (1, 2)),), timed_images=24, timed_batch=8, thresholds=(0.0, 1.0))
+    config = Config(exits=(exits_of(tiny, (1, 2)),), timed_images=60, timed_batch=4, thresholds=(0.0, 1.0))
     frame = measure({"m": tiny}, digits, config)
     timed = frame[frame["kind"] == "threshold"].set_index("threshold")
     assert (timed["ms"] > 0).all()
-    assert timed.loc[0.0, "saved_time"] > 0.1  # 1 of 12 steps, on a machine that may be busy
+    assert timed.loc[0.0, "saved_time"] > 0.3  # 1 of 12 steps
     assert frame[frame["kind"] != "threshold"]["ms"].isna().all()
     every = measure({"m": tiny}, digits, dataclasses.replace(config, timed_curve=True))
     assert (every[every["kind"].isin(["threshold", "curve"])]["ms"] > 0).all()
