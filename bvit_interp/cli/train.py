@@ -122,9 +122,13 @@ def train(given: list[str]) -> None:
         from bvit_interp.training.trainer import HISTORY
 
         supervised.train_all(
-            plans, device, overwrite=options.overwrite, tensorboard=options.tensorboard,
-            save_minutes=options.save_minutes, minutes=options.minutes,
-        )  # fmt: skip
+            plans,
+            device,
+            overwrite=options.overwrite,
+            tensorboard=options.tensorboard,
+            save_minutes=options.save_minutes,
+            minutes=options.minutes,
+        )
         if results.rank_and_world()[0] == 0:
             for plan, out in plans:
                 epochs = len(results.read_table(out / HISTORY)) if (out / HISTORY).is_file() else 0
@@ -146,8 +150,9 @@ def _plans(options: Train) -> list[tuple[Recipe, Path]]:
     seeds = [[f"seed={seed}"] for seed in dict.fromkeys(options.seeds)] or [[]]
     plans = [
         (name, recipe.read(name, [*options.set, *seed], options.data))
-        for name in dict.fromkeys(options.recipe) for seed in seeds
-    ]  # fmt: skip
+        for name in dict.fromkeys(options.recipe)
+        for seed in seeds
+    ]
     if len(plans) == 1:
         ((name, plan),) = plans
         return [(plan, options.out or Path("runs") / Path(name).stem)]
@@ -182,16 +187,17 @@ def prune(given: list[str]) -> None:
     from bvit_interp.training import recipe
 
     plan = pruning.Pruning(
-        rounds=options.rounds, graft_epochs=options.graft_epochs, rate=options.rate, ranking=options.ranking,
+        rounds=options.rounds,
+        graft_epochs=options.graft_epochs,
+        rate=options.rate,
+        ranking=options.ranking,
         methods=options.methods,
-    )  # fmt: skip
+    )
     epochs = () if options.epochs is None else (f"epochs={options.epochs}",)
     trained = recipe.read(options.recipe, (*options.set, *epochs), options.data)
     out = options.out or Path("runs") / f"prune-{Path(options.recipe).stem}"
     with processes(options.device, options.threads) as device:
-        frame = pruning.run(
-            trained, plan, out, device, overwrite=options.overwrite, save_minutes=options.save_minutes
-        )  # fmt: skip
+        frame = pruning.run(trained, plan, out, device, overwrite=options.overwrite, save_minutes=options.save_minutes)
         if results.rank_and_world()[0] == 0:
             print(frame.to_string(index=False, float_format="{:.3f}".format))
             print(f"\nwrote {out / pruning.TABLE}")

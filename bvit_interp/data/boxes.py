@@ -35,9 +35,13 @@ CSV = "LOC_val_solution.csv"
 HEADER = ["ImageId", "PredictionString"]
 IMAGES = ("ILSVRC/Data/CLS-LOC/val", "Data/CLS-LOC/val", "val")  # where they may lie, in order
 XML = (
-    "ILSVRC/Annotations/CLS-LOC/val", "Annotations/CLS-LOC/val", "bbox/val", "bboxes/val",
-    "ILSVRC2012_bbox_val_v3/val", "val",
-)  # fmt: skip
+    "ILSVRC/Annotations/CLS-LOC/val",
+    "Annotations/CLS-LOC/val",
+    "bbox/val",
+    "bboxes/val",
+    "ILSVRC2012_bbox_val_v3/val",
+    "val",
+)
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 

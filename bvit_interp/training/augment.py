@@ -25,8 +25,10 @@ _ERASED_RATIO = (0.3, 3.3)
 _ERASING = 1 + 2 * crops.TRIES + 2  # numbers it takes: whether, areas, ratios, a place
 _MIXING = 4  # which, the share, the centre of the box
 _BOXES: dict[str, Callable[[np.ndarray, tuple[int, int]], np.ndarray]] = {
-    "none": crops.whole_boxes, "padded": crops.padded_boxes, "random-resized": crops.random_boxes,
-}  # fmt: skip
+    "none": crops.whole_boxes,
+    "padded": crops.padded_boxes,
+    "random-resized": crops.random_boxes,
+}
 
 
 class Augmentation:
@@ -117,8 +119,10 @@ def erased_boxes(draws: np.ndarray, probability: float, size: tuple[int, int]) -
     taken = (draws[:, 0] < probability) & fits.any(1)
     height, width = (np.take_along_axis(sides, chosen, 1)[:, 0] * taken for sides in (heights, widths))
     place = draws[:, 1 + 2 * crops.TRIES : 3 + 2 * crops.TRIES]
-    top, left = ((place[:, i] * (side - own + 1)).astype(np.int64) for i, (side, own) in
-                 enumerate(((high, height), (wide, width))))  # fmt: skip
+    top, left = (
+        (place[:, i] * (side - own + 1)).astype(np.int64)
+        for i, (side, own) in enumerate(((high, height), (wide, width)))
+    )
     return np.stack([top, left, height, width], 1)
 
 

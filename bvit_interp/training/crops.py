@@ -87,10 +87,14 @@ def cut(images: Tensor, boxes: np.ndarray, flips: np.ndarray, size: tuple[int, i
 
 def _filtered(images: Tensor, boxes: np.ndarray, flips: np.ndarray, size: tuple[int, int]) -> Tensor:
     """One image after the other, by torch's filter; boxes lie inside the images."""
-    small = torch.cat([
-        F.interpolate(image[None, :, top : top + height, left : left + width], size, mode="bilinear", antialias=True)
-        for image, (top, left, height, width) in zip(images, boxes.tolist(), strict=True)
-    ])  # fmt: skip
+    small = torch.cat(
+        [
+            F.interpolate(
+                image[None, :, top : top + height, left : left + width], size, mode="bilinear", antialias=True
+            )
+            for image, (top, left, height, width) in zip(images, boxes.tolist(), strict=True)
+        ]
+    )
     mirrored = torch.from_numpy(flips)[:, None, None, None]
     return torch.where(mirrored, small.flip(3), small)
 

@@ -162,9 +162,13 @@ class _Blocks(Dataset[tuple[Tensor, ...] | str]):
     size."""
 
     def __init__(
-        self, samples: Samples, shape: tuple[int, ...], skip_corrupt: bool, only: tuple[int, int] | None = None,
+        self,
+        samples: Samples,
+        shape: tuple[int, ...],
+        skip_corrupt: bool,
+        only: tuple[int, int] | None = None,
         size: int = 256,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.samples, self.shape, self.skip_corrupt, self.only, self.size = samples, shape, skip_corrupt, only, size
 
     def __len__(self) -> int:
@@ -301,9 +305,13 @@ def _readable(samples: Samples, i: int) -> tuple[np.ndarray, int, object]:
 
 def _loaded(epoch: Dataset, first: int, workers: int, pin: bool) -> Iterator[tuple[Tensor, ...]]:
     loader = DataLoader(
-        epoch, batch_size=None, sampler=range(first, len(epoch)), num_workers=workers, pin_memory=pin,  # type: ignore[arg-type]
+        epoch,
+        batch_size=None,
+        sampler=range(first, len(epoch)),
+        num_workers=workers,
+        pin_memory=pin,  # type: ignore[arg-type]
         generator=torch.Generator(),
-    )  # fmt: skip
+    )
     for share in loader:
         if isinstance(share, str):
             raise DataError(share)

@@ -98,9 +98,17 @@ def answers(main: VisionTransformer, grafts: nn.ModuleList, images: Tensor, *, r
 
 
 def train(
-    recipe: Recipe, epochs: int, init: BViT, main: VisionTransformer, masks: Masks, samples: Samples, state: Path,
-    device: str = "cpu", *, save_minutes: float = 2.0,
-) -> tuple[dict[str, Tensor], pd.DataFrame]:  # fmt: skip
+    recipe: Recipe,
+    epochs: int,
+    init: BViT,
+    main: VisionTransformer,
+    masks: Masks,
+    samples: Samples,
+    state: Path,
+    device: str = "cpu",
+    *,
+    save_minutes: float = 2.0,
+) -> tuple[dict[str, Tensor], pd.DataFrame]:
     """Train the grafts of all steps, or go on where this stopped.
 
     Parameters
@@ -126,9 +134,13 @@ def train(
     training.resume()
     saved = time.monotonic()
     with tqdm(
-        total=training.total, initial=training.done, desc=f"{state.parent.name} grafts", unit="step",
-        disable=not training.first, leave=False,
-    ) as bar:  # fmt: skip
+        total=training.total,
+        initial=training.done,
+        desc=f"{state.parent.name} grafts",
+        unit="step",
+        disable=not training.first,
+        leave=False,
+    ) as bar:
         while training.done < training.total:
             try:
                 for _ in training.steps_of_epoch():
@@ -148,9 +160,16 @@ class _Training:
     """The grafts with their optimiser, and how far they are."""
 
     def __init__(
-        self, recipe: Recipe, epochs: int, init: BViT, main: VisionTransformer, masks: Masks, samples: Samples,
-        state: Path, device: str,
-    ) -> None:  # fmt: skip
+        self,
+        recipe: Recipe,
+        epochs: int,
+        init: BViT,
+        main: VisionTransformer,
+        masks: Masks,
+        samples: Samples,
+        state: Path,
+        device: str,
+    ) -> None:
         self.recipe, self.samples, self.state, self.device = shortened(recipe, epochs), samples, state, device
         self.offset = recipe.epochs
         if hasattr(main.patch_drop, "prob"):
@@ -158,9 +177,13 @@ class _Training:
         self.rank, self.world = results.rank_and_world()
         self.first = self.rank == 0
         self.identity = {
-            "recipe": recipe.identity(), "epochs": epochs, "masks": masks.fingerprint(),
-            "main": results.weights_hash(main), "init": results.weights_hash(init), "data": feed.fingerprint(samples),
-        }  # fmt: skip
+            "recipe": recipe.identity(),
+            "epochs": epochs,
+            "masks": masks.fingerprint(),
+            "main": results.weights_hash(main),
+            "init": results.weights_hash(init),
+            "data": feed.fingerprint(samples),
+        }
         self.main = main.requires_grad_(False).to(device).train()  # patches are left out as the recipe says
         self.grafts = Grafts(init, self.main, masks).to(device).train()
         self.precision = precision(recipe.autocast, device)
@@ -241,9 +264,14 @@ class _Training:
         if not self.first:
             return
         content = {
-            "grafts": self.grafts.state_dict(), "optimizer": self.optimizer.state_dict(), "done": self.done,
-            "losses": self.losses, "history": self.history, "identity": self.identity, "precision": self.precision,
-        }  # fmt: skip
+            "grafts": self.grafts.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "done": self.done,
+            "losses": self.losses,
+            "history": self.history,
+            "identity": self.identity,
+            "precision": self.precision,
+        }
         try:
             with results.replacing(self.state) as temporary:
                 torch.save(content, temporary)

@@ -31,8 +31,15 @@ _SMOOTH = 13.0  # Pillow's SMOOTH: a 3 x 3 window of ones with 5 in its centre
 
 _MOVES = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
 _TABLES = (
-    "Brightness", "Contrast", "Posterize", "Solarize", "SolarizeAdd", "AutoContrast", "Equalize", "Invert",
-)  # fmt: skip
+    "Brightness",
+    "Contrast",
+    "Posterize",
+    "Solarize",
+    "SolarizeAdd",
+    "AutoContrast",
+    "Equalize",
+    "Invert",
+)
 Magnitude = Callable[[np.ndarray, np.ndarray, tuple[int, int]], np.ndarray]
 """Strengths ``(n,)`` on the set's scale, signs ``(n,)`` of 1 or -1, height and width -> what Pillow is given."""
 
@@ -78,8 +85,11 @@ _ENHANCED: Magnitude = lambda m, s, size: np.maximum(0.1, 1 + 0.9 * m * s)  # no
 _TIMM_INCREASING = _TIMM | {
     "Posterize": lambda m, s, size: np.maximum(4 - _whole(4 * m), 1),
     "Solarize": lambda m, s, size: 256 - np.minimum(256, _whole(256 * m)),
-    "Color": _ENHANCED, "Contrast": _ENHANCED, "Brightness": _ENHANCED, "Sharpness": _ENHANCED,
-}  # fmt: skip
+    "Color": _ENHANCED,
+    "Contrast": _ENHANCED,
+    "Brightness": _ENHANCED,
+    "Sharpness": _ENHANCED,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,11 +189,14 @@ def timms(words: str, fill: tuple[int, int, int]) -> RandAugment:
     given = {key: float(value) for key, value in re.findall(r"-([a-z]+)([\d.]+)", words)}
     deviation = given.get("mstd", 0.0)
     return RandAugment(
-        space=_TIMM_INCREASING if given.get("inc") else _TIMM, operations=int(given.get("n", 2)),
-        probability=given.get("p", 0.5), strength=given.get("m", _LEVELS) / _LEVELS,
+        space=_TIMM_INCREASING if given.get("inc") else _TIMM,
+        operations=int(given.get("n", 2)),
+        probability=given.get("p", 0.5),
+        strength=given.get("m", _LEVELS) / _LEVELS,
         deviation=math.inf if deviation > 100 else deviation / _LEVELS,
-        largest=(given.get("mmax") or _LEVELS) / _LEVELS, fill=fill,
-    )  # fmt: skip
+        largest=(given.get("mmax") or _LEVELS) / _LEVELS,
+        fill=fill,
+    )
 
 
 def apply(images: Tensor, names: list[str], magnitudes: np.ndarray, fill: tuple[int, int, int]) -> Tensor:

@@ -15,9 +15,17 @@ from bvit_interp.errors import UserError, choices
 
 FOLDER = Path(__file__).parent / "recipes"
 _NOT_OF_A_MODEL = {  # arguments of timm's factory that would load weights or make another kind of model
-    "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "features_only", "device",
-    "dtype", "scriptable", "exportable",
-}  # fmt: skip
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "checkpoint_path",
+    "cache_dir",
+    "features_only",
+    "device",
+    "dtype",
+    "scriptable",
+    "exportable",
+}
 _WORDS = {
     "schedule": ("step", "epoch"),
     "crop": ("none", "padded", "random-resized"),
@@ -25,9 +33,18 @@ _WORDS = {
     "autocast": ("auto", "bf16", "off"),
 }
 _NOT_NEGATIVE = (
-    "lr", "min_lr", "warmup_epochs", "weight_decay", "easy_epochs", "fade_epochs", "mixup", "cutmix", "workers", "seed",
+    "lr",
+    "min_lr",
+    "warmup_epochs",
+    "weight_decay",
+    "easy_epochs",
+    "fade_epochs",
+    "mixup",
+    "cutmix",
+    "workers",
+    "seed",
     "clip",
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,8 +202,12 @@ def read(name: str, settings: Sequence[str] = (), data: str | None = None) -> Re
 
 
 _EXPECTED = {
-    int: "a whole number", float: "a number", bool: "true or false", str: "text", dict[str, Any]: "a mapping",
-}  # fmt: skip
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    dict[str, Any]: "a mapping",
+}
 
 
 def _typed(recipe: str, key: str, value: Any) -> Any:

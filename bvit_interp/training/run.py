@@ -62,8 +62,10 @@ class Run:
         parts = {key: getattr(self, key).state_dict() for key in ("model", "optimizer")}
         counted = {key: getattr(self, key) for key in _COUNTED}
         state = {**parts, **counted, "ema": self.ema.module.state_dict()} | {
-            "recipe": recipe.identity(), "data": data, **({} if masks is None else {"masks": masks})
-        }  # fmt: skip
+            "recipe": recipe.identity(),
+            "data": data,
+            **({} if masks is None else {"masks": masks}),
+        }
         try:
             with results.replacing(path) as temporary:
                 torch.save(state, temporary)

@@ -33,9 +33,7 @@ class Test:
     workers, device : how and where the images are read.
     """
 
-    def __init__(
-        self, samples: Samples, geometry: Geometry, places: torch.Tensor, workers: int, device: str
-    ) -> None:  # fmt: skip
+    def __init__(self, samples: Samples, geometry: Geometry, places: torch.Tensor, workers: int, device: str) -> None:
         self.places, self.device = places, device
         self.loader = Loader(samples, [geometry], batch_size=250, workers=workers)
         self.fits = 12 * len(self.loader.index) * math.prod(geometry.size) <= _KEPT_BYTES

@@ -75,9 +75,15 @@ class Stepper:
     """
 
     def __init__(
-        self, recipe: Recipe, model: nn.Module, optimizer: torch.optim.Optimizer, loss: Loss,
-        unshared: Callable = nullcontext, captures: bool = False, noisy: Sequence[GivenPatchDropout] = (),
-    ) -> None:  # fmt: skip
+        self,
+        recipe: Recipe,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loss: Loss,
+        unshared: Callable = nullcontext,
+        captures: bool = False,
+        noisy: Sequence[GivenPatchDropout] = (),
+    ) -> None:
         self.recipe, self.model, self.optimizer, self.loss = recipe, model, optimizer, loss
         self.unshared, self.captures = unshared, captures
         self.noisy = noisy

@@ -23,9 +23,16 @@ from bvit_interp.training.trainer import WRITTEN, Trainer
 
 
 def train(
-    recipe: Recipe, out: Path, device: str = "cpu", *, overwrite: bool = False, tensorboard: bool = False,
-    save_minutes: float = 2.0, masks: Masks | None = None, minutes: float | None = None,
-) -> BViT:  # fmt: skip
+    recipe: Recipe,
+    out: Path,
+    device: str = "cpu",
+    *,
+    overwrite: bool = False,
+    tensorboard: bool = False,
+    save_minutes: float = 2.0,
+    masks: Masks | None = None,
+    minutes: float | None = None,
+) -> BViT:
     """Train the recipe's model, or go on where a run in `out` stopped, and leave a checkpoint folder there.
 
     Parameters
@@ -51,16 +58,27 @@ def train(
         not finite, too little GPU memory.
     """
     (model,) = train_all(
-        [(recipe, out)], device, overwrite=overwrite, tensorboard=tensorboard, save_minutes=save_minutes, masks=masks,
+        [(recipe, out)],
+        device,
+        overwrite=overwrite,
+        tensorboard=tensorboard,
+        save_minutes=save_minutes,
+        masks=masks,
         minutes=minutes,
-    )  # fmt: skip
+    )
     return model
 
 
 def train_all(
-    plans: Sequence[tuple[Recipe, Path]], device: str = "cpu", *, overwrite: bool = False, tensorboard: bool = False,
-    save_minutes: float = 2.0, masks: Masks | None = None, minutes: float | None = None,
-) -> list[BViT]:  # fmt: skip
+    plans: Sequence[tuple[Recipe, Path]],
+    device: str = "cpu",
+    *,
+    overwrite: bool = False,
+    tensorboard: bool = False,
+    save_minutes: float = 2.0,
+    masks: Masks | None = None,
+    minutes: float | None = None,
+) -> list[BViT]:
     """Train several recipes side by side, a step of each in turn; on a GPU each has a stream of its own.
 
     Small models leave most of a GPU idle: the steps of several overlap there. Runs on the same images share them. Each
@@ -73,17 +91,18 @@ def train_all(
     folders = [out.resolve() for _, out in plans]
     if twice := sorted({str(folder) for folder in folders if folders.count(folder) > 1}):
         raise UserError(f"two runs in one folder: {choices(twice)}; give recipe files of different names")
-    runs = [
-        _Running(recipe, out, device, overwrite, tensorboard, save_minutes, masks) for recipe, out in plans
-    ]  # fmt: skip
+    runs = [_Running(recipe, out, device, overwrite, tensorboard, save_minutes, masks) for recipe, out in plans]
     for run in runs:  # all of them are made, so nothing is touched where one cannot be
         run.begin(overwrite)
     until = math.inf if minutes is None else time.monotonic() + 60 * minutes  # reading the images does not count
     first, names = runs[0].trainer.first, ", ".join(out.name for _, out in plans)
     with tqdm(
-        total=sum(run.trainer.total for run in runs), initial=sum(run.trainer.run.done for run in runs),
-        desc=names if len(names) < 40 else f"{len(runs)} runs", unit="step", disable=not first,
-    ) as bar:  # fmt: skip
+        total=sum(run.trainer.total for run in runs),
+        initial=sum(run.trainer.run.done for run in runs),
+        desc=names if len(names) < 40 else f"{len(runs)} runs",
+        unit="step",
+        disable=not first,
+    ) as bar:
         going = [(run, run.steps(bar)) for run in runs]
         while going:
             if _late(until, runs[0].trainer.world):
@@ -108,9 +127,15 @@ class _Running:
     """A run in its folder: made ready or resumed, then advanced a step at a time."""
 
     def __init__(
-        self, recipe: Recipe, out: Path, device: str, overwrite: bool, tensorboard: bool, save_minutes: float,
+        self,
+        recipe: Recipe,
+        out: Path,
+        device: str,
+        overwrite: bool,
+        tensorboard: bool,
+        save_minutes: float,
         masks: Masks | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         results.check_folder(out)
         there = [name for name in (*WRITTEN, MASKS) if (out / name).exists()]
         if there and STATE not in there and not overwrite:

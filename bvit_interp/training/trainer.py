@@ -158,10 +158,12 @@ class Trainer:
         if self.masks is not None:
             text += _UNDER_MASKS.format(folder=self.out)
         checkpoint.save(
-            run.model, self.out, card=text,
+            run.model,
+            self.out,
+            card=text,
             about={"recipe": self.recipe.identity(), "precision": run.precision, **last},
             ema=run.ema.module.state_dict(),
-        )  # fmt: skip
+        )
         if self.masks is not None:
             self.masks.save(self.out / MASKS, run.model)
         results.write_table(table, self.out / HISTORY)
@@ -211,11 +213,15 @@ class Trainer:
         per_second = images / run.seconds
         scored = (epoch + 1) % self.recipe.score_every == 0 or run.done == self.total
         row = {
-            "epoch": epoch + 1, "loss": run.loss / self.steps, **(self.score() if scored else {}),
-            "lr": run.optimizer.param_groups[0]["lr"], "grad_norm": run.norm / self.steps,
-            "images_per_second": per_second, "memory": peak_memory(self.device),
+            "epoch": epoch + 1,
+            "loss": run.loss / self.steps,
+            **(self.score() if scored else {}),
+            "lr": run.optimizer.param_groups[0]["lr"],
+            "grad_norm": run.norm / self.steps,
+            "images_per_second": per_second,
+            "memory": peak_memory(self.device),
             "mfu": utilisation(run.model, per_second / self.world, self.device, self._dtype()),
-        }  # fmt: skip
+        }
         run.history.append({column: float(row.get(column, math.nan)) for column in COLUMNS} | {"epoch": epoch + 1})
         run.loss = run.norm = run.seconds = 0.0
         if self.first and scored:
@@ -236,9 +242,14 @@ class Trainer:
                     metrics[name].update(model(images), labels)
         raw, ema = metrics["raw"].compute(), metrics["ema"].compute()
         return {
-            "top1": raw["top1"], "top5": raw["top5"], "test_loss": raw["loss"], "chance": raw["chance"],
-            "ema_top1": ema["top1"], "ema_top5": ema["top5"], "ema_loss": ema["loss"],
-        }  # fmt: skip
+            "top1": raw["top1"],
+            "top5": raw["top5"],
+            "test_loss": raw["loss"],
+            "chance": raw["chance"],
+            "ema_top1": ema["top1"],
+            "ema_top5": ema["top5"],
+            "ema_loss": ema["loss"],
+        }
 
     def save(self) -> None:
         """Write `state.pt`."""
@@ -269,9 +280,7 @@ class Trainer:
         """An optimiser step on images and targets."""
         noisy = [module for module in self.forward.modules() if isinstance(module, GivenPatchDropout)]
         unshared = self.forward.no_sync if isinstance(self.forward, DistributedDataParallel) else nullcontext
-        return Stepper(
-            self.recipe, self.run.model, self.run.optimizer, self._loss, unshared, self._captures(), noisy
-        )  # fmt: skip
+        return Stepper(self.recipe, self.run.model, self.run.optimizer, self._loss, unshared, self._captures(), noisy)
 
     def _captures(self) -> bool:
         """Whether steps are captured in a CUDA graph: not what several processes share, nor what is recomputed."""
