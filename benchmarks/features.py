@@ -1,14 +1,15 @@
-"""What feature pictures cost: one batched optimisation against lucent's `render_vis`, picture by picture.
+"""What feature pictures cost: one batched optimisation against lucent's `render_vis`, picture by
+picture.
 
     python benchmarks/features.py [--ckpt checkpoints/bvit-digits-s] [--neurons 3] [--iterations 3] [--rounds 3]
     python benchmarks/features.py --device cuda        4 neurons, 8 iterations
 
-Both make a picture of every (neuron, step) pair with the same iterations, optimiser settings, augmented
-copies, total variation, image size and unroll, weights asking for gradients as a loaded model's do.
-lucent is called once a pair, as its interface has it, on a fresh unroll each time (its hooks are never
-removed). What is timed is the optimisation alone. On a CPU that is in seconds of one thread, so that
-other processes count little. Rounds alternate in random order; the ratio is the median over rounds.
-Without lucent only our time is told.
+Both make a picture of every (neuron, step) pair with the same iterations, optimiser settings,
+augmented copies, total variation, image size and unroll, weights asking for gradients as a loaded
+model's do. lucent is called once a pair, as its interface has it, on a fresh unroll each time (its
+hooks are never removed). What is timed is the optimisation alone. On a CPU that is in seconds of
+one thread, so that other processes count little. Rounds alternate in random order; the ratio is the
+median over rounds. Without lucent only our time is told.
 """
 
 from __future__ import annotations
@@ -27,8 +28,15 @@ import timing
 import torch
 
 from bvit_interp import load
+from bvit_interp.analyses.features.maximise import (
+    VARIATION,
+    Neurons,
+    Recipe,
+    Stream,
+    maximise,
+    total_variation,
+)
 from bvit_interp.models.unroll import unroll
-from bvit_interp.probes.maximise import VARIATION, Neurons, Recipe, Stream, maximise, total_variation
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # hard-coded in lucent
 
@@ -50,7 +58,8 @@ def time_ours(model, neurons, steps, recipe):
 
 @contextlib.contextmanager
 def stopwatch(model):
-    """A list that gets the seconds the body took: of this process on a CPU, of the clock on a GPU."""
+    """A list that gets the seconds the body took: of this process on a CPU, of the clock on a
+    GPU."""
     device = str(next(model.parameters()).device)
     clock = time.perf_counter if timing.is_cuda(device) else time.process_time
     timing.wait(device)
@@ -81,17 +90,26 @@ def time_lucent(model, neurons, steps, recipe):
 
         with contextlib.redirect_stdout(io.StringIO()), stopwatch(model) as passed:
             render.render_vis(
-                view, loss, param_f=lambda image=image: ([image], lambda: image),
-                optimizer=lambda parameters: torch.optim.Adam(parameters, lr=recipe.lr, betas=(0.5, 0.99)),
-                transforms=[augment], thresholds=(recipe.iterations,), progress=False, show_image=False,
+                view,
+                loss,
+                param_f=lambda image=image: ([image], lambda: image),
+                optimizer=lambda parameters: torch.optim.Adam(
+                    parameters, lr=recipe.lr, betas=(0.5, 0.99)
+                ),
+                transforms=[augment],
+                thresholds=(recipe.iterations,),
+                progress=False,
+                show_image=False,
                 fixed_image_size=size[0],
-            )  # fmt: skip
+            )
         seconds += passed[0]
     return seconds
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--ckpt", default="checkpoints/bvit-digits-s")
     parser.add_argument("--neurons", type=int, help="neurons, each at every step (3; on a GPU 4)")
     parser.add_argument("--iterations", type=int, help="iterations of a picture (3; on a GPU 8)")
@@ -120,10 +138,13 @@ def main():
     each = 1e3 / len(neurons) / recipe.iterations
     lines = [
         f"{timing.machine(options.device)}; {len(neurons)} pictures, {recipe.iterations} iterations of {recipe.copies} "
-        f"copies, median of {options.rounds} rounds", "",
-        "| way | ms a picture and iteration |", "|---|---|",
-        *(f"| {name} | {statistics.median(times) * each:.3g} |" for name, times in seconds.items()), "",
-    ]  # fmt: skip
+        f"copies, median of {options.rounds} rounds",
+        "",
+        "| way | ms a picture and iteration |",
+        "|---|---|",
+        *(f"| {name} | {statistics.median(times) * each:.3g} |" for name, times in seconds.items()),
+        "",
+    ]
     if len(ways) > 1:
         ours, lucent = seconds.values()
         ratios = [theirs / own for own, theirs in zip(ours, lucent, strict=True)]

@@ -1,4 +1,5 @@
-"""Run what only a GPU can settle, in order of worth, within a time limit; or put the results in place.
+"""Run what only a GPU can settle, in order of worth, within a time limit; or put the results in
+place.
 
     python benchmarks/gpu.py [--seconds 570] [--out runs/gpu] [--data DIR] [--only JOB ...] [--skip JOB ...]
     python benchmarks/gpu.py --list
@@ -50,22 +51,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(given: list[str]) -> int:
-    parser = Parser(prog="gpu.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=570.0, help="time limit of the run (default 570)")
+    parser = Parser(
+        prog="gpu.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=570.0, help="time limit of the run (default 570)"
+    )
     parser.add_argument("--out", type=Path, help="output folder (default runs/gpu)")
-    parser.add_argument("--data", type=Path, help="folder of data sets (default $BVIT_INTERP_DATA or data)")
+    parser.add_argument(
+        "--data", type=Path, help="folder of data sets (default $BVIT_INTERP_DATA or data)"
+    )
     parser.add_argument("--work", type=Path, help=f"folder of the jobs (default {WORK})")
     parser.add_argument("--device", help="device of the jobs (default cuda; cpu in a dry run)")
-    parser.add_argument("--only", nargs="+", metavar="JOB", help="run these jobs, also if their results are there")
+    parser.add_argument(
+        "--only", nargs="+", metavar="JOB", help="run these jobs, also if their results are there"
+    )
     parser.add_argument("--skip", nargs="+", metavar="JOB", default=[], help="leave these jobs out")
-    parser.add_argument("--weights", choices=["fp16", "fp32"], default="fp16", help="how weights are packed")
+    parser.add_argument(
+        "--weights", choices=["fp16", "fp32"], default="fp16", help="how weights are packed"
+    )
     parser.add_argument("--queue", type=Path, default=QUEUE, help="queue file")
     parser.add_argument("--list", action="store_true", help="list the jobs and stop")
-    parser.add_argument("--dry-run", action="store_true", help="run all jobs at tiny sizes on tiny random data")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="run all jobs at tiny sizes on tiny random data"
+    )
     options = parser.parse_args(given)
     jobs = _chosen(gpu_queue.read(options.queue), options.only, options.skip)
     if options.list:
-        print("\n".join(f"{job.name:<24}{job.seconds:>6.0f} s  {' '.join(job.command)}" for job in jobs))
+        print(
+            "\n".join(
+                f"{job.name:<24}{job.seconds:>6.0f} s  {' '.join(job.command)}" for job in jobs
+            )
+        )
         return 0
     if options.seconds <= 0:
         raise GpuError(f"--seconds must be above 0, got {options.seconds:g}")
@@ -73,11 +90,15 @@ def _run(given: list[str]) -> int:
     work = (options.work or work).resolve()
     data = options.data or Path(os.environ.get("BVIT_INTERP_DATA") or "data")
     settings = Settings(
-        seconds=options.seconds, out=(options.out or out).resolve(), work=work,
+        seconds=options.seconds,
+        out=(options.out or out).resolve(),
+        work=work,
         data=work / "tiny-data" if options.dry_run else data.resolve(),
-        device=options.device or ("cpu" if options.dry_run else "cuda"), dry=options.dry_run,
-        again=options.only is not None or options.dry_run, halve=options.weights == "fp16",
-    )  # fmt: skip
+        device=options.device or ("cpu" if options.dry_run else "cuda"),
+        dry=options.dry_run,
+        again=options.only is not None or options.dry_run,
+        halve=options.weights == "fp16",
+    )
     if options.dry_run:  # all are to run, whatever they would take in earnest
         jobs = [replace(job, seconds=min(job.seconds, 5.0), limit=120.0) for job in jobs]
     with _starter(settings) as start:
@@ -112,21 +133,25 @@ def _chosen(jobs: list[Job], only: list[str] | None, skip: list[str]) -> list[Jo
 def _collect(given: list[str]) -> int:
     parser = Parser(prog="gpu.py collect", description="Put the results of a run in place.")
     parser.add_argument("folder", type=Path, help="output folder of a run")
-    parser.add_argument("--overwrite", action="store_true", help="replace files in the repository that differ")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace files in the repository that differ"
+    )
     parser.add_argument("--root", type=Path, default=ROOT, help="the repository")
     parser.add_argument("--queue", type=Path, default=QUEUE, help="queue file")
     options = parser.parse_args(given)
     mappings = {job.name: job.collect for job in gpu_queue.read(options.queue)}
     found, placed = collect(
         options.folder, options.root, options.root / WORK, mappings, overwrite=options.overwrite
-    )  # fmt: skip
+    )
     for file in placed:
         stored = found.summary["files"][file.name].get("stored", "")
         print(f"{file.how:<9}{file.path.relative_to(options.root)}  {stored}".rstrip())
     for name, why in found.summary.get("left_out", {}).items():
         print(f"left out {name}: {why}")
     for job in found.summary["jobs"]:
-        print(f"{job['name']:<24}{job['state']:<9}{job['seconds']:>8.0f} s, {job['estimate']:.0f} s estimated")
+        print(
+            f"{job['name']:<24}{job['state']:<9}{job['seconds']:>8.0f} s, {job['estimate']:.0f} s estimated"
+        )
     return 0
 
 

@@ -1,4 +1,5 @@
-"""What a dry run of the GPU queue needs: tiny random data sets, and jobs forked from one warm process.
+"""What a dry run of the GPU queue needs: tiny random data sets, and jobs forked from one warm
+process.
 
 Each job imports torch, timm and the package, which takes seconds. In a dry run one process imports
 them once, and every job that is a Python command is forked from it.
@@ -20,9 +21,18 @@ from pathlib import Path
 from typing import Any
 
 WARM = (
-    "torch", "timm", "torchvision", "pandas", "torchmetrics.classification", "tyro", "pyarrow.parquet", "pytest",
-    "bvit_interp.cli.train", "bvit_interp.training.supervised", "bvit_interp.analyses",
-)  # fmt: skip
+    "torch",
+    "timm",
+    "torchvision",
+    "pandas",
+    "torchmetrics.classification",
+    "tyro",
+    "pyarrow.parquet",
+    "pytest",
+    "bvit_interp.cli.train",
+    "bvit_interp.training.loop.supervised",
+    "bvit_interp.analyses",
+)
 
 
 class Forked:
@@ -52,9 +62,14 @@ class Forks:
             return launch(words, environment, log)
         if self.server is None:
             self.server = subprocess.Popen(
-                [sys.executable, str(Path(__file__).resolve())], cwd=ROOT, env=environment, text=True,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=own_group,
-            )  # fmt: skip
+                [sys.executable, str(Path(__file__).resolve())],
+                cwd=ROOT,
+                env=environment,
+                text=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                preexec_fn=own_group,
+            )
         self.server.stdin.write(json.dumps({"words": list(words[1:]), "log": str(log)}) + "\n")
         self.server.stdin.flush()
         return Forked(self.server, json.loads(self.server.stdout.readline())["pid"])
@@ -116,18 +131,36 @@ def _run(words: list[str], log: str) -> int:
 
 
 CLASSES = {  # image column, side and class names
-    "cifar10": ("img", 32, ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]),
-    "imagenette": (
-        "image", 224,
-        [f"n{number:08d}" for number in (
-            1440764, 2102040, 2979186, 3000684, 3028079, 3394916, 3417042, 3425413, 3445777, 3888257,
-        )],
+    "cifar10": (
+        "img",
+        32,
+        ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"],
     ),
-}  # fmt: skip
+    "imagenette": (
+        "image",
+        224,
+        [
+            f"n{number:08d}"
+            for number in (
+                1440764,
+                2102040,
+                2979186,
+                3000684,
+                3028079,
+                3394916,
+                3417042,
+                3425413,
+                3445777,
+                3888257,
+            )
+        ],
+    ),
+}
 
 
 def write_tiny_data(folder: Path, count: int = 40) -> None:
-    """Random images as `cifar10` and `imagenette`, in the layout of Hugging Face's parquet files."""
+    """Random images as `cifar10` and `imagenette`, in the layout of Hugging Face's parquet
+    files."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -145,7 +178,9 @@ def write_tiny_data(folder: Path, count: int = 40) -> None:
                 stored = io.BytesIO()
                 Image.fromarray(coarse).resize((size, size)).save(stored, format="JPEG")
                 images.append({"bytes": stored.getvalue(), "path": f"{split}-{i}.jpg"})
-            rows = pa.table({column: images, "label": pa.array([i % 10 for i in range(count)], pa.int64())})
+            rows = pa.table(
+                {column: images, "label": pa.array([i % 10 for i in range(count)], pa.int64())}
+            )
             pq.write_table(rows.replace_schema_metadata(about), folder / name / f"{split}.parquet")
 
 

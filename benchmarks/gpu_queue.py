@@ -104,8 +104,12 @@ def _job(entry: Any, path: Path) -> Job:
     where = f"{path}: job {entry.get('name', '(without a name)')}"
     known = {f.name for f in fields(Job)}
     if unknown := sorted({str(key) for key in entry} - known):
-        raise GpuError(f"{where}: unknown setting {unknown[0]}; settings: {', '.join(sorted(known))}")
-    required = [f.name for f in fields(Job) if f.default is MISSING and f.default_factory is MISSING]
+        raise GpuError(
+            f"{where}: unknown setting {unknown[0]}; settings: {', '.join(sorted(known))}"
+        )
+    required = [
+        f.name for f in fields(Job) if f.default is MISSING and f.default_factory is MISSING
+    ]
     if missing := [name for name in required if not entry.get(name)]:
         raise GpuError(f"{where}: {missing[0]} must be given")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", str(entry["name"])):
@@ -115,9 +119,10 @@ def _job(entry: Any, path: Path) -> Job:
         if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
             raise GpuError(f"{where}: {name} must be a number above 0, got {value!r}")
     listed = {
-        name: _words(entry[name], f"{where}: {name}") for name in ("command", "leaves", "needs", "done", "dry")
+        name: _words(entry[name], f"{where}: {name}")
+        for name in ("command", "leaves", "needs", "done", "dry")
         if name in entry
-    }  # fmt: skip
+    }
     job = Job(**{**entry, "name": str(entry["name"]), **listed})
     for value in (*job.leaves, *job.done, *job.collect, *job.collect.values()):
         if not is_safe(value):
@@ -125,14 +130,18 @@ def _job(entry: Any, path: Path) -> Job:
     for word in (*job.command, *job.dry, *job.needs):
         for _, name, _, _ in string.Formatter().parse(word):
             if name is not None and name not in PLACEHOLDERS:
-                raise GpuError(f"{where}: no placeholder {{{name}}}; there are: {', '.join(PLACEHOLDERS)}")
+                raise GpuError(
+                    f"{where}: no placeholder {{{name}}}; there are: {', '.join(PLACEHOLDERS)}"
+                )
     return job
 
 
 def _words(value: Any, where: str) -> tuple[str, ...]:
     """A list of words, or a string of them."""
     words = shlex.split(value) if isinstance(value, str) else value
-    if not isinstance(words, list) or not all(isinstance(word, str | int | float) for word in words):
+    if not isinstance(words, list) or not all(
+        isinstance(word, str | int | float) for word in words
+    ):
         raise GpuError(f"{where} must be a list of words or a string, got {value!r}")
     return tuple(str(word) for word in words)
 
@@ -194,9 +203,14 @@ def command(job: Job, settings: Settings, budget: float) -> list[str]:
 def _filled(word: str, job: Job, settings: Settings, budget: float) -> str:
     minutes = max(budget - STARTING, 0.5 * budget) / 60
     return word.format(
-        python=sys.executable, data=settings.data, out=settings.work / job.name / "out", device=settings.device,
-        minutes=f"{minutes:.2f}", root=ROOT, work=settings.work,
-    )  # fmt: skip
+        python=sys.executable,
+        data=settings.data,
+        out=settings.work / job.name / "out",
+        device=settings.device,
+        minutes=f"{minutes:.2f}",
+        root=ROOT,
+        work=settings.work,
+    )
 
 
 def gpu_tests(folder: Path) -> list[str]:
@@ -222,9 +236,14 @@ def launch(words: Sequence[str], environment: dict[str, str], log: Path) -> Proc
     """Start a process that ends when this one is killed."""
     with log.open("ab") as stream:
         return subprocess.Popen(
-            words, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT,
+            words,
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
             preexec_fn=own_group,
-        )  # fmt: skip
+        )
 
 
 _LIBC = ctypes.CDLL(None)
@@ -250,9 +269,13 @@ class Row:
     def record(self) -> dict[str, Any]:
         """As `summary.json` and `job.json` have it."""
         return {
-            "name": self.job.name, "state": self.state, "seconds": round(self.seconds, 1),
-            "estimate": self.job.seconds, "code": self.code, "why": self.why,
-        }  # fmt: skip
+            "name": self.job.name,
+            "state": self.state,
+            "seconds": round(self.seconds, 1),
+            "estimate": self.job.seconds,
+            "code": self.code,
+            "why": self.why,
+        }
 
 
 class Queue:
@@ -287,7 +310,11 @@ class Queue:
         job, settings = row.job, self.settings
         home, before = settings.work / job.name, _previous(settings.work / job.name)
         lacking = [path for path in job.needs if not Path(_filled(path, job, settings, 0)).exists()]
-        is_kept = before.get("state") == "done" and before.get("key") == key(job) and (home / "out").is_dir()
+        is_kept = (
+            before.get("state") == "done"
+            and before.get("key") == key(job)
+            and (home / "out").is_dir()
+        )
         if is_kept and not settings.again:
             row.state, row.seconds = "kept", float(before.get("seconds", 0.0))
         elif job.done and not settings.again and all((ROOT / path).exists() for path in job.done):
@@ -316,7 +343,10 @@ class Queue:
         budget = min(self.left(), job.limit or 2 * job.seconds)
         words = command(job, self.settings, budget)
         self._commit()
-        print(f"{job.name}: started, {job.seconds:.0f} s estimated, {budget:.0f} s at most", flush=True)
+        print(
+            f"{job.name}: started, {job.seconds:.0f} s estimated, {budget:.0f} s at most",
+            flush=True,
+        )
         began = time.monotonic()
         try:
             process = self.start(words, _environment(self.settings), log)
@@ -350,7 +380,8 @@ class Queue:
         return False
 
     def _end(self, process: Process) -> int | None:
-        """Interrupt a job that still runs, kill it and what it started after a grace; its exit code."""
+        """Interrupt a job that still runs, kill it and what it started after a grace; its exit
+        code."""
         if process.poll() is None:
             _signal(process, signal.SIGINT, group=False)
             patience = time.monotonic() + self.settings.grace
@@ -404,7 +435,10 @@ class Queue:
         passed = round(time.monotonic() - self.began, 1)
         jobs = [row.record() for row in self.rows]
         logs = [self._log_of(row) for row in self.rows]
-        self.package.commit({**self.about, "seconds": passed, "jobs": jobs}, "\n".join([*logs, table(self.rows), ""]))
+        self.package.commit(
+            {**self.about, "seconds": passed, "jobs": jobs},
+            "\n".join([*logs, table(self.rows), ""]),
+        )
 
     def _log_of(self, row: Row) -> str:
         lines = last_lines(self.settings.work / row.job.name / "job.log", TAIL)
@@ -430,9 +464,13 @@ def left_files(job: Job, out: Path) -> list[Path]:
 def unfinished(out: Path) -> list[str]:
     """What is missing in the folders of trainings (those with a history or a state)."""
     behind = []
-    for folder in sorted({path.parent for name in ("history.csv", "state.pt") for path in out.rglob(name)}):
+    for folder in sorted(
+        {path.parent for name in ("history.csv", "state.pt") for path in out.rglob(name)}
+    ):
         try:
-            wanted = int(json.loads((folder / "config.json").read_text())["training"]["recipe"]["epochs"])
+            wanted = int(
+                json.loads((folder / "config.json").read_text())["training"]["recipe"]["epochs"]
+            )
             with (folder / "history.csv").open() as stream:
                 reached = [int(float(row["epoch"])) for row in csv.DictReader(stream)][-1]
         except (OSError, ValueError, KeyError, IndexError, TypeError):
@@ -446,12 +484,15 @@ def unfinished(out: Path) -> list[str]:
 def table(rows: Sequence[Row]) -> str:
     """A line per job: state, seconds, estimate."""
     lines = [f"{'job':<24}{'state':<9}{'seconds':>8}{'estimate':>9}  "]
-    lines += [f"{r.job.name:<24}{r.state:<9}{r.seconds:>8.0f}{r.job.seconds:>9.0f}  {r.why}" for r in rows]
+    lines += [
+        f"{r.job.name:<24}{r.state:<9}{r.seconds:>8.0f}{r.job.seconds:>9.0f}  {r.why}" for r in rows
+    ]
     return "\n".join(line.rstrip() for line in lines)
 
 
 def last_lines(path: Path, count: int) -> list[str]:
-    """The last lines of a log that are not empty; what a progress bar overwrote counts as a line."""
+    """The last lines of a log that are not empty; what a progress bar overwrote counts as a
+    line."""
     try:
         with path.open("rb") as stream:
             stream.seek(max(path.stat().st_size - 8192, 0))
@@ -465,17 +506,25 @@ def machine() -> dict[str, str]:
     """The processor count, and the card if there is one."""
     known = {"python": sys.version.split()[0], "cpus": str(os.cpu_count())}
     if shutil.which("nvidia-smi"):
-        asked = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+        asked = [
+            "nvidia-smi",
+            "--query-gpu=name,driver_version,memory.total",
+            "--format=csv,noheader",
+        ]
         with contextlib.suppress(OSError, subprocess.SubprocessError):
-            known["card"] = subprocess.run(asked, capture_output=True, text=True, timeout=20).stdout.strip()
+            known["card"] = subprocess.run(
+                asked, capture_output=True, text=True, timeout=20
+            ).stdout.strip()
     return known
 
 
 def _environment(settings: Settings) -> dict[str, str]:
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | {
-        "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", "BVIT_INTERP_DATA": str(settings.data),
-    }  # fmt: skip
+        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONUNBUFFERED": "1",
+        "BVIT_INTERP_DATA": str(settings.data),
+    }
 
 
 def _previous(home: Path) -> dict[str, Any]:
@@ -488,7 +537,9 @@ def _previous(home: Path) -> dict[str, Any]:
 
 
 def _remember(row: Row, home: Path) -> None:
-    write_whole(home / "job.json", (json.dumps(row.record() | {"key": key(row.job)}) + "\n").encode())
+    write_whole(
+        home / "job.json", (json.dumps(row.record() | {"key": key(row.job)}) + "\n").encode()
+    )
 
 
 def _signal(process: Process, number: int, *, group: bool) -> None:

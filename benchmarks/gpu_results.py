@@ -60,14 +60,18 @@ class Package:
     halve : store float32 weights as float16.
     """
 
-    def __init__(self, folder: Path, *, shard: int = SHARD, total: int = TOTAL, halve: bool = True) -> None:
+    def __init__(
+        self, folder: Path, *, shard: int = SHARD, total: int = TOTAL, halve: bool = True
+    ) -> None:
         self.folder, self.shard, self.total, self.halve = folder, shard, total, halve
         self.size, self.sum = 0, hashlib.sha256()
         self.files: dict[str, dict[str, Any]] = {}
         self.left_out: dict[str, str] = {}
         folder.mkdir(parents=True, exist_ok=True)
         own = re.compile(r"(part-\d\d\.tar|log\.txt|summary\.json)(\.partial)?")
-        if foreign := sorted(path.name for path in folder.iterdir() if not own.fullmatch(path.name)):
+        if foreign := sorted(
+            path.name for path in folder.iterdir() if not own.fullmatch(path.name)
+        ):
             raise GpuError(f"{folder} holds other things ({foreign[0]}): give another --out")
         (folder / SUMMARY).unlink(missing_ok=True)  # first: what remains is then nobody's
         for path in folder.iterdir():
@@ -99,10 +103,14 @@ class Package:
         """Make what was added count."""
         count = -(-self.size // self.shard)
         content = {
-            "version": VERSION, "bytes": self.size, "sha256": self.sum.hexdigest(),
-            "shards": [shard_name(i) for i in range(count)], **summary,
-            "left_out": self.left_out, "files": self.files,
-        }  # fmt: skip
+            "version": VERSION,
+            "bytes": self.size,
+            "sha256": self.sum.hexdigest(),
+            "shards": [shard_name(i) for i in range(count)],
+            **summary,
+            "left_out": self.left_out,
+            "files": self.files,
+        }
         write_whole(self.folder / LOG, log.encode()[-MOST_LOG:])
         write_whole(self.folder / SUMMARY, (json.dumps(content, indent=1) + "\n").encode())
 
@@ -146,7 +154,11 @@ def halved(content: bytes) -> tuple[bytes, bool]:
             if (np.isinf(half) & ~np.isinf(full)).any():
                 return content, False
             part, dtype = half.tobytes(), "F16"
-        stored[name] = {"dtype": dtype, "shape": entry["shape"], "data_offsets": [at, at + len(part)]}
+        stored[name] = {
+            "dtype": dtype,
+            "shape": entry["shape"],
+            "data_offsets": [at, at + len(part)],
+        }
         parts.append(part)
         at += len(part)
     head = json.dumps(about | stored, separators=(",", ":")).encode()
@@ -200,11 +212,15 @@ def _members(joined: bytes, listed: dict[str, Any], folder: Path) -> dict[str, b
         with tarfile.open(fileobj=io.BytesIO(joined), mode="r:") as tar:
             for member in tar:
                 if not member.isreg() or not is_safe(member.name):
-                    raise GpuError(f"{folder} holds {member.name!r}, which is no file below its folder")
+                    raise GpuError(
+                        f"{folder} holds {member.name!r}, which is no file below its folder"
+                    )
                 content = tar.extractfile(member).read()  # type: ignore[union-attr]
                 known = listed.get(member.name, {})
                 if known.get("sha256") != hashlib.sha256(content).hexdigest():
-                    raise GpuError(f"{member.name} in {folder} is not the file that {SUMMARY} describes")
+                    raise GpuError(
+                        f"{member.name} in {folder} is not the file that {SUMMARY} describes"
+                    )
                 files[member.name] = content
     except tarfile.TarError as error:
         raise GpuError(f"the shards in {folder} are no tar ({error})") from None
@@ -220,7 +236,11 @@ def is_safe(name: str) -> bool:
 
 def destination(name: str, mapping: dict[str, str]) -> str | None:
     """Where a job's file goes by its `collect` mapping: the longest folder or file that fits."""
-    fits = [source for source in mapping if name == source or name.startswith(f"{source}/") or source == "."]
+    fits = [
+        source
+        for source in mapping
+        if name == source or name.startswith(f"{source}/") or source == "."
+    ]
     if not fits or PurePosixPath(name).name == STATE:
         return None
     source = max(fits, key=len)
@@ -238,7 +258,12 @@ class Placed:
 
 
 def collect(
-    folder: Path, root: Path, work: Path, mappings: dict[str, dict[str, str]], *, overwrite: bool = False
+    folder: Path,
+    root: Path,
+    work: Path,
+    mappings: dict[str, dict[str, str]],
+    *,
+    overwrite: bool = False,
 ) -> tuple[Found, list[Placed]]:
     """Put the files of a run in place; nothing is written if one of them is refused.
 
@@ -263,7 +288,11 @@ def collect(
         job, _, inner = name.partition("/")
         if job not in mappings:
             raise GpuError(f"{folder} holds {name}, and the queue has no job {job!r}")
-        in_place = destination(inner.removeprefix("out/"), mappings[job]) if inner.startswith("out/") else None
+        in_place = (
+            destination(inner.removeprefix("out/"), mappings[job])
+            if inner.startswith("out/")
+            else None
+        )
         is_placed = job in finished and in_place is not None
         path = root / str(in_place) if is_placed else work / job / inner
         if not path.resolve().is_relative_to(root.resolve()):

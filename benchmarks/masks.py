@@ -1,11 +1,12 @@
-"""What masks of steps cost: an evaluation with twelve masks, a training step under them, a step of the twelve grafts.
+"""What masks of steps cost: an evaluation with twelve masks, a training step under them, a step of
+the twelve grafts.
 
     python benchmarks/masks.py [--widths 128 256] [--batch 128] [--rounds 9] [--device cpu] [--out FILE]
 
-Evaluation multiplies once and then runs twelve matrices where the plain model runs one (float32); training multiplies
-in every forward pass (bf16, as the trainer: forward, loss, backward, AdamW). On a CPU the time is that of the process,
-which others on the machine disturb less. Every round times all once, in a new random order; ratios are medians over
-rounds of paired times.
+Evaluation multiplies once and then runs twelve matrices where the plain model runs one (float32);
+training multiplies in every forward pass (bf16, as the trainer: forward, loss, backward, AdamW). On
+a CPU the time is that of the process, which others on the machine disturb less. Every round times
+all once, in a new random order; ratios are medians over rounds of paired times.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from torch import nn
 
 import bvit_interp.models.bvit  # noqa: F401  (registers the models with timm)
 from bvit_interp.models.masks import Masks, full, masked
-from bvit_interp.training import graft, start
-from bvit_interp.training.recipe import Recipe
+from bvit_interp.training.loop import build as start
+from bvit_interp.training.loop.recipe import Recipe
+from bvit_interp.training.pruning import grafts as graft
 
 TOKENS = {"img_size": 32, "patch_size": 4, "num_heads": 4, "num_classes": 10}
 NAME = "bvit_small_patch16_224"
@@ -42,7 +44,10 @@ def evaluation(model: nn.Module, images: torch.Tensor) -> Callable[[], None]:
 
 
 def training(
-    forward: Callable[[torch.Tensor], torch.Tensor], weights: nn.Module, images: torch.Tensor, labels: torch.Tensor
+    forward: Callable[[torch.Tensor], torch.Tensor],
+    weights: nn.Module,
+    images: torch.Tensor,
+    labels: torch.Tensor,
 ) -> Callable[[], None]:
     """A training step in bf16 of a function with logits ``(..., B, C)``."""
     optimizer = start.optimizer(weights, Recipe(model={"name": NAME}, data="random", epochs=1))  # type: ignore[arg-type]
@@ -61,7 +66,10 @@ def training(
 def steps(width: int, batch: int, device: str) -> dict[str, Callable[[], None]]:
     """Everything that is timed at one width."""
     torch.manual_seed(0)
-    images, labels = torch.randn(batch, 3, 32, 32, device=device), torch.randint(10, (batch,), device=device)
+    images, labels = (
+        torch.randn(batch, 3, 32, 32, device=device),
+        torch.randint(10, (batch,), device=device),
+    )
     model, init = (timm.create_model(NAME, embed_dim=width, **TOKENS).to(device) for _ in range(2))
     masks = Masks({name: torch.rand(mask.shape) < 0.5 for name, mask in full(model).items()})
     frozen = masked(model, masks, baked=True).requires_grad_(False)
@@ -74,18 +82,25 @@ def steps(width: int, batch: int, device: str) -> dict[str, Callable[[], None]]:
     trained = {
         "training, plain": training(plain.train(), plain, images, labels),
         "training, masked": training(view.train(), model, images, labels),
-        "training, twelve grafts": training(lambda shown: graft.answers(frozen, grafts, shown), grafts, images, labels),
+        "training, twelve grafts": training(
+            lambda shown: graft.answers(frozen, grafts, shown), grafts, images, labels
+        ),
     }
     for block in (*plain.blocks.children(), *view.blocks, *frozen.blocks, *grafts):
-        block.attn.fused_attn = device != "cpu"  # as the trainer: its bf16 backward is slow on a CPU
+        block.attn.fused_attn = (
+            device != "cpu"
+        )  # as the trainer: its bf16 backward is slow on a CPU
     unmasked = timm.create_model(NAME, embed_dim=width, **TOKENS).to(device)
     return {
-        "evaluation, plain": evaluation(unmasked, images), "evaluation, masked": evaluation(baked, images)
-    } | trained  # fmt: skip
+        "evaluation, plain": evaluation(unmasked, images),
+        "evaluation, masked": evaluation(baked, images),
+    } | trained
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--widths", type=int, nargs="+", default=[128, 256])
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=9)

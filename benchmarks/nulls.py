@@ -1,10 +1,12 @@
-"""Make what the pointing game on photographs is compared with: untrained weights, and the boxes of other images.
+"""Make what the pointing game on photographs is compared with: untrained weights, and the boxes of
+other images.
 
     python benchmarks/nulls.py ../shared/data/imagenette ../shared/data/imagenette_boxes_s runs
 
-writes the models of the four Imagenette recipes before their first step to ``runs/untrained``, and to
-``runs/other-masks`` the photographs with boxes, each with those of another one drawn at random (ImageNet-S layout).
-``figures/untrained``, ``figures/other_masks`` and ``figures/trajectories.csv`` are made from them.
+writes the models of the four Imagenette recipes before their first step to ``runs/untrained``, and
+to ``runs/other-masks`` the photographs with boxes, each with those of another one drawn at random
+(ImageNet-S layout). ``figures/untrained``, ``figures/other_masks`` and ``figures/trajectories.csv``
+are made from them.
 """
 
 import sys
@@ -15,32 +17,41 @@ from PIL import Image
 
 from bvit_interp.data.catalog import open_samples
 from bvit_interp.models import checkpoint
-from bvit_interp.training import recipe
-from bvit_interp.training.start import make_model
+from bvit_interp.training.loop import recipe
+from bvit_interp.training.loop.build import make_model
 
 RECIPES = ("imagenette", "imagenette-vit", "imagenette-d128", "imagenette-d128-vit")
 
 
 def untrained(data: Path, out: Path) -> None:
-    """A checkpoint a recipe, of the weights its training starts from; whole images are looked at."""
+    """A checkpoint a recipe, of the weights its training starts from; whole images are looked
+    at."""
     samples = open_samples(f"imagenette:{data}", "train")
     for name in RECIPES:
         model = make_model(recipe.read(name), samples)
         model.pretrained_cfg |= {"crop_pct": 1.0}
         kind = "vit" if name.endswith("-vit") else "bvit"
-        checkpoint.save(model, out / f"{kind}-{name.removesuffix('-vit')}-untrained", f"# {name}, untrained\n")
+        checkpoint.save(
+            model, out / f"{kind}-{name.removesuffix('-vit')}-untrained", f"# {name}, untrained\n"
+        )
 
 
 def other_masks(boxes: Path, out: Path, seed: int = 0) -> None:
-    """The images of `boxes` with one another's masks; a mask takes the class of the image it is given to."""
-    images, classes = sorted(boxes.glob("validation/*/*.JPEG")), (boxes / "categories.txt").read_text().split()
+    """The images of `boxes` with one another's masks; a mask takes the class of the image it is
+    given to."""
+    images, classes = (
+        sorted(boxes.glob("validation/*/*.JPEG")),
+        (boxes / "categories.txt").read_text().split(),
+    )
     rng, places = np.random.default_rng(seed), np.arange(len(images))
     partners = rng.permutation(len(images))
     while (partners == places).any():
         partners = rng.permutation(len(images))
     for image, partner in zip(images, partners, strict=True):
         wnid, source = image.parent.name, images[partner]
-        mask = Image.open(boxes / "validation-segmentation" / source.parent.name / f"{source.stem}.png").convert("RGB")
+        mask = Image.open(
+            boxes / "validation-segmentation" / source.parent.name / f"{source.stem}.png"
+        ).convert("RGB")
         ids = np.asarray(mask).astype(int) @ (1, 256, 0)
         drawn = np.zeros((*ids.shape, 3), np.uint8)
         drawn[..., 0] = np.where(ids > 0, classes.index(wnid) + 1, 0)

@@ -1,10 +1,12 @@
-"""What recording costs: time against the plain forward and memory kept alive, beside the peers installed.
+"""What recording costs: time against the plain forward and memory kept alive, beside the peers
+installed.
 
     python benchmarks/recording.py [--sizes 224 448] [--batch 4] [--rounds 7] [--device cpu] [--out FILE]
     python benchmarks/recording.py --device cuda        224 px, batch 256, bf16
 
-Every round times each way once, in a new random order, so that drift hits all alike. Ratios are medians
-over rounds of paired times. "Kept" is what the result holds alive per image when the forward is over.
+Every round times each way once, in a new random order, so that drift hits all alike. Ratios are
+medians over rounds of paired times. "Kept" is what the result holds alive per image when the
+forward is over.
 """
 
 from __future__ import annotations
@@ -33,7 +35,11 @@ BESIDE, GOAL = "bvit_interp: CLS attention beside the logits", 1.05
 def ways(size: int, device: str) -> dict[str, Way]:
     """What is timed: name -> function of images."""
     torch.manual_seed(0)
-    model = timm.create_model("bvit_base_patch16_224", img_size=size).to(device, timing.dtype_of(device)).eval()
+    model = (
+        timm.create_model("bvit_base_patch16_224", img_size=size)
+        .to(device, timing.dtype_of(device))
+        .eval()
+    )
     probe = Probe(model, max_bytes=2**36)
     found: dict[str, Way] = {
         PLAIN: lambda x: (model(x), None)[1],
@@ -56,16 +62,26 @@ def _attention_extract(model: Any) -> dict[str, Way]:
 
 
 def _transformer_lens(size: int, device: str) -> dict[str, Way]:
-    """TransformerLens has no ViT loader: a random HookedTransformer of the same width, depth and tokens."""
+    """TransformerLens has no ViT loader: a random HookedTransformer of the same width, depth and
+    tokens."""
     try:
         from transformer_lens import HookedTransformer, HookedTransformerConfig
     except ImportError:
         return {}
     tokens = (size // 16) ** 2 + 1
     config = HookedTransformerConfig(
-        n_layers=12, d_model=768, n_ctx=tokens, d_head=64, n_heads=12, d_mlp=3072, act_fn="gelu", d_vocab=1000,
-        attention_dir="bidirectional", device=device, dtype=timing.dtype_of(device),
-    )  # fmt: skip
+        n_layers=12,
+        d_model=768,
+        n_ctx=tokens,
+        d_head=64,
+        n_heads=12,
+        d_mlp=3072,
+        act_fn="gelu",
+        d_vocab=1000,
+        attention_dir="bidirectional",
+        device=device,
+        dtype=timing.dtype_of(device),
+    )
     model = HookedTransformer(config).eval()
 
     def ids(x: torch.Tensor) -> torch.Tensor:
@@ -83,7 +99,9 @@ def _transformer_lens(size: int, device: str) -> dict[str, Way]:
 def kept_bytes(result: Any) -> int:
     """Bytes of the distinct storages a result holds."""
     tensors = result if isinstance(result, list) else [] if result is None else [result]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    return sum(
+        {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()
+    )
 
 
 def measure(size: int, batch: int, rounds: int, device: str) -> list[str]:
@@ -91,7 +109,9 @@ def measure(size: int, batch: int, rounds: int, device: str) -> list[str]:
     images = torch.randn(batch, 3, size, size, device=device, dtype=timing.dtype_of(device))
     kept, able, notes = {}, {}, []
     with torch.inference_mode():
-        for name, way in ways(size, device).items():  # one by one: some need more memory than there is
+        for name, way in ways(
+            size, device
+        ).items():  # one by one: some need more memory than there is
             try:
                 kept[name] = kept_bytes(way(images)) / batch
                 able[name] = partial(way, images)
@@ -103,26 +123,44 @@ def measure(size: int, batch: int, rounds: int, device: str) -> list[str]:
     for name, own in times.items():
         ratio = timing.ratio(own, times[OTHER if name.startswith("Trans") else PLAIN])
         each = 1e3 * statistics.median(own) / batch
-        rows.append(f"| {size} | {name} | {each:.{0 if each > 10 else 3}f} | {ratio:.2f} | {kept[name] / 1e6:.2f} |")
-    goal = timing.verdict(f"CLS rows beside the logits, {size} px", timing.ratio(times[BESIDE], times[PLAIN]), GOAL,
-                          at_most=True)  # fmt: skip
+        rows.append(
+            f"| {size} | {name} | {each:.{0 if each > 10 else 3}f} | {ratio:.2f} | {kept[name] / 1e6:.2f} |"
+        )
+    goal = timing.verdict(
+        f"CLS rows beside the logits, {size} px",
+        timing.ratio(times[BESIDE], times[PLAIN]),
+        GOAL,
+        at_most=True,
+    )
     return [*rows, "", goal, *notes]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=int, nargs="+", help="image sizes, px (224 448; on a GPU 224)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", help="image sizes, px (224 448; on a GPU 224)"
+    )
     parser.add_argument("--batch", type=int, help="images a call (4; on a GPU 256)")
     parser.add_argument("--rounds", type=int, help="rounds (7; on a GPU 15)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="markdown file to write")
     options = parser.parse_args()
-    sizes, batch, rounds = ([224], 256, 15) if timing.is_cuda(options.device) else ([224, 448], 4, 7)
+    sizes, batch, rounds = (
+        ([224], 256, 15) if timing.is_cuda(options.device) else ([224, 448], 4, 7)
+    )
     sizes, batch, rounds = options.sizes or sizes, options.batch or batch, options.rounds or rounds
     precision = str(timing.dtype_of(options.device)).removeprefix("torch.")
-    lines = [f"{timing.machine(options.device)}; {precision}, batch {batch}, median of {rounds} rounds"]
+    lines = [
+        f"{timing.machine(options.device)}; {precision}, batch {batch}, median of {rounds} rounds"
+    ]
     for size in sizes:
-        lines += ["", "| px | way | ms an image | time / plain forward | MB kept an image |", "|---|---|---|---|---|"]
+        lines += [
+            "",
+            "| px | way | ms an image | time / plain forward | MB kept an image |",
+            "|---|---|---|---|---|",
+        ]
         lines += measure(size, batch, rounds, options.device)
     timing.report(lines, options.out)
 

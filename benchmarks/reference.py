@@ -16,7 +16,8 @@ GROUPS = torch.arange(128) // 32  # neurons ablated together
 def loop(model, images, blocks=None, change=None):
     """Neurons ``mlp_post``, attention and output of every step, and the logits.
 
-    `blocks` gives the block of each step, `change` maps a step (from 1) to a function of its neurons.
+    `blocks` gives the block of each step, `change` maps a step (from 1) to a function of its
+    neurons.
     """
     blocks = blocks or [model.get_submodule("blocks.0")] * STEPS
     z = model._pos_embed(model.patch_embed(images))

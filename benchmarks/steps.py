@@ -1,9 +1,11 @@
-"""What the head after every step costs: one pass of `step-accuracy` against a plain forward, and against a run a step.
+"""What the head after every step costs: one pass of `step-accuracy` against a plain forward, and
+against a run a step.
 
     python benchmarks/steps.py [--ckpt checkpoints/bvit-digits-s] [--steps 24] [--batch 64] [--rounds 7]
         [--device cpu] [--out FILE]
 
-Every round times each way once, in a new random order; ratios are medians over rounds of paired times.
+Every round times each way once, in a new random order; ratios are medians over rounds of paired
+times.
 """
 
 from __future__ import annotations
@@ -44,10 +46,14 @@ def main() -> None:
     with torch.inference_mode():
         times = timing.paired(ways, options.rounds, options.device)
     base, *_ = times.values()
-    lines = [f"{options.ckpt}, batch {options.batch}, {timing.machine(options.device)}, {options.rounds} rounds"]
+    lines = [
+        f"{options.ckpt}, batch {options.batch}, {timing.machine(options.device)}, {options.rounds} rounds"
+    ]
     lines += ["| way | ms | time / plain forward |", "|---|---|---|"]
     for name, of in times.items():
-        lines.append(f"| {name} | {1000 * statistics.median(of):.0f} | {timing.ratio(of, base):.2f} |")
+        lines.append(
+            f"| {name} | {1000 * statistics.median(of):.0f} | {timing.ratio(of, base):.2f} |"
+        )
     timing.report(lines, options.out)
 
 

@@ -26,7 +26,11 @@ def dtype_of(device: str) -> torch.dtype:
 
 def machine(device: str) -> str:
     """The card, or the CPU threads, and torch's version."""
-    where = torch.cuda.get_device_name(device) if is_cuda(device) else f"cpu, {torch.get_num_threads()} threads"
+    where = (
+        torch.cuda.get_device_name(device)
+        if is_cuda(device)
+        else f"cpu, {torch.get_num_threads()} threads"
+    )
     return f"{where}, torch {torch.__version__}"
 
 
@@ -36,7 +40,9 @@ def wait(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
-def seconds(way: Way, device: str, calls: int = 1, clock: Callable[[], float] = time.perf_counter) -> float:
+def seconds(
+    way: Way, device: str, calls: int = 1, clock: Callable[[], float] = time.perf_counter
+) -> float:
     """Time of one call, the mean of `calls` in a row."""
     wait(device)
     began = clock()
@@ -47,9 +53,14 @@ def seconds(way: Way, device: str, calls: int = 1, clock: Callable[[], float] = 
 
 
 def paired(
-    ways: Mapping[str, Way], rounds: int, device: str, *, warm: int = 1, calls: int = 1,
+    ways: Mapping[str, Way],
+    rounds: int,
+    device: str,
+    *,
+    warm: int = 1,
+    calls: int = 1,
     clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, list[float]]:  # fmt: skip
+) -> dict[str, list[float]]:
     """Seconds of every way in every round; a round times each once, in a new random order."""
     for way in ways.values():
         for _ in range(warm):

@@ -1,9 +1,10 @@
-"""Same question, many tools: what does each answer for `block.mlp.act` of a bViT, and of its unroll?
+"""Same question, many tools: what does each answer for `block.mlp.act` of a bViT, and of its
+unroll?
 
-Run as ``python benchmarks/tools.py [--out docs/tools.md]``. Every answer is computed by the installed tool on
-a small seeded bViT and judged by comparison with a loop over the block written out below; no verdict is typed
-in. A tool that is not installed is listed as such. Peer libraries that the package itself does not
-need: ``pip install nnsight grad-cam dreamlens transformer-lens``.
+Run as ``python benchmarks/tools.py [--out docs/tools.md]``. Every answer is computed by the
+installed tool on a small seeded bViT and judged by comparison with a loop over the block written
+out below; no verdict is typed in. A tool that is not installed is listed as such. Peer libraries
+that the package itself does not need: ``pip install nnsight grad-cam dreamlens transformer-lens``.
 """
 
 from __future__ import annotations
@@ -23,7 +24,17 @@ from pathlib import Path
 
 import timm
 import torch
-from reference import GROUPS, STEP, STEPS, TARGETS, ablation, conductance, gradient, integrated_gradients, loop
+from reference import (
+    GROUPS,
+    STEP,
+    STEPS,
+    TARGETS,
+    ablation,
+    conductance,
+    gradient,
+    integrated_gradients,
+    loop,
+)
 from torch import nn
 from torch.nn.utils import prune
 
@@ -37,14 +48,16 @@ TOLERANCE = 1e-3  # of the reference's largest value
 
 
 def distance(answer, reference):
-    """Largest difference as a share of the reference's largest value; infinite for another shape."""
+    """Largest difference as a share of the reference's largest value; infinite for another
+    shape."""
     if answer.shape != reference.shape:
         return float("inf")
     return ((answer - reference).abs().max() / reference.abs().max().clamp_min(1e-12)).item()
 
 
 def judge(answer, references, together=None):
-    """Which step's reference the answer is; else their sum, all steps at once, or how far it is from any."""
+    """Which step's reference the answer is; else their sum, all steps at once, or how far it is
+    from any."""
     errors = {t: distance(answer, reference) for t, reference in references.items()}
     matched = [t for t, error in errors.items() if error < TOLERANCE]
     if matched:
@@ -63,13 +76,19 @@ def judge_names(answers, references):
     right = [f"step {t} only" for t in references]
     if list(verdicts.values()) == right:
         names = list(verdicts)
-        return f"names all {len(right)} steps (`{names[0]}` ... `{names[STEP - 1]}` = step {STEP} ...)"
-    return "; ".join(f"`{name}`: {verdict}" for name, verdict in verdicts.items()) or "nothing (an empty answer)"
+        return (
+            f"names all {len(right)} steps (`{names[0]}` ... `{names[STEP - 1]}` = step {STEP} ...)"
+        )
+    return (
+        "; ".join(f"`{name}`: {verdict}" for name, verdict in verdicts.items())
+        or "nothing (an empty answer)"
+    )
 
 
 @dataclass(frozen=True)
 class Subject:
-    """The model a tool is let loose on, and an untouched twin of the recurrent model for the references."""
+    """The model a tool is let loose on, and an untouched twin of the recurrent model for the
+    references."""
 
     model: nn.Module
     recurrent: bool
@@ -101,7 +120,9 @@ class Subject:
 
 def plain_hook(subject):
     kept = {}
-    subject.layer.register_forward_hook(lambda module, args, output: kept.__setitem__(module, output))
+    subject.layer.register_forward_hook(
+        lambda module, args, output: kept.__setitem__(module, output)
+    )
     subject.model(subject.images)
     return judge(kept[subject.layer], subject.neurons())
 
@@ -109,14 +130,18 @@ def plain_hook(subject):
 def captum_activation(subject):
     from captum.attr import LayerActivation
 
-    return judge(LayerActivation(subject.model, subject.layer).attribute(subject.images), subject.neurons())
+    return judge(
+        LayerActivation(subject.model, subject.layer).attribute(subject.images), subject.neurons()
+    )
 
 
 def captum_integrated_gradients(subject):
     from captum.attr import LayerIntegratedGradients
 
     method = LayerIntegratedGradients(subject.model, subject.layer)
-    answer = method.attribute(subject.images, torch.zeros_like(subject.images), target=TARGETS, n_steps=6)
+    answer = method.attribute(
+        subject.images, torch.zeros_like(subject.images), target=TARGETS, n_steps=6
+    )
     truth = subject.each_step(lambda t: integrated_gradients(subject.twin, subject.images, t, 6))
     return judge(answer, truth)
 
@@ -124,8 +149,12 @@ def captum_integrated_gradients(subject):
 def captum_conductance(subject):
     from captum.attr import LayerConductance
 
-    answer = LayerConductance(subject.model, subject.layer).attribute(subject.images, target=TARGETS, n_steps=6)
-    return judge(answer, subject.each_step(lambda t: conductance(subject.twin, subject.images, t, 6)))
+    answer = LayerConductance(subject.model, subject.layer).attribute(
+        subject.images, target=TARGETS, n_steps=6
+    )
+    return judge(
+        answer, subject.each_step(lambda t: conductance(subject.twin, subject.images, t, 6))
+    )
 
 
 def captum_ablation(subject):
@@ -153,7 +182,9 @@ def timm_intermediates(subject):
     )
     outputs = loop(subject.twin, subject.images)[2]
     truth = subject.each_step(lambda t: outputs[t - 1].detach())
-    named = {f"[{i}]": torch.cat([prefix, patches], 1) for i, (patches, prefix) in enumerate(answers)}
+    named = {
+        f"[{i}]": torch.cat([prefix, patches], 1) for i, (patches, prefix) in enumerate(answers)
+    }
     return judge_names(named, truth)
 
 
@@ -212,7 +243,9 @@ def grad_cam(subject):
     def by_hand(t):
         act, grad = (to_grid(tensor) for tensor in gradient(subject.twin, subject.images, t))
         raw = (grad.mean((2, 3), keepdim=True) * act).sum(1).clamp_min(0).numpy()
-        return torch.tensor(scale_cam_image(scale_cam_image(raw, (32, 32))))  # a layer's map, then their mean's
+        return torch.tensor(
+            scale_cam_image(scale_cam_image(raw, (32, 32)))
+        )  # a layer's map, then their mean's
 
     cam = GradCAM(subject.model, [subject.layer], reshape_transform=to_grid)
     answer = cam(subject.images, [ClassifierOutputTarget(int(target)) for target in TARGETS])
@@ -229,10 +262,13 @@ def dreamlens_capture(subject):
 
 
 def transformer_lens_wrap(subject):
-    # its bridge takes Hugging Face models of known architectures; what it says to another one is the answer
+    # its bridge takes Hugging Face models of known architectures; what it says to another one is
+    # the answer
     from transformer_lens.model_bridge import TransformerBridge
 
-    bridge = TransformerBridge.boot_transformers("google/vit-base-patch16-224", hf_model=subject.model)
+    bridge = TransformerBridge.boot_transformers(
+        "google/vit-base-patch16-224", hf_model=subject.model
+    )
     cache = bridge.run_with_cache(subject.images)[1]
     return judge_names({k: v for k, v in cache.items() if "mlp.hook_post" in k}, subject.neurons())
 
@@ -249,7 +285,9 @@ def torch_prune(subject):
         return loop(subject.twin, subject.images, blocks=blocks)[3].detach()
 
     answer = subject.model(subject.images).detach()
-    return judge(answer, subject.each_step(lambda t: pruned_in([t])), pruned_in(range(1, STEPS + 1)))
+    return judge(
+        answer, subject.each_step(lambda t: pruned_in([t])), pruned_in(range(1, STEPS + 1))
+    )
 
 
 @dataclass(frozen=True)
@@ -266,7 +304,12 @@ NEURONS, ATTENTION = "neurons of the step", "attention of the step"
 TOOLS = (
     Tool("forward hook into a dict", "torch", NEURONS, plain_hook),
     Tool("captum LayerActivation", "captum", NEURONS, captum_activation),
-    Tool("captum LayerIntegratedGradients", "captum", "attribution to them", captum_integrated_gradients),
+    Tool(
+        "captum LayerIntegratedGradients",
+        "captum",
+        "attribution to them",
+        captum_integrated_gradients,
+    ),
     Tool("captum LayerConductance", "captum", "attribution to them", captum_conductance),
     Tool("captum LayerFeatureAblation", "captum", "effect of zeroing them", captum_ablation),
     Tool("torchvision create_feature_extractor", "torchvision", NEURONS, torchvision_extractor),
@@ -300,7 +343,12 @@ def reference_model():
     """A seeded bViT of width 32 and 12 steps whose steps differ well above the tolerance."""
     torch.manual_seed(0)
     model = timm.create_model(
-        "bvit_small_patch16_224", img_size=32, patch_size=8, embed_dim=32, num_heads=4, num_classes=10
+        "bvit_small_patch16_224",
+        img_size=32,
+        patch_size=8,
+        embed_dim=32,
+        num_heads=4,
+        num_classes=10,
     ).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -309,7 +357,8 @@ def reference_model():
 
 
 def ask(tool, unrolled):
-    """The verdict for one tool on a fresh model (tools leave hooks behind), or the error it stops with."""
+    """The verdict for one tool on a fresh model (tools leave hooks behind), or the error it stops
+    with."""
     model = reference_model()
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     subject = Subject(unroll(model) if unrolled else model, not unrolled, reference_model(), images)

@@ -1,13 +1,14 @@
-"""What a training step costs: bViT against the matched stacks, in time and in memory held by the optimiser.
+"""What a training step costs: bViT against the matched stacks, in time and in memory held by the
+optimiser.
 
     python benchmarks/training.py [--model cifar|base] [--batch 64] [--rounds 9] [--device cpu] [--compile] [--out FILE]
     python benchmarks/training.py --model base --device cuda        batch 256
 
-A step is the trainer's own: forward in bf16, loss, backward, clipping, AdamW and EMA, on a GPU replayed
-from a CUDA graph where the trainer does so. Every round times each model once, in a new random order, so
-that drift hits all alike. Ratios are medians over rounds of paired times. MFU is model FLOPs (three
-forward passes, attention products included) over the measured peak of a matrix product. The goals of a
-GPU count against 790 TFLOP/s, an H100's matrix products in bf16.
+A step is the trainer's own: forward in bf16, loss, backward, clipping, AdamW and EMA, on a GPU
+replayed from a CUDA graph where the trainer does so. Every round times each model once, in a new
+random order, so that drift hits all alike. Ratios are medians over rounds of paired times. MFU is
+model FLOPs (three forward passes, attention products included) over the measured peak of a matrix
+product. The goals of a GPU count against 790 TFLOP/s, an H100's matrix products in bf16.
 """
 
 from __future__ import annotations
@@ -31,20 +32,30 @@ from torch import Tensor, nn
 
 import bvit_interp.models.bvit  # noqa: F401  (registers the models with timm)
 from bvit_interp.models import cost
-from bvit_interp.training import start
-from bvit_interp.training.recipe import Recipe
-from bvit_interp.training.throughput import BACKWARD, utilisation
+from bvit_interp.training.loop import build as start
+from bvit_interp.training.loop.recipe import Recipe
+from bvit_interp.training.loop.throughput import BACKWARD, utilisation
 
 try:
-    from bvit_interp.training.stepper import Stepper
+    from bvit_interp.training.loop.stepper import Stepper
 except ImportError:  # a package from before it
     Stepper = None
 
 SHAPES: dict[str, dict[str, Any]] = {
     "cifar": {"img_size": 32, "patch_size": 4, "embed_dim": 256, "num_heads": 8, "num_classes": 10},
-    "base": {"img_size": 224, "patch_size": 16, "embed_dim": 768, "num_heads": 12, "num_classes": 1000},
+    "base": {
+        "img_size": 224,
+        "patch_size": 16,
+        "embed_dim": 768,
+        "num_heads": 12,
+        "num_classes": 1000,
+    },
 }
-OURS, STACK, COMPILED = "bViT, one block x 12", "the matched stack (RMSNorm)", "bViT, its block compiled"
+OURS, STACK, COMPILED = (
+    "bViT, one block x 12",
+    "the matched stack (RMSNorm)",
+    "bViT, its block compiled",
+)
 NAMES = {
     OURS: "bvit_small_patch16_224",
     STACK: "vit_rms_small_patch16_224",
@@ -53,20 +64,30 @@ NAMES = {
 WARM = 5  # steps; on a GPU the fourth is captured
 H100 = 790e12  # FLOP/s
 GPU_BATCH, GPU_CALLS = {"cifar": 128, "base": 256}, {"cifar": 20, "base": 2}
-GOALS = {"cifar": {"images/s": 40_000, "share of 790 TFLOP/s": 0.25}, "base": {"share of 790 TFLOP/s": 0.45}}
+GOALS = {
+    "cifar": {"images/s": 40_000, "share of 790 TFLOP/s": 0.25},
+    "base": {"share of 790 TFLOP/s": 0.45},
+}
 
 
 class Training:
     """One model in training; calling it takes a step."""
 
-    def __init__(self, name: str, shape: dict[str, Any], batch: int, device: str, compiled: bool) -> None:
+    def __init__(
+        self, name: str, shape: dict[str, Any], batch: int, device: str, compiled: bool
+    ) -> None:
         torch.manual_seed(0)
         self.model, self.device = timm.create_model(name, **shape).to(device).train(), device
         recipe = Recipe(model={"name": name}, data="random", epochs=1)
-        self.optimizer, self.ema = start.optimizer(self.model, recipe), ModelEmaV3(self.model, decay=0.999)
+        self.optimizer, self.ema = (
+            start.optimizer(self.model, recipe),
+            ModelEmaV3(self.model, decay=0.999),
+        )
         blocks = list(self.model.blocks.children())
         for block in blocks:
-            block.attn.fused_attn = timing.is_cuda(device)  # as the trainer: its bf16 backward is slow on a CPU
+            block.attn.fused_attn = timing.is_cuda(
+                device
+            )  # as the trainer: its bf16 backward is slow on a CPU
             if compiled:
                 block.compile()
         self.images = torch.randn(batch, 3, shape["img_size"], shape["img_size"], device=device)
@@ -85,7 +106,9 @@ class Training:
         """Bytes of AdamW's moments, of the blocks or of all tensors."""
         source: nn.Module = self.model.blocks if of_blocks else self.model
         found = (self.optimizer.state[p] for p in source.parameters())
-        return sum(t.numel() * t.element_size() for state in found for t in state.values() if t.ndim)
+        return sum(
+            t.numel() * t.element_size() for state in found for t in state.values() if t.ndim
+        )
 
     def flops(self) -> float:
         """Of a step."""
@@ -97,7 +120,9 @@ class Training:
         return F.cross_entropy(logits.float(), labels)
 
     def _stepper(self, recipe: Recipe) -> Any:
-        step = Stepper(recipe, self.model, self.optimizer, self._loss, captures=timing.is_cuda(self.device))
+        step = Stepper(
+            recipe, self.model, self.optimizer, self._loss, captures=timing.is_cuda(self.device)
+        )
         return lambda: step(self.images, self.labels, 0, self.taken)
 
     def _eager(self) -> None:
@@ -128,7 +153,9 @@ class Cost:
         return statistics.median(self.times)
 
 
-def measure(makers: Mapping[str, Callable[[], Training]], given: argparse.Namespace, batch: int) -> dict[str, Cost]:
+def measure(
+    makers: Mapping[str, Callable[[], Training]], given: argparse.Namespace, batch: int
+) -> dict[str, Cost]:
     """Costs of the models, timed in rounds together."""
     device, on_gpu = given.device, timing.is_cuda(given.device)
     runs = {label: make() for label, make in makers.items()}
@@ -140,16 +167,24 @@ def measure(makers: Mapping[str, Callable[[], Training]], given: argparse.Namesp
     for label, run in runs.items():
         median = statistics.median(times[label])
         costs[label] = Cost(
-            times[label], first[label], utilisation(run.model, batch / median, device, torch.bfloat16),
-            run.flops() / median / H100, run.state_bytes(True) / 1e6, run.state_bytes(False) / 1e6,
-        )  # fmt: skip
+            times[label],
+            first[label],
+            utilisation(run.model, batch / median, device, torch.bfloat16),
+            run.flops() / median / H100,
+            run.state_bytes(True) / 1e6,
+            run.state_bytes(False) / 1e6,
+        )
     return costs
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", choices=list(SHAPES), default="cifar")
-    parser.add_argument("--batch", type=int, help="images a step (64; on a GPU 128 for cifar, 256 for base)")
+    parser.add_argument(
+        "--batch", type=int, help="images a step (64; on a GPU 128 for cifar, 256 for base)"
+    )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--width", type=int, help="embedding dimension in place of the model's")
     parser.add_argument("--device", default="cpu")
@@ -162,12 +197,15 @@ def main() -> None:
     batch = given.batch or (GPU_BATCH[given.model] if on_gpu else 64)
     shape = SHAPES[given.model] | ({"embed_dim": given.width} if given.width else {})
     makers = {
-        label: partial(Training, name, shape, batch, given.device, given.compile) for label, name in NAMES.items()
+        label: partial(Training, name, shape, batch, given.device, given.compile)
+        for label, name in NAMES.items()
     }
     if on_gpu:
         makers[COMPILED] = partial(Training, NAMES[OURS], shape, batch, given.device, True)
     alone = on_gpu and given.model == "base"  # captured steps keep their memory: four are too much
-    groups = [[label] for label in makers] if alone else [[*NAMES], *([[COMPILED]] if on_gpu else [])]
+    groups = (
+        [[label] for label in makers] if alone else [[*NAMES], *([[COMPILED]] if on_gpu else [])]
+    )
     costs: dict[str, Cost] = {}
     notes = []
     for group in groups:
@@ -185,7 +223,11 @@ def main() -> None:
 
 
 def _lines(
-    costs: Mapping[str, Cost], given: argparse.Namespace, batch: int, alone: bool, notes: Sequence[str]
+    costs: Mapping[str, Cost],
+    given: argparse.Namespace,
+    batch: int,
+    alone: bool,
+    notes: Sequence[str],
 ) -> list[str]:
     """The table, and on a GPU what the goals say."""
     on_gpu = timing.is_cuda(given.device)
@@ -206,8 +248,16 @@ def _lines(
         )
     lines += ["", *notes] if notes else []
     if on_gpu:
-        lines += ["", *(f"first {WARM} steps of {label}: {own.first:.1f} s" for label, own in costs.items()), ""]
-        lines += _verdicts({label: costs[label] for label in (OURS, COMPILED) if label in costs}, given.model, batch)
+        lines += [
+            "",
+            *(f"first {WARM} steps of {label}: {own.first:.1f} s" for label, own in costs.items()),
+            "",
+        ]
+        lines += _verdicts(
+            {label: costs[label] for label in (OURS, COMPILED) if label in costs},
+            given.model,
+            batch,
+        )
     return lines
 
 
@@ -217,7 +267,10 @@ def _verdicts(costs: Mapping[str, Cost], model: str, batch: int) -> list[str]:
         return []
     label, best = min(costs.items(), key=lambda item: item[1].step)
     reached = {"images/s": batch / best.step, "share of 790 TFLOP/s": best.share}
-    return [timing.verdict(f"{name}, {label}", reached[name], goal) for name, goal in GOALS[model].items()]
+    return [
+        timing.verdict(f"{name}, {label}", reached[name], goal)
+        for name, goal in GOALS[model].items()
+    ]
 
 
 if __name__ == "__main__":

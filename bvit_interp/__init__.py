@@ -1,18 +1,10 @@
 """bvit_interp: follow heads and neurons through the steps of a recurrent Vision Transformer.
 
-Importing the package registers its models with timm.
+The names below are loaded on first use. The models are registered with timm when
+`bvit_interp.models` is first imported, so by any of them.
 """
 
-import sys
-from pathlib import Path
+import lazy_loader
 
 __version__ = "0.1.0"
-
-# The command line loads torch only when a command needs it, so that its help answers at once.
-if Path(sys.argv[0]).name != "bvit-interp":
-    from bvit_interp.models.bvit import BViT
-    from bvit_interp.models.checkpoint import load, save
-    from bvit_interp.models.unroll import unroll
-    from bvit_interp.probes.probe import Probe
-
-    __all__ = ["BViT", "Probe", "load", "save", "unroll"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Something the user gave cannot be used; the command line prints it as one line and exits with 2."""
+    """Something the user gave cannot be used; the command line prints it as one line and exits with
+    2."""
 
 
 class CheckpointError(UserError):
@@ -27,4 +28,6 @@ class MissingExtra(UserError):
 def choices(values: Iterable[object], most: int = 12) -> str:
     """The valid choices as one readable string, cut after `most`."""
     listed = [str(value) for value in values]
-    return ", ".join(listed[:most]) + (f", ... ({len(listed)} in all)" if len(listed) > most else "")
+    return ", ".join(listed[:most]) + (
+        f", ... ({len(listed)} in all)" if len(listed) > most else ""
+    )

@@ -1,24 +1,23 @@
 """House style: canvas, step axis, palette, heat maps, saving. Knows no model.
 
-Lines differ in colour (Okabe & Ito's, safe for the colour-blind), marker and dash, so that figures read in
-grey; nulls are thin grey lines. Figures are made without pyplot: nothing global, nothing to close.
+Lines differ in colour (Okabe & Ito's, safe for the colour-blind), marker and dash, so that figures
+read in grey; nulls are thin grey lines. Figures are made without pyplot: nothing global, nothing to
+close.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from bvit_interp.results import replacing
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -28,7 +27,9 @@ SEQUENTIAL = "viridis"
 LONGEST_LABEL = 44  # characters
 
 
-def canvas(columns: int = 1, rows: int = 1, width: float = 4.2, height: float = 3.2) -> tuple[Figure, np.ndarray]:
+def canvas(
+    columns: int = 1, rows: int = 1, width: float = 4.2, height: float = 3.2
+) -> tuple[Figure, np.ndarray]:
     """A figure and its axes ``(rows, columns)``; `width` and `height` of one panel in inches."""
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
@@ -42,9 +43,12 @@ def canvas(columns: int = 1, rows: int = 1, width: float = 4.2, height: float = 
 def line_style(i: int) -> dict[str, Any]:
     """Colour, marker and dash of the i-th line."""
     return {
-        "color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)],
-        "linestyle": DASHES[i % len(DASHES)], "markersize": 4, "linewidth": 1.6,
-    }  # fmt: skip
+        "color": COLOURS[i % len(COLOURS)],
+        "marker": MARKERS[i % len(MARKERS)],
+        "linestyle": DASHES[i % len(DASHES)],
+        "markersize": 4,
+        "linewidth": 1.6,
+    }
 
 
 def step_axis(ax: Axes, steps: Iterable[float]) -> None:
@@ -61,17 +65,27 @@ def legend(ax: Axes) -> None:
     """A frameless legend, if anything is labelled; long names keep their end."""
     handles, labels = ax.get_legend_handles_labels()
     if handles:
-        short = [label if len(label) <= LONGEST_LABEL else f"...{label[3 - LONGEST_LABEL :]}" for label in labels]
+        short = [
+            label if len(label) <= LONGEST_LABEL else f"...{label[3 - LONGEST_LABEL :]}"
+            for label in labels
+        ]
         ax.legend(handles, short, frameon=False, fontsize=8)
 
 
 def heat_map(
-    figure: Figure, ax: Axes, values: np.ndarray, columns: list[Any], rows: list[Any], label: str, numbers: bool = True,
+    figure: Figure,
+    ax: Axes,
+    values: np.ndarray,
+    columns: list[Any],
+    rows: list[Any],
+    label: str,
+    numbers: bool = True,
     limits: tuple[float | None, float | None] = (None, None),
-) -> None:  # fmt: skip
+) -> None:
     """A matrix ``(rows, columns)`` in colour, with its numbers written in the cells when they fit.
 
-    `limits` are the values of the first and the last colour; by default the least and the largest of the matrix.
+    `limits` are the values of the first and the last colour; by default the least and the largest
+    of the matrix.
     """
     ax.grid(visible=False)
     image = ax.imshow(values, aspect="auto", cmap=SEQUENTIAL, vmin=limits[0], vmax=limits[1])
@@ -82,11 +96,25 @@ def heat_map(
         shade = image.norm(values)
         for (i, j), value in np.ndenumerate(values):
             ink = "black" if shade[i, j] > 0.6 else "white"
-            ax.text(j, i, f"{value:.2f}".removeprefix("0"), ha="center", va="center", fontsize=6, color=ink)
+            ax.text(
+                j,
+                i,
+                f"{value:.2f}".removeprefix("0"),
+                ha="center",
+                va="center",
+                fontsize=6,
+                color=ink,
+            )
 
 
-def overlay(ax: Axes, image: np.ndarray, saliency: np.ndarray | None = None, outline: np.ndarray | None = None) -> None:
-    """An image ``(height, width, 3)`` in 0..1, a map of any grid laid over it, and a mask's outline."""
+def overlay(
+    ax: Axes,
+    image: np.ndarray,
+    saliency: np.ndarray | None = None,
+    outline: np.ndarray | None = None,
+) -> None:
+    """An image ``(height, width, 3)`` in 0..1, a map of any grid laid over it, and a mask's
+    outline."""
     height, width = image.shape[:2]
     extent = (0, width, height, 0)
     ax.grid(visible=False)

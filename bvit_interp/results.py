@@ -1,7 +1,7 @@
 """Output: files that appear whole or not at all, provenance, and tables that continue after a kill.
 
-A result is `<word>.csv` and `<word>.png` with `<word>.json` beside them: the options, the weights' hashes,
-versions and the command that made them. Under torchrun only the first process writes.
+A result is `<word>.csv` and `<word>.png` with `<word>.json` beside them: the options, the weights'
+hashes, versions and the command that made them. Under torchrun only the first process writes.
 """
 
 from __future__ import annotations
@@ -18,21 +18,20 @@ from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
+import torch
+import torch.distributed as dist
+from torch import nn
 
 from bvit_interp.errors import UserError, choices
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from torch import nn
 
 _LIBRARIES = ("bvit-interp", "torch", "torchvision", "timm", "captum", "numpy", "pandas")
 
 
 def rank_and_world() -> tuple[int, int]:
     """This process's number and how many there are; (0, 1) when not distributed."""
-    import torch.distributed as dist
-
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
@@ -40,7 +39,8 @@ def rank_and_world() -> tuple[int, int]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well, and vanishes otherwise."""
+    """A temporary path beside `path` that takes its place when the block ends well, and vanishes
+    otherwise."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -57,14 +57,18 @@ def write_table(frame: pd.DataFrame, path: Path) -> None:
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """Read a CSV of `write_table`: floats exactly, models by name also where that is 007 or null."""
-    import pandas as pd
-
+    """Read a CSV of `write_table`: floats exactly, models by name also where that is 007 or
+    null."""
     exact: dict[str, Any] = {"float_precision": "round_trip"}
-    if tuple(map(int, pd.__version__.split(".")[:2])) >= (3, 1):  # there the default is exact, the option deprecated
+    if tuple(map(int, pd.__version__.split(".")[:2])) >= (
+        3,
+        1,
+    ):  # there the default is exact, the option deprecated
         exact = {}
     try:
-        return pd.read_csv(path, dtype={"model": str}, keep_default_na=False, na_values=[""], **exact)
+        return pd.read_csv(
+            path, dtype={"model": str}, keep_default_na=False, na_values=[""], **exact
+        )
     except ValueError as error:  # pandas' ParserError and EmptyDataError are ones
         raise UserError(f"{path}: not a table ({' '.join(str(error).split())})") from error
 
@@ -76,12 +80,12 @@ def write_json(content: Mapping[str, Any], path: Path) -> None:
 
 
 def weights_hash(model: nn.Module) -> str:
-    """First 16 hex digits of the SHA-256 of a model's weights, by name; a model and its unroll share it.
+    """First 16 hex digits of the SHA-256 of a model's weights, by name; a model and its unroll
+    share it.
 
-    Each tensor counts once, under its first name without block numbers (a step of an unroll has another).
+    Each tensor counts once, under its first name without block numbers (a step of an unroll has
+    another).
     """
-    import torch
-
     tensors: dict[int, tuple[str, torch.Tensor]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         tensors.setdefault(id(tensor), (re.sub(r"\.\d+\b", "", name), tensor))
@@ -115,8 +119,9 @@ class Table:
     Parameters
     ----------
     path : the CSV; its options lie in the `.json` beside it.
-    options : what the rows depend on; a table made with others is refused, not mixed. Options that the `.json` has
-        beside these do not matter. One with other columns than the new rows is refused when that is first seen.
+    options : what the rows depend on; a table made with others is refused, not mixed. Options that
+        the `.json` has beside these do not matter. One with other columns than the new rows is
+        refused when that is first seen.
     overwrite : start again instead; what is there stays until the first new row is finished.
     """
 
@@ -135,7 +140,9 @@ class Table:
         try:
             found = _flat(json.loads(self.about.read_text())["options"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{self.path} exists without its options; --overwrite replaces it") from None
+            raise UserError(
+                f"{self.path} exists without its options; --overwrite replaces it"
+            ) from None
         differing = [
             f"{key}: {found.get(key)!r} there, {value!r} now"
             for key, value in _flat(self.options).items()
@@ -162,7 +169,9 @@ class Table:
         kinds = {"lacks": lacking, "has the unknown": foreign}
         wrong = [f"{kind} {choices(sorted(columns))}" for kind, columns in kinds.items() if columns]
         if wrong:
-            raise UserError(f"{self.path} has other columns: it {' and '.join(wrong)}; --overwrite replaces it")
+            raise UserError(
+                f"{self.path} has other columns: it {' and '.join(wrong)}; --overwrite replaces it"
+            )
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Add a finished row and write the table.
@@ -172,14 +181,14 @@ class Table:
         UserError
             If the table that was found has other columns.
         """
-        import pandas as pd
-
         if self.columns is not None:
             self._check_columns(row.keys() - self.columns, self.columns - row.keys())
         self.rows.append(dict(row))
         if rank_and_world()[0] == 0:
             if len(self.rows) == 1:
-                self.path.unlink(missing_ok=True)  # rows of other options must never lie beside these
+                self.path.unlink(
+                    missing_ok=True
+                )  # rows of other options must never lie beside these
                 write_json({"options": self.options}, self.about)
             write_table(pd.DataFrame(self.rows), self.path)
 
@@ -188,7 +197,11 @@ def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested options by dotted name."""
     flat: dict[str, Any] = {}
     for key, value in options.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        flat |= (
+            _flat(value, f"{prefix}{key}.")
+            if isinstance(value, Mapping)
+            else {f"{prefix}{key}": value}
+        )
     return flat
 
 
@@ -196,7 +209,11 @@ def check_folder(folder: Path) -> None:
     """Refuse a folder for results that cannot be made or written, before hours of work."""
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     try:
-        with tempfile.TemporaryDirectory(dir=there, prefix=".bvit-interp-"):  # root's permissions tell nothing
+        with tempfile.TemporaryDirectory(
+            dir=there, prefix=".bvit-interp-"
+        ):  # root's permissions tell nothing
             pass
     except OSError as error:
-        raise UserError(f"--out {folder}: {there} is not a folder that can be written to") from error
+        raise UserError(
+            f"--out {folder}: {there} is not a folder that can be written to"
+        ) from error

@@ -1,10 +1,10 @@
 """The words: sites, steps, tokens, and the address `mlp_post[5]:1234` of a unit.
 
-A **step** t = 1..T is the t-th application of the block (in a stacked ViT, a block); step 0 is the embedded
-tokens z_0 and -1 the last step. A **site** is a place inside a step, named as in TransformerLens; in the inner
-updates of a step with a memory (bViT-fl, bViT-sc) it is `inner2.mlp_post`, counted from 1.
-Shapes: B images, N tokens (prefix + patches), D width, F hidden width of the FFN, H heads, E = head width,
-Q query and K key tokens (both N).
+A **step** t = 1..T is the t-th application of the block (in a stacked ViT, a block); step 0 is the
+embedded tokens z_0 and -1 the last step. A **site** is a place inside a step, named as in
+TransformerLens; in the inner updates of a step with a memory (bViT-fl, bViT-sc) it is
+`inner2.mlp_post`, counted from 1. Shapes: B images, N tokens (prefix + patches), D width, F hidden
+width of the FFN, H heads, E = head width, Q query and K key tokens (both N).
 """
 
 from __future__ import annotations
@@ -33,13 +33,15 @@ SITES: dict[str, tuple[str, str]] = {
 }
 """Site -> (shape, where it is in the step); the README's table.
 
-With a memory m_t a step's block reads z_{t-1} + m_t + e_t, while `resid_pre` stays z_{t-1}. Of an inner update,
-`resid_pre` is what its block reads, m + z_{t-1} (+ e_t), and `resid_post` the memory it leaves.
+With a memory m_t a step's block reads z_{t-1} + m_t + e_t, while `resid_pre` stays z_{t-1}. Of an
+inner update, `resid_pre` is what its block reads, m + z_{t-1} (+ e_t), and `resid_post` the memory
+it leaves.
 """
 
 TOKEN_WORDS = ("cls", "dist", "reg", "patches", "all")
 Tokens = str | int | slice
-"""Which tokens: cls | dist | reg | patches | all, an int (drops the axis, as cls and dist do) or a slice."""
+"""Which tokens: cls | dist | reg | patches | all, an int (drops the axis, as cls and dist do) or a
+slice."""
 
 _INNER = re.compile(r"inner(?P<update>[1-9]\d{0,3})\.(?P<site>\w+)", re.ASCII)
 _ADDRESS = re.compile(r"(?P<site>[\w.]+)\[(?P<step>-?\d+)\](?::(?P<unit>\d+))?")
@@ -47,7 +49,8 @@ _ADDRESS = re.compile(r"(?P<site>[\w.]+)\[(?P<step>-?\d+)\](?::(?P<unit>\d+))?")
 
 @dataclass(frozen=True)
 class Address:
-    """A site at a step, or one unit of it: `z[5]`, `z[5]:3` (head 3), `inner2.mlp_post[5]:1234` (neuron 1234)."""
+    """A site at a step, or one unit of it: `z[5]`, `z[5]:3` (head 3), `inner2.mlp_post[5]:1234`
+    (neuron 1234)."""
 
     site: str
     step: int
@@ -64,7 +67,9 @@ class Address:
         """Read `site[step]` or `site[step]:unit`."""
         match = _ADDRESS.fullmatch(text.strip())
         if match is None:
-            raise UserError(f"not an address: {text!r}; expected site[step] or site[step]:unit, as mlp_post[5]:1234")
+            raise UserError(
+                f"not an address: {text!r}; expected site[step] or site[step]:unit, as mlp_post[5]:1234"
+            )
         unit = match["unit"]
         return cls(match["site"], int(match["step"]), None if unit is None else int(unit))
 
@@ -97,7 +102,9 @@ def check_step(step: int, num_steps: int, *, zero: bool = False) -> int:
     return int(counted)
 
 
-def check_steps(steps: Iterable[int] | int | None, num_steps: int, *, zero: bool = False) -> list[int]:
+def check_steps(
+    steps: Iterable[int] | int | None, num_steps: int, *, zero: bool = False
+) -> list[int]:
     """Steps in the order given, counted from 1; None is every step (without step 0)."""
     if steps is None:
         return list(range(1, num_steps + 1))

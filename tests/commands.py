@@ -1,4 +1,5 @@
-"""One of one or two processes that run commands in order: `RANK=0 python commands.py [[PORT, [WORD, ...]], ...]`."""
+"""One of one or two processes that run commands in order: `RANK=0 python commands.py [[PORT, [WORD,
+...]], ...]`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Fixtures for all tests: tiny models made by seed, images, and a reference written without the package.
+"""Fixtures for all tests: tiny models made by seed, images, and a reference written without the
+package.
 
 A fixture's model must come back without hooks; `no_hook_left_behind` asserts it after every test.
 """
@@ -32,13 +33,16 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 def hooks_on(model: nn.Module) -> list[str]:
     """Where hooks are registered in a model: module.kind, and parameters with gradient hooks."""
-    on_modules = [f"{name}.{kind}" for name, m in model.named_modules() for kind in HOOKS if getattr(m, kind)]
+    on_modules = [
+        f"{name}.{kind}" for name, m in model.named_modules() for kind in HOOKS if getattr(m, kind)
+    ]
     on_tensors = [name for name, p in model.named_parameters() if p._backward_hooks]
     return on_modules + on_tensors
 
 
 def make_model(seed: int = 0, name: str = "bvit_small_patch16_224", **kwargs: Any) -> nn.Module:
-    """A tiny model in eval mode whose every parameter is random, so that nothing is equal by being zero."""
+    """A tiny model in eval mode whose every parameter is random, so that nothing is equal by being
+    zero."""
     generator = torch.Generator().manual_seed(seed)
     model = timm.create_model(name, **{**SIZE, **kwargs}).eval()
     with torch.no_grad():
@@ -118,7 +122,9 @@ def tiny_sc(make: Callable[..., nn.Module]) -> nn.Module:
 @pytest.fixture
 def tiny_sc_block(make: Callable[..., nn.Module]) -> nn.Module:
     """Skip memory updated by the block at steps 1 and 4 of 5, with a random time embedding."""
-    return make(name="bvit_small_sc_patch16_224", memory="block", num_steps=5, interval=3, step_embed=True)
+    return make(
+        name="bvit_small_sc_patch16_224", memory="block", num_steps=5, interval=3, step_embed=True
+    )
 
 
 @pytest.fixture
@@ -133,7 +139,16 @@ def stacked(make: Callable[..., nn.Module]) -> nn.Module:
     return make(name="vit_tiny_patch16_224", depth=3)
 
 
-MODELS = ["tiny", "tiny_te", "tiny_reg4", "tiny_hybrid", "tiny_fl", "tiny_sc", "tiny_sc_block", "tiny_distilled"]
+MODELS = [
+    "tiny",
+    "tiny_te",
+    "tiny_reg4",
+    "tiny_hybrid",
+    "tiny_fl",
+    "tiny_sc",
+    "tiny_sc_block",
+    "tiny_distilled",
+]
 
 
 @pytest.fixture(params=[*MODELS, "stacked"])
@@ -165,7 +180,9 @@ def real() -> Callable[[str], Path]:
 @pytest.fixture
 def by_hand() -> SimpleNamespace:
     """The reference: `tokens`, `block`, `run` and `logits` written out in elementary operations."""
-    return SimpleNamespace(tokens=tokens_by_hand, block=block_by_hand, run=run_by_hand, logits=logits_by_hand)
+    return SimpleNamespace(
+        tokens=tokens_by_hand, block=block_by_hand, run=run_by_hand, logits=logits_by_hand
+    )
 
 
 def norm_by_hand(x: torch.Tensor, norm: nn.Module) -> torch.Tensor:
@@ -173,15 +190,23 @@ def norm_by_hand(x: torch.Tensor, norm: nn.Module) -> torch.Tensor:
     if getattr(norm, "bias", None) is None:
         return x / (x.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight
     centred = x - x.mean(-1, keepdim=True)
-    return centred / (centred.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight + norm.bias
+    return (
+        centred / (centred.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight
+        + norm.bias
+    )
 
 
-def block_by_hand(block: nn.Module, x: torch.Tensor, change: Change | None = None) -> dict[str, torch.Tensor]:
-    """One pre-norm block on tokens ``(B, N, D)``, every site of it; `change` replaces its neurons."""
+def block_by_hand(
+    block: nn.Module, x: torch.Tensor, change: Change | None = None
+) -> dict[str, torch.Tensor]:
+    """One pre-norm block on tokens ``(B, N, D)``, every site of it; `change` replaces its
+    neurons."""
     batch, tokens, width = x.shape
     heads = block.attn.num_heads
     qkv = norm_by_hand(x, block.norm1) @ block.attn.qkv.weight.T + block.attn.qkv.bias
-    q, k, v = (part.reshape(batch, tokens, heads, -1).transpose(1, 2) for part in qkv.split(width, dim=-1))
+    q, k, v = (
+        part.reshape(batch, tokens, heads, -1).transpose(1, 2) for part in qkv.split(width, dim=-1)
+    )
     exponentials = (q @ k.transpose(-2, -1) / (width // heads) ** 0.5).exp()
     pattern = exponentials / exponentials.sum(-1, keepdim=True)
     z = (pattern @ v).transpose(1, 2).reshape(batch, tokens, width)
@@ -201,11 +226,14 @@ def block_by_hand(block: nn.Module, x: torch.Tensor, change: Change | None = Non
 
 
 def tokens_by_hand(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """z_0: CLS and a distillation token with their positions, registers without, then patches with theirs."""
+    """z_0: CLS and a distillation token with their positions, registers without, then patches with
+    theirs."""
     kernel, bias = model.patch_embed.proj.weight, model.patch_embed.proj.bias
     size = kernel.shape[-1]
     cut = F.unfold(images, size, stride=size).transpose(1, 2)  # (B, N, C * p * p)
-    prefix = [model.cls_token, model.dist_token] if hasattr(model, "dist_token") else [model.cls_token]
+    prefix = (
+        [model.cls_token, model.dist_token] if hasattr(model, "dist_token") else [model.cls_token]
+    )
     patches = cut @ kernel.flatten(1).T + bias + model.pos_embed[:, len(prefix) :]
     prefix = [token + model.pos_embed[:, i : i + 1] for i, token in enumerate(prefix)]
     prefix += [] if model.reg_token is None else [model.reg_token]
@@ -213,14 +241,18 @@ def tokens_by_hand(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 
 def run_by_hand(
-    model: nn.Module, images: torch.Tensor, blocks: list[nn.Module], step_embed: torch.Tensor | None = None,
-    changes: dict[int, Change] | None = None, states: dict[int, torch.Tensor] | None = None,
-) -> list[dict[str, Any]]:  # fmt: skip
+    model: nn.Module,
+    images: torch.Tensor,
+    blocks: list[nn.Module],
+    step_embed: torch.Tensor | None = None,
+    changes: dict[int, Change] | None = None,
+    states: dict[int, torch.Tensor] | None = None,
+) -> list[dict[str, Any]]:
     """The sites of every step; entry 0 holds z_0 as "resid_post".
 
-    `blocks` names the block of each step, `changes` the steps (from 1) whose neurons are replaced, `states` the z_t
-    that are replaced on their way into the next step. With a memory, "resid_pre" is what the block reads and "inner"
-    holds the sites of the inner updates.
+    `blocks` names the block of each step, `changes` the steps (from 1) whose neurons are replaced,
+    `states` the z_t that are replaced on their way into the next step. With a memory, "resid_pre"
+    is what the block reads and "inner" holds the sites of the inner updates.
     """
     sites: list[dict[str, Any]] = [{"resid_post": tokens_by_hand(model, images)}]
     plan, memory = getattr(blocks[0], "memory", None), torch.zeros(())
@@ -250,4 +282,6 @@ def logits_by_hand(model: nn.Module, z: torch.Tensor) -> torch.Tensor:
     logits = norm_by_hand(z[:, 0], model.norm) @ model.head.weight.T + model.head.bias
     if not hasattr(model, "head_dist"):
         return logits
-    return (logits + norm_by_hand(z[:, 1], model.norm) @ model.head_dist.weight.T + model.head_dist.bias) / 2
+    return (
+        logits + norm_by_hand(z[:, 1], model.norm) @ model.head_dist.weight.T + model.head_dist.bias
+    ) / 2

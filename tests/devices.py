@@ -1,12 +1,15 @@
-"""A device that is not there: tensors that stay on the CPU, marked as on it, and an error where the two meet.
+"""A device that is not there: tensors that stay on the CPU, marked as on it, and an error where the
+two meet.
 
-`Pretended()` is a context in which "cuda" exists. What is moved to it is a copy on the CPU whose storage is marked;
-`.device` says cuda:0, and what a GPU would refuse is refused: an operation on marked and unmarked tensors, numpy of a
-marked one, a CPU generator for a draw on the device. Numbers are those of the CPU, to the last bit.
+`Pretended()` is a context in which "cuda" exists. What is moved to it is a copy on the CPU whose
+storage is marked; `.device` says cuda:0, and what a GPU would refuse is refused: an operation on
+marked and unmarked tensors, numpy of a marked one, a CPU generator for a draw on the device.
+Numbers are those of the CPU, to the last bit.
 
-Two modes of torch do it. The function mode sees what Python asks for (`.device`, `.to`, factories with `device=`). The
-dispatch mode sees every operation that is run, in backward passes too. Marks belong to storages: a view has its own.
-A tensor that C++ makes on its way, told by no call from Python, is of neither side and meets both.
+Two modes of torch do it. The function mode sees what Python asks for (`.device`, `.to`, factories
+with `device=`). The dispatch mode sees every operation that is run, in backward passes too. Marks
+belong to storages: a view has its own. A tensor that C++ makes on its way, told by no call from
+Python, is of neither side and meets both.
 """
 
 from __future__ import annotations
@@ -30,11 +33,37 @@ from torch.utils._pytree import tree_leaves
 
 CPU, THERE, NEITHER = "cpu", "cuda", "neither"
 DEVICE = torch.device("cuda", 0)
-CROSSING = {"copy_", "_to_copy", "to", "_copy_from", "set_", "is_same_size", "_has_compatible_shallow_copy_type"}
+CROSSING = {
+    "copy_",
+    "_to_copy",
+    "to",
+    "_copy_from",
+    "set_",
+    "is_same_size",
+    "_has_compatible_shallow_copy_type",
+}
 """Operations that may see both sides."""
-STRICT = {"cat", "stack", "equal", "index_select", "gather", "searchsorted", "bucketize", "scatter", "scatter_add"}
+STRICT = {
+    "cat",
+    "stack",
+    "equal",
+    "index_select",
+    "gather",
+    "searchsorted",
+    "bucketize",
+    "scatter",
+    "scatter_add",
+}
 """Operations to which a number on the CPU, a tensor of no axes, is not a number but a tensor."""
-SYNCING = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2", "unique_dim"}
+SYNCING = {
+    "_local_scalar_dense",
+    "nonzero",
+    "equal",
+    "is_nonzero",
+    "masked_select",
+    "_unique2",
+    "unique_dim",
+}
 
 
 class WrongDevice(RuntimeError):
@@ -62,19 +91,25 @@ class Pretended:
             stack.enter_context(mock.patch.object(torch, "autocast", _autocast))
             for name, answer in _OF_CUDA.items():
                 stack.enter_context(mock.patch.object(torch.cuda, name, return_value=answer))
-            stack.enter_context(mock.patch.object(torch.autograd, "_engine_run_backward", self._backward))
+            stack.enter_context(
+                mock.patch.object(torch.autograd, "_engine_run_backward", self._backward)
+            )
             stack.enter_context(_Operations(self))
             stack.enter_context(_Calls(self))
             self._stack = stack.pop_all()
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._stack.__exit__(kind, error, trace)
 
     def _backward(self, *given: Any, **named: Any) -> Any:
-        """What a backward pass asks for in Python is seen too: torch calls it from a call that is seen already."""
+        """What a backward pass asks for in Python is seen too: torch calls it from a call that is
+        seen already."""
         with _Calls(self):
             return _run_backward(*given, **named)
 
@@ -93,7 +128,9 @@ class Pretended:
     def mark(self, tensor: Tensor, state: str) -> None:
         """Put the tensor's storage on a side."""
         if len(self._states) > 20_000:
-            self._states = {key: kept for key, kept in self._states.items() if not kept[0].expired()}
+            self._states = {
+                key: kept for key, kept in self._states.items() if not kept[0].expired()
+            }
         storage = _storage(tensor)
         # the weak reference keeps the address from being used again
         self._states[storage._cdata] = (StorageWeakRef(storage), state)
@@ -103,7 +140,11 @@ class Pretended:
         if self.known(tensor) and self.state(tensor) == state:
             return tensor
         if self.state(tensor) != CPU or state != CPU:
-            tensor = _Move.apply(tensor, self, self.state(tensor)) if tensor.requires_grad else tensor.clone()
+            tensor = (
+                _Move.apply(tensor, self, self.state(tensor))
+                if tensor.requires_grad
+                else tensor.clone()
+            )
         self.mark(tensor, state)
         self.moved += state == THERE
         return tensor
@@ -136,10 +177,16 @@ class _Calls(TorchFunctionMode):
         self.of = pretended
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs, of = dict(kwargs or {}), self.of
-        if isinstance(func, torch._ops.OpOverload):  # an operation that is run, of which `_Operations` knows
+        if isinstance(
+            func, torch._ops.OpOverload
+        ):  # an operation that is run, of which `_Operations` knows
             return func(*args, **kwargs)
         if func in _GETTERS:
             return _GETTERS[func](of, args[0])
@@ -166,10 +213,14 @@ class _Calls(TorchFunctionMode):
                 of.mark(tensor, THERE if there else CPU)
             generator = kwargs.get("generator")
             if generator is not None and _side(generator.device) != of.state(tensor):
-                raise WrongDevice(f"{name}: a generator on {generator.device} draws a tensor on {of.device(tensor)}")
+                raise WrongDevice(
+                    f"{name}: a generator on {generator.device} draws a tensor on {of.device(tensor)}"
+                )
         return result
 
-    def _moved(self, name: str, own: Tensor, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def _moved(
+        self, name: str, own: Tensor, rest: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
         of, result = self.of, own
         if name == "pin_memory":
             if of.state(own) == THERE:
@@ -177,7 +228,9 @@ class _Calls(TorchFunctionMode):
             return own
         if name != "to":
             side = CPU if name == "cpu" else THERE
-        elif (like := kwargs.get("other", rest[0] if rest else None)) is not None and isinstance(like, Tensor):
+        elif (like := kwargs.get("other", rest[0] if rest else None)) is not None and isinstance(
+            like, Tensor
+        ):
             side, result = of.state(like), own.to(dtype=like.dtype)
         else:
             device, dtype, _, layout = torch._C._nn._parse_to(*rest, **kwargs)
@@ -198,7 +251,11 @@ class _Operations(TorchDispatchMode):
         self.of = pretended
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs, of = kwargs or {}, self.of
         name = func._schema.name.removeprefix("aten::")
@@ -223,33 +280,60 @@ class _Operations(TorchDispatchMode):
         if name in ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"):
             indices = [leaf for leaf in tree_leaves(args[1]) if isinstance(leaf, Tensor)]
             if of.state(args[0]) == THERE:  # then indices may be on the CPU
-                given = [tensor for tensor in given if not any(tensor is index for index in indices)]
+                given = [
+                    tensor for tensor in given if not any(tensor is index for index in indices)
+                ]
         left = [tensor for tensor in given if of.state(tensor) == CPU]
         changed = args[0] if name.endswith("_") and isinstance(args[0], Tensor) else None
         for tensor in left:
             if tensor.ndim or name in STRICT or tensor is changed:
-                raise WrongDevice(f"{name}: tensors on the device and on the CPU, {[tuple(t.shape) for t in left]}")
+                raise WrongDevice(
+                    f"{name}: tensors on the device and on the CPU, {[tuple(t.shape) for t in left]}"
+                )
 
 
 class Rounded(TorchDispatchMode):
-    """Another machine's rounding, on the CPU: what two correct computations of the same table may differ by.
+    """Another machine's rounding, on the CPU: what two correct computations of the same table may
+    differ by.
 
-    Results of `ROUNDED` operations in float32 are off by a millionth, the vectors of a decomposition have other signs,
-    and of equal values another one comes first. A table that changes under it depends on one of these.
+    Results of `ROUNDED` operations in float32 are off by a millionth, the vectors of a
+    decomposition have other signs, and of equal values another one comes first. A table that
+    changes under it depends on one of these.
     """
 
     ROUNDED: ClassVar[set[str]] = {
-        "mm", "addmm", "bmm", "baddbmm", "convolution", "linear", "matmul", "conv2d", "softmax", "_softmax", "gelu",
-        "_scaled_dot_product_flash_attention_for_cpu", "scaled_dot_product_attention", "log_softmax", "_log_softmax",
-        "native_layer_norm", "rms_norm", "_fused_rms_norm", "exp", "mean",
-    }  # fmt: skip
+        "mm",
+        "addmm",
+        "bmm",
+        "baddbmm",
+        "convolution",
+        "linear",
+        "matmul",
+        "conv2d",
+        "softmax",
+        "_softmax",
+        "gelu",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "scaled_dot_product_attention",
+        "log_softmax",
+        "_log_softmax",
+        "native_layer_norm",
+        "rms_norm",
+        "_fused_rms_norm",
+        "exp",
+        "mean",
+    }
 
     def __init__(self, by: float = 1e-6, seed: int = 0) -> None:
         super().__init__()
         self.by, self.generator = by, torch.Generator().manual_seed(seed)
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs, name = kwargs or {}, func._schema.name.removeprefix("aten::")
         if name in ("sort", "topk", "argsort", "argmax", "argmin") and not kwargs.get("stable"):
@@ -258,20 +342,33 @@ class Rounded(TorchDispatchMode):
         if name in self.ROUNDED:
             parts = list(result) if isinstance(result, tuple) else [result]
             if parts[0].dtype == torch.float32:
-                parts[0] = parts[0] * (1 + self.by * torch.randn(parts[0].shape, generator=self.generator))
+                parts[0] = parts[0] * (
+                    1 + self.by * torch.randn(parts[0].shape, generator=self.generator)
+                )
             return tuple(parts) if isinstance(result, tuple) else parts[0]
         if name in ("_linalg_svd", "linalg_svd", "linalg_qr", "_linalg_eigh", "linalg_eigh"):
             return self._flipped(name, result)
         return result
 
-    def _last_of_equals(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        given = {key.name: value for key, value in zip(func._schema.arguments, args, strict=False)} | kwargs
-        tensor, dim = given.pop("self"), given.get("dim", None if name.startswith("arg") and name != "argsort" else -1)
+    def _last_of_equals(
+        self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        given = {
+            key.name: value for key, value in zip(func._schema.arguments, args, strict=False)
+        } | kwargs
+        tensor, dim = (
+            given.pop("self"),
+            given.get("dim", None if name.startswith("arg") and name != "argsort" else -1),
+        )
         if tensor.ndim == 0 or given.get("stable"):
             return func(*args, **kwargs)
         result = func(tensor.flatten().flip(0) if dim is None else tensor.flip(dim), **given)
         last = (tensor.numel() if dim is None else tensor.shape[dim]) - 1
-        return type(result)((result[0], last - result[1])) if isinstance(result, tuple) else last - result
+        return (
+            type(result)((result[0], last - result[1]))
+            if isinstance(result, tuple)
+            else last - result
+        )
 
     def _flipped(self, name: str, result: Any) -> Any:
         vectors = result[1] if "eigh" in name else result[0]
@@ -302,7 +399,9 @@ class _Generator(torch.Generator):
 
 
 def _side(device: Any) -> str:
-    return CPU if device is None else THERE if isinstance(device, int) else torch.device(device).type
+    return (
+        CPU if device is None else THERE if isinstance(device, int) else torch.device(device).type
+    )
 
 
 def _storage(tensor: Tensor) -> torch.UntypedStorage:
@@ -323,10 +422,17 @@ def _line() -> str:
 
 
 _OF_CUDA = {
-    "synchronize": None, "empty_cache": None, "reset_peak_memory_stats": None, "max_memory_allocated": 2**20,
-    "memory_allocated": 2**20, "get_device_name": "none", "is_initialized": False,
-    "get_device_properties": SimpleNamespace(total_memory=2**36), "Stream": mock.Mock(), "stream": nullcontext(),
-}  # fmt: skip
+    "synchronize": None,
+    "empty_cache": None,
+    "reset_peak_memory_stats": None,
+    "max_memory_allocated": 2**20,
+    "memory_allocated": 2**20,
+    "get_device_name": "none",
+    "is_initialized": False,
+    "get_device_properties": SimpleNamespace(total_memory=2**36),
+    "Stream": mock.Mock(),
+    "stream": nullcontext(),
+}
 _real_autocast = torch.autocast
 _run_backward = torch.autograd._engine_run_backward
 

@@ -43,7 +43,11 @@ def error_of(capfd, arguments):
     """The one line on stderr of a command that must end with exit code 2."""
     capfd.readouterr()
     assert main([str(argument) for argument in arguments]) == 2
-    lines = [line for line in capfd.readouterr().err.splitlines() if "error:" in line or "Traceback" in line]
+    lines = [
+        line
+        for line in capfd.readouterr().err.splitlines()
+        if "error:" in line or "Traceback" in line
+    ]
     assert len(lines) == 1
     return lines[0]
 
@@ -54,7 +58,17 @@ def error_of(capfd, arguments):
 def test_overview_names_every_command_and_its_question(capsys):
     assert main([]) == 0
     text = capsys.readouterr().out
-    for word in [*COMMANDS, "train", "study", "prune", "tickets", "transfer", "early-exit train", "data", "report"]:
+    for word in [
+        *COMMANDS,
+        "train",
+        "study",
+        "prune",
+        "tickets",
+        "transfer",
+        "early-exit train",
+        "data",
+        "report",
+    ]:
         assert f"  {word} " in text
     assert "Does the maximum of a head's CLS attention lie on the object, step by step?" in text
 
@@ -89,7 +103,9 @@ def test_help_answers_at_once_and_loads_no_torch():
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([SCRIPT, "pointing-game", "--help"], capture_output=True, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1  # seconds; 0.2 measured
+    assert (
+        after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
+    )  # seconds; 0.2 measured
     assert b"--saliency" in done.stdout
     code = (
         "import sys; sys.argv[0] = 'bvit-interp'; from bvit_interp.cli import main; main(['--help']);"
@@ -100,7 +116,17 @@ def test_help_answers_at_once_and_loads_no_torch():
 
 def test_repeated_flags_are_gathered():
     given = ["--ckpt", "a", "--limit", "3", "--ckpt", "b", "c", "--ckpt=d", "--seed", "1"]
-    assert gathered(given, "--ckpt") == ["--ckpt", "a", "b", "c", "d", "--limit", "3", "--seed", "1"]
+    assert gathered(given, "--ckpt") == [
+        "--ckpt",
+        "a",
+        "b",
+        "c",
+        "d",
+        "--limit",
+        "3",
+        "--seed",
+        "1",
+    ]
     assert gathered(["--limit", "3"], "--ckpt") == ["--limit", "3"]
 
 
@@ -112,12 +138,23 @@ QUICK = {
     "cost": ["--runs", "3", "--batch-size", "2"],
     "trajectories": ["--methods", "pca"],
     "early_exit": ["--timed-images", "6", "--timed-batch", "3"],
-    "biography": ["--ablated", "2", "--nulls", "1"],
+    "selectivity": ["--ablated", "2", "--nulls", "1"],
     "ablation": ["--images", "2", "--methods", "mean", "--groups", "0", "--scopes", "each"],
     "patching": ["--steps", "1", "12"],
     "lens": ["--fit-images", "6", "--iterations", "3"],
-    "stability": ["--jacobian-images", "1", "--steps", "13", "--spectra", "1", "--leading", "1", "--iterations", "3"],
-    "clock": ["--scored", "2", "--runs", "6"],
+    "stability": [
+        "--jacobian-images",
+        "1",
+        "--steps",
+        "13",
+        "--spectra",
+        "1",
+        "--leading",
+        "1",
+        "--iterations",
+        "3",
+    ],
+    "schedule": ["--scored", "2", "--runs", "6"],
     "circuits": ["--fit-images", "3", "--fractions", "0.5", "--draws", "1"],
     "step_attribution": ["--folds", "4", "--methods", "magnitude", "random", "--sparsities", "0.5"],
 }
@@ -132,10 +169,30 @@ def test_every_analysis_writes_table_figure_and_provenance(word, ckpt, pictures,
         ckpt, name = f"{ckpt}@masked", "tiny@masked"
     if word == "early_exit":
         exits = str(tmp_path / "exits")
-        training = ["early-exit", "train", "--ckpt", ckpt, "--limit", "30", "--epochs", "1", "--out", exits]
+        training = [
+            "early-exit",
+            "train",
+            "--ckpt",
+            ckpt,
+            "--limit",
+            "30",
+            "--epochs",
+            "1",
+            "--out",
+            exits,
+        ]
         assert main(training) == 0
         more = [*more, "--exits", exits]
-    command = [word.replace("_", "-"), "--ckpt", ckpt, "--data", str(pictures), "--out", str(out), *more]
+    command = [
+        word.replace("_", "-"),
+        "--ckpt",
+        ckpt,
+        "--data",
+        str(pictures),
+        "--out",
+        str(out),
+        *more,
+    ]
     assert main(command) == 0
     frame = pd.read_csv(out / f"{word}.csv")
     assert set(frame["model"]) == {name}
@@ -247,17 +304,33 @@ def test_report_of_a_run(ckpt, tmp_path, capsys):
             "no exits at nowhere/exits.safetensors",
         ),
         (
-            ["early-exit", "train", "--ckpt", "timm:bvit_small_patch16_224@random", "--exits", "12"],
+            [
+                "early-exit",
+                "train",
+                "--ckpt",
+                "timm:bvit_small_patch16_224@random",
+                "--exits",
+                "12",
+            ],
             "exits must be different steps of 1..11, got (12,)",
         ),
         (["pathways", "--ckpt", "timm:bvit_small_patch16_224@random"], "@masked"),
         (["pointing-game", "--ckpt", "nowhere"], "no checkpoint at nowhere"),
         (["pointing-game", "--ckpt", "timm:vit_bas"], "timm has no model 'vit_bas'"),
         (["energy-rank", "--device", "cuda:9x"], "unknown device"),
-        (["energy-rank", "--device", "mps"], "unknown device 'mps'; devices: auto, cpu, cuda, cuda:N"),
-        (["energy-rank", "--device", "meta"], "unknown device 'meta'; devices: auto, cpu, cuda, cuda:N"),
+        (
+            ["energy-rank", "--device", "mps"],
+            "unknown device 'mps'; devices: auto, cpu, cuda, cuda:N",
+        ),
+        (
+            ["energy-rank", "--device", "meta"],
+            "unknown device 'meta'; devices: auto, cpu, cuda, cuda:N",
+        ),
         (["train", "--recipe", "digits-s", "--threads", "0"], "threads must be >= 1, got 0"),
-        (["study", "steps", "--recipe", "digits-s", "--threads", "-1"], "threads must be >= 1, got -1"),
+        (
+            ["study", "steps", "--recipe", "digits-s", "--threads", "-1"],
+            "threads must be >= 1, got -1",
+        ),
         (["energy-rank", "--energy", "2"], "energy must be in (0, 1], got 2.0"),
         (["energy-rank", "--data", "nothing-here"], "nothing-here"),
         (["energy-rank", "--limit", "0"], "limit must be >= 1, got 0"),
@@ -266,7 +339,10 @@ def test_report_of_a_run(ckpt, tmp_path, capsys):
         (["data", "export", "digits-s", "OUT", "--split", "valid"], "no split 'valid'"),
         (["train", "--recipe", "nope"], "no recipe 'nope'; shipped: cifar10, "),
         (["train", "--recipe", "digits-s", "--set", "lrr=3"], "unknown setting lrr"),
-        (["train", "--recipe", "cifar10", "--data", "cifar10:nowhere"], "cifar10: no folder nowhere"),
+        (
+            ["train", "--recipe", "cifar10", "--data", "cifar10:nowhere"],
+            "cifar10: no folder nowhere",
+        ),
         (
             ["train", "--recipe", "digits-s", "--set", "model.num_classes=7"],
             "num_classes is 7, the data has 10 classes",
@@ -295,7 +371,9 @@ def test_the_devices_of_a_machine_with_two_gpus(monkeypatch):
     assert [device_of(wanted) for wanted in given] == ["cuda", "cuda", "cuda:1", "cpu", "cpu"]
     with pytest.raises(UserError, match="no cuda:9; devices: auto, cpu, cuda, cuda:0, cuda:1"):
         device_of("cuda:9")
-    monkeypatch.setattr(os, "environ", {"WORLD_SIZE": "3", "LOCAL_RANK": "2"})  # a process more than GPUs
+    monkeypatch.setattr(
+        os, "environ", {"WORLD_SIZE": "3", "LOCAL_RANK": "2"}
+    )  # a process more than GPUs
     with pytest.raises(UserError, match="no cuda:2; devices"):
         device_of("auto")
 
@@ -307,7 +385,9 @@ def test_the_cause_of_a_stop_under_torchrun(monkeypatch, capfd):
     monkeypatch.setattr("bvit_interp.cli._dispatch", stop)
     monkeypatch.setenv("WORLD_SIZE", "2")
     message = error_of(capfd, ["energy-rank"])
-    assert message.endswith("another process stopped, or this one: CUDA error: an illegal memory access")
+    assert message.endswith(
+        "another process stopped, or this one: CUDA error: an illegal memory access"
+    )
     monkeypatch.setenv("WORLD_SIZE", "1")
     with pytest.raises(RuntimeError, match="illegal"):
         main(["energy-rank"])
@@ -349,7 +429,9 @@ class Trap:
 def test_a_pickle_with_code_is_never_run(tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "trap.pth").write_bytes(pickle.dumps({"model": Trap()}))
-    assert "holds code" in error_of(capfd, ["energy-rank", "--ckpt", "timm:vit_tiny_patch16_224@trap.pth"])
+    assert "holds code" in error_of(
+        capfd, ["energy-rank", "--ckpt", "timm:vit_tiny_patch16_224@trap.pth"]
+    )
     assert not Path("sprung").exists()
 
 
@@ -381,7 +463,9 @@ def test_masks_and_images_that_do_not_belong_together(ckpt, pictures, tmp_path, 
 
 def test_classes_of_another_model(ckpt, pictures, tmp_path, capfd):
     spec = "timm:vit_tiny_patch16_224@random"
-    assert "do not match the model's 1000" in error_of(capfd, ["rank-sweep", "--ckpt", spec, "--out", tmp_path])
+    assert "do not match the model's 1000" in error_of(
+        capfd, ["rank-sweep", "--ckpt", spec, "--out", tmp_path]
+    )
 
 
 def test_a_full_disk_leaves_the_old_table(ckpt, tmp_path, capfd, monkeypatch):
@@ -411,7 +495,19 @@ def test_interrupt_keeps_finished_rows(ckpt, tmp_path, capfd, monkeypatch):
         return original(*args)
 
     monkeypatch.setattr(rank_sweep, "_count_hits", count)
-    arguments = ["rank-sweep", "--ckpt", ckpt, "--limit", "5", "--ranks", "2", "4", "8", "--out", str(tmp_path)]
+    arguments = [
+        "rank-sweep",
+        "--ckpt",
+        ckpt,
+        "--limit",
+        "5",
+        "--ranks",
+        "2",
+        "4",
+        "8",
+        "--out",
+        str(tmp_path),
+    ]
     assert main(arguments) == 130
     assert "what was saved is kept" in capfd.readouterr().err
     assert pd.read_csv(tmp_path / "rank_sweep.csv")["rank"].tolist() == [2, 4]

@@ -1,4 +1,5 @@
-"""Without a GPU: nothing forgets its device. A planted one is found; every analysis and training runs without one."""
+"""Without a GPU: nothing forgets its device. A planted one is found; every analysis and training
+runs without one."""
 
 from __future__ import annotations
 
@@ -21,14 +22,22 @@ from bvit_interp.data.catalog import open_samples
 from bvit_interp.data.digits import DigitScenes
 from bvit_interp.models import masks
 from bvit_interp.models.adapters import Adapted, Spec
-from bvit_interp.training import graft, start, stepper, supervised, tickets, transfer
-from bvit_interp.training import trainer as run_trainer
-from bvit_interp.training.recipe import Recipe
-from bvit_interp.training.ticket_plan import Tickets
+from bvit_interp.training.adapting import transfer
+from bvit_interp.training.loop import build as start
+from bvit_interp.training.loop import stepper, supervised
+from bvit_interp.training.loop import trainer as run_trainer
+from bvit_interp.training.loop.recipe import Recipe
+from bvit_interp.training.pruning import by_subset as tickets
+from bvit_interp.training.pruning import grafts as graft
+from bvit_interp.training.pruning.ticket_plan import Tickets
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning"),  # there is nothing to pin for
-    pytest.mark.filterwarnings("ignore:`torch.jit.script`:FutureWarning"),  # of torch's own derivatives
+    pytest.mark.filterwarnings(
+        "ignore:'pin_memory' argument:UserWarning"
+    ),  # there is nothing to pin for
+    pytest.mark.filterwarnings(
+        "ignore:`torch.jit.script`:FutureWarning"
+    ),  # of torch's own derivatives
 ]
 
 
@@ -45,12 +54,16 @@ FORGOTTEN = {
     "a module left on the CPU": lambda x: torch.nn.Linear(3, 2)(x),
     "numbers stacked": lambda x: torch.stack([x[0, 0], torch.tensor(1.0)]),
     "a sum begun on the CPU": lambda x: torch.zeros(()).add_(x.sum()),
-    "a buffer filled on the CPU": lambda x: torch.zeros(3).index_add_(0, torch.tensor([0, 1]), x[:, 0]),
+    "a buffer filled on the CPU": lambda x: torch.zeros(3).index_add_(
+        0, torch.tensor([0, 1]), x[:, 0]
+    ),
     "a mask of the device on the CPU": lambda x: ones(2, 3)[x > 0],
     "values put in from the CPU": lambda x: x.index_put_((torch.tensor([0]),), ones(1, 3)),
     "numpy": lambda x: x.numpy(),
     "numpy of a view": lambda x: np.asarray(x[0].float()),
-    "a loss with labels of the CPU": lambda x: torch.nn.functional.cross_entropy(x, torch.tensor([0, 1])),
+    "a loss with labels of the CPU": lambda x: torch.nn.functional.cross_entropy(
+        x, torch.tensor([0, 1])
+    ),
     "a generator of the CPU": lambda x: torch.rand(3, generator=torch.Generator(), device=x.device),
     "in a mapped function": lambda x: torch.func.vmap(lambda row: row * ones(3))(x),
     "in a backward pass": lambda x: Forgetful.apply(x.clone().requires_grad_()).sum().backward(),
@@ -85,7 +98,9 @@ RIGHT = {
     "an index of the CPU": lambda x: x[torch.tensor([1, 0])],
     "copied from the CPU": lambda x: torch.empty_like(x).copy_(ones(2, 3)),
     "through the CPU": lambda x: torch.from_numpy(x.cpu().numpy()).to(x.device) + x,
-    "a generator of its own": lambda x: x + torch.rand(3, generator=torch.Generator(x.device), device=x.device),
+    "a generator of its own": lambda x: (
+        x + torch.rand(3, generator=torch.Generator(x.device), device=x.device)
+    ),
     "drawn on the CPU": lambda x: x + torch.rand(3, generator=torch.Generator()).to(x.device),
     "in a mapped function": lambda x: torch.func.vmap(lambda row: row * row.sum())(x),
     "in a derivative": lambda x: torch.func.jvp(torch.sin, (x,), (torch.ones_like(x),))[1],
@@ -140,11 +155,14 @@ def scenes():
 
 @pytest.mark.parametrize("word", ANALYSES)
 def test_no_analysis_forgets_its_device(word, make, scenes, tmp_path):
-    """Nor draws on it: the draws of a GPU are others than those of a CPU, and so would its table be."""
+    """Nor draws on it: the draws of a GPU are others than those of a CPU, and so would its table
+    be."""
     with Pretended() as pretended:
         found = table(word, make(num_steps=4).to("cuda"), scenes, tmp_path)
     assert pretended.moved and not pretended.drawn
-    assert turned(found, table(word, make(num_steps=4), scenes, tmp_path), rtol=1e-9, atol=1e-9).empty
+    assert turned(
+        found, table(word, make(num_steps=4), scenes, tmp_path), rtol=1e-9, atol=1e-9
+    ).empty
 
 
 @pytest.mark.slow
@@ -160,7 +178,8 @@ def test_nor_do_other_ways_through_them(variant, make, scenes, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("run", [*ANALYSES, *VARIANTS])
 def test_no_table_hangs_on_rounding_or_on_the_order_of_equals(run, make, scenes, tmp_path):
-    """What `test_gpu.py` may ask of a GPU: a rounding of 1e-6 moves numbers by less than its tolerances, no count."""
+    """What `test_gpu.py` may ask of a GPU: a rounding of 1e-6 moves numbers by less than its
+    tolerances, no count."""
     word, options, needed = VARIANTS.get(run, (run, {}, None))
     if needed:
         pytest.importorskip(needed)
@@ -168,7 +187,9 @@ def test_no_table_hangs_on_rounding_or_on_the_order_of_equals(run, make, scenes,
     with Rounded():
         found = table(word, make(num_steps=4), scenes, tmp_path / "other", **options)
     cells = turned(found, wanted, rtol=1e-2, atol=2e-4)
-    allowed = 0 if run in ANALYSES else wanted.size / 50  # what noise takes away may be a tiny denominator
+    allowed = (
+        0 if run in ANALYSES else wanted.size / 50
+    )  # what noise takes away may be a tiny denominator
     assert len(cells) <= allowed, cells.to_string(max_rows=20)
 
 
@@ -177,21 +198,43 @@ def test_no_table_hangs_on_rounding_or_on_the_order_of_equals(run, make, scenes,
 
 @pytest.fixture
 def recipe(monkeypatch):
-    """``recipe(**changes)``: 24 scenes in batches of 8, a model of 3 steps; no speed is measured."""
+    """``recipe(**changes)``: 24 scenes in batches of 8, a model of 3 steps; no speed is
+    measured."""
     monkeypatch.setitem(digits.LENGTHS, "test", 40)
     monkeypatch.setattr(run_trainer, "peak_flops", lambda *_: 1e12)
     monkeypatch.setattr(stepper, "_EAGER", 10**9)  # there is no graph to capture
-    model = {"name": "bvit_small_patch16_224", "img_size": 32, "patch_size": 8, "embed_dim": 32, "num_heads": 2,
-             "num_steps": 3, "num_classes": 10}  # fmt: skip
-    plain = {"model": model, "data": "digits-s", "epochs": 1, "images_per_epoch": 24, "batch_size": 8,
-             "warmup_epochs": 0.0, "autocast": "off"}  # fmt: skip
+    model = {
+        "name": "bvit_small_patch16_224",
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 32,
+        "num_heads": 2,
+        "num_steps": 3,
+        "num_classes": 10,
+    }
+    plain = {
+        "model": model,
+        "data": "digits-s",
+        "epochs": 1,
+        "images_per_epoch": 24,
+        "batch_size": 8,
+        "warmup_epochs": 0.0,
+        "autocast": "off",
+    }
     return lambda **changes: Recipe(**{**plain, **changes})
 
 
 @pytest.mark.slow
 def test_nor_does_training(recipe, tmp_path):
-    augmented = {"crop": "padded", "flip": True, "randaugment": "torchvision", "erase": 0.5, "mixup": 0.2,
-                 "cutmix": 1.0, "label_smoothing": 0.1}  # fmt: skip
+    augmented = {
+        "crop": "padded",
+        "flip": True,
+        "randaugment": "torchvision",
+        "erase": 0.5,
+        "mixup": 0.2,
+        "cutmix": 1.0,
+        "label_smoothing": 0.1,
+    }
     with Pretended():
         model = supervised.train(recipe(**augmented), tmp_path / "run", "cuda")
         assert next(model.parameters()).is_cuda
@@ -211,9 +254,20 @@ def test_nor_do_adapters_and_they_start_from_the_numbers_of_a_cpu(make, mode):
 def test_nor_do_grafts(recipe, tmp_path):
     samples, plan = open_samples("digits-s", "train"), recipe()
     init, generator = start.make_model(plan, samples), torch.Generator().manual_seed(0)
-    of = masks.Masks({n: torch.rand(m.shape, generator=generator) < 0.6 for n, m in masks.full(init).items()})
+    of = masks.Masks(
+        {n: torch.rand(m.shape, generator=generator) < 0.6 for n, m in masks.full(init).items()}
+    )
     with Pretended():
-        graft.train(plan, 1, init, masks.masked(copy.deepcopy(init), of), of, samples, tmp_path / "state", "cuda")
+        graft.train(
+            plan,
+            1,
+            init,
+            masks.masked(copy.deepcopy(init), of),
+            of,
+            samples,
+            tmp_path / "state",
+            "cuda",
+        )
 
 
 @pytest.mark.parametrize("by", ["class", "class-step"])
@@ -224,8 +278,12 @@ def test_nor_do_tickets(recipe, tmp_path, by):
 
 
 def test_nor_do_adapters(make, tmp_path):
-    train, test = (transfer.chosen(DigitScenes(split, length=90), 90) for split in ("train", "test"))
-    plan = transfer.Plan(mode=("probe", "te", "full", "lora-qv", "lora-ffn"), seeds=(0,), epochs=1, train_batch=32)
+    train, test = (
+        transfer.chosen(DigitScenes(split, length=90), 90) for split in ("train", "test")
+    )
+    plan = transfer.Plan(
+        mode=("probe", "te", "full", "lora-qv", "lora-ffn"), seeds=(0,), epochs=1, train_batch=32
+    )
     with Pretended():
         model = make(num_steps=3).to("cuda")
         transfer.run(transfer.Transfer("m", model, "digits-s", train, test, plan, tmp_path))

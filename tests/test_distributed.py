@@ -21,31 +21,47 @@ from bvit_interp.models.checkpoint import save
 # with one image the second process has none
 COMMANDS = {
     "the paper's figures": [
-        ("pointing-game", 41), ("pointing-game", 1), ("energy-rank", 41), ("rank-sweep", 41), ("rank-sweep", 1),
-        ("step-accuracy", 41), ("trajectories", 48),
+        ("pointing-game", 41),
+        ("pointing-game", 1),
+        ("energy-rank", 41),
+        ("rank-sweep", 41),
+        ("rank-sweep", 1),
+        ("step-accuracy", 41),
+        ("trajectories", 48),
     ],
     "motion, tables": [
-        ("dynamics", 41), ("dynamics", 1), ("attention", 41), ("attention", 1), ("evaluate", 41), ("evaluate", 1),
+        ("dynamics", 41),
+        ("dynamics", 1),
+        ("attention", 41),
+        ("attention", 1),
+        ("evaluate", 41),
+        ("evaluate", 1),
     ],
     "masks, pictures": [
-        ("pathways --swaps", 41), ("pathways", 1), ("features --steps 1 3 --iterations 2 --chunk 2", 41),
+        ("pathways --swaps", 41),
+        ("pathways", 1),
+        ("features --steps 1 3 --iterations 2 --chunk 2", 41),
         ("features --neurons 5 --iterations 1", 1),
     ],
     "units": [
-        ("biography --ablated 5", 41), ("patching --steps 1 3 12 --tokens all cls", 41),
-        ("ablation --groups 2 --images 7", 7), ("ablation --groups 0 --methods mean zero", 1),
+        ("selectivity --ablated 5", 41),
+        ("patching --steps 1 3 12 --tokens all cls", 41),
+        ("ablation --groups 2 --images 7", 7),
+        ("ablation --groups 0 --methods mean zero", 1),
     ],
     "states": [
-        ("lens --fit-images 24 --iterations 5", 41), ("lens --fit-images 24 --iterations 5", 1),
+        ("lens --fit-images 24 --iterations 5", 41),
+        ("lens --fit-images 24 --iterations 5", 1),
         ("stability --jacobian-images 3 --steps 13 --spectra 1 --leading 2 --iterations 3", 7),
         ("stability --jacobian-images 1 --steps 13 --spectra 1 --leading 2 --iterations 3", 3),
     ],
     "weights, gates": [
-        ("step-attribution --folds 6 --sparsities 0.5", 41), ("clock --scored 6 --runs 6 --shifts 1", 41),
+        ("step-attribution --folds 6 --sparsities 0.5", 41),
+        ("schedule --scored 6 --runs 6 --shifts 1", 41),
         ("circuits --fractions 0.5 --fit-images 16 --draws 1", 41),
         ("circuits --methods gradient learned --epochs 1 --fit-images 16 --fractions 0.5", 1),
     ],
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -53,33 +69,54 @@ def ckpt(tiny, tmp_path):
     """A checkpoint with masks of its steps: FOLDER, or FOLDER@masked."""
     folder = save(tiny, tmp_path / "tiny")
     generator = torch.Generator().manual_seed(0)
-    of = {name: torch.rand(mask.shape, generator=generator) < 0.6 for name, mask in masks.full(tiny).items()}
+    of = {
+        name: torch.rand(mask.shape, generator=generator) < 0.6
+        for name, mask in masks.full(tiny).items()
+    }
     masks.Masks(of).save(folder / masks.FILE, tiny)
     return str(folder)
 
 
 def arguments(word, limit, ckpt, out):
     ckpt = f"{ckpt}@masked" if word.startswith("pathways") else ckpt
-    return [*word.split(), "--ckpt", ckpt, "--limit", str(limit), "--batch-size", "8", "--out", str(out)]
+    return [
+        *word.split(),
+        "--ckpt",
+        ckpt,
+        "--limit",
+        str(limit),
+        "--batch-size",
+        "8",
+        "--out",
+        str(out),
+    ]
 
 
 def run(count, commands):
-    """Run the commands in `count` processes that find each other; never in the tests' own, whose state others share."""
+    """Run the commands in `count` processes that find each other; never in the tests' own, whose
+    state others share."""
     with ExitStack() as stack:  # held until all are found, so that they differ
         sockets = [stack.enter_context(socket.socket()) for _ in commands]
         for each in sockets:
             each.bind(("127.0.0.1", 0))
         ports = [each.getsockname()[1] for each in sockets]
     listed = json.dumps(list(zip(ports, commands, strict=True)))
-    shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
+    shared = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+    }
     running = [
         subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("commands.py"), listed], text=True,
+            [sys.executable, Path(__file__).with_name("commands.py"), listed],
+            text=True,
             env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
         )
         for rank in range(count)
-    ]  # fmt: skip
+    ]
     try:
         errors = [process.communicate(timeout=400)[1] for process in running]
     finally:
@@ -94,7 +131,9 @@ def same(word, one, two):
     assert list(one) == list(two)
     for column in one.columns.drop("path", errors="ignore"):
         if one[column].dtype == np.float64:
-            np.testing.assert_allclose(two[column], one[column], rtol=1e-6, atol=1e-6, err_msg=f"{word}: {column}")
+            np.testing.assert_allclose(
+                two[column], one[column], rtol=1e-6, atol=1e-6, err_msg=f"{word}: {column}"
+            )
         else:
             assert one[column].equals(two[column]), (word, column)
 
@@ -104,7 +143,13 @@ def same(word, one, two):
 def test_two_processes_give_the_tables_of_one(group, ckpt, tmp_path):
     commands = COMMANDS[group]
     for count in (1, 2):
-        run(count, [arguments(*command, ckpt, tmp_path / f"{count}-{i}") for i, command in enumerate(commands)])
+        run(
+            count,
+            [
+                arguments(*command, ckpt, tmp_path / f"{count}-{i}")
+                for i, command in enumerate(commands)
+            ],
+        )
     for i, (word, _) in enumerate(commands):
         same(word, tmp_path / f"1-{i}", tmp_path / f"2-{i}")
 
@@ -112,11 +157,21 @@ def test_two_processes_give_the_tables_of_one(group, ckpt, tmp_path):
 @pytest.mark.slow
 def test_torchrun_gives_the_table_of_one(ckpt, tmp_path):
     command = ("step-accuracy", 9)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(
         [*launch, "-m", "bvit_interp.cli", *arguments(*command, ckpt, tmp_path / "two")],
-        check=True, env=environment, capture_output=True, timeout=300,
-    )  # fmt: skip
+        check=True,
+        env=environment,
+        capture_output=True,
+        timeout=300,
+    )
     run(1, [arguments(*command, ckpt, tmp_path / "one")])
     same(command[0], tmp_path / "one", tmp_path / "two")

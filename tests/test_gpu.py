@@ -1,10 +1,13 @@
-"""On a GPU: the CPU's tables and numbers, runs beside each other, and batches that halve when memory runs out.
+"""On a GPU: the CPU's tables and numbers, runs beside each other, and batches that halve when
+memory runs out.
 
-Without one, ``BVIT_GPU_TESTS_ON`` runs the same lines on the CPU: ``cpu`` as they are, ``pretended`` on the device of
-`devices.py`, ``rounded`` with another machine's rounding, to which the tolerances here are set.
+Without one, ``BVIT_GPU_TESTS_ON`` runs the same lines on the CPU: ``cpu`` as they are,
+``pretended`` on the device of `devices.py`, ``rounded`` with another machine's rounding, to which
+the tolerances here are set.
 
-TF32: torch leaves it off for matrix products and on for cuDNN's convolutions, where it moves the patch embedding in the
-fourth digit. It is off here, so that what is compared is the same arithmetic.
+TF32: torch leaves it off for matrix products and on for cuDNN's convolutions, where it moves the
+patch embedding in the fourth digit. It is off here, so that what is compared is the same
+arithmetic.
 """
 
 from __future__ import annotations
@@ -39,18 +42,23 @@ from bvit_interp.models.exits import Exits, run_with_exits
 from bvit_interp.models.unroll import unroll
 from bvit_interp.probes.probe import Probe
 from bvit_interp.results import read_table
-from bvit_interp.training import exiting, supervised
-from bvit_interp.training import trainer as run_trainer
-from bvit_interp.training.recipe import Recipe
+from bvit_interp.training.adapting import exits as exiting
+from bvit_interp.training.loop import supervised
+from bvit_interp.training.loop import trainer as run_trainer
+from bvit_interp.training.loop.recipe import Recipe
 
 ON = os.environ.get("BVIT_GPU_TESTS_ON", "cuda")
 DEVICE = "cpu" if ON in ("cpu", "rounded") else "cuda"
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(ON == "cuda" and not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.skipif(
+        ON == "cuda" and not torch.cuda.is_available(), reason="needs a CUDA device"
+    ),
     pytest.mark.filterwarnings("default"),  # of a driver or of cuBLAS: shown, not raised
 ]
-on_a_gpu_alone = pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU runs out of its memory")
+on_a_gpu_alone = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="only a GPU runs out of its memory"
+)
 
 
 def there() -> AbstractContextManager[object]:
@@ -75,9 +83,9 @@ def scenes() -> DigitScenes:
 
 @pytest.mark.parametrize("word", ANALYSES)
 def test_the_gpu_gives_the_table_of_the_cpu(word, make, scenes, tmp_path):
-    """Numbers to a hundredth of themselves, or 2e-4: ten times what a rounding of 1e-6 in every operation moves them
-    by. Counts, names and ranks exactly; at most one cell of fifty, or four, may have turned with one image that
-    stands between two answers."""
+    """Numbers to a hundredth of themselves, or 2e-4: ten times what a rounding of 1e-6 in every
+    operation moves them by. Counts, names and ranks exactly; at most one cell of fifty, or four,
+    may have turned with one image that stands between two answers."""
     wanted = table(word, make(num_steps=4), scenes, tmp_path / "cpu")
     with there():
         found = table(word, make(num_steps=4).to(DEVICE), scenes, tmp_path / "gpu")
@@ -100,20 +108,22 @@ def test_other_ways_through_an_analysis_too(variant, make, scenes, tmp_path):
 
 BF16 = {
     "trajectories": 0.3,
-    "biography": 0.1,
+    "selectivity": 0.1,
     "patching": 0.2,
     "evaluate": 0.3,
     "rank_sweep": 0.3,
     "pointing_game": 0.1,
 }
-"""Analysis -> share of its cells that may be further from those of float32 than a tenth and 0.05; of the others one of
-twenty, while on a CPU at most one of fifty is. PCA turns its axes, units change their ranks, what is recovered is a
-ratio of small differences, and in a table of few rows an image that turns is many cells."""
+"""Analysis -> share of its cells that may be further from those of float32 than a tenth and 0.05;
+of the others one of twenty, while on a CPU at most one of fifty is. PCA turns its axes, units
+change their ranks, what is recovered is a ratio of small differences, and in a table of few rows an
+image that turns is many cells."""
 
 
 @pytest.mark.parametrize("word", ANALYSES)
 def test_under_autocast_every_table_is_there(word, make, scenes, tmp_path):
-    """bfloat16 keeps three digits: the same rows, as many numbers, and most of them near those of float32."""
+    """bfloat16 keeps three digits: the same rows, as many numbers, and most of them near those of
+    float32."""
     if word == "cost":
         with there():
             found = table(word, make(num_steps=4).to(DEVICE), scenes, tmp_path, dtype="bfloat16")
@@ -145,7 +155,9 @@ def test_a_model_and_its_unroll_are_bit_equal(any_model, images):
         if ON != "rounded":
             assert torch.equal(view(images), model(images))
         view(images).sum().backward()
-        assert all(one is other for one, other in zip(view.parameters(), model.parameters(), strict=True))
+        assert all(
+            one is other for one, other in zip(view.parameters(), model.parameters(), strict=True)
+        )
         assert all(p.grad is None or p.grad.device.type == DEVICE for p in model.parameters())
 
 
@@ -158,8 +170,10 @@ def test_recordings_are_those_of_the_cpu(any_model, images):
         close(found_logits, logits)
         if ON != "rounded":
             assert torch.equal(found_logits, model(images))
-            assert torch.equal(Probe(model).record(images, "mlp_post", tokens="cls")["mlp_post", 2],
-                               found["mlp_post", 2][:, 0])  # fmt: skip
+            assert torch.equal(
+                Probe(model).record(images, "mlp_post", tokens="cls")["mlp_post", 2],
+                found["mlp_post", 2][:, 0],
+            )
         for place in wanted:
             close(found[place], wanted[place], atol=1e-3)
 
@@ -169,8 +183,9 @@ def test_edits_are_those_of_the_cpu(any_model, images):
         return activation / 2
 
     def shift(activation, address):
-        return activation + torch.arange(activation.shape[1], device=activation.device).view(1, -1, *[1] * (
-            activation.ndim - 2))  # fmt: skip
+        return activation + torch.arange(activation.shape[1], device=activation.device).view(
+            1, -1, *[1] * (activation.ndim - 2)
+        )
 
     edits = {"z[1]:1": halve, ("mlp_post", 2): halve, "resid_post[3]": shift}
     probe = Probe(any_model)
@@ -186,7 +201,9 @@ def test_edits_are_those_of_the_cpu(any_model, images):
 def test_collected_metrics_are_those_of_the_cpu(tiny, scenes):
     def collected(model):
         batches = Loader(scenes, [Geometry.of(model, scenes)], batch_size=8, limit=20)
-        return Probe(model).collect(batches, {"resid_mid": MeanMetric()}, steps=[1, 5], progress=False)["resid_mid"]
+        return Probe(model).collect(
+            batches, {"resid_mid": MeanMetric()}, steps=[1, 5], progress=False
+        )["resid_mid"]
 
     wanted = collected(tiny)
     with there():
@@ -197,7 +214,9 @@ def test_collected_metrics_are_those_of_the_cpu(tiny, scenes):
 def test_masked_models_are_those_of_the_cpu(any_model, images, tmp_path, baked):
     generator = torch.Generator().manual_seed(0)
     full = masks.full(any_model)
-    of = masks.Masks({n: torch.rand(m.shape, generator=generator) < 0.6 for n, m in full.items()}, full.blocks)
+    of = masks.Masks(
+        {n: torch.rand(m.shape, generator=generator) < 0.6 for n, m in full.items()}, full.blocks
+    )
     wanted = masks.masked(any_model, of, baked=baked)(images)
     with there():
         model = any_model.to(DEVICE)
@@ -215,7 +234,10 @@ def test_masked_models_are_those_of_the_cpu(any_model, images, tmp_path, baked):
 
 @pytest.mark.parametrize("threshold", [0.0, 0.25, 0.5, 1.0])
 def test_images_leave_where_they_do_on_the_cpu(any_model, images, threshold, tmp_path):
-    exits, generator = Exits((1, 2), any_model.embed_dim, any_model.num_classes), torch.Generator().manual_seed(0)
+    exits, generator = (
+        Exits((1, 2), any_model.embed_dim, any_model.num_classes),
+        torch.Generator().manual_seed(0),
+    )
     for parameter in exits.parameters():
         parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
     images = images.repeat(4, 1, 1, 1) * torch.linspace(0.2, 2, 16).view(-1, 1, 1, 1)
@@ -263,7 +285,8 @@ def test_a_checkpoint_of_a_gpu_opens_on_either(tiny, images, tmp_path):
 
 
 def test_exits_are_trained_as_on_the_cpu(tiny, tmp_path):
-    """Batches are drawn on the CPU; Adam turns a gradient near zero by its sign, so weights agree to a few steps."""
+    """Batches are drawn on the CPU; Adam turns a gradient near zero by its sign, so weights agree
+    to a few steps."""
     data = DigitScenes("train", length=32)
     plan = exiting.Plan(exits=(3, 6), epochs=2, images_at_once=8, batch_size=8)
     wanted = exiting.train(tiny, data, plan, tmp_path / "cpu")
@@ -274,12 +297,27 @@ def test_exits_are_trained_as_on_the_cpu(tiny, tmp_path):
 
 
 def test_training_goes_on_where_it_was_killed(tmp_path, monkeypatch):
-    """Also from the CPU's generator alone, and within rounding: kernels on a GPU add in any order."""
+    """Also from the CPU's generator alone, and within rounding: kernels on a GPU add in any
+    order."""
     recipe = Recipe(
-        model={"name": "bvit_small_patch16_224", "img_size": 32, "patch_size": 8, "embed_dim": 64, "num_heads": 2,
-               "num_steps": 3, "num_classes": 10, "patch_drop_rate": 0.25},
-        data="digits-s", epochs=2, images_per_epoch=64, batch_size=16, crop="padded", mixup=0.2, warmup_epochs=1,
-    )  # fmt: skip
+        model={
+            "name": "bvit_small_patch16_224",
+            "img_size": 32,
+            "patch_size": 8,
+            "embed_dim": 64,
+            "num_heads": 2,
+            "num_steps": 3,
+            "num_classes": 10,
+            "patch_drop_rate": 0.25,
+        },
+        data="digits-s",
+        epochs=2,
+        images_per_epoch=64,
+        batch_size=16,
+        crop="padded",
+        mixup=0.2,
+        warmup_epochs=1,
+    )
     if ON in ("pretended", "rounded"):
         pytest.skip("see test_devices.py")
     monkeypatch.setitem(digits.LENGTHS, "test", 40)
@@ -318,7 +356,11 @@ def test_two_processes_share_the_gpu(tiny, tmp_path):
     def start(name):
         given = ["--ckpt", str(folder), "--limit", "41", "--batch-size", "8", "--device", DEVICE]
         commands = [[0, [word, *given, "--out", str(tmp_path / name)]] for word in words]
-        command = [sys.executable, str(Path(__file__).with_name("commands.py")), json.dumps(commands)]
+        command = [
+            sys.executable,
+            str(Path(__file__).with_name("commands.py")),
+            json.dumps(commands),
+        ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "1", "RANK": "0"}
         pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen(command, env=environment, **pipes)
@@ -339,7 +381,9 @@ def test_a_batch_too_large_is_halved(tiny):
     (batch,) = Loader(data, [Geometry.of(tiny, data)], batch_size=8)
     sizes = []
 
-    whole = torch.cuda.get_device_properties(0).total_memory  # what is free depends on the tests beside this one
+    whole = torch.cuda.get_device_properties(
+        0
+    ).total_memory  # what is free depends on the tests beside this one
 
     def hungry(part):
         torch.empty(2 * whole if len(part) > 2 else 1, dtype=torch.uint8, device="cuda")
@@ -351,7 +395,8 @@ def test_a_batch_too_large_is_halved(tiny):
 
 @on_a_gpu_alone
 def test_a_table_is_the_same_when_memory_runs_out(make, monkeypatch):
-    """64 images of 197 tokens and 1,536 neurons take 77 MB a tensor; with 128 MB to spare they go in parts."""
+    """64 images of 197 tokens and 1,536 neurons take 77 MB a tensor; with 128 MB to spare they go
+    in parts."""
     model = make(img_size=224, patch_size=16, embed_dim=384, num_heads=6, num_steps=2).to(DEVICE)
     data = DigitScenes("test", length=64)
     wanted = step_accuracy.measure({"m": model}, data, step_accuracy.Config(batch_size=8))
@@ -370,7 +415,8 @@ def test_a_table_is_the_same_when_memory_runs_out(make, monkeypatch):
 
 
 def test_nothing_turns_tf32_on(tiny, images):
-    """Matrix products keep float32; a convolution agrees with the CPU's to six digits once cuDNN's TF32 is off."""
+    """Matrix products keep float32; a convolution agrees with the CPU's to six digits once cuDNN's
+    TF32 is off."""
     assert torch.get_float32_matmul_precision() == "highest"
     wanted = tiny.patch_embed(images)
     with there():

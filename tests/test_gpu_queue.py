@@ -1,4 +1,5 @@
-"""The GPU queue: order, time limit, what it leaves after every job, and putting it in place; a dry run of all of it."""
+"""The GPU queue: order, time limit, what it leaves after every job, and putting it in place; a dry
+run of all of it."""
 
 from __future__ import annotations
 
@@ -84,7 +85,16 @@ def test_the_queue_is_in_the_order_of_worth(queue):
     names = [entry.name for entry in queue.read(queue.QUEUE)]
     assert names[0] == "gpu-tests"
     assert all(name.startswith("bench-") for name in names[1:6])
-    order = ["cifar10-d128", "cifar10", "imagenette", "imagenette-d128", "width", "shape", "variants", "pathways"]
+    order = [
+        "cifar10-d128",
+        "cifar10",
+        "imagenette",
+        "imagenette-d128",
+        "width",
+        "shape",
+        "variants",
+        "pathways",
+    ]
     assert [name for name in names if name in order] == order
 
 
@@ -128,18 +138,40 @@ def test_jobs_run_in_order_and_leave_their_files(run, tmp_path, results):
     assert {*states(rows).values()} == {"done"}
     assert results.read(tmp_path / "out").files["d/out/made.txt"] == b"made"
     listed = summary(tmp_path / "out")["jobs"]
-    assert [(entry["name"], entry["state"], entry["estimate"]) for entry in listed][-1] == ("d", "done", 1)
+    assert [(entry["name"], entry["state"], entry["estimate"]) for entry in listed][-1] == (
+        "d",
+        "done",
+        1,
+    )
 
 
 def test_placeholders_are_filled_in(run, tmp_path, results):
-    code = "import sys, pathlib; pathlib.Path(sys.argv[1], 'words').write_text('|'.join(sys.argv[2:]))"
-    words = ["{python}", "-c", code, "{out}", "{device}", "{data}/cifar10", "{minutes}", "{recipes}"]
+    code = (
+        "import sys, pathlib; pathlib.Path(sys.argv[1], 'words').write_text('|'.join(sys.argv[2:]))"
+    )
+    words = [
+        "{python}",
+        "-c",
+        code,
+        "{out}",
+        "{device}",
+        "{data}/cifar10",
+        "{minutes}",
+        "{recipes}",
+    ]
     recipes = {"wide": {"extends": "cifar10", "model": {"embed_dim": 384}}}
     run({"name": "a", "command": words, "seconds": 30, "recipes": recipes})
-    device, data, minutes, recipe = results.read(tmp_path / "out").files["a/out/words"].decode().split("|")
+    device, data, minutes, recipe = (
+        results.read(tmp_path / "out").files["a/out/words"].decode().split("|")
+    )
     assert (device, data) == ("cpu", f"{tmp_path}/data/cifar10")
-    assert float(minutes) == pytest.approx((58.5 - 15) / 60, abs=0.02)  # less than twice the estimate
-    assert Path(recipe).name == "wide.yaml" and yaml.safe_load(Path(recipe).read_text()) == recipes["wide"]
+    assert float(minutes) == pytest.approx(
+        (58.5 - 15) / 60, abs=0.02
+    )  # less than twice the estimate
+    assert (
+        Path(recipe).name == "wide.yaml"
+        and yaml.safe_load(Path(recipe).read_text()) == recipes["wide"]
+    )
 
 
 def test_what_is_there_or_lacks_or_does_not_fit_is_skipped(run, tmp_path):
@@ -152,8 +184,12 @@ def test_what_is_there_or_lacks_or_does_not_fit_is_skipped(run, tmp_path):
         seconds=30,
     )
     assert states(rows) == {
-        "there": "there", "half-there": "done", "lacks": "lacks", "late": "late", "small": "done",
-    }  # fmt: skip
+        "there": "there",
+        "half-there": "done",
+        "lacks": "lacks",
+        "late": "late",
+        "small": "done",
+    }
     assert not (tmp_path / "work" / "late").exists()
     assert "cifar10" in rows[2].why
 
@@ -238,7 +274,9 @@ def test_a_finished_job_is_kept_in_the_next_run_and_an_unfinished_one_goes_on(ru
     run(job("whole", counted), job("part", slow, limit=0.7))
     rows = run(job("whole", counted), job("part", slow, limit=0.7))
     assert states(rows) == {"whole": "kept", "part": "stopped"}
-    counts = [(tmp_path / "work" / name / "out" / "count").read_text() for name in ("whole", "part")]
+    counts = [
+        (tmp_path / "work" / name / "out" / "count").read_text() for name in ("whole", "part")
+    ]
     assert counts == ["1", "2"]
     assert states(run(job("whole", counted + "; 1"))) == {"whole": "done"}  # another command
 
@@ -248,7 +286,12 @@ def test_a_finished_job_is_kept_in_the_next_run_and_an_unfinished_one_goes_on(ru
 
 def weights(megabytes, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return save({"w": torch.randn(int(megabytes * MIB / 4), generator=generator), "mask": torch.ones(3, dtype=bool)})
+    return save(
+        {
+            "w": torch.randn(int(megabytes * MIB / 4), generator=generator),
+            "mask": torch.ones(3, dtype=bool),
+        }
+    )
 
 
 def test_weights_go_across_shards_halved_and_come_back(results, tmp_path):
@@ -274,7 +317,9 @@ def test_weights_beyond_float16_stay_as_they_are(results):
 
 def test_the_output_keeps_the_limits_of_the_machine(results):
     shards = -(-results.TOTAL // results.SHARD)
-    assert results.SHARD <= 16 * MIB and shards + 3 <= 8  # log, summary, and one of them while it is replaced
+    assert (
+        results.SHARD <= 16 * MIB and shards + 3 <= 8
+    )  # log, summary, and one of them while it is replaced
     assert results.TOTAL + 2 * results.MOST_LOG + MIB // 4 <= 64 * MIB
 
 
@@ -282,22 +327,40 @@ def test_the_least_worthy_files_stay_out_and_are_named(queue, results, tmp_path,
     """Two unfinished trainings in 5 MiB: averaged weights of both, one's raw weights, no state."""
     monkeypatch.setattr(results, "TOTAL", 5 * MIB)
     monkeypatch.setattr(
-        queue, "Package", lambda out, halve: results.Package(out, total=5 * MIB, shard=MIB, halve=halve)
+        queue,
+        "Package",
+        lambda out, halve: results.Package(out, total=5 * MIB, shard=MIB, halve=halve),
     )
     entries = []
     for name in ("a", "b"):
         pattern = ["**/state.pt", "**/*.safetensors", "**/history.csv"]
         source = tmp_path / "source" / name
-        content = {"ema.safetensors": weights(1.5), "model.safetensors": weights(1.5), "state.pt": bytes(3 * MIB)}
+        content = {
+            "ema.safetensors": weights(1.5),
+            "model.safetensors": weights(1.5),
+            "state.pt": bytes(3 * MIB),
+        }
         write_training(source, 1, 2, content)
-        entries.append({**job(name, f"import shutil, sys; shutil.copytree({str(source)!r}, sys.argv[1] + '/run')"),
-                        "seconds": 1, "leaves": pattern})  # fmt: skip
+        entries.append(
+            {
+                **job(
+                    name,
+                    f"import shutil, sys; shutil.copytree({str(source)!r}, sys.argv[1] + '/run')",
+                ),
+                "seconds": 1,
+                "leaves": pattern,
+            }
+        )
     (tmp_path / "queue.yaml").write_text(yaml.safe_dump({"jobs": entries}))
     places = {name: tmp_path / name for name in ("out", "work", "data")}
-    rows = queue.Queue(queue.read(tmp_path / "queue.yaml"), queue.Settings(**places, halve=False)).run()
+    rows = queue.Queue(
+        queue.read(tmp_path / "queue.yaml"), queue.Settings(**places, halve=False)
+    ).run()
     assert states(rows) == {"a": "stopped", "b": "stopped"}
     packed = {name for name in results.read(tmp_path / "out").files if "/out/" in name}
-    kinds = {name: {path.rpartition("/")[2] for path in packed if path.startswith(name)} for name in "ab"}
+    kinds = {
+        name: {path.rpartition("/")[2] for path in packed if path.startswith(name)} for name in "ab"
+    }
     assert kinds["a"] == {"history.csv", "ema.safetensors", "model.safetensors"}
     assert kinds["b"] == {"history.csv", "ema.safetensors"}
     left = summary(tmp_path / "out")["left_out"]
@@ -305,11 +368,18 @@ def test_the_least_worthy_files_stay_out_and_are_named(queue, results, tmp_path,
     assert all("no room" in why for why in left.values())
 
 
-def test_a_state_comes_back_where_there_is_room_and_only_of_an_unfinished_training(run, tmp_path, results):
+def test_a_state_comes_back_where_there_is_room_and_only_of_an_unfinished_training(
+    run, tmp_path, results
+):
     for name, epoch in (("half", 1), ("whole", 2)):
         write_training(tmp_path / name, epoch, 2, {"state.pt": b"state"})
     copying = "import shutil, sys; shutil.copytree({!r}, sys.argv[1] + '/run')"
-    run(*(job(name, copying.format(str(tmp_path / name)), leaves=["**/*"]) for name in ("half", "whole")))
+    run(
+        *(
+            job(name, copying.format(str(tmp_path / name)), leaves=["**/*"])
+            for name in ("half", "whole")
+        )
+    )
     found = results.read(tmp_path / "out").files
     assert "half/out/run/state.pt" in found and "whole/out/run/state.pt" not in found
 
@@ -325,7 +395,9 @@ def test_an_append_that_was_cut_off_does_not_count(results, tmp_path):
     package = results.Package(tmp_path / "out", shard=2048)
     package.add_bytes("a/one", b"1" * 3000)
     package.commit({"jobs": []}, "")
-    with (tmp_path / "out" / "part-01.tar").open("ab") as stream:  # killed in the middle of the next
+    with (tmp_path / "out" / "part-01.tar").open(
+        "ab"
+    ) as stream:  # killed in the middle of the next
         stream.write(b"torn")
     assert set(results.read(tmp_path / "out").files) == {"a/one"}
     package.add_bytes("a/two", b"2" * 3000)
@@ -335,13 +407,23 @@ def test_an_append_that_was_cut_off_does_not_count(results, tmp_path):
 
 def start_runner(tmp_path):
     """A runner whose second job goes on for a minute, and the process id of that job."""
-    waits = (
-        "import os, pathlib, sys, time; pathlib.Path(sys.argv[1], 'pid').write_text(str(os.getpid())); time.sleep(60)"
-    )
-    entries = [{"seconds": 1, "leaves": ["*"], **entry} for entry in (writing("first"), job("second", waits, limit=50))]
+    waits = "import os, pathlib, sys, time; pathlib.Path(sys.argv[1], 'pid').write_text(str(os.getpid())); time.sleep(60)"
+    entries = [
+        {"seconds": 1, "leaves": ["*"], **entry}
+        for entry in (writing("first"), job("second", waits, limit=50))
+    ]
     (tmp_path / "queue.yaml").write_text(yaml.safe_dump({"jobs": entries}))
-    arguments = ["--queue", tmp_path / "queue.yaml", "--out", tmp_path / "out", "--work", tmp_path / "work"]
-    runner = subprocess.Popen([sys.executable, SCRIPT, *arguments], stdout=subprocess.PIPE, text=True)
+    arguments = [
+        "--queue",
+        tmp_path / "queue.yaml",
+        "--out",
+        tmp_path / "out",
+        "--work",
+        tmp_path / "work",
+    ]
+    runner = subprocess.Popen(
+        [sys.executable, SCRIPT, *arguments], stdout=subprocess.PIPE, text=True
+    )
     pid = tmp_path / "work" / "second" / "out" / "pid"
     for _ in range(200):
         if pid.is_file() and pid.read_text():
@@ -375,7 +457,8 @@ def test_a_runner_that_is_ended_packs_the_job_that_ran(tmp_path, results):
 
 @pytest.fixture
 def collecting(tmp_path, results):
-    """``collecting(files, state=...)``: an output folder with these files of a job `a`; returns a function."""
+    """``collecting(files, state=...)``: an output folder with these files of a job `a`; returns a
+    function."""
     root = tmp_path / "repository"
     root.mkdir()
 
@@ -383,11 +466,15 @@ def collecting(tmp_path, results):
         package = results.Package(tmp_path / "packed")
         for name, content in files.items():
             package.add_bytes(name, content)
-        package.commit({"jobs": [{"name": "a", "state": state, "seconds": 1.0, "estimate": 2.0}]}, "")
+        package.commit(
+            {"jobs": [{"name": "a", "state": state, "seconds": 1.0, "estimate": 2.0}]}, ""
+        )
         mapping = {"a": {"run": "checkpoints/run", "table.csv": "figures/table.csv"}}
 
         def collect(**options):
-            return results.collect(tmp_path / "packed", root, root / "runs" / "work", mapping, **options)[1]
+            return results.collect(
+                tmp_path / "packed", root, root / "runs" / "work", mapping, **options
+            )[1]
 
         return collect
 
@@ -395,8 +482,13 @@ def collecting(tmp_path, results):
 
 
 def test_files_are_put_in_place(collecting, tmp_path):
-    files = {"a/out/run/history.csv": b"1", "a/out/table.csv": b"2", "a/job.log": b"3", "a/out/other": b"4",
-             "a/out/run/state.pt": b"5"}  # fmt: skip
+    files = {
+        "a/out/run/history.csv": b"1",
+        "a/out/table.csv": b"2",
+        "a/job.log": b"3",
+        "a/out/other": b"4",
+        "a/out/run/state.pt": b"5",
+    }
     collect, root = collecting(files), tmp_path / "repository"
     assert {placed.how for placed in collect()} == {"new"}
     assert (root / "checkpoints/run/history.csv").read_bytes() == b"1"
@@ -428,7 +520,9 @@ def test_a_tracked_file_that_differs_is_not_replaced_unasked(collecting, tmp_pat
     assert (root / "figures/table.csv").read_bytes() == b"theirs"
 
 
-@pytest.mark.parametrize("name", ["../evil", "/etc/evil", "a/out/../../../evil", "a/out/run/../../x", "a/.git/hooks/x"])
+@pytest.mark.parametrize(
+    "name", ["../evil", "/etc/evil", "a/out/../../../evil", "a/out/run/../../x", "a/.git/hooks/x"]
+)
 def test_a_path_that_leads_out_is_refused(collecting, tmp_path, results, name):
     with pytest.raises(results.GpuError, match="no file below its folder"):
         collecting({name: b"evil"})()
@@ -444,8 +538,10 @@ def test_links_are_refused(results, collecting, tmp_path):
         tar.addfile(link)
     (tmp_path / "packed" / "part-00.tar").write_bytes(made.getvalue())
     content = summary(tmp_path / "packed") | {
-        "bytes": len(made.getvalue()), "sha256": hashlib.sha256(made.getvalue()).hexdigest(), "shards": ["part-00.tar"],
-    }  # fmt: skip
+        "bytes": len(made.getvalue()),
+        "sha256": hashlib.sha256(made.getvalue()).hexdigest(),
+        "shards": ["part-00.tar"],
+    }
     (tmp_path / "packed" / "summary.json").write_text(json.dumps(content))
     with pytest.raises(results.GpuError, match="no file below its folder"):
         collect()
@@ -466,7 +562,9 @@ def test_damaged_shards_are_refused(collecting, tmp_path, results, damage):
         shard.unlink()
     else:
         shard.write_bytes(content[:-1] + b"x" if damage == "changed" else content[:-512])
-    with pytest.raises(results.GpuError, match="is missing" if damage == "missing" else "not those"):
+    with pytest.raises(
+        results.GpuError, match="is missing" if damage == "missing" else "not those"
+    ):
         collect()
 
 
@@ -495,22 +593,29 @@ def test_errors_are_one_line_and_exit_code_2(arguments):
 
 def test_the_jobs_can_be_listed_and_chosen():
     assert len(cli("--list").stdout.splitlines()) > 10
-    listed = cli("--list", "--only", "cifar10", "gpu-tests", "--skip", "cifar10").stdout.splitlines()
+    listed = cli(
+        "--list", "--only", "cifar10", "gpu-tests", "--skip", "cifar10"
+    ).stdout.splitlines()
     assert len(listed) == 1 and listed[0].startswith("gpu-tests")
 
 
 def test_a_failed_job_is_exit_code_1_and_the_table_says_which(tmp_path):
     entries = [{"seconds": 1, "leaves": ["*"], **job("bad", "raise SystemExit(3)")}]
     (tmp_path / "queue.yaml").write_text(yaml.safe_dump({"jobs": entries}))
-    done = cli("--queue", tmp_path / "queue.yaml", "--out", tmp_path / "out", "--work", tmp_path / "work")
+    done = cli(
+        "--queue", tmp_path / "queue.yaml", "--out", tmp_path / "out", "--work", tmp_path / "work"
+    )
     assert done.returncode == 1
     assert any(line.split()[:2] == ["bad", "failed"] for line in done.stdout.splitlines())
 
 
 @pytest.mark.slow
 def test_the_whole_queue_runs_dry_and_its_results_fall_into_place(tmp_path, queue, results):
-    """Every command of the queue at tiny sizes on the CPU: nothing is tried on the GPU for the first time."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    """Every command of the queue at tiny sizes on the CPU: nothing is tried on the GPU for the
+    first time."""
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")
+    }
     environment["OMP_NUM_THREADS"] = "1"
     done = cli("--dry-run", "--out", tmp_path / "out", "--work", tmp_path / "work", env=environment)
     found = results.read(tmp_path / "out")
@@ -521,9 +626,11 @@ def test_the_whole_queue_runs_dry_and_its_results_fall_into_place(tmp_path, queu
     jobs = queue.read(queue.QUEUE)
     assert [entry["name"] for entry in found.summary["jobs"]] == [entry.name for entry in jobs]
     results.collect(
-        tmp_path / "out", tmp_path / "repository", tmp_path / "repository/runs/gpu-work",
+        tmp_path / "out",
+        tmp_path / "repository",
+        tmp_path / "repository/runs/gpu-work",
         {entry.name: entry.collect for entry in jobs},
-    )  # fmt: skip
+    )
     for entry in jobs:  # so that a second run skips it
         assert all((tmp_path / "repository" / path).exists() for path in entry.done), entry.name
     histories = list((tmp_path / "repository" / "checkpoints").rglob("history.csv"))

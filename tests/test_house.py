@@ -1,4 +1,5 @@
-"""The house: one word in five places, five things in a room, captions that agree, floors that point down."""
+"""The house: one word in five places, five things in a room, captions that agree, floors that point
+down."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ def caption(path):
 def test_one_word_in_five_places(word):
     assert (PACKAGE / "analyses" / f"{word}.py").is_file()
     assert (ROOT / "tests" / "analyses" / f"test_{word}.py").is_file()
-    assert len(list((ROOT / "notebooks").glob(f"???[0-9][0-9]_{word}.ipynb"))) == 1  # figNN_ or tabNN_
+    assert (
+        len(list((ROOT / "notebooks").glob(f"???[0-9][0-9]_{word}.ipynb"))) == 1
+    )  # figNN_ or tabNN_
     for kind in ("csv", "png", "json"):
         assert (ROOT / "figures" / f"{word}.{kind}").is_file()
     assert f"bvit-interp {word.replace('_', '-')}" in (ROOT / "README.md").read_text()
@@ -44,9 +47,10 @@ def test_the_room_of_an_analysis(word):
     assert "Cost:" in module.__doc__
     assert "Expected:" in module.__doc__
     public = {
-        name for name, value in vars(module).items()
+        name
+        for name, value in vars(module).items()
         if not name.startswith("_") and getattr(value, "__module__", None) == module.__name__
-    }  # fmt: skip
+    }
     assert public == {"Config", "measure", "plot"}
     assert module.Config.__dataclass_params__.frozen
     assert all(f.kw_only for f in dataclasses.fields(module.Config))
@@ -88,7 +92,12 @@ def test_every_module_is_short_and_captioned(path):
 def tree_of_the_readme():
     """Path in the package -> what the README's tree says of it."""
     listed, folder = {}, Path()
-    tree = (ROOT / "README.md").read_text().partition("\nbvit_interp/\n")[2].partition("\ncheckpoints/")[0]
+    tree = (
+        (ROOT / "README.md")
+        .read_text()
+        .partition("\nbvit_interp/\n")[2]
+        .partition("\ncheckpoints/")[0]
+    )
     for line in tree.splitlines():
         name, _, says = line.strip().partition("  ")
         folder = Path(name) if name.endswith("/") else folder if line.startswith("    ") else Path()
@@ -98,7 +107,11 @@ def tree_of_the_readme():
 
 
 def test_the_readme_tree_says_what_the_modules_say():
-    says = {path.relative_to(PACKAGE): caption(path).rstrip(".") for path in MODULES if path.name != "__init__.py"}
+    says = {
+        path.relative_to(PACKAGE): caption(path).rstrip(".")
+        for path in MODULES
+        if path.name != "__init__.py"
+    }
     listed = tree_of_the_readme()
     assert set(listed) == set(says)
     for path, short in listed.items():

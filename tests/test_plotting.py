@@ -1,4 +1,5 @@
-"""The house style keeps its word: whole steps, lines that differ in grey, numbers in cells, whole files."""
+"""The house style keeps its word: whole steps, lines that differ in grey, numbers in cells, whole
+files."""
 
 from __future__ import annotations
 
@@ -47,7 +48,11 @@ def test_lines_differ_without_colour():
     assert len({(style["marker"], style["linestyle"]) for style in styles}) == 28
     for one, other in itertools.combinations(styles[:4], 2):  # the first ones in every respect
         assert all(one[key] != other[key] for key in ("color", "marker", "linestyle"))
-    assert len({style["color"] for style in styles[:7]}) == len({style["marker"] for style in styles[:7]}) == 7
+    assert (
+        len({style["color"] for style in styles[:7]})
+        == len({style["marker"] for style in styles[:7]})
+        == 7
+    )
 
 
 def test_neighbouring_lines_never_share_a_dash():
@@ -63,7 +68,8 @@ def test_a_style_is_what_matplotlib_draws():
 
 
 @pytest.mark.parametrize(
-    ("steps", "ticks"), [(range(1, 13), list(range(1, 13))), ([3, 1, 3, 2.0], [1, 2, 3]), ([5], [5])]
+    ("steps", "ticks"),
+    [(range(1, 13), list(range(1, 13))), ([3, 1, 3, 2.0], [1, 2, 3]), ([5], [5])],
 )
 def test_every_step_has_its_tick(steps, ticks):
     figure, axes = plotting.canvas()
@@ -114,7 +120,11 @@ def test_heat_map_writes_its_numbers_in_their_cells():
     values = np.array([[0.0, 0.256, 1.0], [-0.5, 0.8, 12.346]])
     plotting.heat_map(figure, ax, values, [1, 2, 3], ["a", "b"], "hit ratio")
     written = {text.get_position(): text.get_text() for text in ax.texts}
-    first_row = {(0, 0): ".00", (1, 0): ".26", (2, 0): "1.00"}  # by (column, row); no leading zero, as in papers
+    first_row = {
+        (0, 0): ".00",
+        (1, 0): ".26",
+        (2, 0): "1.00",
+    }  # by (column, row); no leading zero, as in papers
     assert written == {**first_row, (0, 1): "-0.50", (1, 1): ".80", (2, 1): "12.35"}
     drawn(figure)
     assert [label.get_text() for label in ax.get_xticklabels()] == ["1", "2", "3"]
@@ -131,14 +141,20 @@ def test_ink_stands_out_from_its_cell():
         shade = image.cmap(image.norm(value))[:3]
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in shade]
         luminance = np.dot([0.2126, 0.7152, 0.0722], linear)
-        contrast = (luminance + 0.05) / 0.05 if text.get_color() == "black" else 1.05 / (luminance + 0.05)
+        contrast = (
+            (luminance + 0.05) / 0.05 if text.get_color() == "black" else 1.05 / (luminance + 0.05)
+        )
         assert contrast > 3, value  # WCAG's ratio; 21 is black on white
 
 
-@pytest.mark.parametrize(("columns", "numbers", "count"), [(14, True, 28), (15, True, 0), (3, False, 0)])
+@pytest.mark.parametrize(
+    ("columns", "numbers", "count"), [(14, True, 28), (15, True, 0), (3, False, 0)]
+)
 def test_numbers_only_where_they_fit(columns, numbers, count):
     figure, axes = plotting.canvas()
-    plotting.heat_map(figure, axes[0, 0], np.zeros((2, columns)), list(range(columns)), [0, 1], "x", numbers)
+    plotting.heat_map(
+        figure, axes[0, 0], np.zeros((2, columns)), list(range(columns)), [0, 1], "x", numbers
+    )
     assert len(axes[0, 0].texts) == count
     drawn(figure)
 

@@ -35,7 +35,12 @@ def test_replacing_takes_the_place_of_the_old_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "error", [RuntimeError("on purpose"), KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")]
+    "error",
+    [
+        RuntimeError("on purpose"),
+        KeyboardInterrupt(),
+        OSError(errno.ENOSPC, "No space left on device"),
+    ],
 )
 @pytest.mark.parametrize("old", [None, "old"])
 def test_an_exception_leaves_what_was_there(tmp_path, error, old):
@@ -73,10 +78,12 @@ def test_a_disk_that_fills_while_a_table_is_written(tmp_path, monkeypatch):
 
 def test_floats_read_back_exactly(tmp_path):
     rng = np.random.default_rng(0)
-    values = np.concatenate([
-        rng.normal(size=300) * 10.0 ** rng.integers(-300, 300, 300),
-        [0.1, 1 / 3, math.pi, 5e-324, sys.float_info.max, -0.0, math.nan, math.inf],
-    ])  # fmt: skip
+    values = np.concatenate(
+        [
+            rng.normal(size=300) * 10.0 ** rng.integers(-300, 300, 300),
+            [0.1, 1 / 3, math.pi, 5e-324, sys.float_info.max, -0.0, math.nan, math.inf],
+        ]
+    )
     path = tmp_path / "a.csv"
     results.write_table(pd.DataFrame({"name": 'x, "y"\nz', "value": values}), path)
     read = results.read_table(path)
@@ -95,7 +102,12 @@ def test_json_is_indented_and_knows_paths(tmp_path):
 
 # ---- tables that go on ---------------------------------------------------------------------------------
 
-OPTIONS = {"analysis": "rank_sweep", "ranks": (4, 8), "data": Path("digits-s"), "config": {"seed": 0}}
+OPTIONS = {
+    "analysis": "rank_sweep",
+    "ranks": (4, 8),
+    "data": Path("digits-s"),
+    "config": {"seed": 0},
+}
 
 
 def test_a_table_goes_on_where_it_stopped(tmp_path):
@@ -103,7 +115,10 @@ def test_a_table_goes_on_where_it_stopped(tmp_path):
     table = results.Table(path, OPTIONS)
     assert table.rows == []
     assert not path.exists()
-    rows = [{"model": "b", "rank": rank, "accuracy": accuracy} for rank, accuracy in ((4, 0.1 + 0.2), (8, 1 / 3))]
+    rows = [
+        {"model": "b", "rank": rank, "accuracy": accuracy}
+        for rank, accuracy in ((4, 0.1 + 0.2), (8, 1 / 3))
+    ]
     for i, row in enumerate(rows):
         table.append(row)
         assert len(pd.read_csv(path)) == i + 1  # on disk as soon as it is finished
@@ -120,7 +135,9 @@ def test_a_table_goes_on_where_it_stopped(tmp_path):
 
 @pytest.mark.parametrize("name", ["007", "12", "1e3", "null", "NA", "nan", "True", "a,b", "ü"])
 def test_a_model_is_found_again_by_its_name(tmp_path, name):
-    results.Table(tmp_path / "a.csv", OPTIONS).append({"model": name, "rank": 4, "accuracy": math.nan})
+    results.Table(tmp_path / "a.csv", OPTIONS).append(
+        {"model": name, "rank": 4, "accuracy": math.nan}
+    )
     again = results.Table(tmp_path / "a.csv", OPTIONS)
     assert again.has(model=name, rank=4)
     assert math.isnan(again.rows[0]["accuracy"])
@@ -135,7 +152,13 @@ def test_a_table_of_other_options_is_refused_and_left(tmp_path):
     path = tmp_path / "a.csv"
     results.Table(path, OPTIONS).append({"rank": 4})
     before = path.read_bytes(), path.with_suffix(".json").read_bytes()
-    other = {"analysis": "rank_sweep", "ranks": (4, 16), "data": Path("digits-s"), "limit": 100, "config": {"seed": 1}}
+    other = {
+        "analysis": "rank_sweep",
+        "ranks": (4, 16),
+        "data": Path("digits-s"),
+        "limit": 100,
+        "config": {"seed": 1},
+    }
     with pytest.raises(UserError) as error:
         results.Table(path, other)
     message = str(error.value)
@@ -162,7 +185,9 @@ def test_overwrite_starts_again(tmp_path):
         results.Table(path, OPTIONS)
 
 
-@pytest.mark.parametrize("about", [None, "", "{", "[]", "{}", '{"options": null}', '{"options": [1]}'])
+@pytest.mark.parametrize(
+    "about", [None, "", "{", "[]", "{}", '{"options": null}', '{"options": [1]}']
+)
 def test_a_table_without_its_options_is_refused(tmp_path, about):
     path = tmp_path / "a.csv"
     path.write_text("rank\n4\n")
@@ -189,14 +214,17 @@ def test_a_table_without_the_keys_is_refused_at_the_first_look(tmp_path, content
     path = tmp_path / "a.csv"
     results.Table(path, OPTIONS).append({"model": "m", "rank": 4})
     path.write_text(content)
-    with pytest.raises(UserError, match=r"a\.csv has other columns: it lacks model, rank; --overwrite"):
+    with pytest.raises(
+        UserError, match=r"a\.csv has other columns: it lacks model, rank; --overwrite"
+    ):
         results.Table(path, OPTIONS).has(model="m", rank=4)
     assert not results.Table(path, OPTIONS, overwrite=True).has(model="m", rank=4)
     assert path.read_text() == content
 
 
 @pytest.mark.parametrize(
-    ("columns", "wrong"), [("rank", "lacks value"), ("rank,old", "lacks value and has the unknown old")]
+    ("columns", "wrong"),
+    [("rank", "lacks value"), ("rank,old", "lacks value and has the unknown old")],
 )
 def test_a_row_of_other_columns_is_not_mixed_in(tmp_path, columns, wrong):
     path = tmp_path / "a.csv"
@@ -236,7 +264,9 @@ def test_a_folder_is_tried_and_left_as_it_was(tmp_path):
     results.check_folder(tmp_path / "new" / "folder")
     results.check_folder(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-    with pytest.raises(UserError, match=r"--out .*x: .*file is not a folder that can be written to"):
+    with pytest.raises(
+        UserError, match=r"--out .*x: .*file is not a folder that can be written to"
+    ):
         results.check_folder(tmp_path / "file" / "x")
 
 
@@ -304,7 +334,9 @@ def test_more_steps_are_the_same_weights(tiny, make):
 
 def test_two_blocks_that_change_places_are_another_model(stacked):
     before = results.weights_hash(stacked)
-    stacked.blocks[0].load_state_dict({k: v.clone() for k, v in stacked.blocks[1].state_dict().items()})
+    stacked.blocks[0].load_state_dict(
+        {k: v.clone() for k, v in stacked.blocks[1].state_dict().items()}
+    )
     assert results.weights_hash(stacked) != before
 
 
@@ -332,7 +364,9 @@ def test_the_hash_knows_names_and_not_their_order():
 def test_the_hash_of_transposed_halves_and_scalars():
     layer = Ordered("a")
     expected = results.weights_hash(layer)
-    layer.a.weight = nn.Parameter(layer.a.weight.detach().T.contiguous().T)  # equal values, other strides
+    layer.a.weight = nn.Parameter(
+        layer.a.weight.detach().T.contiguous().T
+    )  # equal values, other strides
     assert results.weights_hash(layer) == expected
     assert results.weights_hash(layer.bfloat16()) != expected
     layer.register_buffer("scale", torch.tensor(2.0))

@@ -40,16 +40,39 @@ def test_addresses_as_they_are_written():
 
 @pytest.mark.parametrize(
     "text",
-    ["", "z", "z[]", "z[5", "z5]", "z[5]:", "z[5]:-1", "z[5]:a", "z[a]", "z[1.5]", "z[5][6]", "z [5]", "z[5] :3",
-     "z[5]:3x", "z[--1]", "[5]", "z[5]\n:3", "a b[5]"],
-)  # fmt: skip
+    [
+        "",
+        "z",
+        "z[]",
+        "z[5",
+        "z5]",
+        "z[5]:",
+        "z[5]:-1",
+        "z[5]:a",
+        "z[a]",
+        "z[1.5]",
+        "z[5][6]",
+        "z [5]",
+        "z[5] :3",
+        "z[5]:3x",
+        "z[--1]",
+        "[5]",
+        "z[5]\n:3",
+        "a b[5]",
+    ],
+)
 def test_what_is_no_address(text):
-    with pytest.raises(UserError, match=r"not an address: .*; expected site\[step\] or site\[step\]:unit") as error:
+    with pytest.raises(
+        UserError, match=r"not an address: .*; expected site\[step\] or site\[step\]:unit"
+    ) as error:
         Address.parse(text)
     assert repr(text) in str(error.value)
 
 
-@given(st.text(max_size=20) | st.from_regex(r"(z|q|mlp_post|mlp)\s?\[-?\d{1,9}\](:\d{1,9})?\s?", fullmatch=True))
+@given(
+    st.text(max_size=20)
+    | st.from_regex(r"(z|q|mlp_post|mlp)\s?\[-?\d{1,9}\](:\d{1,9})?\s?", fullmatch=True)
+)
 def test_any_text_is_an_address_or_a_user_error(text):
     try:
         address = Address.parse(text)
@@ -59,7 +82,11 @@ def test_any_text_is_an_address_or_a_user_error(text):
 
 
 def test_an_unknown_site_is_refused_with_the_sites_there_are():
-    for make in (lambda: Address("mlp", 1), lambda: Address.parse("mlp[1]"), lambda: check_site("mlp")):
+    for make in (
+        lambda: Address("mlp", 1),
+        lambda: Address.parse("mlp[1]"),
+        lambda: check_site("mlp"),
+    ):
         with pytest.raises(UserError, match="unknown site 'mlp'; sites: ") as error:
             make()
         assert str(error.value).endswith(", ".join(SITES))
@@ -67,9 +94,23 @@ def test_an_unknown_site_is_refused_with_the_sites_there_are():
 
 
 @pytest.mark.parametrize(
-    "site", ["inner.z", "inner0.z", "inner01.z", "inner-1.z", "inner1.inner2.z", "inner1.", "inner1", "outer1.z", ".z",
-             "inner1z", "inner1.mlp", "inner99999.z", "inner\u0661.z"],
-)  # fmt: skip
+    "site",
+    [
+        "inner.z",
+        "inner0.z",
+        "inner01.z",
+        "inner-1.z",
+        "inner1.inner2.z",
+        "inner1.",
+        "inner1",
+        "outer1.z",
+        ".z",
+        "inner1z",
+        "inner1.mlp",
+        "inner99999.z",
+        "inner\u0661.z",
+    ],
+)
 def test_what_is_no_site_of_an_inner_update(site):
     with pytest.raises(UserError, match="unknown site"):
         check_site(site)
@@ -84,7 +125,9 @@ def test_the_place_of_a_site():
 def test_units_are_what_the_axes_say():
     named = {"H": ["q", "k", "v", "scores", "pattern", "z"], "F": ["mlp_pre", "mlp_post"]}
     for site in SITES:
-        assert unit_axis(site) == next((axis for axis, sites in named.items() if site in sites), "D")
+        assert unit_axis(site) == next(
+            (axis for axis, sites in named.items() if site in sites), "D"
+        )
         assert unit_axis(f"inner3.{site}") == unit_axis(site)
 
 
@@ -96,7 +139,9 @@ def test_a_step_counts_from_one_and_backwards_from_the_last(num_steps, step):
     elif -num_steps <= step < 0:
         assert check_step(step, num_steps) == python_list[step]
     else:
-        with pytest.raises(UserError, match=rf"no step {step}; steps: 1\.\.{num_steps} \(-1 is the last\)"):
+        with pytest.raises(
+            UserError, match=rf"no step {step}; steps: 1\.\.{num_steps} \(-1 is the last\)"
+        ):
             check_step(step, num_steps)
 
 

@@ -54,8 +54,15 @@ def _commands() -> dict[str, Callable[[list[str]], None]]:
     commands: dict[str, Callable[[list[str]], None]] = {}
     for word in ANALYSES:
         commands[word.replace("_", "-")] = lambda given, word=word: analyse.analyse(word, given)  # type: ignore[misc]
-    made = {"train": train.train, "study": train.study, "prune": train.prune, "tickets": tickets.tickets}
-    made["early-exit"] = exits.early_exit  # an analysis, and what it analyses is made by `early-exit train`
+    made = {
+        "train": train.train,
+        "study": train.study,
+        "prune": train.prune,
+        "tickets": tickets.tickets,
+    }
+    made["early-exit"] = (
+        exits.early_exit
+    )  # an analysis, and what it analyses is made by `early-exit train`
     made["transfer"] = transferring.transfer
     return commands | made | {"data": datasets.data, "report": analyse.report}
 

@@ -25,8 +25,8 @@ class Inputs:
     """What is looked at, and where the results go."""
 
     ckpt: tuple[str, ...] = ("checkpoints/bvit-digits-s",)
-    """Checkpoints, one or more: a folder, FOLDER@ema (averaged weights), timm:NAME, timm:NAME@random (seeded weights)
-    or timm:NAME@FILE."""
+    """Checkpoints, one or more: a folder, FOLDER@ema (averaged weights), timm:NAME,
+    timm:NAME@random (seeded weights) or timm:NAME@FILE."""
     data: str = "digits-s"
     """Data set: a NAME of `bvit-interp data list`, NAME:PATH, or a PATH."""
     split: str | None = None
@@ -64,7 +64,9 @@ def question(module: ModuleType) -> str:
 def analyse(word: str, given: list[str]) -> None:
     """`bvit-interp WORD` of an analysis."""
     module = module_of(word)
-    options = make_dataclass("Options", [("inputs", Inputs), ("config", module.Config)], frozen=True)
+    options = make_dataclass(
+        "Options", [("inputs", Inputs), ("config", module.Config)], frozen=True
+    )
     parsed = parse(options, word.replace("_", "-"), gathered(given, "--ckpt"), module.__doc__)
     with processes(parsed.inputs.device) as device:
         run_analysis(word, parsed.inputs, parsed.config, device)
@@ -81,9 +83,12 @@ def run_analysis(word: str, inputs: Inputs, config: Any, device: str = "cpu") ->
     results.check_folder(inputs.out)
     path = inputs.out / f"{word}.csv"
     rows_of = {
-        "analysis": word, "data": inputs.data, "split": inputs.split, "config": config.identity(),
+        "analysis": word,
+        "data": inputs.data,
+        "split": inputs.split,
+        "config": config.resume_key(),
         "weights": {name: results.weights_hash(model) for name, model in models.items()},
-    }  # fmt: skip
+    }
     wanted = inspect.signature(module.measure).parameters
     given: dict[str, Any] = {"folder": inputs.out} if "folder" in wanted else {}
     if "table" in wanted:
@@ -91,8 +96,14 @@ def run_analysis(word: str, inputs: Inputs, config: Any, device: str = "cpu") ->
     frame = module.measure(models, data, config, **given)
     if results.rank_and_world()[0] == 0:
         results.write_table(frame, path)
-        results.write_json(results.provenance({**rows_of, "config": asdict(config)}), path.with_suffix(".json"))
-        print(config.headline(frame).to_string(index=False, float_format="{:.3f}".format))
+        results.write_json(
+            results.provenance({**rows_of, "config": asdict(config)}), path.with_suffix(".json")
+        )
+        print(
+            module.summary(frame)
+            .drop(columns="path", errors="ignore")
+            .to_string(index=False, float_format="{:.3f}".format)
+        )
         print(f"\nwrote {path}")
         draw(module, frame, path.with_suffix(".png"))
     return frame
@@ -102,7 +113,12 @@ def _with_ema(specs: Sequence[str]) -> list[str]:
     """The checkpoints, each followed by its averaged weights where it has them."""
     from bvit_interp.models.checkpoint import versions
 
-    return [version for spec in specs for version in versions(spec) if version == spec or version not in specs]
+    return [
+        version
+        for spec in specs
+        for version in versions(spec)
+        if version == spec or version not in specs
+    ]
 
 
 def _load(specs: Sequence[str], device: str) -> dict[str, VisionTransformer]:

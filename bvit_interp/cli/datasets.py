@@ -35,7 +35,12 @@ def data(given: list[str]) -> None:
     words = {"list": DataList, "export": DataExport}
     if not given or given[0] not in words:
         if given and given[0] in ("-h", "--help"):
-            print("\n".join(f"  bvit-interp data {word:<8} {options.__doc__}" for word, options in words.items()))
+            print(
+                "\n".join(
+                    f"  bvit-interp data {word:<8} {options.__doc__}"
+                    for word, options in words.items()
+                )
+            )
             return
         raise UserError("data takes list or export: bvit-interp data list")
     options = parse(words[given[0]], f"data {given[0]}", given[1:])
@@ -45,5 +50,7 @@ def data(given: list[str]) -> None:
         for row in catalog.listing():
             print("  ".join(f"{key}: {value}" for key, value in row.items()))
         return
-    written = catalog.export(catalog.open_samples(options.samples, options.split), options.out, options.limit)
+    written = catalog.export(
+        catalog.open_samples(options.samples, options.split), options.out, options.limit
+    )
     print(f"wrote {written} images and masks to {options.out}")

@@ -1,4 +1,5 @@
-"""The word `early-exit`: train exits for a frozen model, or evaluate them (an analysis as any other)."""
+"""The word `early-exit`: train exits for a frozen model, or evaluate them (an analysis as any
+other)."""
 
 from __future__ import annotations
 
@@ -39,7 +40,7 @@ def _train(given: list[str]) -> None:
     from bvit_interp import results
     from bvit_interp.data.catalog import open_samples
     from bvit_interp.models import checkpoint
-    from bvit_interp.training import exiting
+    from bvit_interp.training.adapting import exits as exiting
 
     options = make_dataclass("Options", [("inputs", Train), ("plan", exiting.Plan)], frozen=True)
     parsed = parse(options, "early-exit train", gathered(given, "--exits"), Train.__doc__)

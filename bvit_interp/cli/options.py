@@ -15,7 +15,8 @@ from bvit_interp.errors import UserError, choices
 
 
 def parse(options: Any, word: str, given: list[str], description: str | None = None) -> Any:
-    """The command's options from its arguments; a value that is refused becomes one line, as everywhere."""
+    """The command's options from its arguments; a value that is refused becomes one line, as
+    everywhere."""
     printed = io.StringIO()
     try:
         with redirect_stderr(printed):
@@ -41,7 +42,8 @@ def _tyro(options: Any, word: str, given: list[str], description: str | None) ->
 
 
 def gathered(given: list[str], flag: str) -> list[str]:
-    """`--ckpt A --ckpt B` as `--ckpt A B`: a repeated flag would otherwise replace the earlier one."""
+    """`--ckpt A --ckpt B` as `--ckpt A B`: a repeated flag would otherwise replace the earlier
+    one."""
     values: list[str] = []
     rest: list[str] = []
     position: int | None = None
@@ -61,7 +63,8 @@ def gathered(given: list[str], flag: str) -> list[str]:
 
 @contextmanager
 def processes(device: str, threads: int | None = None) -> Iterator[str]:
-    """The device of this process, with `threads` CPU threads; under torchrun, with its process group open.
+    """The device of this process, with `threads` CPU threads; under torchrun, with its process
+    group open.
 
     Raises
     ------
@@ -78,7 +81,9 @@ def processes(device: str, threads: int | None = None) -> Iterator[str]:
             raise UserError(f"threads must be >= 1, got {threads}")
         torch.set_num_threads(threads)
     device = _device(device)
-    if device != "cpu":  # torch's default rounds what convolutions multiply to 10 bits; a CPU's tables would differ
+    if (
+        device != "cpu"
+    ):  # torch's default rounds what convolutions multiply to 10 bits; a CPU's tables would differ
         torch.backends.cudnn.allow_tf32 = False
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield device
@@ -87,7 +92,9 @@ def processes(device: str, threads: int | None = None) -> Iterator[str]:
     if on_cuda:
         device = _device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")  # tables are gathered on the CPU
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
+    )  # tables are gathered on the CPU
     try:
         yield device
     finally:

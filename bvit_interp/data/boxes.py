@@ -26,6 +26,7 @@ from typing import NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
+from timm.data import ImageNetInfo
 
 from bvit_interp.data.folders import image_files, subfolders
 from bvit_interp.data.samples import first_line, read_image
@@ -269,6 +270,4 @@ def _only_wnid(boxes: Boxes) -> str:
 
 def _imagenet() -> set[str]:
     """The wnids of ImageNet-1k."""
-    from timm.data import ImageNetInfo
-
     return set(ImageNetInfo().label_names())

@@ -1,7 +1,7 @@
 """The data sets by name, and how one is opened, listed or exported.
 
-A set is named as ``NAME`` (looked for under ``$BVIT_INTERP_DATA/NAME``, by default ``./data/NAME``),
-``NAME:PATH``, or a bare ``PATH`` whose kind is recognised by what lies in it.
+A set is named as ``NAME`` (looked for under ``$BVIT_INTERP_DATA/NAME``, by default
+``./data/NAME``), ``NAME:PATH``, or a bare ``PATH`` whose kind is recognised by what lies in it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ HOME = "BVIT_INTERP_DATA"  # environment variable: the folder of data sets
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A data set that can be opened by name; `needs` says what must lie in its folder, "" for nothing."""
+    """A data set that can be opened by name; `needs` says what must lie in its folder, "" for
+    nothing."""
 
     name: str
     summary: str
@@ -66,15 +67,22 @@ def _open_imagenet_boxes(root: Path, split: str | None, download: bool) -> Sampl
 
 
 def _open_folder(root: Path, split: str | None, download: bool) -> Samples:
-    """Split folders or parquet files, the first there if none is asked for; else the folder's own classes."""
-    found = [name for name in _FOLDER_SPLITS if split_files(root, name) or _is_split_folder(root / name)]
+    """Split folders or parquet files, the first there if none is asked for; else the folder's own
+    classes."""
+    found = [
+        name for name in _FOLDER_SPLITS if split_files(root, name) or _is_split_folder(root / name)
+    ]
     if split is not None and split not in found:
         has = choices(found) or "one only, the folder itself"
         raise DataError(f"{root} has no split {split!r}; splits: {has}")
     if not found:
         return ImageFolderSamples(root)
     chosen = split or found[0]
-    return ParquetSamples(root, chosen) if split_files(root, chosen) else ImageFolderSamples(root / chosen)
+    return (
+        ParquetSamples(root, chosen)
+        if split_files(root, chosen)
+        else ImageFolderSamples(root / chosen)
+    )
 
 
 def _is_split_folder(folder: Path) -> bool:
@@ -85,44 +93,75 @@ def _is_split_folder(folder: Path) -> bool:
 _FOLDER_SPLITS = ("test", "val", "validation", "train")
 CATALOG = (
     Entry(
-        name="digits-s", summary="handwritten digits hidden in photographs, 32 px, made on the fly",
-        splits=("train", "test"), default_split="test", needs="", has_masks=True, open=_open_digits,
+        name="digits-s",
+        summary="handwritten digits hidden in photographs, 32 px, made on the fly",
+        splits=("train", "test"),
+        default_split="test",
+        needs="",
+        has_masks=True,
+        open=_open_digits,
     ),
     Entry(
-        name="cifar10", summary="CIFAR-10, 32 px photographs of 10 classes",
-        splits=("train", "test"), default_split="test", needs="train/test.parquet or cifar-10-batches-py/",
-        downloads=True, open=_cifar_opener("cifar10"),
+        name="cifar10",
+        summary="CIFAR-10, 32 px photographs of 10 classes",
+        splits=("train", "test"),
+        default_split="test",
+        needs="train/test.parquet or cifar-10-batches-py/",
+        downloads=True,
+        open=_cifar_opener("cifar10"),
     ),
     Entry(
-        name="cifar100", summary="CIFAR-100, 32 px photographs of 100 classes",
-        splits=("train", "test"), default_split="test", needs="train/test.parquet or cifar-100-python/",
-        downloads=True, open=_cifar_opener("cifar100"),
+        name="cifar100",
+        summary="CIFAR-100, 32 px photographs of 100 classes",
+        splits=("train", "test"),
+        default_split="test",
+        needs="train/test.parquet or cifar-100-python/",
+        downloads=True,
+        open=_cifar_opener("cifar100"),
     ),
     Entry(
-        name="imagenette", summary="Imagenette, photographs of 10 classes of ImageNet",
-        splits=("train", "test"), default_split="test", open=_open_imagenette,
+        name="imagenette",
+        summary="Imagenette, photographs of 10 classes of ImageNet",
+        splits=("train", "test"),
+        default_split="test",
+        open=_open_imagenette,
         needs="train/test.parquet or imagenette2/ (-320, -160) with train/ and val/<wnid>/*.JPEG",
     ),
     Entry(
-        name="imagenet", summary="ImageNet-1k, a folder per wnid",
-        splits=("train", "val"), default_split="val", needs="val/<wnid>/*.JPEG", open=_open_imagenet,
+        name="imagenet",
+        summary="ImageNet-1k, a folder per wnid",
+        splits=("train", "val"),
+        default_split="val",
+        needs="val/<wnid>/*.JPEG",
+        open=_open_imagenet,
     ),
     Entry(
-        name="imagenet-s", summary="ImageNet-S 50, 300 or 919, or any set in its layout",
-        splits=("validation", "train-semi"), default_split="validation", has_masks=True,
-        needs="validation/<class>/*.JPEG and validation-segmentation/<class>/*.png", open=_open_imagenet_s,
+        name="imagenet-s",
+        summary="ImageNet-S 50, 300 or 919, or any set in its layout",
+        splits=("validation", "train-semi"),
+        default_split="validation",
+        has_masks=True,
+        needs="validation/<class>/*.JPEG and validation-segmentation/<class>/*.png",
+        open=_open_imagenet_s,
     ),
     Entry(
-        name="imagenet-boxes", summary="ImageNet's validation images, their boxes as masks",
-        splits=("val",), default_split="val", has_masks=True, open=_open_imagenet_boxes,
+        name="imagenet-boxes",
+        summary="ImageNet's validation images, their boxes as masks",
+        splits=("val",),
+        default_split="val",
+        has_masks=True,
+        open=_open_imagenet_boxes,
         needs="val/<wnid>/*.JPEG or Kaggle's ILSVRC/, and LOC_val_solution.csv or XML files",
     ),
     Entry(
-        name="folder", summary="your own images, a folder per class, or Hugging Face parquet",
-        splits=_FOLDER_SPLITS, default_split=None, open=_open_folder,
+        name="folder",
+        summary="your own images, a folder per class, or Hugging Face parquet",
+        splits=_FOLDER_SPLITS,
+        default_split=None,
+        open=_open_folder,
         needs="<class>/*.jpg, <split>/<class>/*.jpg or <split>.parquet",
     ),
-)  # fmt: skip
+)
 _ENTRIES = {entry.name: entry for entry in CATALOG}
 
 
@@ -131,14 +170,16 @@ def open_samples(spec: str, split: str | None = None, download: bool = False) ->
 
     Parameters
     ----------
-    spec : ``NAME``, ``NAME:PATH`` or ``PATH``; a name of the catalog goes before a folder called like it.
+    spec : ``NAME``, ``NAME:PATH`` or ``PATH``; a name of the catalog goes before a folder called
+        like it.
     split : one of the set's splits; by default the one to evaluate on.
     download : fetch the set if it is missing (CIFAR only).
 
     Raises
     ------
     DataError
-        Unknown name or split (with the valid ones), nothing at the path, or a set that is inconsistent.
+        Unknown name or split (with the valid ones), nothing at the path, or a set that is
+        inconsistent.
     """
     entry, root = _resolve(spec)
     if split is not None and split not in entry.splits:
@@ -147,13 +188,20 @@ def open_samples(spec: str, split: str | None = None, download: bool = False) ->
         able = choices(entry.name for entry in CATALOG if entry.downloads)
         raise DataError(f"{entry.name} cannot be downloaded; these can: {able}")
     if entry.needs and not download and not root.is_dir():
-        ways = [f"say {entry.name}:PATH", f"set ${HOME}", *(["use --download"] if entry.downloads else [])]
-        raise DataError(f"{entry.name}: no folder {root}, which should hold {entry.needs}; {' or '.join(ways)}")
+        ways = [
+            f"say {entry.name}:PATH",
+            f"set ${HOME}",
+            *(["use --download"] if entry.downloads else []),
+        ]
+        raise DataError(
+            f"{entry.name}: no folder {root}, which should hold {entry.needs}; {' or '.join(ways)}"
+        )
     return entry.open(root, split or entry.default_split, download)
 
 
 def listing() -> list[dict[str, str]]:
-    """One row per data set: name, splits, masks, summary, where it is looked for and whether it is there."""
+    """One row per data set: name, splits, masks, summary, where it is looked for and whether it is
+    there."""
     return [
         {
             "name": entry.name,
@@ -167,7 +215,8 @@ def listing() -> list[dict[str, str]]:
 
 
 def export(samples: Samples, out: Path, limit: int | None = None, progress: bool = True) -> int:
-    """Write a set with masks in ImageNet-S layout, images as lossless PNG; returns the number written.
+    """Write a set with masks in ImageNet-S layout, images as lossless PNG; returns the number
+    written.
 
     The folder appears only once it is complete. `limit` images are spread evenly over the set.
     """
@@ -200,7 +249,9 @@ def _write(samples: Samples, i: int, out: Path) -> None:
     for place in places:
         place.mkdir(parents=True, exist_ok=True)
     if (places[0] / file).exists():
-        raise DataError(f"{samples.name(i)}: another image of {samples.classes[label]} is called {file} too")
+        raise DataError(
+            f"{samples.name(i)}: another image of {samples.classes[label]} is called {file} too"
+        )
     Image.fromarray(image).save(places[0] / file)
     write_mask(mask, places[1] / file)
 

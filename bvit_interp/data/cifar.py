@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from torchvision import datasets
 
 from bvit_interp.data.parquet import ParquetSamples, split_files
 from bvit_interp.data.samples import Samples, first_line
@@ -22,18 +23,20 @@ BINARIES: dict[Name, str] = {"cifar10": "cifar-10-batches-py", "cifar100": "cifa
 
 
 class CifarBinaries:
-    """CIFAR as torchvision stores it, in ``root/cifar-10-batches-py`` or ``root/cifar-100-python``."""
+    """CIFAR as torchvision stores it, in ``root/cifar-10-batches-py`` or
+    ``root/cifar-100-python``."""
 
     native_size: int | None = SIZE
     has_masks = False
 
     def __init__(self, name: Name, root: Path, split: str, download: bool = False) -> None:
-        from torchvision import datasets
-
         kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
         try:
             source = kind(str(root), train=split == "train", download=download)
-        except (OSError, RuntimeError) as error:  # a failed download, or a checksum that does not match
+        except (
+            OSError,
+            RuntimeError,
+        ) as error:  # a failed download, or a checksum that does not match
             state = "could not be downloaded" if download else "incomplete or corrupt"
             raise DataError(f"{root / BINARIES[name]}: {state} ({first_line(error)})") from error
         self.root, self.split = root, split
@@ -57,7 +60,9 @@ def open_cifar(name: Name, root: Path, split: str, download: bool = False) -> Sa
         official = CIFAR10 if name == "cifar10" else None
         samples = ParquetSamples(root, split, classes=official, native_size=SIZE)
         if len(samples.classes) != COUNTS[name]:
-            raise DataError(f"{root}: {len(samples.classes)} classes, {name} has {COUNTS[name]}; try folder:{root}")
+            raise DataError(
+                f"{root}: {len(samples.classes)} classes, {name} has {COUNTS[name]}; try folder:{root}"
+            )
         return samples
     if root.name == BINARIES[name]:
         root = root.parent

@@ -1,9 +1,10 @@
 """digits-s: handwritten digits hidden in photographs, with the ink as mask.
 
-Made on the fly from what scikit-learn ships: its 1,797 real handwritten digits (8 x 8, from the UCI set of
-Alpaydin & Kaynak, 1998), placed at random scale, position, tilt and colour into crops of its two sample
-photographs, among distractor strokes. The class is the digit, the mask its ink. Train and test never share
-a handwritten digit nor a pixel of a photograph, and scene i of a split is the same on every machine.
+Made on the fly from what scikit-learn ships: its 1,797 real handwritten digits (8 x 8, from the UCI
+set of Alpaydin & Kaynak, 1998), placed at random scale, position, tilt and colour into crops of its
+two sample photographs, among distractor strokes. The class is the digit, the mask its ink. Train
+and test never share a handwritten digit nor a pixel of a photograph, and scene i of a split is the
+same on every machine.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageDraw
+from sklearn.datasets import load_digits, load_sample_images
 
 from bvit_interp.errors import DataError
 
@@ -21,7 +23,9 @@ CLASSES = tuple(str(digit) for digit in range(10))
 LENGTHS = {"train": 50_000, "test": 2_000}
 SMALLEST, LARGEST = 20, 26  # side of the digit's box, pixels
 TILT = 12  # degrees
-PHOTO_CUT = 0.6  # train scenes take their ground from the left 60 % of each photograph, test from the rest
+PHOTO_CUT = (
+    0.6  # train scenes take their ground from the left 60 % of each photograph, test from the rest
+)
 
 Split = Literal["train", "test"]
 
@@ -29,8 +33,6 @@ Split = Literal["train", "test"]
 @lru_cache(maxsize=2)
 def _sources(split: Split) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
     """The digits ``(n, 8, 8)`` in 0..1, their labels ``(n,)`` and the photographs of one split."""
-    from sklearn.datasets import load_digits, load_sample_images
-
     digits = load_digits()
     held_out = np.random.default_rng(1998).permutation(len(digits.target)) < len(digits.target) // 5
     chosen = held_out if split == "test" else ~held_out
@@ -48,16 +50,19 @@ class DigitScenes:
     ----------
     split : "train" or "test".
     length : number of scenes; by default 50,000 for train and 2,000 for test.
-    start : index of the first scene; scenes beyond the default length exist too (training draws fresh ones).
-    hardness : 0 = digits on plain ground, 1 = full photographs and distractors (the data set); between, the
-        share of both. For curricula.
+    start : index of the first scene; scenes beyond the default length exist too (training draws
+        fresh ones).
+    hardness : 0 = digits on plain ground, 1 = full photographs and distractors (the data set);
+        between, the share of both. For curricula.
     """
 
     classes = CLASSES
     native_size: int | None = SIZE
     has_masks = True
 
-    def __init__(self, split: str = "test", length: int | None = None, start: int = 0, hardness: float = 1.0) -> None:
+    def __init__(
+        self, split: str = "test", length: int | None = None, start: int = 0, hardness: float = 1.0
+    ) -> None:
         if split not in LENGTHS:
             raise DataError(f"digits-s has no split {split!r}; splits: {', '.join(LENGTHS)}")
         self.split: Split = "train" if split == "train" else "test"
@@ -71,7 +76,8 @@ class DigitScenes:
         return f"digits-s/{self.split}/{self.start + i:06d}"
 
     def read(self, i: int) -> tuple[np.ndarray, int, np.ndarray]:
-        """Scene i: image ``(32, 32, 3)`` uint8, label, mask ``(32, 32)`` int32 of label + 1 on the ink."""
+        """Scene i: image ``(32, 32, 3)`` uint8, label, mask ``(32, 32)`` int32 of label + 1 on the
+        ink."""
         digits, labels, photos = _sources(self.split)
         rng = np.random.default_rng([self.split == "test", self.start + i])
         chosen = int(rng.integers(len(digits)))
@@ -89,16 +95,21 @@ class DigitScenes:
 def _placed_ink(digit: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """The digit's opacity ``(32, 32)``, enlarged, tilted and put somewhere inside the scene."""
     side = int(rng.integers(SMALLEST, LARGEST + 1))
-    box = Image.fromarray((digit * 255).astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
+    box = Image.fromarray((digit * 255).astype(np.uint8)).resize(
+        (side, side), Image.Resampling.BICUBIC
+    )
     box = box.rotate(float(rng.uniform(-TILT, TILT)), Image.Resampling.BILINEAR)
     row, col = rng.integers(0, SIZE - side + 1, size=2)
     ink = np.zeros((SIZE, SIZE), np.float32)
-    ink[row : row + side, col : col + side] = np.clip(np.asarray(box, np.float32) / 255 * 2.5 - 0.75, 0, 1)
+    ink[row : row + side, col : col + side] = np.clip(
+        np.asarray(box, np.float32) / 255 * 2.5 - 0.75, 0, 1
+    )
     return ink
 
 
 def _ground(photo: np.ndarray, hardness: float, rng: np.random.Generator) -> np.ndarray:
-    """A dimmed crop of a photograph ``(32, 32, 3)`` in 0..1, faded towards a plain colour when easy."""
+    """A dimmed crop of a photograph ``(32, 32, 3)`` in 0..1, faded towards a plain colour when
+    easy."""
     side = int(rng.integers(48, 161))
     top, left = (int(rng.integers(0, extent - side + 1)) for extent in photo.shape[:2])
     crop = Image.fromarray(photo[top : top + side, left : left + side])

@@ -1,7 +1,8 @@
 """Images in a folder per class, with or without masks beside them.
 
 `ImageFolderSamples` is torchvision's `ImageFolder` layout (also ImageNet's, a folder per wnid);
-`ImageNetS` adds the masks of https://github.com/LUSSeg/ImageNet-S in a second tree of the same names.
+`ImageNetS` adds the masks of https://github.com/LUSSeg/ImageNet-S in a second tree of the same
+names.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ class ImageFolderSamples:
     Parameters
     ----------
     root : the folder of class folders.
-    classes : class names in the order of the labels; by default the sorted folder names. A class may have
-        no folder, but every folder must be a class.
+    classes : class names in the order of the labels; by default the sorted folder names. A class
+        may have no folder, but every folder must be a class.
     """
 
     native_size: int | None = None
@@ -42,7 +43,9 @@ class ImageFolderSamples:
             (place[folder], file) for folder in folders for file in image_files(self.root / folder)
         ]
         if not self.files:
-            raise DataError(f"{self.root}: no images ({', '.join(SUFFIXES)}) in {len(folders)} class folders")
+            raise DataError(
+                f"{self.root}: no images ({', '.join(SUFFIXES)}) in {len(folders)} class folders"
+            )
 
     def __len__(self) -> int:
         return len(self.files)
@@ -57,10 +60,11 @@ class ImageFolderSamples:
 
 
 class ImageNetS(ImageFolderSamples):
-    """Images of ``root/<split>/<class>/`` with masks of the same names in ``root/<split>-segmentation/``.
+    """Images of ``root/<split>/<class>/`` with masks of the same names in
+    ``root/<split>-segmentation/``.
 
-    Class ids are the rank (from 1) in ``categories.txt`` or ``ImageNetS_categories_im*.txt``, looked for in
-    root and in ``root/data/categories``, else among the sorted folder names.
+    Class ids are the rank (from 1) in ``categories.txt`` or ``ImageNetS_categories_im*.txt``,
+    looked for in root and in ``root/data/categories``, else among the sorted folder names.
     """
 
     has_masks = True
@@ -119,7 +123,9 @@ def class_folders(root: Path) -> list[str]:
 def subfolders(root: Path) -> list[str]:
     """Sorted names of the folders in root that are not hidden."""
     with os.scandir(root) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        return sorted(
+            entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")
+        )
 
 
 def image_files(folder: Path) -> list[str]:
@@ -141,6 +147,8 @@ def _categories_file(root: Path, folders: list[str]) -> Path | None:
         fitting = [file for file in found if sorted(_listed(file)) == folders]
         if not fitting:
             names = choices(file.name for file in found)
-            raise DataError(f"{root}: none of {names} lists just the class folders there: keep the right one")
+            raise DataError(
+                f"{root}: none of {names} lists just the class folders there: keep the right one"
+            )
         return fitting[0]
     return found[0] if found else None

@@ -1,4 +1,5 @@
-"""From a picture to a model's input: resize, centre crop and normalise, the mask under the same geometry."""
+"""From a picture to a model's input: resize, centre crop and normalise, the mask under the same
+geometry."""
 
 from __future__ import annotations
 
@@ -28,8 +29,9 @@ class Geometry:
     size : height and width of the centre crop, pixels.
     resize : length of the shorter side before the crop, pixels.
     mean, std : of the normalisation, per channel of an image in 0..1.
-    interpolation : "bilinear", "bicubic", ... (antialiased); masks are always taken from the nearest pixel, by its
-        centre (`NEAREST_EXACT`; torchvision's own for masks lies half a pixel off the image).
+    interpolation : "bilinear", "bicubic", ... (antialiased); masks are always taken from the
+        nearest pixel, by its centre (`NEAREST_EXACT`; torchvision's own for masks lies half a pixel
+        off the image).
     """
 
     size: tuple[int, int]
@@ -40,16 +42,19 @@ class Geometry:
 
     def __post_init__(self) -> None:
         if self.resize < max(self.size):
-            raise UserError(f"resize must be at least the model's {max(self.size)} pixels, got {self.resize}")
+            raise UserError(
+                f"resize must be at least the model's {max(self.size)} pixels, got {self.resize}"
+            )
 
     @classmethod
     def of(cls, model: VisionTransformer, samples: Samples, resize: int | None = None) -> Geometry:
         """The geometry a model sees a data set in.
 
-        The size is the patch embedding's (timm's `resolve_model_data_config` says 224 for a 32 px model).
-        The shorter side is brought to `resize`; by default it stays as it is for a set drawn at the model's
-        size, else it is size / crop_pct, with the checkpoint's crop_pct for a `BViT` and 224/256 for other
-        models: the pointing game's geometry, one for all stacked ViTs compared.
+        The size is the patch embedding's (timm's `resolve_model_data_config` says 224 for a 32 px
+        model). The shorter side is brought to `resize`; by default it stays as it is for a set
+        drawn at the model's size, else it is size / crop_pct, with the checkpoint's crop_pct for a
+        `BViT` and 224/256 for other models: the pointing game's geometry, one for all stacked ViTs
+        compared.
 
         Raises
         ------
@@ -71,15 +76,20 @@ class Geometry:
             interpolation=cfg.get("interpolation") or "bilinear",
         )
 
-    def __call__(self, image: np.ndarray, mask: np.ndarray | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Normalised image ``(3, *size)`` of one ``(H, W, 3)`` uint8, and its class ids ``(*size)`` int64."""
+    def __call__(
+        self, image: np.ndarray, mask: np.ndarray | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Normalised image ``(3, *size)`` of one ``(H, W, 3)`` uint8, and its class ids ``(*size)``
+        int64."""
         pixels = tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1))
         mode = InterpolationMode(self.interpolation)
         pixels = F.to_dtype(self._crop(pixels, mode), torch.float32, scale=True)
         view = F.normalize(pixels, list(self.mean), list(self.std)).as_subclass(torch.Tensor)
         if mask is None:
             return view, None
-        ids = torch.from_numpy(mask).long()[None]  # no tv_tensors.Mask: it would get the legacy nearest
+        ids = torch.from_numpy(mask).long()[
+            None
+        ]  # no tv_tensors.Mask: it would get the legacy nearest
         return view, self._crop(ids, InterpolationMode.NEAREST_EXACT)[0]
 
     def _crop(self, pixels: torch.Tensor, mode: InterpolationMode) -> torch.Tensor:

@@ -16,9 +16,9 @@ from bvit_interp.models.checkpoint import class_names
 def label_map(samples: Samples, model: VisionTransformer) -> torch.Tensor:
     """The model's class index of every class of the data set, ``(classes,)`` int64.
 
-    By name where the model's checkpoint names all of them; else class i is class i if there are as many and their
-    names cannot tell: the checkpoint has none, or one name stands for two classes of the model; else by wnid for a
-    model of the 1000 ImageNet classes.
+    By name where the model's checkpoint names all of them; else class i is class i if there are as
+    many and their names cannot tell: the checkpoint has none, or one name stands for two classes of
+    the model; else by wnid for a model of the 1000 ImageNet classes.
 
     Raises
     ------
@@ -28,7 +28,9 @@ def label_map(samples: Samples, model: VisionTransformer) -> torch.Tensor:
     classes = list(samples.classes)
     names = class_names(model) or []
     found = Counter(names)
-    if all(found[name] == 1 for name in classes):  # a name that two classes bear ("crane") decides nothing
+    if all(
+        found[name] == 1 for name in classes
+    ):  # a name that two classes bear ("crane") decides nothing
         return _places(classes, names)
     unknown = [name for name in classes if name not in found]
     ambiguous = any(found[name] > 1 for name in classes)

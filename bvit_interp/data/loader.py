@@ -1,4 +1,5 @@
-"""Batches of a data set, each image decoded once for all models that look at it, shared among ranks."""
+"""Batches of a data set, each image decoded once for all models that look at it, shared among
+ranks."""
 
 from __future__ import annotations
 
@@ -81,7 +82,8 @@ class Loader:
     batch_size : images a batch and process.
     limit : use that many images, spread evenly over the set; by default all.
     workers : processes that decode; 0 decodes in this one.
-    skip_corrupt : leave out images that cannot be read, and list them in `skipped`, rather than raise.
+    skip_corrupt : leave out images that cannot be read, and list them in `skipped`, rather than
+        raise.
     progress : text of a progress bar on stderr (of rank 0); by default none.
 
     Attributes
@@ -98,9 +100,16 @@ class Loader:
     """
 
     def __init__(
-        self, samples: Samples, geometries: Iterable[Geometry], batch_size: int, *, limit: int | None = None,
-        workers: int = 0, skip_corrupt: bool = False, progress: str | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        samples: Samples,
+        geometries: Iterable[Geometry],
+        batch_size: int,
+        *,
+        limit: int | None = None,
+        workers: int = 0,
+        skip_corrupt: bool = False,
+        progress: str | None = None,
+    ) -> None:
         if batch_size < 1:
             raise UserError(f"batch size must be at least 1, got {batch_size}")
         if not len(samples):
@@ -110,9 +119,11 @@ class Loader:
         self.skip_corrupt, self.skipped = skip_corrupt, list[str]()
         self.progress = progress if rank == 0 else None
         self._batches = DataLoader(
-            _Views(samples, self.index, tuple(dict.fromkeys(geometries))), batch_size, num_workers=workers,
+            _Views(samples, self.index, tuple(dict.fromkeys(geometries))),
+            batch_size,
+            num_workers=workers,
             collate_fn=_collate,
-        )  # fmt: skip
+        )
 
     def __len__(self) -> int:
         """Number of batches, at most: one whose images are all skipped is left out."""
@@ -132,13 +143,18 @@ class Loader:
                     yield batch
                 bar.update(len(unreadable) + (0 if batch is None else len(batch)))
         if self.skipped:
-            _log.warning("left out %d images that cannot be read: %s", len(self.skipped), choices(self.skipped))
+            _log.warning(
+                "left out %d images that cannot be read: %s",
+                len(self.skipped),
+                choices(self.skipped),
+            )
         if total and len(self.skipped) == total:
             raise DataError(f"none of the {total} images can be read, e.g. {self.skipped[0]}")
 
 
 def run_in_halves(run: Callable[[Batch], Result], batch: Batch) -> list[Result]:
-    """Results of `run` on the batch, or, where GPU memory does not suffice, on its halves, in order."""
+    """Results of `run` on the batch, or, where GPU memory does not suffice, on its halves, in
+    order."""
     try:
         return [run(batch)]
     except torch.OutOfMemoryError:
@@ -168,7 +184,9 @@ class _Unreadable:
 
 
 class _Views(Dataset[_Image | _Unreadable]):
-    def __init__(self, samples: Samples, index: list[int], geometries: tuple[Geometry, ...]) -> None:
+    def __init__(
+        self, samples: Samples, index: list[int], geometries: tuple[Geometry, ...]
+    ) -> None:
         self.samples, self.index, self.geometries = samples, index, geometries
 
     def __len__(self) -> int:
@@ -189,7 +207,10 @@ def _collate(items: Sequence[_Image | _Unreadable]) -> tuple[Batch | None, list[
     unreadable = [item for item in items if isinstance(item, _Unreadable)]
     if not images:
         return None, unreadable
-    views = {geometry: _stacked([image.views[geometry] for image in images]) for geometry in images[0].views}
+    views = {
+        geometry: _stacked([image.views[geometry] for image in images])
+        for geometry in images[0].views
+    }
     index = torch.tensor([image.index for image in images])
     labels = torch.tensor([image.label for image in images])
     return Batch(index, labels, views, [image.name for image in images]), unreadable

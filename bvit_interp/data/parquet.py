@@ -1,7 +1,7 @@
 """Images in Hugging Face parquet files: a struct of bytes and path, and an integer label.
 
-The layout that `datasets.load_dataset` and the Hub write: ``<split>.parquet`` or ``<split>-*.parquet``, in
-the folder or one below; class names lie in the schema's metadata.
+The layout that `datasets.load_dataset` and the Hub write: ``<split>.parquet`` or
+``<split>-*.parquet``, in the folder or one below; class names lie in the schema's metadata.
 """
 
 from __future__ import annotations
@@ -34,7 +34,11 @@ class ParquetSamples:
     has_masks = False
 
     def __init__(
-        self, root: Path, split: str, classes: Sequence[str] | None = None, native_size: int | None = None
+        self,
+        root: Path,
+        split: str,
+        classes: Sequence[str] | None = None,
+        native_size: int | None = None,
     ) -> None:
         self.root, self.split, self.native_size = root, split, native_size
         files = split_files(root, split)
@@ -47,7 +51,9 @@ class ParquetSamples:
         self.classes: tuple[str, ...] = tuple(names or classes or map(str, range(highest + 1)))
         if self.labels.min() < 0 or highest >= len(self.classes):
             span = f"{self.labels.min()}..{highest}"
-            raise DataError(f"{root}: {split} has labels {span} for {len(self.classes)} class names")
+            raise DataError(
+                f"{root}: {split} has labels {span} for {len(self.classes)} class names"
+            )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -70,9 +76,12 @@ def split_files(root: Path, split: str) -> list[Path]:
 
 
 def columns_of(file: Path) -> tuple[str, str, list[str] | None]:
-    """Name of the image column, name of the label column, and the class names, if the file carries them."""
+    """Name of the image column, name of the label column, and the class names, if the file carries
+    them."""
     schema = _parquet("read_schema", file)
-    columns = [next((name for name in kind if name in schema.names), None) for kind in (IMAGES, LABELS)]
+    columns = [
+        next((name for name in kind if name in schema.names), None) for kind in (IMAGES, LABELS)
+    ]
     if columns[0] is None or columns[1] is None:
         wanted = " and ".join(" or ".join(kind) for kind in (IMAGES, LABELS))
         raise DataError(f"{file}: needs the columns {wanted}, has {choices(schema.names)}")
@@ -95,7 +104,9 @@ def _read(file: Path) -> tuple[Any, np.ndarray, list[str] | None]:
     table = _parquet("read_table", file, columns=[image, label])
     labels = table[label].to_numpy()
     if labels.dtype.kind not in "iu":
-        raise DataError(f"{file}: column {label} must hold integers without gaps, it has {labels.dtype}")
+        raise DataError(
+            f"{file}: column {label} must hold integers without gaps, it has {labels.dtype}"
+        )
     return table[image], labels.astype(np.int64), names
 
 

@@ -1,7 +1,7 @@
 """Another image for every image: what a run is patched from, or a unit resampled from.
 
-The partner of an image is the one half the chosen images further on, so in a set sorted by class one of another class,
-and the same one however the images are batched or shared among processes.
+The partner of an image is the one half the chosen images further on, so in a set sorted by class
+one of another class, and the same one however the images are batched or shared among processes.
 """
 
 from __future__ import annotations
@@ -28,17 +28,24 @@ class Partners:
         For fewer than two images.
     """
 
-    def __init__(self, samples: Samples, limit: int | None = None, skip_corrupt: bool = False) -> None:
+    def __init__(
+        self, samples: Samples, limit: int | None = None, skip_corrupt: bool = False
+    ) -> None:
         self.samples, self.skip_corrupt = samples, skip_corrupt
         self.places = spread(len(samples), limit)
         self.order = {place: i for i, place in enumerate(self.places)}
         if len(self.places) < 2:
-            raise UserError(f"images are paired with others: at least 2 are needed, got {len(self.places)}")
+            raise UserError(
+                f"images are paired with others: at least 2 are needed, got {len(self.places)}"
+            )
 
     def __call__(self, index: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
-        """Images ``(B, 3, H, W)`` and labels ``(B,)`` of the partners of the images at places `index` ``(B,)``."""
+        """Images ``(B, 3, H, W)`` and labels ``(B,)`` of the partners of the images at places
+        `index` ``(B,)``."""
         found = [self._read(int(place), geometry) for place in index]
-        return torch.stack([image for image, _ in found]), torch.tensor([label for _, label in found])
+        return torch.stack([image for image, _ in found]), torch.tensor(
+            [label for _, label in found]
+        )
 
     def _read(self, place: int, geometry: Geometry) -> tuple[Tensor, int]:
         count, own = len(self.places), self.order[place]

@@ -1,8 +1,8 @@
 """What every data set is: classes, and images with a label and perhaps a mask.
 
-The coding of labels and masks is ImageNet-S's (Gao et al. 2022, https://arxiv.org/abs/2106.03149): a label
-is the 0-based place in `classes`, and in a mask that class has the id label + 1; 0 is anything else, 1000
-are pixels to ignore. The stored mask is an RGB PNG with id = R + 256 G.
+The coding of labels and masks is ImageNet-S's (Gao et al. 2022, https://arxiv.org/abs/2106.03149):
+a label is the 0-based place in `classes`, and in a mask that class has the id label + 1; 0 is
+anything else, 1000 are pixels to ignore. The stored mask is an RGB PNG with id = R + 256 G.
 """
 
 from __future__ import annotations
@@ -22,9 +22,15 @@ from bvit_interp.errors import DataError, UserError
 
 IGNORE = 1000  # id of mask pixels that count neither way
 _UNREADABLE = (  # what PIL raises, depending on the format and the damage
-    OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error,
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    struct.error,
+    zlib.error,
     Image.DecompressionBombError,
-)  # fmt: skip
+)
 
 
 class Samples(Protocol):
@@ -59,7 +65,8 @@ class Samples(Protocol):
 
 @dataclass(frozen=True)
 class Subset:
-    """Some images of a data set, as `Samples` of their own: image i is the set's image ``places[i]``."""
+    """Some images of a data set, as `Samples` of their own: image i is the set's image
+    ``places[i]``."""
 
     data: Samples
     places: Sequence[int]
@@ -92,7 +99,8 @@ class Subset:
 
 
 def read_image(source: Path | bytes, name: str) -> np.ndarray:
-    """Pixels ``(H, W, 3)`` uint8 of an image file, or its bytes, in any colour mode; `name` is for errors."""
+    """Pixels ``(H, W, 3)`` uint8 of an image file, or its bytes, in any colour mode; `name` is for
+    errors."""
     try:
         with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
             return np.array(image.convert("RGB"))
@@ -105,7 +113,9 @@ def read_mask(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
             if (image.format, image.mode) != ("PNG", "RGB"):
-                raise DataError(f"{path}: a mask is an RGB PNG, this is {image.format} in mode {image.mode}")
+                raise DataError(
+                    f"{path}: a mask is an RGB PNG, this is {image.format} in mode {image.mode}"
+                )
             pixels = np.array(image).astype(np.int32)  # R + 256 G overflows in uint8
     except DataError:
         raise
@@ -121,7 +131,8 @@ def write_mask(ids: np.ndarray, path: Path) -> None:
 
 
 def spread(length: int, limit: int | None) -> list[int]:
-    """`limit` sorted places evenly spaced over 0..length - 1 (all of them if the limit is None or larger).
+    """`limit` sorted places evenly spaced over 0..length - 1 (all of them if the limit is None or
+    larger).
 
     Evenly, because most sets are sorted by class: the first n images would be of a few classes.
     """
@@ -134,7 +145,9 @@ def spread(length: int, limit: int | None) -> list[int]:
 def _unreadable(name: str, what: str, error: BaseException) -> DataError:
     if isinstance(error, FileNotFoundError):
         return DataError(f"{name}: no such file")
-    reason = "no image file" if isinstance(error, Image.UnidentifiedImageError) else first_line(error)
+    reason = (
+        "no image file" if isinstance(error, Image.UnidentifiedImageError) else first_line(error)
+    )
     return DataError(f"{name}: the {what} cannot be read ({reason})")
 
 

@@ -7,7 +7,8 @@ from torch import Tensor
 
 
 def entropy(shares: Tensor) -> Tensor:
-    """Shannon entropy ``-sum p ln p`` of distributions ``(..., K)``: ``(...)`` float64, nats; 0 ln 0 is 0."""
+    """Shannon entropy ``-sum p ln p`` of distributions ``(..., K)``: ``(...)`` float64, nats; 0 ln
+    0 is 0."""
     return torch.special.entr(shares.double()).sum(-1)
 
 
@@ -21,9 +22,11 @@ def grid_distances(grid: tuple[int, int]) -> Tensor:
 
 
 def unit_maps(maps: Tensor) -> Tensor:
-    """Maps ``(..., P)`` brought to mean 0 and length 1, float64: their inner products are Pearson's correlations.
+    """Maps ``(..., P)`` brought to mean 0 and length 1, float64: their inner products are Pearson's
+    correlations.
 
-    A map constant up to rounding (spread below 1e-6 of its length) correlates with nothing and becomes 0.
+    A map constant up to rounding (spread below 1e-6 of its length) correlates with nothing and
+    becomes 0.
     """
     centred = maps.double() - maps.double().mean(-1, keepdim=True)
     length = centred.norm(dim=-1, keepdim=True)
@@ -32,6 +35,7 @@ def unit_maps(maps: Tensor) -> Tensor:
 
 
 def correlations(maps: Tensor) -> Tensor:
-    """Correlations of every two of `unit_maps` ``(..., M, P)``: ``(..., M, M)``; nan with a map of zeros."""
+    """Correlations of every two of `unit_maps` ``(..., M, P)``: ``(..., M, M)``; nan with a map of
+    zeros."""
     seen = maps.any(-1)
     return torch.where(seen[..., :, None] & seen[..., None, :], maps @ maps.mT, torch.nan)

@@ -12,7 +12,8 @@ from torch import Tensor
 def at_patch_centres(mask: Tensor, grid: tuple[int, int]) -> Tensor:
     """Value of each patch's centre pixel: mask ``(B, rows * p, cols * q)`` -> ``(B, rows * cols)``.
 
-    The centre of patch (r, c) is pixel (p r + p // 2, q c + q // 2); for 16-px patches (16 r + 8, 16 c + 8).
+    The centre of patch (r, c) is pixel (p r + p // 2, q c + q // 2); for 16-px patches (16 r + 8,
+    16 c + 8).
     """
     (rows, cols), (height, width) = grid, mask.shape[-2:]
     p, q = height // rows, width // cols
@@ -20,7 +21,8 @@ def at_patch_centres(mask: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def near(positive: Tensor, tolerance: float) -> Tensor:
-    """Pixels closer than `tolerance` px to a positive one (strictly, as TorchRay); the same mask for 0.
+    """Pixels closer than `tolerance` px to a positive one (strictly, as TorchRay); the same mask
+    for 0.
 
     Parameters
     ----------
@@ -39,8 +41,9 @@ def near(positive: Tensor, tolerance: float) -> Tensor:
 def point_hits(maps: Tensor, positive: Tensor, ignored: Tensor) -> Tensor:
     """Pointing-game hits: does the maximum of each map lie on the object?
 
-    Ties share the point: the hit is the fraction of the tied patches that are positive (the expected value of
-    a fair choice). A map whose every maximum lies on ignored ground has no hit: nan.
+    Ties share the point: the hit is the fraction of the tied patches that are positive (the
+    expected value of a fair choice). A map whose every maximum lies on ignored ground has no hit:
+    nan.
 
     Parameters
     ----------
@@ -48,9 +51,8 @@ def point_hits(maps: Tensor, positive: Tensor, ignored: Tensor) -> Tensor:
     positive : bool ``(B, P)``, patches whose point is on the object.
     ignored : bool ``(B, P)``, patches whose point is on ignored ground.
 
-    Returns
-    -------
-    ``(B, ...)`` float64 in 0..1 or nan (Zhang et al., ECCV 2016, with the expectation over ties as ours).
+    Returns ------- ``(B, ...)`` float64 in 0..1 or nan (Zhang et al., ECCV 2016, with the
+    expectation over ties as ours).
     """
     tied = maps == maps.amax(-1, keepdim=True)
     between = (slice(None), *[None] * (maps.ndim - 2), slice(None))

@@ -16,8 +16,8 @@ def mean_over_images(values: np.ndarray, classes: np.ndarray | None = None) -> n
     Parameters
     ----------
     values : ``(n, ...)``, one row an image.
-    classes : ``(n,)`` class of each image. Per column, the mean over the images present in each class, then over
-        the classes that have any; without it the mean over images.
+    classes : ``(n,)`` class of each image. Per column, the mean over the images present in each
+        class, then over the classes that have any; without it the mean over images.
 
     Returns
     -------
@@ -36,12 +36,14 @@ def mean_over_images(values: np.ndarray, classes: np.ndarray | None = None) -> n
 def bootstrap_means(
     values: np.ndarray, classes: np.ndarray | None = None, seed: int = 0, draws: int = 2000
 ) -> np.ndarray:
-    """`mean_over_images` of bootstrap resamples of the images (Efron, 1979); their quantiles are the interval.
+    """`mean_over_images` of bootstrap resamples of the images (Efron, 1979); their quantiles are
+    the interval.
 
     Parameters
     ----------
     values : ``(n, columns)``, one row an image; nan is left out of its column's mean.
-    classes : ``(n,)`` class of each image, for the mean of class means; a class that a resample misses is left out.
+    classes : ``(n,)`` class of each image, for the mean of class means; a class that a resample
+        misses is left out.
     seed, draws : of the resampling.
 
     Returns
@@ -56,7 +58,9 @@ def bootstrap_means(
     order, begins = _by_class(n, classes)
     present = (~np.isnan(values[order])).astype(np.float64)
     filled = np.where(present > 0, values[order], 0.0)
-    for begin in range(0, draws, 100):  # a block of resamples at a time bounds memory at 100 (n + columns)
+    for begin in range(
+        0, draws, 100
+    ):  # a block of resamples at a time bounds memory at 100 (n + columns)
         size = min(100, draws - begin)
         counts = rng.multinomial(n, np.full(n, 1 / n), size=size)[:, order].astype(np.float64)
         total, classes_there = np.zeros((size, columns)), np.zeros((size, columns))
@@ -70,7 +74,8 @@ def bootstrap_means(
 
 
 def _by_class(n: int, classes: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Order that brings the images of a class together, and where each class begins in it; one class if none."""
+    """Order that brings the images of a class together, and where each class begins in it; one
+    class if none."""
     if classes is None:
         return np.arange(n), np.zeros(min(n, 1), dtype=np.intp)
     order = np.argsort(classes, kind="stable")
@@ -97,13 +102,14 @@ def wilson_interval(hits: float, n: int) -> tuple[float, float]:
 
 
 def pairing_p_value(agreement: np.ndarray, seed: int = 0, draws: int = 5000) -> float:
-    """Share of one-to-one pairings of rows with columns that agree as well as equal numbers do: the null that
-    numbers mean nothing (Fisher's permutation test).
+    """Share of one-to-one pairings of rows with columns that agree as well as equal numbers do: the
+    null that numbers mean nothing (Fisher's permutation test).
 
     Parameters
     ----------
     agreement : ``(H, H)``, of each row with each column.
-    seed, draws : of the random pairings where there are too many to take all (H > 7); equal numbers count as a draw.
+    seed, draws : of the random pairings where there are too many to take all (H > 7); equal numbers
+        count as a draw.
 
     Returns
     -------
@@ -115,23 +121,28 @@ def pairing_p_value(agreement: np.ndarray, seed: int = 0, draws: int = 5000) -> 
     if count <= 7:
         columns = np.array(list(itertools.permutations(range(count))))
     else:
-        shuffled = np.random.default_rng(seed).permuted(np.tile(np.arange(count), (draws, 1)), axis=1)
+        shuffled = np.random.default_rng(seed).permuted(
+            np.tile(np.arange(count), (draws, 1)), axis=1
+        )
         columns = np.vstack([np.arange(count), shuffled])
     totals = agreement[np.arange(count), columns].sum(1)
     return float((totals >= np.trace(agreement) - 1e-12).mean())
 
 
 def rank_trend(values: np.ndarray) -> np.ndarray:
-    """Spearman's correlation of each row ``(..., columns)`` with the order of the columns, ``(...)`` in -1..1.
+    """Spearman's correlation of each row ``(..., columns)`` with the order of the columns,
+    ``(...)`` in -1..1.
 
-    nan is left out and ties share their mean rank; nan for a row of one value, or of fewer than three.
+    nan is left out and ties share their mean rank; nan for a row of one value, or of fewer than
+    three.
     """
     present = ~np.isnan(values)
     below = (values[..., None, :] < values[..., :, None]).sum(-1)
     tied = (values[..., None, :] == values[..., :, None]).sum(-1)
     count = present.sum(-1, keepdims=True)
     ranks, places = (
-        np.where(present, r - (count - 1) / 2, 0.0) for r in (below + (tied - 1) / 2, present.cumsum(-1) - 1)
+        np.where(present, r - (count - 1) / 2, 0.0)
+        for r in (below + (tied - 1) / 2, present.cumsum(-1) - 1)
     )
     with np.errstate(invalid="ignore"):
         rho = (ranks * places).sum(-1) / np.sqrt((ranks**2).sum(-1) * (places**2).sum(-1))
@@ -139,8 +150,8 @@ def rank_trend(values: np.ndarray) -> np.ndarray:
 
 
 def shuffled_rows(values: np.ndarray, seed: int = 0, draws: int = 2000) -> np.ndarray:
-    """`values` ``(rows, columns)``, each row in a random order of its own, ``(draws, rows, columns)``: the null of a
-    trend over the columns. nan stays where it is."""
+    """`values` ``(rows, columns)``, each row in a random order of its own, ``(draws, rows,
+    columns)``: the null of a trend over the columns. nan stays where it is."""
     rng = np.random.default_rng(seed)
     shuffled = np.repeat(values[None], draws, axis=0)
     for row, present in enumerate(~np.isnan(values)):
@@ -151,17 +162,15 @@ def shuffled_rows(values: np.ndarray, seed: int = 0, draws: int = 2000) -> np.nd
 def one_vs_rest(said: Tensor, truth: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Recall, precision and balanced accuracy of each class against all others.
 
-    ``recall = TP / P``, ``precision = TP / (TP + FP)``, ``balanced accuracy = (TP / P + TN / N) / 2``; an answer that
-    does not look has a balanced accuracy of 1/2.
+    ``recall = TP / P``, ``precision = TP / (TP + FP)``, ``balanced accuracy = (TP / P + TN / N) /
+    2``; an answer that does not look has a balanced accuracy of 1/2.
 
     Parameters
     ----------
     said, truth : bool ``(n, C)``: was the image said to be of the class, and is it.
 
-    Returns
-    -------
-    Three float64 ``(C,)``; precision is 0 for a class that was never said; recall is nan without an image of the class,
-    balanced accuracy also without another image.
+    Returns ------- Three float64 ``(C,)``; precision is 0 for a class that was never said; recall
+    is nan without an image of the class, balanced accuracy also without another image.
     """
     right = (said & truth).sum(0).double()
     recall = right / truth.sum(0)

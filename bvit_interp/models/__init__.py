@@ -1,1 +1,6 @@
-"""What is studied: the recurrent model, its tied unroll, its checkpoints and its cost."""
+"""What is studied: the recurrent model, its tied unroll, checkpoints, cost.
+
+Importing anything from here registers the models with timm.
+"""
+
+from bvit_interp.models import bvit as bvit

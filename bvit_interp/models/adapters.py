@@ -1,9 +1,11 @@
-"""Adapters: what is trained beside a frozen backbone, and saved in a few hundred KB next to a reference to it.
+"""Adapters: what is trained beside a frozen backbone, and saved in a few hundred KB next to a
+reference to it.
 
-Section 4.3 and appendix H of bViT (arXiv 2605.10661): a new head alone, a time embedding, low-rank updates (LoRA, Hu et
-al. 2022, https://arxiv.org/abs/2106.09685) of q and v or of both FFN matrices, or all weights. A low-rank update is a
-parametrization ``W -> W + alpha / r * B A`` of the tied unroll's linear layers: one pair (A, B) for a shared block, and
-so for all of its steps. Ours, beyond the paper: an update that is active at chosen steps only.
+Section 4.3 and appendix H of bViT (arXiv 2605.10661): a new head alone, a time embedding, low-rank
+updates (LoRA, Hu et al. 2022, https://arxiv.org/abs/2106.09685) of q and v or of both FFN matrices,
+or all weights. A low-rank update is a parametrization ``W -> W + alpha / r * B A`` of the tied
+unroll's linear layers: one pair (A, B) for a shared block, and so for all of its steps. Ours,
+beyond the paper: an update that is active at chosen steps only.
 """
 
 from __future__ import annotations
@@ -49,7 +51,8 @@ class Spec:
     steps: tuple[int, ...] | None = None
     """Steps at which a low-rank update is active, none of them for (); None for all."""
     train_final_norm: bool = True
-    """The low-rank modes train the final norm too: without it the paper's counts lack D parameters."""
+    """The low-rank modes train the final norm too: without it the paper's counts lack D
+    parameters."""
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):
@@ -67,15 +70,22 @@ class Spec:
         if self.steps is not None and not (set(self.steps) <= set(range(1, last + 1))):
             raise UserError(f"steps must be of 1..{last}, got {' '.join(map(str, self.steps))}")
         if self.mode == "te" and not isinstance(model, BViT):
-            raise UserError(f"te needs a BViT, whose steps can bear a time embedding; got {type(model).__name__}")
+            raise UserError(
+                f"te needs a BViT, whose steps can bear a time embedding; got {type(model).__name__}"
+            )
         if self.mode == "te" and model.blocks.step_embed is not None:
-            raise UserError("te adds a time embedding, and the model has one already: take full, or another model")
+            raise UserError(
+                "te adds a time embedding, and the model has one already: take full, or another model"
+            )
         if is_unrolled(model):
-            raise UserError("adapters are of a model's weights: give the model, not an unroll or masked view of it")
+            raise UserError(
+                "adapters are of a model's weights: give the model, not an unroll or masked view of it"
+            )
 
 
 class LowRank(nn.Module):
-    """The parametrization ``W -> W + scaling * B A`` of parts of a matrix; the rows of other parts keep their weights.
+    """The parametrization ``W -> W + scaling * B A`` of parts of a matrix; the rows of other parts
+    keep their weights.
 
     Parameters
     ----------
@@ -84,14 +94,18 @@ class LowRank(nn.Module):
     scaling : alpha / r.
     """
 
-    def __init__(self, a: nn.Parameter, b: nn.Parameter, parts: tuple[int | None, ...], scaling: float) -> None:
+    def __init__(
+        self, a: nn.Parameter, b: nn.Parameter, parts: tuple[int | None, ...], scaling: float
+    ) -> None:
         super().__init__()
         self.a, self.b, self.parts, self.scaling = a, b, parts, scaling
 
     def delta(self) -> Tensor:
         """What is added to the weight, ``(out, in)``."""
         update = self.scaling * (self.b @ self.a)
-        rows = [torch.zeros_like(update[0]) if part is None else update[part] for part in self.parts]
+        rows = [
+            torch.zeros_like(update[0]) if part is None else update[part] for part in self.parts
+        ]
         return torch.cat(rows)
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -116,13 +130,17 @@ class Adapted:
     base : the model as given.
     """
 
-    def __init__(self, model: VisionTransformer, spec: Spec, classes: Sequence[str], seed: int = 0) -> None:
+    def __init__(
+        self, model: VisionTransformer, spec: Spec, classes: Sequence[str], seed: int = 0
+    ) -> None:
         spec.check(model)
         self.spec, self.classes, self.base = spec, tuple(classes), model
         self.model = _with_head(model, self.classes, timed=spec.mode == "te")
         self.view, self._mixed = unroll(self.model), False
         own = dict(self.model.named_parameters())
-        self.trained: dict[str, nn.Parameter] = {name: own[name] for name in own if name.startswith(_HEADS)}
+        self.trained: dict[str, nn.Parameter] = {
+            name: own[name] for name in own if name.startswith(_HEADS)
+        }
         if spec.mode == "full":
             self.trained = own
         elif spec.mode == "te":
@@ -131,22 +149,35 @@ class Adapted:
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs too
             for name, tensor in self.trained.items():
                 if name.startswith(_HEADS):
-                    drawn = torch.zeros(tensor.shape)  # on the CPU: a GPU has a generator of its own
-                    tensor.data.copy_(drawn if name.endswith("bias") else nn.init.trunc_normal_(drawn, std=0.02))
+                    drawn = torch.zeros(
+                        tensor.shape
+                    )  # on the CPU: a GPU has a generator of its own
+                    tensor.data.copy_(
+                        drawn if name.endswith("bias") else nn.init.trunc_normal_(drawn, std=0.02)
+                    )
             if spec.mode in PLACES:
                 self._adapt()
         if spec.mode in PLACES and spec.train_final_norm:
-            self.trained |= {name: own[name] for name in own if name.startswith(("norm.", "fc_norm."))}
+            self.trained |= {
+                name: own[name] for name in own if name.startswith(("norm.", "fc_norm."))
+            }
         for tensor in self.trained.values():
             tensor.requires_grad_()
 
     def _adapt(self) -> None:
-        """A pair of factors for every stored matrix, and a parametrization of it in each chosen step."""
-        names = {id(tensor): name.removesuffix("weight") for name, tensor in self.model.named_parameters()}
+        """A pair of factors for every stored matrix, and a parametrization of it in each chosen
+        step."""
+        names = {
+            id(tensor): name.removesuffix("weight")
+            for name, tensor in self.model.named_parameters()
+        }
         chosen = range(1, len(self.view.blocks) + 1) if self.spec.steps is None else self.spec.steps
         uses: dict[str, set[bool]] = {}
         for t, block in enumerate(self.view.blocks, start=1):
-            for part in (block, *getattr(block, "inner", ())):  # a memory's inner updates are of the step
+            for part in (
+                block,
+                *getattr(block, "inner", ()),
+            ):  # a memory's inner updates are of the step
                 for place in PLACES[self.spec.mode]:
                     linear = part.get_submodule(place)
                     name = names[id(linear.weight)]
@@ -160,20 +191,32 @@ class Adapted:
         parts = (0, None, 1) if self.spec.mode == "lora-qv" else (0,)  # rows of q, k and v
         if f"{name}a" not in self.trained:
             count = len(parts) - parts.count(None)
-            a, b = torch.empty(count, rank, weight.shape[1]), torch.zeros(count, weight.shape[0] // len(parts), rank)
+            a, b = (
+                torch.empty(count, rank, weight.shape[1]),
+                torch.zeros(count, weight.shape[0] // len(parts), rank),
+            )
             for part in a:
                 nn.init.kaiming_uniform_(part, a=math.sqrt(5))  # as peft's
-            self.trained |= {f"{name}a": nn.Parameter(a.to(weight)), f"{name}b": nn.Parameter(b.to(weight))}
-        update = LowRank(self.trained[f"{name}a"], self.trained[f"{name}b"], parts, self.spec.alpha / rank)
+            self.trained |= {
+                f"{name}a": nn.Parameter(a.to(weight)),
+                f"{name}b": nn.Parameter(b.to(weight)),
+            }
+        update = LowRank(
+            self.trained[f"{name}a"], self.trained[f"{name}b"], parts, self.spec.alpha / rank
+        )
         parametrize.register_parametrization(linear, "weight", update)
 
     def count(self) -> int:
         """Trained parameters without the new head, as the paper counts."""
-        return sum(tensor.numel() for name, tensor in self.trained.items() if not name.startswith(_HEADS))
+        return sum(
+            tensor.numel() for name, tensor in self.trained.items() if not name.startswith(_HEADS)
+        )
 
     def head_count(self) -> int:
         """Parameters of the new head."""
-        return sum(tensor.numel() for name, tensor in self.trained.items() if name.startswith(_HEADS))
+        return sum(
+            tensor.numel() for name, tensor in self.trained.items() if name.startswith(_HEADS)
+        )
 
     def merged(self) -> VisionTransformer:
         """The adapted model as an ordinary one, each W replaced by ``W + alpha / r * B A``.
@@ -198,12 +241,21 @@ class Adapted:
     def check_merges(self) -> None:
         """Refuse a merge that cannot be."""
         if self.spec.mode in PLACES and self._mixed:
-            raise UserError("an adapter of chosen steps of a shared block does not merge: its steps have other weights")
+            raise UserError(
+                "an adapter of chosen steps of a shared block does not merge: its steps have other weights"
+            )
 
     def save(self, path: Path, about: Mapping[str, Any] | None = None) -> None:
         """Write what was trained, and which base it belongs to."""
-        kept = {"spec": asdict(self.spec), "classes": self.classes, "weights": weights_hash(self.base), **(about or {})}
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.trained.items()}
+        kept = {
+            "spec": asdict(self.spec),
+            "classes": self.classes,
+            "weights": weights_hash(self.base),
+            **(about or {}),
+        }
+        tensors = {
+            name: tensor.detach().cpu().contiguous() for name, tensor in self.trained.items()
+        }
         with replacing(path) as temporary:
             save_file(tensors, str(temporary), metadata={"adapter": json.dumps(kept)})
             temporary.chmod(0o644)  # safetensors leaves it to its owner alone
@@ -236,7 +288,8 @@ class Adapted:
 
 
 def load(path: str | Path, model: VisionTransformer) -> VisionTransformer:
-    """The model with an adapter: an unroll in eval mode, without gradients, which every probe and analysis takes.
+    """The model with an adapter: an unroll in eval mode, without gradients, which every probe and
+    analysis takes.
 
     Parameters
     ----------
@@ -251,8 +304,11 @@ def load(path: str | Path, model: VisionTransformer) -> VisionTransformer:
     return Adapted.load(Path(path), model).view.requires_grad_(False)
 
 
-def _with_head(model: VisionTransformer, classes: tuple[str, ...], *, timed: bool) -> VisionTransformer:
-    """A frozen copy of the model, in eval mode, with a head for `classes`, and with a time embedding of zeros."""
+def _with_head(
+    model: VisionTransformer, classes: tuple[str, ...], *, timed: bool
+) -> VisionTransformer:
+    """A frozen copy of the model, in eval mode, with a head for `classes`, and with a time
+    embedding of zeros."""
     with torch.random.fork_rng(devices=[]), next(model.parameters()).device:
         other = _with_time(model) if timed else copy.deepcopy(model)
         other.reset_classifier(len(classes))
@@ -262,7 +318,9 @@ def _with_head(model: VisionTransformer, classes: tuple[str, ...], *, timed: boo
 
 def _with_time(model: BViT) -> BViT:
     if not hasattr(model, "model_args"):
-        raise UserError("a BViT is rebuilt with a time embedding under its name: use timm.create_model")
+        raise UserError(
+            "a BViT is rebuilt with a time embedding under its name: use timm.create_model"
+        )
     size = list(model.patch_embed.img_size)
     own: dict[str, Any] = dict(model.model_args)
     arguments = own | {"num_classes": model.num_classes, "img_size": size, "step_embed": True}
@@ -270,5 +328,7 @@ def _with_time(model: BViT) -> BViT:
     other.pretrained_cfg = model.pretrained_cfg
     missing, unexpected = other.load_state_dict(model.state_dict(), strict=False)
     if missing != [_EMBED] or unexpected:
-        raise UserError("the model was changed since it was made: a time embedding cannot be added to it")
+        raise UserError(
+            "the model was changed since it was made: a time embedding cannot be added to it"
+        )
     return other

@@ -1,14 +1,14 @@
 """bViT: a Vision Transformer whose blocks are applied again and again.
 
-`BViT` is timm's `VisionTransformer` with `num_blocks` distinct blocks applied in turn for `num_steps`
-rounds: one block for twelve rounds is bViT-B, twelve blocks for one round the matched ViT-B, and 2 x 6,
-3 x 4, ... the hybrids between them.
+`BViT` is timm's `VisionTransformer` with `num_blocks` distinct blocks applied in turn for
+`num_steps` rounds: one block for twelve rounds is bViT-B, twelve blocks for one round the matched
+ViT-B, and 2 x 6, 3 x 4, ... the hybrids between them.
 
-bViT: "Investigating single-block recurrence in Vision Transformers", https://arxiv.org/abs/2605.10661,
-section 3 (eq. 1-6 the model, eq. 9 the time embedding, section 4 the registers), appendix C (distillation) and D
-(memory). Where the paper is silent about a hybrid's order, blocks cycle (B1 B2 B1 B2 ...); `order="repeat"` gives
-B1 B1 ... B2 B2.
-Built on `timm.models.vision_transformer`, whose names for modules and state-dict keys are kept.
+bViT: "Investigating single-block recurrence in Vision Transformers",
+https://arxiv.org/abs/2605.10661, section 3 (eq. 1-6 the model, eq. 9 the time embedding, section 4
+the registers), appendix C (distillation) and D (memory). Where the paper is silent about a hybrid's
+order, blocks cycle (B1 B2 B1 B2 ...); `order="repeat"` gives B1 B1 ... B2 B2. Built on
+`timm.models.vision_transformer`, whose names for modules and state-dict keys are kept.
 """
 
 from __future__ import annotations
@@ -26,28 +26,39 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
-from bvit_interp.models.memory import Gradient, Kind, Memory, MemoryBlock, MemorySteps, UnrolledSteps, calls_of
+from bvit_interp.models.memory import (
+    Gradient,
+    Kind,
+    Memory,
+    MemoryBlock,
+    MemorySteps,
+    UnrolledSteps,
+    calls_of,
+)
 from bvit_interp.models.steps import Order, Steps, TimedBlock
 
 
 class BViT(VisionTransformer):
     """Vision Transformer of `num_blocks` blocks applied for `num_steps` rounds.
 
-    Pre-norm blocks with RMSNorm (weight only), biases on qkv, proj, fc1 and fc2, exact GELU, no drop-path.
-    The number of steps T is ``num_blocks * num_steps``, the applications of a block.
+    Pre-norm blocks with RMSNorm (weight only), biases on qkv, proj, fc1 and fc2, exact GELU, no
+    drop-path. The number of steps T is ``num_blocks * num_steps``, the applications of a block.
 
     Parameters
     ----------
     num_blocks : distinct blocks.
     num_steps : rounds over them.
     order : "cycle" or "repeat", for hybrids.
-    step_embed : add a learned e_t after every step (bViT-TE), initialised to zero (our choice); with a memory, before
-        the block.
-    reg_tokens : registers between CLS and patches, without position, dropped at read-out (bViT-R has 4).
-    memory : None, or what is remembered beside the state: "latent" (bViT-fl), "state" or "block" (bViT-sc).
-    inner_updates, interval, memory_gradient : of the memory, see `bvit_interp.models.memory.Memory`.
-    **kwargs : as timm's `VisionTransformer` (img_size, patch_size, in_chans, num_classes, embed_dim,
-        num_heads, dynamic_img_size, ...).
+    step_embed : add a learned e_t after every step (bViT-TE), initialised to zero (our choice);
+        with a memory, before the block.
+    reg_tokens : registers between CLS and patches, without position, dropped at read-out (bViT-R
+        has 4).
+    memory : None, or what is remembered beside the state: "latent" (bViT-fl), "state" or "block"
+        (bViT-sc).
+    inner_updates, interval, memory_gradient : of the memory, see
+        `bvit_interp.models.memory.Memory`.
+    **kwargs : as timm's `VisionTransformer` (img_size, patch_size, in_chans, num_classes,
+        embed_dim, num_heads, dynamic_img_size, ...).
 
     References
     ----------
@@ -55,13 +66,24 @@ class BViT(VisionTransformer):
     """
 
     def __init__(
-        self, *, num_blocks: int = 1, num_steps: int = 12, order: Order = "cycle", step_embed: bool = False,
-        reg_tokens: int = 0, memory: Kind | None = None, inner_updates: int | None = None,
-        interval: int | None = None, memory_gradient: Gradient | None = None,
-        norm_layer: Callable[..., nn.Module] | str | None = None, **kwargs: Any,
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        num_blocks: int = 1,
+        num_steps: int = 12,
+        order: Order = "cycle",
+        step_embed: bool = False,
+        reg_tokens: int = 0,
+        memory: Kind | None = None,
+        inner_updates: int | None = None,
+        interval: int | None = None,
+        memory_gradient: Gradient | None = None,
+        norm_layer: Callable[..., nn.Module] | str | None = None,
+        **kwargs: Any,
+    ) -> None:
         if num_blocks < 1 or num_steps < 1:
-            raise ValueError(f"num_blocks and num_steps must be >= 1, got {num_blocks} and {num_steps}")
+            raise ValueError(
+                f"num_blocks and num_steps must be >= 1, got {num_blocks} and {num_steps}"
+            )
         if order not in ("cycle", "repeat"):
             raise ValueError(f"order must be 'cycle' or 'repeat', got {order!r}")
         if "depth" in kwargs:
@@ -71,8 +93,12 @@ class BViT(VisionTransformer):
         if memory is not None:
             block = partial(MemoryBlock, memory=Memory(memory, *of_memory))
         elif of_memory != (None, None, None):
-            raise ValueError("inner_updates, interval and memory_gradient are of a memory: give memory too")
-        super().__init__(depth=num_blocks, norm_layer=norm_layer or RmsNorm, block_fn=block, **kwargs)
+            raise ValueError(
+                "inner_updates, interval and memory_gradient are of a memory: give memory too"
+            )
+        super().__init__(
+            depth=num_blocks, norm_layer=norm_layer or RmsNorm, block_fn=block, **kwargs
+        )
         if not self.has_class_token or self.no_embed_class or self.pos_embed is None:
             raise ValueError("a BViT has a CLS token with a position (eq. 1)")
         steps = num_blocks * num_steps
@@ -80,8 +106,12 @@ class BViT(VisionTransformer):
         table = nn.Parameter(torch.zeros(steps, self.embed_dim, **like_cls)) if step_embed else None
         container = Steps if memory is None else MemorySteps
         self.blocks = container(list(self.blocks), steps, order, num_steps, table)
-        self.feature_info = [{**self.feature_info[0], "module": f"blocks.{i}"} for i in range(steps)]
-        self.num_positioned = self.num_prefix_tokens  # prefix tokens with a position: CLS, and a distillation token
+        self.feature_info = [
+            {**self.feature_info[0], "module": f"blocks.{i}"} for i in range(steps)
+        ]
+        self.num_positioned = (
+            self.num_prefix_tokens
+        )  # prefix tokens with a position: CLS, and a distillation token
         if reg_tokens:  # timm would give registers a position, or take it from CLS
             registers = torch.empty(1, reg_tokens, self.embed_dim, **like_cls).normal_(std=1e-6)
             self.reg_token = nn.Parameter(registers)
@@ -91,14 +121,18 @@ class BViT(VisionTransformer):
             self.patch_drop.num_prefix_tokens = self.num_prefix_tokens
 
     def _pos_embed(self, x: torch.Tensor) -> torch.Tensor:
-        """Token sequence z_0 = [CLS + E_0; registers; patches + E_1..N], ``(B, 1 + R + N, D)`` (eq. 1).
+        """Token sequence z_0 = [CLS + E_0; registers; patches + E_1..N], ``(B, 1 + R + N, D)`` (eq.
+        1).
 
         A distillation token and its position come after CLS.
         """
         pos_embed, first = self.pos_embed, self.num_positioned
         if self.dynamic_img_size:  # patches come as (B, H, W, D)
             pos_embed = resample_abs_pos_embed(
-                pos_embed, new_size=x.shape[1:3], old_size=self.patch_embed.grid_size, num_prefix_tokens=first
+                pos_embed,
+                new_size=x.shape[1:3],
+                old_size=self.patch_embed.grid_size,
+                num_prefix_tokens=first,
             )
             x = x.flatten(1, 2)
         prefix = [self.cls_token + pos_embed[:, :1]]
@@ -116,9 +150,12 @@ class BViT(VisionTransformer):
         x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
         unmasked = attn_mask is None and not is_causal
         masks = {} if unmasked else {"attn_mask": attn_mask, "is_causal": is_causal}
-        if self.grad_checkpointing and unmasked:  # checkpoint_seq passes no mask on; timm does the same
+        if (
+            self.grad_checkpointing and unmasked
+        ):  # checkpoint_seq passes no mask on; timm does the same
             # timm hands the Sequential itself to checkpoint_seq, which runs each stored block once
-            # re-entrant checkpoints would cut the gradient through a memory, which is no argument of theirs
+            # re-entrant checkpoints would cut the gradient through a memory, which is no argument
+            # of theirs
             x = checkpoint_seq(list(calls_of(self.blocks)), x, use_reentrant=False)
         else:
             for block in calls_of(self.blocks):
@@ -128,7 +165,9 @@ class BViT(VisionTransformer):
     def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
         """As timm's: the states z_t after the asked steps."""
         model = self
-        if isinstance(self.blocks, UnrolledSteps):  # timm calls what `blocks` gives, here modules that need a run
+        if isinstance(
+            self.blocks, UnrolledSteps
+        ):  # timm calls what `blocks` gives, here modules that need a run
             model = copy.copy(self)
             model.__dict__["blocks"] = list(self.blocks.run())
         return super(BViT, model).forward_intermediates(*args, **kwargs)
@@ -144,42 +183,51 @@ class BViT(VisionTransformer):
 
 
 class DistilledBViT(BViT, VisionTransformerDistilled):
-    """A `BViT` with a distillation token after CLS and a second head (DeiT; appendix C of the paper).
+    """A `BViT` with a distillation token after CLS and a second head (DeiT; appendix C of the
+    paper).
 
-    All of DeiT is timm's (`timm.models.deit`): the token with a position of its own, `head_dist`, and the forward that
-    gives the mean of both heads' logits, or (logits, logits of the distillation head), each ``(B, classes)``, in
-    training after ``set_distilled_training(True)``.
+    All of DeiT is timm's (`timm.models.deit`): the token with a position of its own, `head_dist`,
+    and the forward that gives the mean of both heads' logits, or (logits, logits of the
+    distillation head), each ``(B, classes)``, in training after ``set_distilled_training(True)``.
 
     Parameters
     ----------
     **kwargs : as `BViT`; only token pooling, behind the final norm, can be had.
 
-    References
-    ----------
-    Touvron et al. (2021), https://arxiv.org/abs/2012.12877. bViT-B: + 770,536 parameters, 33.87 GFLOPs.
+    References ---------- Touvron et al. (2021), https://arxiv.org/abs/2012.12877. bViT-B: + 770,536
+    parameters, 33.87 GFLOPs.
     """
 
     def __init__(self, **kwargs: Any) -> None:
         if kwargs.get("fc_norm") or kwargs.get("global_pool", "token") != "token":
-            raise ValueError("a distilled model reads its two tokens behind the final norm: no fc_norm, no global_pool")
+            raise ValueError(
+                "a distilled model reads its two tokens behind the final norm: no fc_norm, no global_pool"
+            )
         super().__init__(**kwargs)
 
 
 class _WithoutRegisters:
-    """Shows timm the prefix tokens that have a position while it resamples positions: registers have none."""
+    """Shows timm the prefix tokens that have a position while it resamples positions: registers
+    have none."""
 
     def __init__(self, model: BViT) -> None:
         self.model = model
 
     def __enter__(self) -> None:
-        self.prefix, self.model.num_prefix_tokens = self.model.num_prefix_tokens, self.model.num_positioned
+        self.prefix, self.model.num_prefix_tokens = (
+            self.model.num_prefix_tokens,
+            self.model.num_positioned,
+        )
 
     def __exit__(self, *exception: object) -> None:
         self.model.num_prefix_tokens = self.prefix
 
 
-def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: BViT) -> dict[str, torch.Tensor]:
-    """timm's filter for pretrained weights (resamples positions), told that registers have no position."""
+def checkpoint_filter_fn(
+    state_dict: dict[str, torch.Tensor], model: BViT
+) -> dict[str, torch.Tensor]:
+    """timm's filter for pretrained weights (resamples positions), told that registers have no
+    position."""
     with _WithoutRegisters(model):
         return timm_vit.checkpoint_filter_fn(state_dict, model)
 
@@ -191,11 +239,22 @@ _SIZES = {  # Table 1: width, heads, steps of the recurrent model = blocks of th
     "base": (768, 12, 12),
     "large": (1024, 16, 24),
 }
-_FACTORY_ARGS = {"pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "features_only", "device", "dtype"}
+_FACTORY_ARGS = {
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "cache_dir",
+    "features_only",
+    "device",
+    "dtype",
+}
 _VARIANTS: dict[str, dict[str, Any]] = {
-    "": {}, "te_": {"step_embed": True}, "reg4_": {"reg_tokens": 4}, "fl_": {"memory": "latent"},
-    "sc_": {"memory": "state"}, "distilled_": {},
-}  # fmt: skip
+    "": {},
+    "te_": {"step_embed": True},
+    "reg4_": {"reg_tokens": 4},
+    "fl_": {"memory": "latent"},
+    "sc_": {"memory": "state"},
+    "distilled_": {},
+}
 
 
 def _class_of(name: str) -> type[BViT]:
@@ -204,20 +263,31 @@ def _class_of(name: str) -> type[BViT]:
 
 def _cfg(name: str) -> dict[str, Any]:
     return {
-        "url": "", "num_classes": 1000, "input_size": (3, 224, 224), "pool_size": None, "crop_pct": 224 / 256,
-        "interpolation": "bilinear", "fixed_input_size": True, "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225), "first_conv": "patch_embed.proj",
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": None,
+        "crop_pct": 224 / 256,
+        "interpolation": "bilinear",
+        "fixed_input_size": True,
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "first_conv": "patch_embed.proj",
         "classifier": "head" if _class_of(name) is BViT else ("head", "head_dist"),
-    }  # fmt: skip
+    }
 
 
 def _entrypoint(name: str, **defaults: Any) -> Callable[..., BViT]:
     def create(pretrained: bool = False, **kwargs: Any) -> BViT:
         feature_cfg = {"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"}
         model = build_model_with_cfg(
-            _class_of(name), name, pretrained, pretrained_filter_fn=checkpoint_filter_fn, feature_cfg=feature_cfg,
+            _class_of(name),
+            name,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg=feature_cfg,
             **{**defaults, **kwargs},
-        )  # fmt: skip
+        )
         given = {key: value for key, value in kwargs.items() if key not in _FACTORY_ARGS}
         model.model_args = given  # type: ignore[assignment]
         return model
@@ -236,7 +306,11 @@ def _models() -> dict[str, dict[str, Any]]:
             recurrent = {**shape, "num_blocks": 1, "num_steps": steps}
             models[f"bvit_{size}_{infix}patch16_224"] = {**recurrent, **extra}
         for infix in ("", "distilled_"):
-            models[f"vit_rms_{size}_{infix}patch16_224"] = {**shape, "num_blocks": steps, "num_steps": 1}
+            models[f"vit_rms_{size}_{infix}patch16_224"] = {
+                **shape,
+                "num_blocks": steps,
+                "num_steps": 1,
+            }
     return models
 
 

@@ -1,10 +1,11 @@
 """Checkpoints: a folder with `model.safetensors`, `config.json` and `README.md`.
 
-Weights averaged over training (EMA) lie beside the raw ones as `ema.safetensors`; `FOLDER@ema` opens them. Masks of the
-steps lie there as `masks.safetensors`; `FOLDER@masked` opens the raw weights under them. The layout is timm's for a hub
-or local folder, so `timm.create_model("local-dir:checkpoints/NAME", pretrained=True)` opens it too once `bvit_interp`
-is imported. `load` also takes any timm name and foreign `.pt/.pth` files, the latter without ever running code that a
-pickle may hold.
+Weights averaged over training (EMA) lie beside the raw ones as `ema.safetensors`; `FOLDER@ema`
+opens them. Masks of the steps lie there as `masks.safetensors`; `FOLDER@masked` opens the raw
+weights under them. The layout is timm's for a hub or local folder, so
+`timm.create_model("local-dir:checkpoints/NAME", pretrained=True)` opens it too once `bvit_interp`
+is imported. `load` also takes any timm name and foreign `.pt/.pth` files, the latter without ever
+running code that a pickle may hold.
 """
 
 from __future__ import annotations
@@ -31,7 +32,11 @@ from bvit_interp.models import bvit, masks
 from bvit_interp.models.unroll import is_unrolled
 
 WEIGHTS, EMA, CONFIG, CARD = "model.safetensors", "ema.safetensors", "config.json", "README.md"
-_WRAPPERS = ("state_dict", "model", "model_state_dict")  # keys under which training scripts put the weights
+_WRAPPERS = (
+    "state_dict",
+    "model",
+    "model_state_dict",
+)  # keys under which training scripts put the weights
 _FROM_TIMM, _AVERAGED, _MASKED = "timm:", "@ema", "@masked"
 _STORED = (torch.float32, torch.float16, torch.bfloat16)
 # what torch's restricted unpickler says of a function or class, in any protocol (149: STACK_GLOBAL)
@@ -39,13 +44,18 @@ _SIGNS_OF_CODE = ("unsupported global", "unsupported operand 149")
 
 
 def save(
-    model: bvit.BViT, folder: str | Path, card: str = "", about: Mapping[str, Any] | None = None,
-    ema: Mapping[str, torch.Tensor] | None = None, dtype: torch.dtype | None = None,
-) -> Path:  # fmt: skip
-    """Write a recurrent model (or matched stack) as a checkpoint folder; an existing one is replaced.
+    model: bvit.BViT,
+    folder: str | Path,
+    card: str = "",
+    about: Mapping[str, Any] | None = None,
+    ema: Mapping[str, torch.Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write a recurrent model (or matched stack) as a checkpoint folder; an existing one is
+    replaced.
 
-    Everything is written beside the folder first and then renamed into it file by file, so that a full disk or an
-    error leaves an existing checkpoint as it was.
+    Everything is written beside the folder first and then renamed into it file by file, so that a
+    full disk or an error leaves an existing checkpoint as it was.
 
     Parameters
     ----------
@@ -53,10 +63,10 @@ def save(
     folder : the folder, made if missing; on an error it is left as it was.
     card : text of the model card.
     about : JSON-able facts for `config.json` under "training" (recipe, seed, accuracy, ...).
-    ema : averaged weights, a state dict of the model's keys and shapes, for `ema.safetensors`; without it, one that
-        an earlier save left is removed.
-    dtype : float32, float16 or bfloat16, in which floating tensors are stored; by default their own. A model
-        opened again is float32.
+    ema : averaged weights, a state dict of the model's keys and shapes, for `ema.safetensors`;
+        without it, one that an earlier save left is removed.
+    dtype : float32, float16 or bfloat16, in which floating tensors are stored; by default their
+        own. A model opened again is float32.
 
     Returns
     -------
@@ -65,15 +75,17 @@ def save(
     Raises
     ------
     CheckpointError
-        For a model that would not open again as it is, averaged weights of another model, or weights beyond the
-        range of `dtype`.
+        For a model that would not open again as it is, averaged weights of another model, or
+        weights beyond the range of `dtype`.
     """
     if not isinstance(model, bvit.BViT):
         raise CheckpointError(f"only a BViT is saved here, got {type(model).__name__}")
     if is_unrolled(model):
         raise CheckpointError("this is a tied unroll: save the recurrent model it came from")
     if not hasattr(model, "model_args"):
-        raise CheckpointError("a BViT is saved under the name that rebuilds it: use timm.create_model")
+        raise CheckpointError(
+            "a BViT is saved under the name that rebuilds it: use timm.create_model"
+        )
     _check_rebuilds(model)
     weights = {WEIGHTS: model.state_dict()}
     if ema is not None:
@@ -87,7 +99,9 @@ def save(
         for name, tensors in weights.items():
             stored = _as_stored(tensors, dtype)
             try:
-                safetensors.torch.save_file(stored, str(Path(temporary, name)), metadata={"format": "pt"})
+                safetensors.torch.save_file(
+                    stored, str(Path(temporary, name)), metadata={"format": "pt"}
+                )
             except SafetensorError as error:  # a full disk, for instance
                 raise CheckpointError(f"{folder / name} cannot be written ({error})") from error
         config = _config_of(model) | ({"training": dict(about)} if about else {})
@@ -103,7 +117,9 @@ def save(
     return folder
 
 
-def _as_stored(weights: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+def _as_stored(
+    weights: Mapping[str, torch.Tensor], dtype: torch.dtype | None
+) -> dict[str, torch.Tensor]:
     """The tensors on the CPU, floating ones in `dtype`."""
     if dtype not in (None, *_STORED):
         raise CheckpointError(f"weights cannot be stored as {dtype}; types: {choices(_STORED)}")
@@ -121,10 +137,11 @@ def load(spec: str | Path, device: str | torch.device = "cpu") -> VisionTransfor
 
     Parameters
     ----------
-    spec : a checkpoint folder; ``FOLDER@ema`` for its averaged weights; ``FOLDER@masked`` for its raw weights under
-        the masks of its steps, an unroll whose steps have weights of their own; ``timm:NAME`` (weights as timm finds
-        them), ``timm:NAME@random`` (seeded random weights) or ``timm:NAME@FILE`` for a foreign
-        `.safetensors/.pt/.pth` file of that architecture; a `.safetensors/.pt/.pth` file beside its `config.json`.
+    spec : a checkpoint folder; ``FOLDER@ema`` for its averaged weights; ``FOLDER@masked`` for its
+        raw weights under the masks of its steps, an unroll whose steps have weights of their own;
+        ``timm:NAME`` (weights as timm finds them), ``timm:NAME@random`` (seeded random weights) or
+        ``timm:NAME@FILE`` for a foreign `.safetensors/.pt/.pth` file of that architecture; a
+        `.safetensors/.pt/.pth` file beside its `config.json`.
     device : where the model goes.
 
     Raises
@@ -142,7 +159,8 @@ def load(spec: str | Path, device: str | torch.device = "cpu") -> VisionTransfor
 
 
 def display_name(spec: str | Path) -> str:
-    """Short name of a checkpoint for tables and figures: the folder's (with @ema or @masked), or timm's."""
+    """Short name of a checkpoint for tables and figures: the folder's (with @ema or @masked), or
+    timm's."""
     text = str(spec)
     if text.startswith(_FROM_TIMM):
         return text.removeprefix(_FROM_TIMM)
@@ -151,7 +169,8 @@ def display_name(spec: str | Path) -> str:
 
 
 def versions(spec: str | Path) -> list[str]:
-    """The spec, and after it ``FOLDER@ema`` if it is a folder with averaged weights beside the raw ones."""
+    """The spec, and after it ``FOLDER@ema`` if it is a folder with averaged weights beside the raw
+    ones."""
     text = str(spec)
     path, kind = _split(text)
     beside = not kind and path.is_dir() and (path / EMA).is_file()
@@ -159,7 +178,8 @@ def versions(spec: str | Path) -> list[str]:
 
 
 def _split(text: str) -> tuple[Path, str]:
-    """Path of a spec, and @ema, @masked or nothing behind it; a path that is there is meant as it is."""
+    """Path of a spec, and @ema, @masked or nothing behind it; a path that is there is meant as it
+    is."""
     for kind in (_AVERAGED, _MASKED):
         if text.endswith(kind) and not Path(text).exists():
             return Path(text.removesuffix(kind)), kind
@@ -173,7 +193,8 @@ def class_names(model: VisionTransformer) -> list[str] | None:
 
 
 def _args_of(model: bvit.BViT) -> dict[str, Any]:
-    """The arguments that rebuild the model as it is now (it may have been resized or given another head)."""
+    """The arguments that rebuild the model as it is now (it may have been resized or given another
+    head)."""
     return model.model_args | {
         "num_classes": model.num_classes,
         "img_size": list(model.patch_embed.img_size),
@@ -185,7 +206,8 @@ def _args_of(model: bvit.BViT) -> dict[str, Any]:
 
 
 def _check_rebuilds(model: bvit.BViT) -> None:
-    """Refuse a model that was cut, pruned or grafted: its checkpoint would open as another model."""
+    """Refuse a model that was cut, pruned or grafted: its checkpoint would open as another
+    model."""
     with torch.device("meta"):
         twin = timm.create_model(model.pretrained_cfg["architecture"], **_args_of(model))
     if len(twin.blocks) != len(model.blocks):
@@ -195,7 +217,9 @@ def _check_rebuilds(model: bvit.BViT) -> None:
         )
     found = _misfits(twin.state_dict(), model.state_dict())
     if found:
-        raise CheckpointError(f"the model was changed since it was made and would not open again. {found}")
+        raise CheckpointError(
+            f"the model was changed since it was made and would not open again. {found}"
+        )
 
 
 def _config_of(model: bvit.BViT) -> dict[str, Any]:
@@ -245,12 +269,22 @@ def _close_names(name: str) -> list[str]:
 
 def _load_path(path: Path, kind: str) -> VisionTransformer:
     if not path.exists():
-        raise CheckpointError(f"no checkpoint at {path}: give a folder, a weights file, or timm:NAME")
+        raise CheckpointError(
+            f"no checkpoint at {path}: give a folder, a weights file, or timm:NAME"
+        )
     if kind == _AVERAGED and not (path / EMA).is_file():
-        raise CheckpointError(f"{path} has no averaged weights ({EMA}): leave out {_AVERAGED} for the raw ones")
+        raise CheckpointError(
+            f"{path} has no averaged weights ({EMA}): leave out {_AVERAGED} for the raw ones"
+        )
     if kind == _MASKED and not (path / masks.FILE).is_file():
-        raise CheckpointError(f"{path} has no masks ({masks.FILE}): leave out {_MASKED} for its weights without")
-    folder, weights = (path, path / (EMA if kind == _AVERAGED else WEIGHTS)) if path.is_dir() else (path.parent, path)
+        raise CheckpointError(
+            f"{path} has no masks ({masks.FILE}): leave out {_MASKED} for its weights without"
+        )
+    folder, weights = (
+        (path, path / (EMA if kind == _AVERAGED else WEIGHTS))
+        if path.is_dir()
+        else (path.parent, path)
+    )
     config_file = folder / CONFIG
     if not config_file.is_file():
         hint = f"; for a bare weights file say timm:NAME@{path}" if path.is_file() else ""
@@ -268,11 +302,22 @@ def _load_path(path: Path, kind: str) -> VisionTransformer:
     overlay = {key: value for key, value in cfg.items() if value is not None}
     try:
         model = timm.create_model(name, pretrained=False, pretrained_cfg_overlay=overlay, **args)
-    except (TypeError, ValueError, AssertionError, RuntimeError, LookupError, ArithmeticError) as error:
+    except (
+        TypeError,
+        ValueError,
+        AssertionError,
+        RuntimeError,
+        LookupError,
+        ArithmeticError,
+    ) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{config_file}: {name} cannot be built from its model_args ({reason})") from error
+        raise CheckpointError(
+            f"{config_file}: {name} cannot be built from its model_args ({reason})"
+        ) from error
     if not isinstance(model, VisionTransformer):
-        raise CheckpointError(f"{config_file}: {name} is a {type(model).__name__}, not a VisionTransformer")
+        raise CheckpointError(
+            f"{config_file}: {name} is a {type(model).__name__}, not a VisionTransformer"
+        )
     _fill(model, read_weights(weights), str(weights))
     return _under_masks(model, path / masks.FILE) if kind == _MASKED else model
 
@@ -287,26 +332,33 @@ def _under_masks(model: VisionTransformer, file: Path) -> VisionTransformer:
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The state dict in a `.safetensors`, `.pt` or `.pth` file; a pickle that holds code is refused."""
+    """The state dict in a `.safetensors`, `.pt` or `.pth` file; a pickle that holds code is
+    refused."""
     if not path.is_file():
         raise CheckpointError(f"no weights file at {path}")
     if path.suffix == ".safetensors":
         try:
             return safetensors.torch.load_file(str(path))
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: truncated or not a safetensors file ({error})") from error
+            raise CheckpointError(
+                f"{path}: truncated or not a safetensors file ({error})"
+            ) from error
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the pickle's protocol
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError, ... as the damage is
+    except (
+        Exception
+    ) as error:  # torch raises UnpicklingError, RuntimeError, EOFError, ... as the damage is
         code = any(sign in str(error).lower() for sign in _SIGNS_OF_CODE)
         kind = "it holds code, which is never run" if code else "truncated or no checkpoint"
         raise CheckpointError(f"{path}: not opened, {kind}") from error
     for key in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
-    tensors = isinstance(content, Mapping) and all(isinstance(v, torch.Tensor) for v in content.values())
+    tensors = isinstance(content, Mapping) and all(
+        isinstance(v, torch.Tensor) for v in content.values()
+    )
     if not tensors:
         raise CheckpointError(f"{path}: no state dict inside (a mapping of names to tensors)")
     return {name.removeprefix("module."): tensor for name, tensor in content.items()}

@@ -1,13 +1,15 @@
 """Cost of a model: parameters, and FLOPs counted analytically.
 
-The convention of bViT (arXiv 2605.10661, Tables 1-3): 2 x the multiply-accumulates of Linear and Conv
-weights; biases, norms, softmax and GELU are free, and so are QK^T and AV unless `count_attention` asks for
-them. Counters that watch a forward pass disagree with each other on fused attention; this one reads shapes.
-A shared block costs its FLOPs at every step and its parameters once. Adding a memory to the state is free, as
-additions are; updating one is an application of the block.
+The convention of bViT (arXiv 2605.10661, Tables 1-3): 2 x the multiply-accumulates of Linear and
+Conv weights; biases, norms, softmax and GELU are free, and so are QK^T and AV unless
+`count_attention` asks for them. Counters that watch a forward pass disagree with each other on
+fused attention; this one reads shapes. A shared block costs its FLOPs at every step and its
+parameters once. Adding a memory to the state is free, as additions are; updating one is an
+application of the block.
 
-bViT-B: 33.697 GFLOPs (35.128 with attention) = 0.232747 + 2.788688 t at t = 12. bViT-fl (n = 3): 134.1; bViT-sc:
-33.697 with memory="state", 50.4, 44.9, 42.1, 39.3, 36.5 with "block" and k = 2, 3, 4, 6, 12; distilled: 33.87.
+bViT-B: 33.697 GFLOPs (35.128 with attention) = 0.232747 + 2.788688 t at t = 12. bViT-fl (n = 3):
+134.1; bViT-sc: 33.697 with memory="state", 50.4, 44.9, 42.1, 39.3, 36.5 with "block" and k = 2, 3,
+4, 6, 12; distilled: 33.87.
 """
 
 from __future__ import annotations
@@ -23,12 +25,14 @@ from bvit_interp.models.steps import Steps
 
 
 def flops(model: VisionTransformer, *, count_attention: bool, steps: int | None = None) -> int:
-    """FLOPs of one image at the model's input size: patch embedding, `steps` steps, the head on one row.
+    """FLOPs of one image at the model's input size: patch embedding, `steps` steps, the head on one
+    row.
 
     Parameters
     ----------
     model : a `BViT`, its unroll, or a timm `VisionTransformer` with a plain patch embedding.
-    count_attention : add QK^T and AV, 2 * 2 * N^2 * D a step for N tokens (CLS and registers are tokens).
+    count_attention : add QK^T and AV, 2 * 2 * N^2 * D a step for N tokens (CLS and registers are
+        tokens).
     steps : as in `unroll`: by default as many as the model takes; a stack can only be cut.
 
     Raises
@@ -39,16 +43,20 @@ def flops(model: VisionTransformer, *, count_attention: bool, steps: int | None 
     steps = len(model.blocks) if steps is None else steps
     if steps < 1:
         raise UserError(f"steps must be >= 1, got {steps}")
-    each = (flops_per_step(model, count_attention=count_attention, step=t) for t in range(1, steps + 1))
+    each = (
+        flops_per_step(model, count_attention=count_attention, step=t) for t in range(1, steps + 1)
+    )
     return _patch_embedding(model) + sum(each) + _head(model)
 
 
 def flops_per_step(model: VisionTransformer, *, count_attention: bool, step: int = 1) -> int:
-    """FLOPs of one image in step `step` (from 1), with its inner updates; without them all steps of a `BViT` cost
-    the same."""
+    """FLOPs of one image in step `step` (from 1), with its inner updates; without them all steps of
+    a `BViT` cost the same."""
     block = _block_of(model, step)
     tokens = model.patch_embed.num_patches + model.num_prefix_tokens
-    linear = tokens * sum(_per_row(module) for module in block.modules() if isinstance(module, nn.Linear))
+    linear = tokens * sum(
+        _per_row(module) for module in block.modules() if isinstance(module, nn.Linear)
+    )
     once = linear + (_attention(block, tokens) if count_attention else 0)
     # in an unroll the inner updates are modules of the step; a recurrent block calls itself
     calls_itself = isinstance(model.blocks, Steps) and isinstance(block, MemoryBlock)
@@ -77,17 +85,23 @@ def _attention(block: nn.Module, tokens: int) -> int:
     """QK^T and AV: for each head, two products of tokens x tokens x head width."""
     found = [module for module in block.modules() if isinstance(module, Attention)]
     if not found:
-        raise UserError(f"the attention of {type(block).__name__} is not one whose FLOPs are known here")
+        raise UserError(
+            f"the attention of {type(block).__name__} is not one whose FLOPs are known here"
+        )
     return sum(2 * 2 * tokens**2 * attention.num_heads * attention.head_dim for attention in found)
 
 
 def _patch_embedding(model: VisionTransformer) -> int:
     embedding = model.patch_embed
     if not isinstance(embedding, PatchEmbed) or not isinstance(embedding.proj, nn.Conv2d):
-        raise UserError(f"FLOPs are known for a plain patch embedding, got {type(embedding).__name__}")
+        raise UserError(
+            f"FLOPs are known for a plain patch embedding, got {type(embedding).__name__}"
+        )
     if embedding.num_patches is None:
         raise UserError("the model has no fixed image size to count FLOPs at")
-    kernel = embedding.proj.weight  # (D, C, p, p), applied once a patch; prefix tokens are not embedded
+    kernel = (
+        embedding.proj.weight
+    )  # (D, C, p, p), applied once a patch; prefix tokens are not embedded
     return 2 * kernel.numel() * embedding.num_patches
 
 

@@ -1,8 +1,10 @@
-"""Early exits: classifiers that read CLS at chosen steps of a frozen model, and a run that really stops at them.
+"""Early exits: classifiers that read CLS at chosen steps of a frozen model, and a run that really
+stops at them.
 
-Appendix B of bViT (arXiv 2605.10661): exit e answers ``y_e = C_e(z_{t_e}^cls)`` with confidence ``max softmax(y_e)``;
-an image leaves at the first exit whose confidence exceeds the threshold, else the model's own head answers after T.
-C_e is a weight-only RMSNorm and a Linear (ours: the paper does not print it; the residual grows with t).
+Appendix B of bViT (arXiv 2605.10661): exit e answers ``y_e = C_e(z_{t_e}^cls)`` with confidence
+``max softmax(y_e)``; an image leaves at the first exit whose confidence exceeds the threshold, else
+the model's own head answers after T. C_e is a weight-only RMSNorm and a Linear (ours: the paper
+does not print it; the residual grows with t).
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ class Exits(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """Logits ``(B, E, C)`` of the CLS tokens after the exits' steps ``(B, E, D)``."""
-        return torch.einsum("bed,ecd->bec", self._normed(states) * self.norm, self.weight) + self.bias
+        return (
+            torch.einsum("bed,ecd->bec", self._normed(states) * self.norm, self.weight) + self.bias
+        )
 
     def one(self, e: int, state: Tensor) -> Tensor:
         """Logits ``(B, C)`` of exit e (from 0) for CLS tokens ``(B, D)``."""
@@ -58,7 +62,10 @@ class Exits(nn.Module):
         """Write them as the exits of `model`'s weights."""
         kept = {"steps": self.steps, "weights": weights_hash(model), **about}
         with replacing(path) as temporary:
-            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+            tensors = {
+                name: tensor.detach().cpu().contiguous()
+                for name, tensor in self.state_dict().items()
+            }
             save_file(tensors, str(temporary), metadata={"exits": json.dumps(kept)})
             temporary.chmod(0o644)  # safetensors leaves it to its owner alone
 
@@ -66,7 +73,9 @@ class Exits(nn.Module):
     def load(cls, path: Path, model: VisionTransformer) -> Exits:
         """Read the exits of `model`; those of other weights are refused."""
         if not path.is_file():
-            raise CheckpointError(f"no exits at {path}: make them with `bvit-interp early-exit train`")
+            raise CheckpointError(
+                f"no exits at {path}: make them with `bvit-interp early-exit train`"
+            )
         try:
             with safe_open(str(path), "pt") as file:
                 about = json.loads((file.metadata() or {})["exits"])
@@ -83,7 +92,8 @@ class Exits(nn.Module):
 
 
 def check_exits(steps: tuple[int, ...], model: VisionTransformer) -> tuple[int, ...]:
-    """The exits' steps, ascending; a UserError for none, repeated ones, or one that is not before the last step."""
+    """The exits' steps, ascending; a UserError for none, repeated ones, or one that is not before
+    the last step."""
     last = len(model.blocks)
     if last < 2:
         raise UserError("a model of one step has no step to leave before its head")
@@ -99,7 +109,7 @@ def check_exits(steps: tuple[int, ...], model: VisionTransformer) -> tuple[int, 
 @torch.inference_mode()
 def run_with_exits(
     unrolled: VisionTransformer, exits: Exits, images: Tensor, threshold: float
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """Run a batch; images that leave are dropped, so the steps after cost less.
 
     Parameters
@@ -119,7 +129,10 @@ def run_with_exits(
     for t in range(1, last + 1):
         state = advance(unrolled, state)
         if t == last:
-            found, leaves = answer(unrolled, state), torch.ones(len(places), dtype=torch.bool, device=images.device)
+            found, leaves = (
+                answer(unrolled, state),
+                torch.ones(len(places), dtype=torch.bool, device=images.device),
+            )
         elif t in exits.steps:
             found = exits.one(exits.steps.index(t), state.tokens[:, 0])
             leaves = found.softmax(-1).amax(-1) > threshold

@@ -1,8 +1,9 @@
 """Binary masks over shared weights: one for each step of a bViT, or for each part of the data.
 
-At step t a masked matrix is ``W * M_t``: twelve sparse networks in one dense tensor (Fig. 5 and section 4.2.3 of bViT,
-arXiv 2605.10661; Routing the Lottery, arXiv 2601.22141). The masked model is an unroll like any other, so every probe
-and analysis works on it. Masks lie bit-packed beside a checkpoint's weights; ``FOLDER@masked`` opens both.
+At step t a masked matrix is ``W * M_t``: twelve sparse networks in one dense tensor (Fig. 5 and
+section 4.2.3 of bViT, arXiv 2605.10661; Routing the Lottery, arXiv 2601.22141). The masked model is
+an unroll like any other, so every probe and analysis works on it. Masks lie bit-packed beside a
+checkpoint's weights; ``FOLDER@masked`` opens both.
 """
 
 from __future__ import annotations
@@ -27,23 +28,32 @@ from bvit_interp.results import replacing, weights_hash
 
 FILE = "masks.safetensors"
 PLACES = {"qkv": "attn.qkv", "proj": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
-"""Component of a step's masks -> the module of the block whose weight it masks; biases and norms are not masked."""
+"""Component of a step's masks -> the module of the block whose weight it masks; biases and norms
+are not masked."""
 
 
 class Masks(Mapping[str, Tensor]):
-    """K masks over the same tensors: component -> bool ``(K, *shape of the weight)``, true where a weight is active.
+    """K masks over the same tensors: component -> bool ``(K, *shape of the weight)``, true where a
+    weight is active.
 
     Parameters
     ----------
-    of : the masks; of steps, the components of `PLACES` and K = T; of parts of the data, names of parameters.
-    blocks : of steps, which stored block each of them uses; by default all the first. A union is taken over masks of
-        the same block.
+    of : the masks; of steps, the components of `PLACES` and K = T; of parts of the data, names of
+        parameters.
+    blocks : of steps, which stored block each of them uses; by default all the first. A union is
+        taken over masks of the same block.
     """
 
     def __init__(self, of: Mapping[str, Tensor], blocks: tuple[int, ...] | None = None) -> None:
         counts = {name: len(mask) for name, mask in of.items()}
-        if not counts or len(set(counts.values())) > 1 or any(mask.dtype != torch.bool for mask in of.values()):
-            raise UserError(f"masks must be bool tensors of the same number each, got {counts or 'none'}")
+        if (
+            not counts
+            or len(set(counts.values())) > 1
+            or any(mask.dtype != torch.bool for mask in of.values())
+        ):
+            raise UserError(
+                f"masks must be bool tensors of the same number each, got {counts or 'none'}"
+            )
         self.of = dict(of)
         self.count = next(iter(counts.values()))
         self.blocks = (0,) * self.count if blocks is None else blocks
@@ -74,18 +84,27 @@ class Masks(Mapping[str, Tensor]):
 
     def union(self) -> dict[str, Tensor]:
         """Weights that any mask keeps: component -> bool ``(blocks, *shape)``."""
-        rows = [[i for i, block in enumerate(self.blocks) if block == b] for b in sorted({*self.blocks})]
-        return {name: torch.stack([mask[own].any(0) for own in rows]) for name, mask in self.of.items()}
+        rows = [
+            [i for i, block in enumerate(self.blocks) if block == b] for b in sorted({*self.blocks})
+        ]
+        return {
+            name: torch.stack([mask[own].any(0) for own in rows]) for name, mask in self.of.items()
+        }
 
     def fingerprint(self) -> str:
         """16 hex digits that other masks do not have."""
         digest = hashlib.sha256(repr(self.blocks).encode())
         for name, bits in self._packed().items():
-            digest.update(repr((name, tuple(self.of[name].shape))).encode() + bits.numpy().tobytes())
+            digest.update(
+                repr((name, tuple(self.of[name].shape))).encode() + bits.numpy().tobytes()
+            )
         return digest.hexdigest()[:16]
 
     def _packed(self) -> dict[str, Tensor]:
-        return {name: torch.from_numpy(np.packbits(mask.cpu().numpy().ravel())) for name, mask in self.of.items()}
+        return {
+            name: torch.from_numpy(np.packbits(mask.cpu().numpy().ravel()))
+            for name, mask in self.of.items()
+        }
 
     def save(self, path: Path, model: nn.Module) -> None:
         """Write them, eight weights a byte, as the masks of `model`'s weights."""
@@ -93,7 +112,9 @@ class Masks(Mapping[str, Tensor]):
         shapes = {name: tuple(mask.shape) for name, mask in self.of.items()}
         about = {"shapes": shapes, "blocks": self.blocks, "weights": weights_hash(model)}
         with replacing(path) as temporary:
-            save_file(packed, str(temporary), metadata={"masks": json.dumps(about)})  # of two keys the order is random
+            save_file(
+                packed, str(temporary), metadata={"masks": json.dumps(about)}
+            )  # of two keys the order is random
             temporary.chmod(0o644)  # safetensors leaves it to its owner alone
 
     @classmethod
@@ -129,10 +150,16 @@ def _unpacked(bits: np.ndarray, shape: list[int]) -> Tensor:
 def full(model: VisionTransformer) -> Masks:
     """Masks that keep every weight of every step."""
     view = unroll(model)
-    weights = {name: [block.get_submodule(place).weight for block in view.blocks] for name, place in PLACES.items()}
+    weights = {
+        name: [block.get_submodule(place).weight for block in view.blocks]
+        for name, place in PLACES.items()
+    }
     stored: dict[int, int] = {}
     blocks = tuple(stored.setdefault(id(weight), len(stored)) for weight in weights["qkv"])
-    return Masks({name: torch.ones(len(of), *of[0].shape, dtype=torch.bool) for name, of in weights.items()}, blocks)
+    return Masks(
+        {name: torch.ones(len(of), *of[0].shape, dtype=torch.bool) for name, of in weights.items()},
+        blocks,
+    )
 
 
 class Masked(nn.Module):
@@ -155,8 +182,8 @@ def masked(model: VisionTransformer, masks: Masks, *, baked: bool = False) -> Vi
     ----------
     model : a `BViT` or a stacked ViT.
     masks : one a step.
-    baked : multiply once, now: each step gets frozen weights of its own, for evaluation. Otherwise the weights stay
-        the model's Parameters and are multiplied in every forward, for training.
+    baked : multiply once, now: each step gets frozen weights of its own, for evaluation. Otherwise
+        the weights stay the model's Parameters and are multiplied in every forward, for training.
 
     Raises
     ------
@@ -167,7 +194,10 @@ def masked(model: VisionTransformer, masks: Masks, *, baked: bool = False) -> Vi
     if found := _misfit(view, masks):
         raise UserError(found)
     for t, block in enumerate(view.blocks):
-        for part in (block, *getattr(block, "inner", ())):  # a memory's inner updates are of the step
+        for part in (
+            block,
+            *getattr(block, "inner", ()),
+        ):  # a memory's inner updates are of the step
             put_on(part, masks, t, baked=baked)
     view.masks = masks  # type: ignore[assignment]
     return view
@@ -196,7 +226,10 @@ def _misfit(view: VisionTransformer, masks: Masks) -> str | None:
     if masks.count != len(view.blocks):
         return f"masks of {masks.count} steps for a model of {len(view.blocks)}"
     for name, place in PLACES.items():
-        found, wanted = tuple(masks[name].shape[1:]), tuple(view.blocks[0].get_submodule(place).weight.shape)
+        found, wanted = (
+            tuple(masks[name].shape[1:]),
+            tuple(view.blocks[0].get_submodule(place).weight.shape),
+        )
         if found != wanted:
             return f"masks of {name} are {found}, its weight is {wanted}"
     return None

@@ -1,7 +1,7 @@
 """A memory beside the state: the fast latent of bViT-fl and the skip memory of bViT-sc.
 
-Appendix D of bViT (arXiv 2605.10661), whose equations our copy of the paper lost; reconstructed from its prose,
-parameters and FLOPs (Table 6). With a memory m_t that starts at zero, a step is
+Appendix D of bViT (arXiv 2605.10661), whose equations our copy of the paper lost; reconstructed
+from its prose, parameters and FLOPs (Table 6). With a memory m_t that starts at zero, a step is
 
     m_t from m_{t-1} and z_{t-1};   z_t = F(z_{t-1} + m_t + e_t)
 
@@ -9,9 +9,10 @@ parameters and FLOPs (Table 6). With a memory m_t that starts at zero, a step is
     block   (sc)  m_t = F(m_{t-1} + z_{t-1}) every k-th step, from the first, else m_{t-1}
     state   (sc)  m_t = z_{t-1} every k-th step, from the first, else m_{t-1}: no FLOPs
 
-Ours, where the paper is silent: F is also the update block (8.6 M parameters), n = 3 (134.1 GFLOPs), "state" for sc
-(its 33.7 GFLOPs hold no update), k = 4, e_t off unless `step_embed` asks for it (the paper: "optional"), and what
-"truncated" and "frozen" stop. Inner updates as in TRM (Jolicoeur-Martineau, 2025, https://arxiv.org/abs/2510.04871).
+Ours, where the paper is silent: F is also the update block (8.6 M parameters), n = 3 (134.1
+GFLOPs), "state" for sc (its 33.7 GFLOPs hold no update), k = 4, e_t off unless `step_embed` asks
+for it (the paper: "optional"), and what "truncated" and "frozen" stop. Inner updates as in TRM
+(Jolicoeur-Martineau, 2025, https://arxiv.org/abs/2510.04871).
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class Memory:
     Raises
     ------
     ValueError
-        For an unknown word, a number below 1, or an argument that this kind of memory does not have.
+        For an unknown word, a number below 1, or an argument that this kind of memory does not
+        have.
     """
 
     kind: Kind
@@ -47,12 +49,14 @@ class Memory:
     interval: int | None = None
     """state and block: steps k from one refresh to the next (4)."""
     gradient: Gradient | None = None
-    """full: through everything. truncated: not through the memory that enters a step. frozen: not through the
-    memory that is added to the state."""
+    """full: through everything. truncated: not through the memory that enters a step. frozen: not
+    through the memory that is added to the state."""
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
-            raise ValueError(f"memory must be one of {', '.join(get_args(Kind))}, got {self.kind!r}")
+            raise ValueError(
+                f"memory must be one of {', '.join(get_args(Kind))}, got {self.kind!r}"
+            )
         own, other, default = "inner_updates", "interval", 3
         if self.kind != "latent":
             own, other, default = other, own, 4
@@ -64,7 +68,9 @@ class Memory:
         if getattr(self, own) < 1:
             raise ValueError(f"{own} must be >= 1, got {getattr(self, own)}")
         if self.gradient not in get_args(Gradient):
-            raise ValueError(f"memory_gradient must be one of {', '.join(get_args(Gradient))}, got {self.gradient!r}")
+            raise ValueError(
+                f"memory_gradient must be one of {', '.join(get_args(Gradient))}, got {self.gradient!r}"
+            )
 
     @property
     def calls(self) -> int:
@@ -81,8 +87,8 @@ class Memory:
 
 
 class Carry:
-    """The memory one step of a run leaves to the next; each step has its own, so that recomputing a step under
-    gradient checkpointing reads what the step read."""
+    """The memory one step of a run leaves to the next; each step has its own, so that recomputing a
+    step under gradient checkpointing reads what the step read."""
 
     def __init__(self) -> None:
         self.value: torch.Tensor | None = None
@@ -98,13 +104,15 @@ class MemoryBlock(TimedBlock):
 
     Attributes
     ----------
-    inner : in a tied unroll, one ordinary block an inner update; empty in the recurrent model, which calls itself.
+    inner : in a tied unroll, one ordinary block an inner update; empty in the recurrent model,
+        which calls itself.
     """
 
     def __init__(self, *args: Any, memory: Memory, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.memory = memory
-        self.inner: Any = ()  # no module yet, so that a recurrent block has the keys and children of timm's
+        # no module yet, so that a recurrent block has the keys and children of timm's
+        self.inner: Any = ()
 
     def own_updates(self, blocks: list[nn.Module]) -> None:
         """Call these blocks for the inner updates from now on, as a step of an unroll."""
@@ -121,7 +129,8 @@ class MemoryBlock(TimedBlock):
         after: Carry | None = None,
         refresh: bool = True,
     ) -> torch.Tensor:
-        """z_t ``(B, N, D)`` of z_{t-1}; reads the memory of the step before and leaves its own in `after`."""
+        """z_t ``(B, N, D)`` of z_{t-1}; reads the memory of the step before and leaves its own in
+        `after`."""
         if before is None or after is None:
             raise ValueError(
                 "a step with a memory needs that of the step before: call the model, or its blocks in turn"
@@ -151,7 +160,8 @@ class MemorySteps(Steps):
 
 
 class UnrolledSteps(nn.Sequential):
-    """The steps of an unroll with a memory. Iteration gives the modules, for whoever looks at them; `run` a run."""
+    """The steps of an unroll with a memory. Iteration gives the modules, for whoever looks at them;
+    `run` a run."""
 
     def run(self) -> Iterator[Any]:
         """The calls of one run, each handed the memory of the one before."""

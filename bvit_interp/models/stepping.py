@@ -1,8 +1,8 @@
 """A forward pass one step at a time: read a state, drop images, go on from there.
 
-What needs more than a hook: images that leave after their own step, and runs that start again from a kept state.
-Steps are those of the tied unroll, called as its forward calls them, so the last state is the model's bit for bit and
-hooks fire as ever.
+What needs more than a hook: images that leave after their own step, and runs that start again from
+a kept state. Steps are those of the tied unroll, called as its forward calls them, so the last
+state is the model's bit for bit and hooks fire as ever.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ class State:
 
     def __getitem__(self, images: Tensor | slice) -> State:
         """The same of some images of the batch: a slice, a mask or indices ``(B',)``."""
-        return State(self.tokens[images], self.step, None if self.memory is None else self.memory[images])
+        return State(
+            self.tokens[images], self.step, None if self.memory is None else self.memory[images]
+        )
 
     def repeated(self, times: int) -> State:
         """The whole batch `times` over, one copy behind the other: ``(times B, N, D)``."""
@@ -65,5 +67,6 @@ def proceed(unrolled: VisionTransformer, state: State, until: int | None = None)
 
 
 def answer(model: VisionTransformer, state: State) -> Tensor:
-    """Logits ``(B, classes)`` of the model's own norm and head after this step (eq. 5 at every t)."""
+    """Logits ``(B, classes)`` of the model's own norm and head after this step (eq. 5 at every
+    t)."""
     return model.forward_head(model.norm(state.tokens))

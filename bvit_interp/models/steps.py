@@ -1,6 +1,7 @@
 """Steps: blocks that are stored once and applied again and again.
 
-The container of every `BViT`: eq. 6 of the paper (arXiv 2605.10661), and eq. 9 with a time embedding.
+The container of every `BViT`: eq. 6 of the paper (arXiv 2605.10661), and eq. 9 with a time
+embedding.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ Order = Literal["cycle", "repeat"]
 class TimedBlock(Block):
     """A block that adds the time embedding of its step: ``z_t = F(z_{t-1}) + e_t`` (eq. 9).
 
-    In the recurrent model the row e_t comes with the call; a clone in the tied unroll owns its step and
-    looks the row up itself.
+    In the recurrent model the row e_t comes with the call; a clone in the tied unroll owns its step
+    and looks the row up itself.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -55,8 +56,8 @@ class TimedBlock(Block):
 class Steps(nn.Sequential):
     """`length` applications of the stored blocks, in order.
 
-    The blocks are stored (and saved) once; `len`, iteration and indexing go by application, which is what
-    timm's `forward_intermediates`, `features_only` and `prune_intermediate_layers` count.
+    The blocks are stored (and saved) once; `len`, iteration and indexing go by application, which
+    is what timm's `forward_intermediates`, `features_only` and `prune_intermediate_layers` count.
 
     Parameters
     ----------
@@ -68,9 +69,13 @@ class Steps(nn.Sequential):
     """
 
     def __init__(
-        self, blocks: list[nn.Module], length: int, order: Order = "cycle", rounds: int = 1,
+        self,
+        blocks: list[nn.Module],
+        length: int,
+        order: Order = "cycle",
+        rounds: int = 1,
         step_embed: nn.Parameter | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(*blocks)
         self.length, self.order, self.rounds = length, order, rounds
         self.step_embed = step_embed
@@ -104,4 +109,6 @@ class Steps(nn.Sequential):
         if kept != range(len(kept)):
             raise IndexError(f"steps can only be cut at the end (blocks[:n]), got {index}")
         used = sorted({self.block_index(i) for i in kept})
-        return type(self)([stored[i] for i in used], len(kept), self.order, self.rounds, self.step_embed)
+        return type(self)(
+            [stored[i] for i in used], len(kept), self.order, self.rounds, self.step_embed
+        )

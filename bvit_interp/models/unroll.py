@@ -1,9 +1,9 @@
 """The tied unroll: one module a step, all of them sharing the recurrent model's parameters.
 
-Tools address modules (captum a layer, lucent a name, `torch.nn.utils.prune` a weight), and on a recurrent
-model silently answer for the first or the last of its T calls. `unroll(model)` gives each step a module of
-its own around the same Parameter objects: bit-equal output, no extra memory for weights, and any tool that
-works on a stacked ViT works on a step.
+Tools address modules (captum a layer, lucent a name, `torch.nn.utils.prune` a weight), and on a
+recurrent model silently answer for the first or the last of its T calls. `unroll(model)` gives each
+step a module of its own around the same Parameter objects: bit-equal output, no extra memory for
+weights, and any tool that works on a stacked ViT works on a step.
 """
 
 from __future__ import annotations
@@ -25,18 +25,20 @@ _TIED = "tied_to_a_model"
 def unroll(model: VisionTransformer, steps: int | None = None) -> VisionTransformer:
     """A view of `model` in which step t is the module ``blocks[t - 1]``, whose output is z_t.
 
-    In a model with a memory that module's own parts are the block that gives z_t, and inner update i of the memory is
-    the ordinary block ``blocks[t - 1].inner[i - 1]``.
+    In a model with a memory that module's own parts are the block that gives z_t, and inner update
+    i of the memory is the ordinary block ``blocks[t - 1].inner[i - 1]``.
 
-    Every module is cloned, every Parameter and buffer shared: training the model is seen by the view, and
-    hooks that a tool leaves on the view never reach the model. Hooks the model already bears are copied, so that
-    a pruned model unrolls pruned. A stacked ViT unrolls to itself, tied. Save the model, not the view.
+    Every module is cloned, every Parameter and buffer shared: training the model is seen by the
+    view, and hooks that a tool leaves on the view never reach the model. Hooks the model already
+    bears are copied, so that a pruned model unrolls pruned. A stacked ViT unrolls to itself, tied.
+    Save the model, not the view.
 
     Parameters
     ----------
     model : a `BViT`, or any timm `VisionTransformer` (its blocks are its steps).
-    steps : how many steps; by default as many as the model takes. Beyond them a `BViT` goes on applying its
-        blocks in the same order (a time embedding stays at its last row); a stacked ViT can only be cut.
+    steps : how many steps; by default as many as the model takes. Beyond them a `BViT` goes on
+        applying its blocks in the same order (a time embedding stays at its last row); a stacked
+        ViT can only be cut.
 
     Raises
     ------
@@ -44,15 +46,21 @@ def unroll(model: VisionTransformer, steps: int | None = None) -> VisionTransfor
         For another kind of model, or a number of steps that cannot be had.
     """
     if not isinstance(model, VisionTransformer):
-        raise UserError(f"only a BViT or a timm VisionTransformer unrolls, got {type(model).__name__}")
+        raise UserError(
+            f"only a BViT or a timm VisionTransformer unrolls, got {type(model).__name__}"
+        )
     recurrent = isinstance(model.blocks, Steps)
     steps = len(model.blocks) if steps is None else steps
     if steps < 1:
         raise UserError(f"steps must be >= 1, got {steps}")
     if is_unrolled(model) and steps != len(model.blocks):
-        raise UserError(f"this is an unroll of {len(model.blocks)} steps: unroll the model it came from instead")
+        raise UserError(
+            f"this is an unroll of {len(model.blocks)} steps: unroll the model it came from instead"
+        )
     if not recurrent and steps > len(model.blocks):
-        raise UserError(f"this model is a stack of {len(model.blocks)} blocks and cannot take {steps} steps")
+        raise UserError(
+            f"this model is a stack of {len(model.blocks)} blocks and cannot take {steps} steps"
+        )
     shared = _tensors(model)
     blocks = []
     for i in range(steps):
@@ -60,7 +68,9 @@ def unroll(model: VisionTransformer, steps: int | None = None) -> VisionTransfor
             blocks.append(_step(model.blocks, i, shared))
         else:
             blocks.append(copy.deepcopy(model.blocks[i], dict(shared)))
-    container = UnrolledSteps if isinstance(model.blocks, (MemorySteps, UnrolledSteps)) else nn.Sequential
+    container = (
+        UnrolledSteps if isinstance(model.blocks, (MemorySteps, UnrolledSteps)) else nn.Sequential
+    )
     view = copy.deepcopy(model, {**shared, id(model.blocks): container(*blocks)})
     view.blocks.training = model.blocks.training
     view.feature_info = [{**model.feature_info[0], "module": f"blocks.{i}"} for i in range(steps)]
@@ -69,9 +79,11 @@ def unroll(model: VisionTransformer, steps: int | None = None) -> VisionTransfor
 
 
 def run_on(model: VisionTransformer, steps: int) -> VisionTransformer:
-    """The unroll of `steps` steps, also past the trained ones; of a stack, or an unroll, at most as many as it has.
+    """The unroll of `steps` steps, also past the trained ones; of a stack, or an unroll, at most as
+    many as it has.
 
-    A `BViT` with as many blocks as steps, and more than one, is a stack: its first block does not come again.
+    A `BViT` with as many blocks as steps, and more than one, is a stack: its first block does not
+    come again.
     """
     stored, own = len(list(model.blocks.children())), len(model.blocks)
     recurrent = isinstance(model.blocks, Steps) and not 1 < stored == own
@@ -84,14 +96,20 @@ def is_unrolled(model: nn.Module) -> bool:
 
 
 def _tensors(model: nn.Module) -> dict[int, torch.Tensor]:
-    """Every tensor of the model by id: parameters, buffers, and the plain attributes pruning computes."""
+    """Every tensor of the model by id: parameters, buffers, and the plain attributes pruning
+    computes."""
     attributes = (value for module in model.modules() for value in vars(module).values())
-    plain = (value for value in attributes if isinstance(value, torch.Tensor))  # non-leaves cannot be copied
-    return {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers(), plain)}
+    plain = (
+        value for value in attributes if isinstance(value, torch.Tensor)
+    )  # non-leaves cannot be copied
+    return {
+        id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers(), plain)
+    }
 
 
 def _step(container: Steps, i: int, shared: dict[int, torch.Tensor]) -> nn.Module:
-    """The clone for application i (from 0), owning its row of the time embedding and its inner updates, if any."""
+    """The clone for application i (from 0), owning its row of the time embedding and its inner
+    updates, if any."""
     stored = list(container._modules.values())[container.block_index(i)]
     block = copy.deepcopy(stored, dict(shared))
     if isinstance(block, TimedBlock) and container.step_embed is not None:

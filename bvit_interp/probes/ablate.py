@@ -1,9 +1,9 @@
 """Ablating heads and neurons: zero, mean and resample ablation, many variants of a batch at once.
 
-Zero ablation silences a unit, mean ablation leaves what it does on average, resample ablation gives it what it does on
-another image (Chan et al., 2022, "Causal scrubbing"). A batch is repeated V times along its first axis
-(`State.repeated`), and variant v keeps the units of row v; the edit is one for a site and a step, so the run can start
-from the state before it.
+Zero ablation silences a unit, mean ablation leaves what it does on average, resample ablation gives
+it what it does on another image (Chan et al., 2022, "Causal scrubbing"). A batch is repeated V
+times along its first axis (`State.repeated`), and variant v keeps the units of row v; the edit is
+one for a site and a step, so the run can start from the state before it.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ def ablate(keep: Tensor, fill: Tensor | None = None) -> Edit:
 
     Parameters
     ----------
-    keep : ``(V, U)``, 1 or True for a unit that is kept; U heads or neurons. Values between mix; a gradient goes
-        through a `keep` of floats.
-    fill : what the others become: None for zero; a mean ``(N, ...)`` or each image's own ``(B, N, ...)``, in the
-        shape of the site.
+    keep : ``(V, U)``, 1 or True for a unit that is kept; U heads or neurons. Values between mix; a
+        gradient goes through a `keep` of floats.
+    fill : what the others become: None for zero; a mean ``(N, ...)`` or each image's own ``(B, N,
+        ...)``, in the shape of the site.
 
     Returns
     -------
@@ -37,17 +37,22 @@ def ablate(keep: Tensor, fill: Tensor | None = None) -> Edit:
 
     def edit(activation: Tensor, address: Address) -> Tensor:
         variants = activation.unflatten(0, (len(keep), -1))
-        shape = (len(keep), 1, 1, -1, 1) if unit_axis(address.site) == "H" else (len(keep), 1, 1, -1)
+        shape = (
+            (len(keep), 1, 1, -1, 1) if unit_axis(address.site) == "H" else (len(keep), 1, 1, -1)
+        )
         share = keep.to(activation.dtype).reshape(shape)
         if fill is None:
             return (variants * share).flatten(0, 1)
-        return torch.lerp(fill.to(activation.dtype).expand_as(variants), variants, share).flatten(0, 1)
+        return torch.lerp(fill.to(activation.dtype).expand_as(variants), variants, share).flatten(
+            0, 1
+        )
 
     return edit
 
 
 def neuron_groups(neurons: int, groups: int) -> Tensor:
-    """The group ``(F,)`` int64 of every neuron: `groups` runs of neighbours, their sizes within one of each other."""
+    """The group ``(F,)`` int64 of every neuron: `groups` runs of neighbours, their sizes within one
+    of each other."""
     return torch.arange(neurons) * groups // neurons
 
 

@@ -14,7 +14,8 @@ from bvit_interp.vocabulary import SITES, Address, check_site, check_step, place
 def unit_index(site: str, unit: int) -> tuple[object, ...]:
     """Index that picks one unit from a whole site's tensor, whatever the token axis has become.
 
-    Units are axis 1 of scores and pattern ``(B, H, Q, K)``, the last but one of q, k, v and z, else the last.
+    Units are axis 1 of scores and pattern ``(B, H, Q, K)``, the last but one of q, k, v and z, else
+    the last.
     """
     if place_of(site)[1] in ("scores", "pattern"):
         return (slice(None), unit)
@@ -24,9 +25,10 @@ def unit_index(site: str, unit: int) -> tuple[object, ...]:
 class Cache:
     """Recorded activations.
 
-    ``cache["pattern", 7]`` is the tensor of step 7, ``cache["pattern"]`` all recorded steps stacked on axis 1,
-    ``cache["mlp_post[5]:12"]`` one unit. Shapes are those of `bvit_interp.vocabulary.SITES`; the token axis
-    is gone where one token was asked for ("cls" or an int), as numpy indexing has it.
+    ``cache["pattern", 7]`` is the tensor of step 7, ``cache["pattern"]`` all recorded steps stacked
+    on axis 1, ``cache["mlp_post[5]:12"]`` one unit. Shapes are those of
+    `bvit_interp.vocabulary.SITES`; the token axis is gone where one token was asked for ("cls" or
+    an int), as numpy indexing has it.
 
     Attributes
     ----------
@@ -52,25 +54,34 @@ class Cache:
             try:
                 return tensor[unit_index(address.site, address.unit)]
             except IndexError:
-                raise UserError(f"{address}: no such unit in a tensor of shape {tuple(tensor.shape)}") from None
+                raise UserError(
+                    f"{address}: no such unit in a tensor of shape {tuple(tensor.shape)}"
+                ) from None
         return torch.stack([self._tensors[key, step] for step in self.steps(key)], dim=1)
 
     def _at(self, site: str, step: int) -> Tensor:
         counted = check_step(step, self.num_steps, zero=site == "resid_post")
         if (site, counted) not in self._tensors:
-            raise UserError(f"{site}[{step}] was not recorded; recorded: {choices(map(_text, self))}")
+            raise UserError(
+                f"{site}[{step}] was not recorded; recorded: {choices(map(_text, self))}"
+            )
         return self._tensors[site, counted]
 
     def steps(self, site: str) -> list[int]:
         """Recorded steps of a site, in order."""
         found = sorted(step for name, step in self._tensors if name == check_site(site))
         if not found:
-            raise UserError(f"{site} was not recorded; recorded: {choices(dict.fromkeys(s for s, _ in self))}")
+            raise UserError(
+                f"{site} was not recorded; recorded: {choices(dict.fromkeys(s for s, _ in self))}"
+            )
         return found
 
     def __contains__(self, key: tuple[str, int]) -> bool:
         site, step = key
-        return (check_site(site), check_step(step, self.num_steps, zero=site == "resid_post")) in self._tensors
+        return (
+            check_site(site),
+            check_step(step, self.num_steps, zero=site == "resid_post"),
+        ) in self._tensors
 
     def __iter__(self) -> Iterator[tuple[str, int]]:
         return iter(self._tensors)
@@ -85,7 +96,10 @@ class Cache:
 
     def __repr__(self) -> str:
         order = list(SITES)
-        names = sorted({name for name, _ in self}, key=lambda name: (place_of(name)[0], order.index(place_of(name)[1])))
+        names = sorted(
+            {name for name, _ in self},
+            key=lambda name: (place_of(name)[0], order.index(place_of(name)[1])),
+        )
         sites = {site: len(self.steps(site)) for site in names}
         return f"Cache({', '.join(f'{site} x {n} steps' for site, n in sites.items())}; {self.nbytes / 1e6:.1f} MB)"
 

@@ -1,7 +1,7 @@
 """Probe: record and edit any site of any step of a bViT, or of any block of a stacked ViT.
 
-Ordinary forward hooks on the tied unroll. The model's output is bit-equal with and without recording and
-fused attention stays on; hooks are removed when a call ends, also by an exception.
+Ordinary forward hooks on the tied unroll. The model's output is bit-equal with and without
+recording and fused attention stays on; hooks are removed when a call ends, also by an exception.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
 from tqdm import tqdm
 
 from bvit_interp.errors import UserError, choices
@@ -36,9 +37,6 @@ from bvit_interp.vocabulary import (
     unit_axis,
 )
 
-if TYPE_CHECKING:
-    from torchmetrics import Metric, MetricCollection
-
 Key = str | tuple[str, int] | Address
 """A site name, or an address in any of its forms."""
 Edit = Callable[[Tensor, Address], Tensor | None]
@@ -56,18 +54,23 @@ class Probe:
 
     Parameters
     ----------
-    model : a `BViT`, any timm `VisionTransformer`, or an unroll of one (e.g. ``unroll(model, steps=24)``).
-    max_bytes : a cache that would be larger is refused; above 1 GiB its size is announced by a warning.
+    model : a `BViT`, any timm `VisionTransformer`, or an unroll of one (e.g. ``unroll(model,
+        steps=24)``).
+    max_bytes : a cache that would be larger is refused; above 1 GiB its size is announced by a
+        warning.
 
     Attributes
     ----------
     model : the tied unroll that is watched; step t is ``model.blocks[t - 1]``.
-    num_steps, num_heads, num_neurons, grid : steps T, heads, neurons of the FFN, patch grid (rows, columns).
+    num_steps, num_heads, num_neurons, grid : steps T, heads, neurons of the FFN, patch grid (rows,
+        columns).
     """
 
     def __init__(self, model: VisionTransformer, max_bytes: int = 8 * 2**30) -> None:
         if isinstance(model, torch._dynamo.OptimizedModule):
-            raise UserError("hooks do not run in a compiled model: probe the model that went into torch.compile")
+            raise UserError(
+                "hooks do not run in a compiled model: probe the model that went into torch.compile"
+            )
         self.model = model if is_unrolled(model) else unroll(model)
         self._steps = [places.Step(block) for block in self.model.blocks]
         self.max_bytes = max_bytes
@@ -87,19 +90,23 @@ class Probe:
         return self.model(images)
 
     def run(
-        self, images: Tensor, sites: Key | Sequence[Key], steps: Iterable[int] | int | None = None,
+        self,
+        images: Tensor,
+        sites: Key | Sequence[Key],
+        steps: Iterable[int] | int | None = None,
         tokens: Tokens = "all",
-    ) -> tuple[Tensor, Cache]:  # fmt: skip
+    ) -> tuple[Tensor, Cache]:
         """Logits and recorded activations of one batch.
 
         Parameters
         ----------
         images : ``(B, C, H, W)``, normalised.
-        sites : site names, or addresses such as ``"mlp_post[5]"`` and ``("mlp_post", 5)``, which bring their step.
-            Sites of an inner update are ``"inner2.mlp_post"``.
-        steps : which steps of the named sites, from 1 (0 is allowed for resid_post alone: the embedded tokens);
-            by default every step that has the site.
-        tokens : "cls", "dist", "reg", "patches", "all", an int or a slice; for scores and pattern, query tokens.
+        sites : site names, or addresses such as ``"mlp_post[5]"`` and ``("mlp_post", 5)``, which
+            bring their step. Sites of an inner update are ``"inner2.mlp_post"``.
+        steps : which steps of the named sites, from 1 (0 is allowed for resid_post alone: the
+            embedded tokens); by default every step that has the site.
+        tokens : "cls", "dist", "reg", "patches", "all", an int or a slice; for scores and pattern,
+            query tokens.
 
         Returns
         -------
@@ -110,9 +117,12 @@ class Probe:
             return self.model(images), cache
 
     def record(
-        self, images: Tensor, sites: Key | Sequence[Key], steps: Iterable[int] | int | None = None,
+        self,
+        images: Tensor,
+        sites: Key | Sequence[Key],
+        steps: Iterable[int] | int | None = None,
         tokens: Tokens = "all",
-    ) -> Cache:  # fmt: skip
+    ) -> Cache:
         """As `run`, without logits: the forward ends as soon as the last activation is there."""
         cache, hooks = self._recording(images, sites, steps, tokens, stop=True)
         with hooks:
@@ -128,9 +138,10 @@ class Probe:
 
         Parameters
         ----------
-        edits : ``("z", 5)``, ``"z[5]"`` or ``"z[5]:3"`` -> fn(activation, address). With a unit, fn sees and
-            returns that head ``(B, N, E)`` or neuron ``(B, N)`` alone. The whole token axis is given. Within a
-            step, edits apply in the order in which the block computes its sites.
+        edits : ``("z", 5)``, ``"z[5]"`` or ``"z[5]:3"`` -> fn(activation, address). With a unit, fn
+            sees and returns that head ``(B, N, E)`` or neuron ``(B, N)`` alone. The whole token
+            axis is given. Within a step, edits apply in the order in which the block computes its
+            sites.
 
         Yields
         ------
@@ -153,7 +164,9 @@ class Probe:
             self._install(before)
         silent = [name for name, count in fired.items() if not count]
         if silent:
-            raise UserError(f"edits that never fired: {', '.join(silent)}; was the probe called inside the context?")
+            raise UserError(
+                f"edits that never fired: {', '.join(silent)}; was the probe called inside the context?"
+            )
 
     def _install(self, edits: list[tuple[Address, places.Change]]) -> None:
         """Make `edits` the ones in force: all of a step are set together, so that they chain."""
@@ -169,16 +182,22 @@ class Probe:
                 self._edit_hooks.callback(handle.remove)
 
     def collect(
-        self, loader: Iterable[Any], metrics: Mapping[Key, Metric | MetricCollection],
-        steps: Iterable[int] | int | None = None, tokens: Tokens = "all", progress: bool = True,
-    ) -> dict[Key, Any]:  # fmt: skip
+        self,
+        loader: Iterable[Any],
+        metrics: Mapping[Key, Metric | MetricCollection],
+        steps: Iterable[int] | int | None = None,
+        tokens: Tokens = "all",
+        progress: bool = True,
+    ) -> dict[Key, Any]:
         """Stream a data set through the model into torchmetrics; memory does not grow with it.
 
         Parameters
         ----------
-        loader : batches ``(images, labels)``, or of `bvit_interp.data.loader.Loader`; each process its own part.
-        metrics : site or address -> metric. ``update`` gets the activations ``(B, T, ...)`` (an address:
-            ``(B, ...)``), and the labels ``(B,)`` if it has an argument `labels` or `target`.
+        loader : batches ``(images, labels)``, or of `bvit_interp.data.loader.Loader`; each process
+            its own part.
+        metrics : site or address -> metric. ``update`` gets the activations ``(B, T, ...)`` (an
+            address: ``(B, ...)``), and the labels ``(B,)`` if it has an argument `labels` or
+            `target`.
 
         Returns
         -------
@@ -196,7 +215,11 @@ class Probe:
             for key, metric in metrics.items():
                 # not cache[key]: an address may have recorded another step of the same site
                 places_of = sorted(self._places(key, steps))
-                values = torch.stack([cache[place] for place in places_of], dim=1) if _is_site(key) else cache[key]
+                values = (
+                    torch.stack([cache[place] for place in places_of], dim=1)
+                    if _is_site(key)
+                    else cache[key]
+                )
                 _update(metric, values, labels.to(device))
         return {key: metric.compute() for key, metric in metrics.items()}
 
@@ -216,19 +239,26 @@ class Probe:
         return Address(address.site, step, address.unit)
 
     def rows(self, tokens: Tokens, count: int) -> tuple[slice, bool]:
-        """The slice of `count` tokens that `tokens` means, and whether it is one token whose axis is dropped."""
+        """The slice of `count` tokens that `tokens` means, and whether it is one token whose axis
+        is dropped."""
         if isinstance(tokens, str):
             if tokens not in TOKEN_WORDS:
-                raise UserError(f"unknown tokens {tokens!r}; tokens: {', '.join(TOKEN_WORDS)}, an int or a slice")
+                raise UserError(
+                    f"unknown tokens {tokens!r}; tokens: {', '.join(TOKEN_WORDS)}, an int or a slice"
+                )
             has_cls = int(self.model.has_class_token)
             if tokens == "cls" and not has_cls:
-                raise UserError("this model has no CLS token; its tokens: patches, all, an int or a slice")
+                raise UserError(
+                    "this model has no CLS token; its tokens: patches, all, an int or a slice"
+                )
             registers = has_cls + int(getattr(self.model, "dist_token", None) is not None)
             words = {
-                "cls": slice(0, has_cls), "dist": slice(has_cls, registers),
+                "cls": slice(0, has_cls),
+                "dist": slice(has_cls, registers),
                 "reg": slice(registers, self.num_prefix_tokens),
-                "patches": slice(self.num_prefix_tokens, count), "all": slice(0, count),
-            }  # fmt: skip
+                "patches": slice(self.num_prefix_tokens, count),
+                "all": slice(0, count),
+            }
             chosen, single = words[tokens], tokens in ("cls", "dist")
         elif isinstance(tokens, slice):
             chosen, single = tokens, False
@@ -254,9 +284,13 @@ class Probe:
     # ---- machinery -----------------------------------------------------------------------------------
 
     def _recording(
-        self, images: Tensor, sites: Key | Sequence[Key], steps: Iterable[int] | int | None, tokens: Tokens,
+        self,
+        images: Tensor,
+        sites: Key | Sequence[Key],
+        steps: Iterable[int] | int | None,
+        tokens: Tokens,
         stop: bool = False,
-    ) -> tuple[Cache, ExitStack]:  # fmt: skip
+    ) -> tuple[Cache, ExitStack]:
         self._refuse_compiled()
         if images.ndim != 4:
             raise UserError(f"images must be (B, C, H, W), got shape {tuple(images.shape)}")
@@ -274,13 +308,19 @@ class Probe:
                     if stop and len(cache) == len(targets):
                         raise _Recorded
 
-                block, name = (self._steps[0], "resid_pre") if step == 0 else self._block(site, step)
+                block, name = (
+                    (self._steps[0], "resid_pre") if step == 0 else self._block(site, step)
+                )
                 pending.callback(places.record(block, name, rows, keep).remove)
             hooks = pending.pop_all()
         return cache, hooks
 
-    def _targets(self, sites: Key | Sequence[Key], steps: Iterable[int] | int | None) -> list[tuple[str, int]]:
-        one = isinstance(sites, (str, Address)) or (isinstance(sites, tuple) and [*map(type, sites)] == [str, int])
+    def _targets(
+        self, sites: Key | Sequence[Key], steps: Iterable[int] | int | None
+    ) -> list[tuple[str, int]]:
+        one = isinstance(sites, (str, Address)) or (
+            isinstance(sites, tuple) and [*map(type, sites)] == [str, int]
+        )
         listed = cast("list[Key]", [sites] if one else list(sites))
         if not listed:
             raise UserError(f"no site chosen; sites: {', '.join(SITES)}")
@@ -295,7 +335,9 @@ class Probe:
         site = check_site(str(key))
         chosen = check_steps(steps, self.num_steps, zero=site == "resid_post")
         update, _ = place_of(site)
-        if steps is None and (having := [step for step in chosen if update <= len(self._steps[step - 1].inner)]):
+        if steps is None and (
+            having := [step for step in chosen if update <= len(self._steps[step - 1].inner)]
+        ):
             chosen = having
         for step in chosen:
             self._block(site, step)
@@ -312,15 +354,26 @@ class Probe:
         having = [t for t, each in enumerate(self._steps, start=1) if update <= len(each.inner)]
         if having:
             there = choices(having, 24)
-            raise UserError(f"{site}: step {step} has no inner update {update}; steps that have it: {there}")
+            raise UserError(
+                f"{site}: step {step} has no inner update {update}; steps that have it: {there}"
+            )
         most = max(len(each.inner) for each in self._steps)
         there = f"has inner1..inner{most} alone" if most else f"has none; sites: {', '.join(SITES)}"
         raise UserError(f"{site}: this model {there}")
 
     def _announce(self, batch: int, targets: list[tuple[str, int]], rows: int, count: int) -> None:
-        """Refuse a cache beyond `max_bytes`, warn of a large one; 4 or the parameters' bytes a number."""
+        """Refuse a cache beyond `max_bytes`, warn of a large one; 4 or the parameters' bytes a
+        number."""
         embed, heads = self.model.embed_dim, self.num_heads
-        sizes = {"B": batch, "N": rows, "Q": rows, "K": count, "D": embed, "F": self.num_neurons, "H": heads}
+        sizes = {
+            "B": batch,
+            "N": rows,
+            "Q": rows,
+            "K": count,
+            "D": embed,
+            "F": self.num_neurons,
+            "H": heads,
+        }
         sizes["E"] = int(self.model.blocks[0].attn.head_dim)
         numbers = sum(math.prod(sizes[axis] for axis in axes_of(site)) for site, _ in targets)
         total = numbers * next(self.model.parameters()).element_size()
@@ -345,7 +398,8 @@ def _is_site(key: Key) -> bool:
 
 
 def _own(tensor: Tensor, site: str, single: bool) -> Tensor:
-    """The recorded tensor without its one-token axis, and never a view that keeps a larger one alive."""
+    """The recorded tensor without its one-token axis, and never a view that keeps a larger one
+    alive."""
     if single:
         tensor = tensor.squeeze(2 if place_of(site)[1] in ("scores", "pattern") else 1)
     kept = tensor.untyped_storage().nbytes()
@@ -363,7 +417,9 @@ def _change(address: Address, fn: Edit, fired: Fired) -> places.Change:
         if new is None:
             return None
         if new.shape != old.shape:
-            raise UserError(f"the edit of {address} returned shape {tuple(new.shape)}, expected {tuple(old.shape)}")
+            raise UserError(
+                f"the edit of {address} returned shape {tuple(new.shape)}, expected {tuple(old.shape)}"
+            )
         if address.unit is None:
             return new
         whole = activation.clone()
@@ -374,7 +430,12 @@ def _change(address: Address, fn: Edit, fired: Fired) -> places.Change:
 
 
 def _update(metric: nn.Module, values: Tensor, labels: Tensor) -> None:
-    """Labels go by name, to those that ask: a MeanMetric's second argument is a weight, not a label."""
+    """Labels go by name, to those that ask: a MeanMetric's second argument is a weight, not a
+    label."""
     parameters = inspect.signature(metric.update).parameters
-    anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())  # a MetricCollection passes on what fits
-    metric.update(values, **{name: labels for name in ("labels", "target") if anything or name in parameters})
+    anything = any(
+        p.kind is p.VAR_KEYWORD for p in parameters.values()
+    )  # a MetricCollection passes on what fits
+    metric.update(
+        values, **{name: labels for name in ("labels", "target") if anything or name in parameters}
+    )

@@ -1,11 +1,12 @@
 """Where a step looks: one map over the patches for each image, step and head.
 
-`attention` is the CLS row of each head; `rollout` multiplies head-averaged attention with the residual up to
-the step (Abnar & Zuidema, 2020); `gradient-x-activation` and `integrated-gradients` (Sundararajan et al.,
-2017) attribute the predicted class's logit to the tokens that enter the step, with captum on the tied unroll.
-At the last step gradient-x-activation is zero on every patch (there a patch acts through a norm that ignores its
-length, so x . df/dx = 0; not where a memory is added to the state there): read that step of it as noise. captum's
-LayerGradCam is not offered: it sums tokens and is wrong for a ViT.
+`attention` is the CLS row of each head; `rollout` multiplies head-averaged attention with the
+residual up to the step (Abnar & Zuidema, 2020); `gradient-x-activation` and `integrated-gradients`
+(Sundararajan et al., 2017) attribute the predicted class's logit to the tokens that enter the step,
+with captum on the tied unroll. At the last step gradient-x-activation is zero on every patch (there
+a patch acts through a norm that ignores its length, so x . df/dx = 0; not where a memory is added
+to the state there): read that step of it as noise. captum's LayerGradCam is not offered: it sums
+tokens and is wrong for a ViT.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ INTEGRATION_STEPS = 16
 
 
 def attention(probe: Probe, images: Tensor) -> Tensor:
-    """CLS attention of every step and head on the patches ``(B, T, H, P)``; the last step ends after q and k."""
+    """CLS attention of every step and head on the patches ``(B, T, H, P)``; the last step ends
+    after q and k."""
     with torch.inference_mode():
         pattern = probe.record(images, "pattern", tokens="cls")["pattern"]
     return pattern[..., probe.num_prefix_tokens :]
@@ -45,14 +47,17 @@ def rollout(probe: Probe, images: Tensor) -> Tensor:
 
 
 def gradient_x_activation(probe: Probe, images: Tensor) -> Tensor:
-    """Gradient times activation of the tokens entering each step, summed over width ``(B, T, 1, P)``."""
+    """Gradient times activation of the tokens entering each step, summed over width ``(B, T, 1,
+    P)``."""
     return _attributed(probe, images, "LayerGradientXActivation", [list(probe.model.blocks)], {})
 
 
 def integrated_gradients(probe: Probe, images: Tensor) -> Tensor:
-    """Integrated gradients from the mean-colour image to the tokens entering each step ``(B, T, 1, P)``."""
+    """Integrated gradients from the mean-colour image to the tokens entering each step ``(B, T, 1,
+    P)``."""
     options = {"n_steps": INTEGRATION_STEPS, "internal_batch_size": images.shape[0]}
-    # a step at a time: captum replaces a layer's input along the path, which cuts off the layers before it
+    # a step at a time: captum replaces a layer's input along the path, which cuts off the layers
+    # before it
     return _attributed(probe, images, "LayerIntegratedGradients", list(probe.model.blocks), options)
 
 
@@ -64,8 +69,11 @@ METHODS: dict[str, Callable[[Probe, Tensor], Tensor]] = {
 }
 
 
-def _attributed(probe: Probe, images: Tensor, method: str, layers: list[Any], options: dict[str, Any]) -> Tensor:
-    """captum's `method` at the input of every layer (one, or a list that shares a pass), ``(B, T, 1, P)``."""
+def _attributed(
+    probe: Probe, images: Tensor, method: str, layers: list[Any], options: dict[str, Any]
+) -> Tensor:
+    """captum's `method` at the input of every layer (one, or a list that shares a pass), ``(B, T,
+    1, P)``."""
     try:
         from captum import attr
     except ImportError:
@@ -75,7 +83,11 @@ def _attributed(probe: Probe, images: Tensor, method: str, layers: list[Any], op
     with torch.enable_grad():
         predicted = probe(images).argmax(-1)
         for layer in layers:
-            found = getattr(attr, method)(probe.model, layer).attribute(images, target=predicted, **options)
+            found = getattr(attr, method)(probe.model, layer).attribute(
+                images, target=predicted, **options
+            )
             tokens += found if isinstance(layer, list) else [found]
     maps = [t[0] if isinstance(t, tuple) else t for t in tokens]
-    return torch.stack([t.sum(-1)[:, probe.num_prefix_tokens :] for t in maps], dim=1)[:, :, None].detach()
+    return torch.stack([t.sum(-1)[:, probe.num_prefix_tokens :] for t in maps], dim=1)[
+        :, :, None
+    ].detach()

@@ -1,8 +1,8 @@
 """Where each site is in a block: the one place that knows timm's `Block` and `Attention`.
 
-A `Step` turns a site into an ordinary forward hook on that step's modules, for recording and for editing.
-Attention is computed from the step's own q and k beside the fused kernel (Vaswani et al., 2017, eq. 1), for the
-query rows asked for only.
+A `Step` turns a site into an ordinary forward hook on that step's modules, for recording and for
+editing. Attention is computed from the step's own q and k beside the fused kernel (Vaswani et al.,
+2017, eq. 1), for the query rows asked for only.
 """
 
 from __future__ import annotations
@@ -32,22 +32,27 @@ class Step:
 
     Attributes
     ----------
-    inner : the inner updates of the step's memory, if it has any; without inner updates of their own.
+    inner : the inner updates of the step's memory, if it has any; without inner updates of their
+        own.
     edited : scores and pattern that stand in for the kernel's in the forward that is running.
 
     Raises
     ------
     UserError
-        For a block that is not timm's plain pre-norm `Block` around its plain `Attention`: another order of
-        norms or layout of heads would be recorded under the wrong names.
+        For a block that is not timm's plain pre-norm `Block` around its plain `Attention`: another
+        order of norms or layout of heads would be recorded under the wrong names.
     """
 
     def __init__(self, block: nn.Module) -> None:
         for module, kinds in ((block, _KINDS), (getattr(block, "attn", None), (Attention,))):
             if type(module) not in kinds:
-                raise UserError(f"{type(module).__name__} cannot be probed: only timm's Block with its Attention can")
+                raise UserError(
+                    f"{type(module).__name__} cannot be probed: only timm's Block with its Attention can"
+                )
         self.block = block
-        self.inner = [Step(update) for update in block.inner] if isinstance(block, MemoryBlock) else []
+        self.inner = (
+            [Step(update) for update in block.inner] if isinstance(block, MemoryBlock) else []
+        )
         self.edited: dict[str, Tensor] = {}
 
     @property
@@ -61,7 +66,8 @@ class Step:
         return int(self.block.mlp.fc2.in_features)
 
     def qkv(self, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v ``(B, N, H, E)`` as attention uses them, from the output of `attn.qkv` ``(B, N, 3 H E)``."""
+        """q, k, v ``(B, N, H, E)`` as attention uses them, from the output of `attn.qkv` ``(B, N, 3
+        H E)``."""
         q, k, v = fused.unflatten(-1, (3, self.heads, -1)).unbind(2)
         return self.block.attn.q_norm(q), self.block.attn.k_norm(k), v
 
@@ -98,11 +104,18 @@ class Step:
     def require(self, site: str) -> None:
         """Refuse a site that this block does not have."""
         if site == "mlp_pre" and self.block.mlp.fc1.out_features != self.neurons:
-            raise UserError("a gated FFN has no mlp_pre: its neurons have two inputs each; use mlp_post")
+            raise UserError(
+                "a gated FFN has no mlp_pre: its neurons have two inputs each; use mlp_post"
+            )
 
 
 _INPUTS = {"resid_pre": "", "resid_mid": "norm2", "mlp_post": "mlp.fc2"}
-_OUTPUTS = {"attn_out": "drop_path1", "mlp_pre": "mlp.fc1", "mlp_out": "drop_path2", "resid_post": ""}
+_OUTPUTS = {
+    "attn_out": "drop_path1",
+    "mlp_pre": "mlp.fc1",
+    "mlp_out": "drop_path2",
+    "resid_post": "",
+}
 _QKV = ("q", "k", "v")
 
 
@@ -116,15 +129,18 @@ def record(step: Step, site: str, rows: slice, keep: Callable[[Tensor], None]) -
     if site in _QKV:
         return step.on_output("attn.qkv", lambda x: keep(step.qkv(x)[_QKV.index(site)][:, rows]))
     if site == "z":
-        return step.on_input("attn.proj", lambda x: keep(x[:, rows].unflatten(-1, (step.heads, -1))))
+        return step.on_input(
+            "attn.proj", lambda x: keep(x[:, rows].unflatten(-1, (step.heads, -1)))
+        )
     return step.on_output("attn.qkv", lambda x: keep(step.attention(x, site, rows)))
 
 
 def edit(step: Step, changes: Mapping[str, Sequence[Change]]) -> list[Handle]:
     """Hooks for all edits of a step, by site.
 
-    They are set in the order in which the block computes its sites, whatever the order they were listed in, so
-    that each sees what the earlier ones left; several edits of one site follow each other as listed.
+    They are set in the order in which the block computes its sites, whatever the order they were
+    listed in, so that each sees what the earlier ones left; several edits of one site follow each
+    other as listed.
     """
     handles: list[Handle] = []
     for site in SITES:
@@ -133,7 +149,9 @@ def edit(step: Step, changes: Mapping[str, Sequence[Change]]) -> list[Handle]:
         step.require(site)
         if site in ("scores", "pattern"):
             if site == "scores" or "scores" not in changes:
-                handles += _edit_attention(step, changes.get("scores", ()), changes.get("pattern", ()))
+                handles += _edit_attention(
+                    step, changes.get("scores", ()), changes.get("pattern", ())
+                )
             continue
         for change in changes[site]:
             handles += _edit(step, site, change)
@@ -148,7 +166,9 @@ def _edit(step: Step, site: str, change: Change) -> list[Handle]:
     if site in _OUTPUTS:
         return [step.on_output(_OUTPUTS[site], change)]
     if site in _QKV:
-        return [step.on_output("attn.qkv", lambda x: _change_qkv(step, x, _QKV.index(site), change))]
+        return [
+            step.on_output("attn.qkv", lambda x: _change_qkv(step, x, _QKV.index(site), change))
+        ]
     return [step.on_input("attn.proj", lambda x: _flat(change(x.unflatten(-1, (step.heads, -1)))))]
 
 
@@ -168,7 +188,8 @@ def _change_qkv(step: Step, fused: Tensor, which: int, change: Change) -> Tensor
 
 
 def _edit_resid_mid(step: Step, change: Change) -> list[Handle]:
-    """The residual also skips the FFN: the change is carried to the step's output by the same amount."""
+    """The residual also skips the FFN: the change is carried to the step's output by the same
+    amount."""
     carried: list[Tensor] = []
 
     def before_norm(x: Tensor) -> Tensor | None:
@@ -184,11 +205,16 @@ def _edit_resid_mid(step: Step, change: Change) -> list[Handle]:
     ]
 
 
-def _edit_attention(step: Step, of_scores: Sequence[Change], of_pattern: Sequence[Change]) -> list[Handle]:
-    """The kernel's result is replaced, before the projection, by the edited pattern applied to v."""
+def _edit_attention(
+    step: Step, of_scores: Sequence[Change], of_pattern: Sequence[Change]
+) -> list[Handle]:
+    """The kernel's result is replaced, before the projection, by the edited pattern applied to
+    v."""
     attn = step.block.attn
     if not isinstance(attn.norm, nn.Identity) or getattr(attn, "gate", None) is not None:
-        raise UserError("scores and pattern cannot be edited where attention is normed or gated before its projection")
+        raise UserError(
+            "scores and pattern cannot be edited where attention is normed or gated before its projection"
+        )
     replaced: list[Tensor] = []
 
     def after_qkv(fused: Tensor) -> None:

@@ -1,4 +1,5 @@
-"""One self-contained HTML page of a folder of results: opens from disk, needs no server and no network."""
+"""One self-contained HTML page of a folder of results: opens from disk, needs no server and no
+network."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ SHOWN = 1000  # rows of a table; its CSV has them all
 
 
 def write(folder: Path, out: Path | None = None) -> Path:
-    """Write the page of every analysis whose table lies in `folder`, and beside it one of each unit told in full.
+    """Write the page of every analysis whose table lies in `folder`, and beside it one of each unit
+    told in full.
 
     Returns the page's path.
 
@@ -33,11 +35,15 @@ def write(folder: Path, out: Path | None = None) -> Path:
         raise UserError(f"no folder {folder}")
     sections = [_section(folder, word) for word in ANALYSES if (folder / f"{word}.csv").is_file()]
     if not sections:
-        raise UserError(f"{folder} holds no results; a report needs one of {', '.join(f'{w}.csv' for w in ANALYSES)}")
+        raise UserError(
+            f"{folder} holds no results; a report needs one of {', '.join(f'{w}.csv' for w in ANALYSES)}"
+        )
     out = out or folder / "report.html"
-    lives = folder / "biography.csv"
+    lives = folder / "selectivity.csv"
     units = unit_page.write(read_table(lives), folder, out) if lives.is_file() else {}
-    templates = jinja2.Environment(loader=jinja2.PackageLoader("bvit_interp", "report"), autoescape=True)
+    templates = jinja2.Environment(
+        loader=jinja2.PackageLoader("bvit_interp", "report"), autoescape=True
+    )
     with replacing(out) as temporary:
         page = templates.get_template("page.html.j2")
         temporary.write_text(page.render(sections=sections, folder=folder.name, units=units))
@@ -58,7 +64,9 @@ def _section(folder: Path, word: str) -> dict[str, Any]:
         "paragraphs": [" ".join(part.split()) for part in text.split("\n\n") if part.strip()],
         "columns": {name: module.COLUMNS.get(name, "") for name in frame.columns},
         "length": len(frame),
-        "rows": [[_cell(value) for value in row] for row in frame.head(SHOWN).itertuples(index=False)],
+        "rows": [
+            [_cell(value) for value in row] for row in frame.head(SHOWN).itertuples(index=False)
+        ],
         "figure": base64.b64encode(figure.read_bytes()).decode() if figure.is_file() else None,
         "about": _options(about) if about.is_file() else None,
     }

@@ -1,4 +1,5 @@
-"""A page for each neuron and head whose life `biography` tells in full, beside the report that links to it."""
+"""A page for each neuron and head whose life `selectivity` tells in full, beside the report that
+links to it."""
 
 from __future__ import annotations
 
@@ -6,21 +7,34 @@ import base64
 import re
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from bvit_interp.analyses.biography import COLUMNS
+from bvit_interp import plotting
+from bvit_interp.analyses.selectivity import COLUMNS
 from bvit_interp.errors import MissingExtra
 from bvit_interp.results import replacing
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 FOLDER = "units"
-_NEEDED = {"model", "kind", "unit", "step", "statistic", "class", "value", "low", "high", "null", "rank", "top", "path"}
+_NEEDED = {
+    "model",
+    "kind",
+    "unit",
+    "step",
+    "statistic",
+    "class",
+    "value",
+    "low",
+    "high",
+    "null",
+    "rank",
+    "top",
+    "path",
+}
 _STEPWISE = {
     "selectivity": ("selectivity", "random groups of images"),
     "firing": ("share of patches where it fires", ""),
@@ -30,12 +44,12 @@ _STEPWISE = {
 
 
 def write(frame: pd.DataFrame, folder: Path, out: Path) -> dict[str, str]:
-    """Write a page for every unit with class means in the table of `biography`.
+    """Write a page for every unit with class means in the table of `selectivity`.
 
     Parameters
     ----------
     frame : the table, read back; one with other columns has no units.
-    folder : the results it lies among, with the pictures in `biography/`.
+    folder : the results it lies among, with the pictures in `selectivity/`.
     out : the report, in whose folder `units/` the pages go.
 
     Returns
@@ -49,7 +63,9 @@ def write(frame: pd.DataFrame, folder: Path, out: Path) -> dict[str, str]:
     """
     if not set(frame) >= _NEEDED:
         return {}
-    told = frame.loc[frame["statistic"] == "class_mean", ["model", "kind", "unit"]].drop_duplicates()
+    told = frame.loc[
+        frame["statistic"] == "class_mean", ["model", "kind", "unit"]
+    ].drop_duplicates()
     links = {}
     for model, kind, unit in told.itertuples(index=False):
         of_unit = (frame["model"] == model) & (frame["kind"] == kind) & (frame["unit"] == unit)
@@ -63,23 +79,43 @@ def write(frame: pd.DataFrame, folder: Path, out: Path) -> dict[str, str]:
 
 def _page(title: str, frame: pd.DataFrame, folder: Path, report: str) -> str:
     """The page of a unit, from its rows."""
-    templates = jinja2.Environment(loader=jinja2.PackageLoader("bvit_interp", "report"), autoescape=True)
+    templates = jinja2.Environment(
+        loader=jinja2.PackageLoader("bvit_interp", "report"), autoescape=True
+    )
     whole, stepwise = frame[frame["step"].isna()], frame[frame["step"].notna()]
     images, width = _images(stepwise, folder)
     return templates.get_template("unit.html.j2").render(
-        title=title, back=f"../{report}", life=_in_words(whole, stepwise), figure=_png(_figure(stepwise)),
-        images=images, width=width, null=COLUMNS["null"], rank=COLUMNS["rank"],
+        title=title,
+        back=f"../{report}",
+        life=_in_words(whole, stepwise),
+        figure=_png(_figure(stepwise)),
+        images=images,
+        width=width,
+        null=COLUMNS["null"],
+        rank=COLUMNS["rank"],
         life_rows=[
-            [row.statistic + (" (at every step)" if row.statistic.startswith("ablation") else ""), _said(row.value),
-             _said(row.null), _said(row.rank)]
+            [
+                row.statistic
+                + (" (at every step)" if row.statistic.startswith("ablation") else ""),
+                _said(row.value),
+                _said(row.null),
+                _said(row.rank),
+            ]
             for row in whole.itertuples()
         ],
         step_rows=[
-            [_said(row.step), row.statistic, row.top if isinstance(row.top, str) else _said(about), _said(row.value),
-             _said(row.low), _said(row.high), _said(row.null)]
+            [
+                _said(row.step),
+                row.statistic,
+                row.top if isinstance(row.top, str) else _said(about),
+                _said(row.value),
+                _said(row.low),
+                _said(row.high),
+                _said(row.null),
+            ]
             for row, about in zip(stepwise.itertuples(), stepwise["class"], strict=True)
         ],
-    )  # fmt: skip
+    )
 
 
 def _said(value: Any) -> str:
@@ -107,12 +143,15 @@ def _in_words(whole: pd.DataFrame, stepwise: pd.DataFrame) -> str:
 
 
 def _images(stepwise: pd.DataFrame, folder: Path) -> tuple[str | None, int]:
-    """The PNG of the top images, and how many pixels wide to show it; None where its file is missing."""
+    """The PNG of the top images, and how many pixels wide to show it; None where its file is
+    missing."""
     named = stepwise["path"].dropna()
-    path = folder / "biography" / Path(named.iloc[0]).name if len(named) else None
+    path = folder / "selectivity" / Path(named.iloc[0]).name if len(named) else None
     if path is None or not path.is_file():
         return None, 0
-    return base64.b64encode(path.read_bytes()).decode(), 120 * len(stepwise["top"].dropna().iloc[0].split())
+    return base64.b64encode(path.read_bytes()).decode(), 120 * len(
+        stepwise["top"].dropna().iloc[0].split()
+    )
 
 
 def _png(figure: Figure) -> str:
@@ -136,22 +175,31 @@ def _figure(stepwise: pd.DataFrame) -> Figure:
     deviations = means.assign(value=means["value"] - means["null"])
     table = deviations.pivot(index="class", columns="step", values="value")
     extent = float(table.abs().max().max())
-    steps, classes = [f"{step:.0f}" for step in table.columns], [_said(name) for name in table.index]
+    steps, classes = (
+        [f"{step:.0f}" for step in table.columns],
+        [_said(name) for name in table.index],
+    )
     plotting.heat_map(
-        figure, axes[0, -1], table.to_numpy(float), steps, classes, "from the mean of classes", numbers=False,
+        figure,
+        axes[0, -1],
+        table.to_numpy(float),
+        steps,
+        classes,
+        "from the mean of classes",
+        numbers=False,
         limits=(-extent, extent),
-    )  # fmt: skip
+    )
     axes[0, -1].set_title("mean answer to each class", fontsize=10)
     axes[0, -1].set_xlabel("step")
     return figure
 
 
 def _line(ax: Axes, part: pd.DataFrame, i: int, null: str) -> None:
-    from bvit_interp import plotting
-
     style = plotting.line_style(i)
     ax.plot(part["step"], part["value"], **style)
-    ax.fill_between(part["step"], part["low"], part["high"], color=style["color"], alpha=0.2, linewidth=0)
+    ax.fill_between(
+        part["step"], part["low"], part["high"], color=style["color"], alpha=0.2, linewidth=0
+    )
     if null:
         ax.plot(part["step"], part["null"], **plotting.NULL, label=null)
         plotting.legend(ax)

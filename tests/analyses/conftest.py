@@ -10,7 +10,8 @@ from bvit_interp.data.samples import IGNORE
 
 
 class Squares:
-    """32-px images; image i shows a 16-px square of class i % 3 + 1 in one of nine places on an 8-px raster."""
+    """32-px images; image i shows a 16-px square of class i % 3 + 1 in one of nine places on an
+    8-px raster."""
 
     classes = ("a", "b", "c")
     native_size = 32

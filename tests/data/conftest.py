@@ -37,7 +37,8 @@ def put_mask() -> Callable[[Path, np.ndarray], None]:
 
 @pytest.fixture
 def masked_set(tmp_path: Path, put_image: Callable, put_mask: Callable) -> Path:
-    """ImageNet-S layout: ant/a, ant/b and bee/c, 4 x 6 pixels, each mask its class on the left half."""
+    """ImageNet-S layout: ant/a, ant/b and bee/c, 4 x 6 pixels, each mask its class on the left
+    half."""
     for seed, (name, label) in enumerate((("ant/a", 0), ("ant/b", 0), ("bee/c", 1))):
         put_image(tmp_path / "set" / "validation" / f"{name}.JPEG", seed=seed)
         ids = np.zeros((4, 6), int)
@@ -51,9 +52,12 @@ def put_parquet() -> Callable[..., None]:
     """``put_parquet(path, images, labels, names)``: a Hugging Face parquet file of PNG images."""
 
     def put(
-        path: Path, images: list[np.ndarray], labels: list[int | None], names: list[str] | None = None,
+        path: Path,
+        images: list[np.ndarray],
+        labels: list[int | None],
+        names: list[str] | None = None,
         columns: tuple[str, str] = ("img", "label"),
-    ) -> None:  # fmt: skip
+    ) -> None:
         import io
         import json
 

@@ -204,10 +204,19 @@ def test_a_box_beyond_its_image_names_file_and_box(boxed, put_xml, corners):
         (f"{HEADER}a,{TENCH} 0 0 1 1.5\n", f", line 2: box {TENCH} 0 0 1 1.5: needs a wnid and"),
         (f"{HEADER}a,{TENCH} 2 0 1 1\n", f", line 2: box {TENCH} 2 0 1 1: begins before 0 or ends"),
         (f"{HEADER}a,{TENCH} 0 2 1 1\n", f", line 2: box {TENCH} 0 2 1 1: begins before 0 or ends"),
-        (f"{HEADER}a,{TENCH} -1 0 1 1\n", f", line 2: box {TENCH} -1 0 1 1: begins before 0 or ends"),
+        (
+            f"{HEADER}a,{TENCH} -1 0 1 1\n",
+            f", line 2: box {TENCH} -1 0 1 1: begins before 0 or ends",
+        ),
         (f"{ROWS}a,{TENCH} 0 0 1 1\n", ", line 5: 'a' has a line already"),
-        (f"{HEADER}{ROW}b,{CHURCH} 0 0 1 1\n", f", line 3: a box of '{CHURCH}', none of the folders"),
-        (f"{HEADER}{ROW}b,{TENCH} 0 0 1 1\n", f", line 3: boxes of {TENCH}, but b.JPEG is {SPRINGER}"),
+        (
+            f"{HEADER}{ROW}b,{CHURCH} 0 0 1 1\n",
+            f", line 3: a box of '{CHURCH}', none of the folders",
+        ),
+        (
+            f"{HEADER}{ROW}b,{TENCH} 0 0 1 1\n",
+            f", line 3: boxes of {TENCH}, but b.JPEG is {SPRINGER}",
+        ),
     ],
 )
 def test_csv_that_cannot_be_right(boxed, text, message):

@@ -26,7 +26,10 @@ def test_importing_the_catalog_on_the_command_line_needs_no_torch():
         "import sys; sys.argv[0] = 'bvit-interp'; import bvit_interp.data.catalog;"
         "print({'torch', 'torchvision', 'timm', 'pyarrow', 'sklearn'} & set(sys.modules))"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+        == "set()\n"
+    )
 
 
 def test_digits_need_no_path():
@@ -37,7 +40,9 @@ def test_digits_need_no_path():
 
 
 def test_a_name_looks_under_the_data_folder(masked_set, monkeypatch):
-    with pytest.raises(DataError, match=r"no folder data/imagenet-s, .*:PATH or set \$BVIT_INTERP_DATA"):
+    with pytest.raises(
+        DataError, match=r"no folder data/imagenet-s, .*:PATH or set \$BVIT_INTERP_DATA"
+    ):
         open_samples("imagenet-s")
     masked_set.rename(masked_set.parent / "imagenet-s")
     monkeypatch.setenv("BVIT_INTERP_DATA", str(masked_set.parent))
@@ -58,7 +63,18 @@ def test_bare_paths_are_recognised(masked_set, put_image, put_parquet, tmp_path)
     flowers = open_samples(str(tmp_path / "flowers"))
     assert isinstance(flowers, ParquetSamples)
     assert flowers.native_size is None
-    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    names = [
+        "airplane",
+        "automobile",
+        "bird",
+        "cat",
+        "deer",
+        "dog",
+        "frog",
+        "horse",
+        "ship",
+        "truck",
+    ]
     put_parquet(tmp_path / "ten" / "test.parquet", picture, [0], names)
     assert open_samples(str(tmp_path / "ten")).native_size == 32
     hundred = [str(i) for i in range(100)]
@@ -79,7 +95,12 @@ def test_imagenet_has_its_splits_in_folders(tmp_path, put_image):
     ("spec", "split", "download", "message"),
     [
         ("digit", None, False, "no data set or folder 'digit'; data sets: digits-s, cifar10, "),
-        ("imagenette:/wrong", None, False, "imagenette: no folder /wrong, which should hold train/test.parquet"),
+        (
+            "imagenette:/wrong",
+            None,
+            False,
+            "imagenette: no folder /wrong, which should hold train/test.parquet",
+        ),
         ("imagenette", "val", False, "imagenette has no split 'val'; splits: train, test"),
         ("imagenet-boxes", "train", False, "imagenet-boxes has no split 'train'; splits: val"),
         ("digits-s", "val", False, "digits-s has no split 'val'; splits: train, test"),
@@ -110,8 +131,12 @@ def test_the_listing_has_a_row_per_entry():
     rows = listing()
     assert [row["name"] for row in rows] == [entry.name for entry in CATALOG]
     assert rows[0] | {"summary": ""} == {
-        "name": "digits-s", "splits": "train, test", "masks": "yes", "summary": "", "where": "built in",
-    }  # fmt: skip
+        "name": "digits-s",
+        "splits": "train, test",
+        "masks": "yes",
+        "summary": "",
+        "where": "built in",
+    }
     assert rows[1]["where"] == "data/cifar10 (missing)"
     masks = {row["name"]: row["masks"] for row in rows}
     assert (masks["imagenette"], masks["imagenet-boxes"]) == ("no", "yes")
@@ -159,5 +184,7 @@ def test_export_leaves_nothing_half_written(tmp_path, masked_set, put_mask):
 def test_export_refuses_a_full_folder_and_sets_without_masks(tmp_path, masked_set):
     with pytest.raises(DataError, match="set is not empty"):
         export(DigitScenes(), masked_set, progress=False)
-    with pytest.raises(DataError, match="only a set with masks .*: digits-s, imagenet-s, imagenet-boxes$"):
+    with pytest.raises(
+        DataError, match="only a set with masks .*: digits-s, imagenet-s, imagenet-boxes$"
+    ):
         export(ImageFolderSamples(masked_set / "validation"), tmp_path / "out", progress=False)

@@ -17,7 +17,8 @@ PICTURES = [np.full((32, 32, 3), value, np.uint8) for value in (10, 20)]
 
 @pytest.fixture
 def put_binaries(tmp_path, monkeypatch):
-    """Writes a CIFAR-10 test split of two images as torchvision's pickled files, with matching checksums."""
+    """Writes a CIFAR-10 test split of two images as torchvision's pickled files, with matching
+    checksums."""
 
     def put(root=tmp_path):
         folder = root / "cifar-10-batches-py"
@@ -47,7 +48,9 @@ def test_parquet_without_names_has_the_official_ones(tmp_path, put_parquet):
 
 def test_cifar100_takes_the_fine_labels(tmp_path, put_parquet):
     names = [f"class {i}" for i in range(100)]
-    put_parquet(tmp_path / "cifar100" / "test-0.parquet", PICTURES, [7, 99], names, ("img", "fine_label"))
+    put_parquet(
+        tmp_path / "cifar100" / "test-0.parquet", PICTURES, [7, 99], names, ("img", "fine_label")
+    )
     samples = open_cifar("cifar100", tmp_path, "test")
     assert [samples.classes[samples.read(i)[1]] for i in range(2)] == ["class 7", "class 99"]
     with pytest.raises(DataError, match="100 classes, cifar10 has 10"):
@@ -66,7 +69,9 @@ def test_torchvision_files(tmp_path, put_binaries, inside):
 
 
 def test_download_fetches_what_is_missing(tmp_path, put_binaries, monkeypatch):
-    with pytest.raises(DataError, match=r"neither test\.parquet, test-.*cifar-10-batches-py/; --download"):
+    with pytest.raises(
+        DataError, match=r"neither test\.parquet, test-.*cifar-10-batches-py/; --download"
+    ):
         open_cifar("cifar10", tmp_path, "test")
     monkeypatch.setattr(datasets.CIFAR10, "download", lambda self: put_binaries())
     assert len(open_cifar("cifar10", tmp_path, "test", download=True)) == 2

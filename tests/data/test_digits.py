@@ -11,7 +11,11 @@ from bvit_interp.errors import DataError
 
 
 def test_scene_i_is_always_the_same():
-    first, second, shifted = DigitScenes("train"), DigitScenes("train"), DigitScenes("train", start=7)
+    first, second, shifted = (
+        DigitScenes("train"),
+        DigitScenes("train"),
+        DigitScenes("train", start=7),
+    )
     for i in (0, 10, 3):  # in any order
         for a, b in zip(first.read(i + 7), second.read(i + 7), strict=True):
             np.testing.assert_array_equal(a, b)

@@ -20,7 +20,11 @@ def test_classes_are_the_sorted_folders(tmp_path, put_image):
     assert samples.classes == ("ant", "bee")
     assert not samples.has_masks
     assert samples.native_size is None
-    assert [samples.name(i) for i in range(len(samples))] == ["ant/1.jpg", "bee/1.WebP", "bee/2.PNG"]
+    assert [samples.name(i) for i in range(len(samples))] == [
+        "ant/1.jpg",
+        "bee/1.WebP",
+        "bee/2.PNG",
+    ]
     image, label, mask = samples.read(2)
     np.testing.assert_array_equal(image, picture)
     assert label == 1
@@ -113,12 +117,15 @@ def test_an_id_beyond_the_classes_asks_for_the_categories(masked_set, put_mask):
     assert (ImageNetS(masked_set).read(0)[2] == 1000).all()
     ids[0, 0] = 3
     put_mask(masked_set / "validation-segmentation" / "ant" / "a.png", ids)
-    with pytest.raises(DataError, match=r"class id 3, but there are 2 classes: put .* categories\.txt"):
+    with pytest.raises(
+        DataError, match=r"class id 3, but there are 2 classes: put .* categories\.txt"
+    ):
         ImageNetS(masked_set).read(0)
 
 
 def test_coco_in_imagenet_s_layout(real):
-    """Counts and the centre baseline as the set's README states them: 300 images, 63 classes, 40 %."""
+    """Counts and the centre baseline as the set's README states them: 300 images, 63 classes, 40
+    %."""
     samples = ImageNetS(real("coco_seg_s"))
     assert (len(samples), len(samples.classes)) == (300, 63)
     hits = []

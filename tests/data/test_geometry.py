@@ -32,15 +32,28 @@ def test_crop_and_normalisation_by_hand():
 def test_masks_are_enlarged_to_the_nearest_pixel():
     mask = np.array([[0, 917], [1000, 1]], np.int32)
     _, ids = plain(4, 4)(np.zeros((2, 2, 3), np.uint8), mask)
-    assert ids.tolist() == [[0, 0, 917, 917], [0, 0, 917, 917], [1000, 1000, 1, 1], [1000, 1000, 1, 1]]
+    assert ids.tolist() == [
+        [0, 0, 917, 917],
+        [0, 0, 917, 917],
+        [1000, 1000, 1, 1],
+        [1000, 1000, 1, 1],
+    ]
 
 
 @pytest.mark.parametrize(
     ("old", "new", "nearest"),
     [
         (6, 4, [0, 2, 3, 5]),  # centres 0.75, 2.25, 3.75, 5.25; the legacy nearest takes 0, 1, 3, 4
-        (12, 4, [1, 4, 7, 10]),  # the middle of every three; the legacy nearest takes the first, 0, 3, 6, 9
-        (8, 4, [1, 3, 5, 7]),  # centres 1, 3, 5, 7 lie between two pixels: the upper one; legacy 0, 2, 4, 6
+        (
+            12,
+            4,
+            [1, 4, 7, 10],
+        ),  # the middle of every three; the legacy nearest takes the first, 0, 3, 6, 9
+        (
+            8,
+            4,
+            [1, 3, 5, 7],
+        ),  # centres 1, 3, 5, 7 lie between two pixels: the upper one; legacy 0, 2, 4, 6
     ],
 )
 def test_masks_are_reduced_to_the_pixel_under_each_centre(old, new, nearest):

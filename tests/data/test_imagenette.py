@@ -14,19 +14,36 @@ from bvit_interp.data.parquet import ParquetSamples
 from bvit_interp.errors import DataError
 
 TEN = [
-    "n01440764", "n02102040", "n02979186", "n03000684", "n03028079",
-    "n03394916", "n03417042", "n03425413", "n03445777", "n03888257",
-]  # fmt: skip
+    "n01440764",
+    "n02102040",
+    "n02979186",
+    "n03000684",
+    "n03028079",
+    "n03394916",
+    "n03417042",
+    "n03425413",
+    "n03445777",
+    "n03888257",
+]
 WORDS = [
-    "tench", "English springer", "cassette player", "chain saw", "church",
-    "French horn", "garbage truck", "gas pump", "golf ball", "parachute",
-]  # fmt: skip
+    "tench",
+    "English springer",
+    "cassette player",
+    "chain saw",
+    "church",
+    "French horn",
+    "garbage truck",
+    "gas pump",
+    "golf ball",
+    "parachute",
+]
 SQUARES = [np.full((8, 8, 3), 20 * value, np.uint8) for value in range(10)]  # 20 k is of class k
 
 
 @pytest.fixture
 def put_archive(put_image):
-    """``put_archive(root, splits, height, width)``: official folders, an image a class and split."""
+    """``put_archive(root, splits, height, width)``: official folders, an image a class and
+    split."""
 
     def put(root, splits=("train", "val"), height=6, width=8):
         for split in splits:
@@ -143,7 +160,12 @@ def refusal(spec, split=None):
 
 
 def test_other_classes_in_parquet_are_refused(tmp_path, put_parquet):
-    others = [[*TEN[:9], "n01443537"], [*WORDS[:9], "parrot"], [*TEN, "n01443537"], [*WORDS[:9], "tench"]]
+    others = [
+        [*TEN[:9], "n01443537"],
+        [*WORDS[:9], "parrot"],
+        [*TEN, "n01443537"],
+        [*WORDS[:9], "tench"],
+    ]
     for names in (None, *others):
         put_parquet(tmp_path / "test.parquet", SQUARES, list(range(10)), names)
         message = refusal(f"imagenette:{tmp_path}")
@@ -180,7 +202,9 @@ def test_folders_that_cannot_be_right(tmp_path, put_archive, put_image):
     message = refusal(f"imagenette:{root}")
     assert f"{root}/val: folders of no class of imagenette: n01443537; try folder:" in message
     gone = tmp_path / "gone"
-    assert f"no folder {gone}, which should hold train/test.parquet" in refusal(f"imagenette:{gone}")
+    assert f"no folder {gone}, which should hold train/test.parquet" in refusal(
+        f"imagenette:{gone}"
+    )
 
 
 def test_two_archives_in_one_folder_are_not_chosen_between(tmp_path, put_archive):

@@ -24,20 +24,24 @@ def test_by_name_where_the_model_has_names(make):
 def test_in_order_where_there_are_as_many(make):
     model = make(num_classes=3)
     assert label_map(data("a", "b", "c"), model).tolist() == [0, 1, 2]
-    model.pretrained_cfg["label_names"] = ["crane", "crane", "owl"]  # bird and machine: decides nothing
+    model.pretrained_cfg["label_names"] = [
+        "crane",
+        "crane",
+        "owl",
+    ]  # bird and machine: decides nothing
     assert label_map(data("crane", "lift", "owl"), model).tolist() == [0, 1, 2]
     with pytest.raises(DataError, match="the data's 2 classes"):
         label_map(data("crane", "owl"), model)
 
 
-@pytest.mark.parametrize("classes", [("ant", "cat", "dog"), ("cat", "dog", "ant", "bee"), ("cat", "ant")])
+@pytest.mark.parametrize(
+    "classes", [("ant", "cat", "dog"), ("cat", "dog", "ant", "bee"), ("cat", "ant")]
+)
 def test_a_model_that_knows_some_of_the_classes_is_refused(make, classes):
     model = make(num_classes=3)
     model.pretrained_cfg["label_names"] = ["cat", "dog", "fox"]
     unknown = [name for name in classes if name in ("ant", "bee")]
-    message = (
-        rf"does not know {len(unknown)} of the data's {len(classes)} classes: {', '.join(unknown)}; .*cat, dog, fox"
-    )
+    message = rf"does not know {len(unknown)} of the data's {len(classes)} classes: {', '.join(unknown)}; .*cat, dog, fox"
     with pytest.raises(DataError, match=message):
         label_map(data(*classes), model)
 
@@ -67,7 +71,9 @@ def test_by_wnid_for_a_model_of_imagenet(make):
     assert label_map(wnids, make(num_classes=1000)).tolist() == [1, 999, 0]
 
 
-@pytest.mark.parametrize(("classes", "count"), [(("cat", "dog"), 1000), (("n01443537",), 10), (("cat", "dog"), 3)])
+@pytest.mark.parametrize(
+    ("classes", "count"), [(("cat", "dog"), 1000), (("n01443537",), 10), (("cat", "dog"), 3)]
+)
 def test_else_both_counts_are_named(make, classes, count):
     message = f"the data's {len(classes)} classes .* the model's {count}: take a model"
     with pytest.raises(DataError, match=message):

@@ -64,7 +64,9 @@ def test_batches_hold_every_view_and_decode_once():
 
 def test_equal_geometries_are_computed_once(monkeypatch):
     calls, show = [], Geometry.__call__
-    monkeypatch.setattr(Geometry, "__call__", lambda self, *args: calls.append(self) or show(self, *args))
+    monkeypatch.setattr(
+        Geometry, "__call__", lambda self, *args: calls.append(self) or show(self, *args)
+    )
     list(Loader(DigitScenes(length=2), [SAME, SMALL, replace(SAME)], 2))
     assert calls == [SAME, SMALL] * 2
 
@@ -170,7 +172,9 @@ def test_a_batch_that_does_not_fit_is_run_in_halves():
     batch, sizes = next(iter(Loader(DigitScenes(length=7), [SAME], 7))), []
     assert run_in_halves(out_of_memory_above(2, sizes), batch) == [[0], [1, 2], [3, 4], [5, 6]]
     assert sizes == [7, 3, 1, 2, 4, 2, 2]
-    assert np.concatenate(run_in_halves(out_of_memory_above(9, sizes), batch)).tolist() == list(range(7))
+    assert np.concatenate(run_in_halves(out_of_memory_above(9, sizes), batch)).tolist() == list(
+        range(7)
+    )
 
 
 def test_a_single_image_that_does_not_fit_is_named():

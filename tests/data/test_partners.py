@@ -1,4 +1,5 @@
-"""Another image for every image: half the chosen set on, the same for any batch, never the image itself."""
+"""Another image for every image: half the chosen set on, the same for any batch, never the image
+itself."""
 
 from __future__ import annotations
 
@@ -43,7 +44,12 @@ def shown(partners, index):
 
 def test_the_partner_is_half_the_chosen_images_on():
     assert shown(Partners(Numbered(6)), [0, 1, 5]) == ([3, 4, 2], [1, 0, 0])
-    assert shown(Partners(Numbered(12), limit=4), [0, 3, 6, 9])[0] == [6, 9, 0, 3]  # of the places 0, 3, 6, 9
+    assert shown(Partners(Numbered(12), limit=4), [0, 3, 6, 9])[0] == [
+        6,
+        9,
+        0,
+        3,
+    ]  # of the places 0, 3, 6, 9
     assert shown(Partners(Numbered(3)), [0, 1, 2])[0] == [1, 2, 0]
 
 

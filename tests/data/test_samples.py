@@ -53,7 +53,11 @@ def test_a_broken_png_and_a_missing_file_are_named(tmp_path):
 
 
 def test_mask_ids_are_red_plus_256_green(tmp_path):
-    pixels = [[(0, 0, 0), (1, 0, 0), (255, 0, 0)], [(0, 1, 0), (149, 3, 0), (151, 3, 0)], [(232, 3, 0)] * 3]
+    pixels = [
+        [(0, 0, 0), (1, 0, 0), (255, 0, 0)],
+        [(0, 1, 0), (149, 3, 0), (151, 3, 0)],
+        [(232, 3, 0)] * 3,
+    ]
     Image.fromarray(np.array(pixels, np.uint8)).save(tmp_path / "m.png")
     mask = read_mask(tmp_path / "m.png")
     assert mask.tolist() == [[0, 1, 255], [256, 917, 919], [IGNORE, IGNORE, IGNORE]]
@@ -62,13 +66,19 @@ def test_mask_ids_are_red_plus_256_green(tmp_path):
 
 def test_written_masks_carry_the_same_bytes(tmp_path):
     write_mask(np.array([[0, 917, 1000]], np.int32), tmp_path / "m.png")
-    assert np.array(Image.open(tmp_path / "m.png")).tolist() == [[[0, 0, 0], [149, 3, 0], [232, 3, 0]]]
+    assert np.array(Image.open(tmp_path / "m.png")).tolist() == [
+        [[0, 0, 0], [149, 3, 0], [232, 3, 0]]
+    ]
 
 
-@pytest.mark.parametrize(("mode", "kind"), [("L", "PNG"), ("P", "PNG"), ("RGBA", "PNG"), ("RGB", "JPEG")])
+@pytest.mark.parametrize(
+    ("mode", "kind"), [("L", "PNG"), ("P", "PNG"), ("RGBA", "PNG"), ("RGB", "JPEG")]
+)
 def test_a_mask_that_is_no_rgb_png_is_refused(tmp_path, mode, kind):
     Image.new(mode, (3, 3)).save(tmp_path / "m.png", kind)
-    with pytest.raises(DataError, match=rf"m\.png: a mask is an RGB PNG, this is {kind} in mode {mode}"):
+    with pytest.raises(
+        DataError, match=rf"m\.png: a mask is an RGB PNG, this is {kind} in mode {mode}"
+    ):
         read_mask(tmp_path / "m.png")
 
 

@@ -14,7 +14,9 @@ from bvit_interp import metrics
 nan = math.nan
 
 
-ON_PAPER = torch.tensor([[1, 1, 1, 0, 0, 0], [0, 1, 1, 1, 0, 0], [0, 0, 1, 0, 0, 1]], dtype=torch.bool)
+ON_PAPER = torch.tensor(
+    [[1, 1, 1, 0, 0, 0], [0, 1, 1, 1, 0, 0], [0, 0, 1, 0, 0, 1]], dtype=torch.bool
+)
 
 
 def test_masks_worked_out_on_paper():
@@ -49,17 +51,31 @@ def test_random_masks_of_the_same_densities_show_what_independence_says():
     q = torch.linspace(0.05, 0.6, 12).double()
     masks = torch.rand(12, 40_000, generator=torch.Generator().manual_seed(0)) < q[:, None]
     off = ~torch.eye(12, dtype=torch.bool)
-    np.testing.assert_allclose(metrics.jaccard(masks)[off], metrics.independent_jaccard(q)[off], atol=0.02)
-    np.testing.assert_allclose(metrics.specialization(masks), metrics.independent_specialization(q), atol=0.02)
-    np.testing.assert_allclose(metrics.utilisation(masks) / 40_000, metrics.independent_utilisation(q), atol=0.01)
+    np.testing.assert_allclose(
+        metrics.jaccard(masks)[off], metrics.independent_jaccard(q)[off], atol=0.02
+    )
+    np.testing.assert_allclose(
+        metrics.specialization(masks), metrics.independent_specialization(q), atol=0.02
+    )
+    np.testing.assert_allclose(
+        metrics.utilisation(masks) / 40_000, metrics.independent_utilisation(q), atol=0.01
+    )
 
 
 @pytest.mark.parametrize(
     ("rounds", "independent", "uses"),
-    [(5, 0.9, 3.97), (10, 25.6, 1.73), (15, 65.1, 1.21), (20, 87.0, 1.07), (25, 95.6, 1.02), (30, 98.5, 1.01)],
+    [
+        (5, 0.9, 3.97),
+        (10, 25.6, 1.73),
+        (15, 65.1, 1.21),
+        (20, 87.0, 1.07),
+        (25, 95.6, 1.02),
+        (30, 98.5, 1.01),
+    ],
 )
 def test_the_independent_column_beside_table_7(rounds, independent, uses):
-    """12 masks of density 0.8^p: the weight-level sparsity, %, and the mean steps of an active weight."""
+    """12 masks of density 0.8^p: the weight-level sparsity, %, and the mean steps of an active
+    weight."""
     density = torch.full((12,), 0.8**rounds).double()
     unused = metrics.independent_utilisation(density)[0].item()
     assert 100 * unused == pytest.approx(independent, abs=0.051)

@@ -44,13 +44,25 @@ def test_near_is_a_strict_disc():
     positive = torch.zeros(1, 5, 7, dtype=torch.bool)
     positive[0, 2, 3] = True
     assert metrics.near(positive, 0) is positive
-    assert torch.equal(metrics.near(positive, 1), positive)  # a neighbour is at distance 1, not below it
+    assert torch.equal(
+        metrics.near(positive, 1), positive
+    )  # a neighbour is at distance 1, not below it
     plus = torch.tensor(
-        [[0, 0, 0, 0, 0, 0, 0], [0, 0, 0, 1, 0, 0, 0], [0, 0, 1, 1, 1, 0, 0], [0, 0, 0, 1, 0, 0, 0], [0] * 7]
+        [
+            [0, 0, 0, 0, 0, 0, 0],
+            [0, 0, 0, 1, 0, 0, 0],
+            [0, 0, 1, 1, 1, 0, 0],
+            [0, 0, 0, 1, 0, 0, 0],
+            [0] * 7,
+        ]
     )
     assert torch.equal(metrics.near(positive, 1.2)[0].int(), plus.int())
-    square = torch.tensor([[0] * 7, [0, 0, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 0, 0], [0] * 7])
-    assert torch.equal(metrics.near(positive, 2)[0].int(), square.int())  # sqrt(2) < 2, and 2 is not
+    square = torch.tensor(
+        [[0] * 7, [0, 0, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 0, 0], [0] * 7]
+    )
+    assert torch.equal(
+        metrics.near(positive, 2)[0].int(), square.int()
+    )  # sqrt(2) < 2, and 2 is not
     narrow, broad = [0, 0, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1, 0]
     disc = torch.tensor([narrow, broad, broad, broad, narrow])
     assert torch.equal(metrics.near(positive, 2.3)[0].int(), disc.int())  # sqrt(5) < 2.3 < sqrt(8)

@@ -62,7 +62,9 @@ def test_closed_forms():
 def test_a_share_met_exactly_needs_no_rank_more(d):
     """k of d equal directions hold k / d, whatever the rounding of their sum."""
     singular = torch.full((d,), math.sqrt(0.1))
-    assert [metrics.energy_rank(singular, energy=k / d).item() for k in range(1, d + 1)] == list(range(1, d + 1))
+    assert [metrics.energy_rank(singular, energy=k / d).item() for k in range(1, d + 1)] == list(
+        range(1, d + 1)
+    )
 
 
 def test_all_of_the_energy_is_the_full_rank():
@@ -71,7 +73,9 @@ def test_all_of_the_energy_is_the_full_rank():
 
 
 def test_energy_is_squared_and_leading_axes_stay():
-    stack = torch.stack([torch.ones(20), torch.tensor([10.0] + [1.0] * 19), torch.zeros(20)]).view(3, 1, 20)
+    stack = torch.stack([torch.ones(20), torch.tensor([10.0] + [1.0] * 19), torch.zeros(20)]).view(
+        3, 1, 20
+    )
     ranks = metrics.energy_rank(stack)
     assert ranks.shape == (3, 1)
     assert ranks.dtype == torch.int64
@@ -86,11 +90,15 @@ def test_singular_values_of_gram():
     assert (found.diff(dim=-1) <= 0).all()
     thin = x[:, :4]  # rank 4 of 9: rounding may make an eigenvalue negative, never a nan
     found = metrics.singular_values_of_gram(thin.mT @ thin)
-    np.testing.assert_allclose(found[:, :4], np.linalg.svd(thin.numpy(), compute_uv=False), rtol=1e-9)
+    np.testing.assert_allclose(
+        found[:, :4], np.linalg.svd(thin.numpy(), compute_uv=False), rtol=1e-9
+    )
     assert (found[:, 4:] < 1e-6).all()
 
 
-@pytest.mark.parametrize("shape", [(200, 100), (100, 200), (300, 50), (128, 128), (400, 20), (1000, 64)])
+@pytest.mark.parametrize(
+    "shape", [(200, 100), (100, 200), (300, 50), (128, 128), (400, 20), (1000, 64)]
+)
 def test_random_rank_is_that_of_a_gaussian_matrix(shape):
     rng = np.random.default_rng(3)
     drawn = np.mean([rank_by_hand(rng.normal(size=shape), 0.95) for _ in range(5)])
@@ -115,7 +123,9 @@ def test_random_rank_at_its_ends():
 
 @pytest.mark.parametrize("k", [1, 3, 7])
 def test_participation_ratio_of_k_equal_eigenvalues_is_k(k):
-    basis = torch.linalg.qr(torch.randn(7, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q
+    basis = torch.linalg.qr(
+        torch.randn(7, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ).Q
     assert metrics.participation_ratio(5 * basis[:, :k] @ basis[:, :k].T).item() == pytest.approx(k)
 
 
@@ -141,9 +151,13 @@ def test_random_participation_ratio_against_drawn_points(rows, columns):
 @pytest.mark.parametrize(("down", "across"), [(0, 1), (3, 0), (5, 7), (12, 0), (0, 15), (12, 15)])
 def test_the_centroid_of_a_wave_is_its_frequency(down, across):
     expected = math.hypot(down / 24, across / 30)
-    assert metrics.spectral_centroid(wave(down, across)).item() == pytest.approx(expected, abs=1e-12)
+    assert metrics.spectral_centroid(wave(down, across)).item() == pytest.approx(
+        expected, abs=1e-12
+    )
     # neither brightness nor contrast counts
-    assert metrics.spectral_centroid(0.4 + 0.01 * wave(down, across)).item() == pytest.approx(expected, abs=1e-9)
+    assert metrics.spectral_centroid(0.4 + 0.01 * wave(down, across)).item() == pytest.approx(
+        expected, abs=1e-9
+    )
 
 
 def test_the_centroid_of_two_waves_is_weighted_by_power():
@@ -158,4 +172,6 @@ def test_the_centroid_of_colours_noise_and_nothing():
     assert metrics.spectral_centroid(stack).isnan().tolist() == [True, True, False]
     noise = torch.rand(3, 128, 128, generator=torch.Generator().manual_seed(0))
     # mean distance from the centre of a unit square: (sqrt 2 + ln(1 + sqrt 2)) / 6
-    assert metrics.spectral_centroid(noise).item() == pytest.approx((2**0.5 + math.asinh(1)) / 6, abs=0.01)
+    assert metrics.spectral_centroid(noise).item() == pytest.approx(
+        (2**0.5 + math.asinh(1)) / 6, abs=0.01
+    )

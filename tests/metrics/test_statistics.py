@@ -49,12 +49,15 @@ def test_bootstrap_leaves_the_global_generator_and_its_input_alone():
 
 
 def test_bootstrap_of_written_down_resamples(monkeypatch):
-    monkeypatch.setattr(np.random, "default_rng", lambda seed: Counted([[3, 0, 0], [1, 1, 1], [0, 2, 1], [0, 3, 0]]))
+    monkeypatch.setattr(
+        np.random, "default_rng", lambda seed: Counted([[3, 0, 0], [1, 1, 1], [0, 2, 1], [0, 3, 0]])
+    )
     values = np.array([[1.0, 5.0], [4.0, nan], [7.0, 2.0]])
     found = metrics.bootstrap_means(values, draws=4)
     np.testing.assert_allclose(found, [[1, 5], [4, 3.5], [5, 2], [4, nan]])
     found = metrics.bootstrap_means(values, np.array([7, 3, 7]), draws=4)
-    # classes {4} and {1, 7}; {nan} and {5, 2}: a class a resample misses, or with nothing but nan, is left out
+    # classes {4} and {1, 7}; {nan} and {5, 2}: a class a resample misses, or with nothing but nan,
+    # is left out
     np.testing.assert_allclose(found, [[1, 5], [(4 + 4) / 2, 3.5], [(4 + 7) / 2, 2], [4, nan]])
 
 
@@ -62,19 +65,27 @@ def test_bootstrap_against_scipy():
     values = np.random.default_rng(1).exponential(size=(60, 1))
     draws = metrics.bootstrap_means(values, seed=0, draws=4000)[:, 0]
     theirs = stats.bootstrap((values[:, 0],), np.mean, n_resamples=4000, method="percentile", rng=1)
-    error = values.std() / math.sqrt(60)  # of the plug-in distribution, exact for the bootstrap of a mean
+    error = values.std() / math.sqrt(
+        60
+    )  # of the plug-in distribution, exact for the bootstrap of a mean
     assert abs(draws.mean() - values.mean()) < 4 * error / math.sqrt(4000)
     assert draws.std() == pytest.approx(error, rel=0.05)
-    assert metrics.interval(draws) == pytest.approx(tuple(theirs.confidence_interval), abs=0.15 * error)
+    assert metrics.interval(draws) == pytest.approx(
+        tuple(theirs.confidence_interval), abs=0.15 * error
+    )
 
 
 def test_bootstrap_interval_covers_as_often_as_it_says():
     rng = np.random.default_rng(2)
     covered = 0
     for trial in range(200):
-        low, high = metrics.interval(metrics.bootstrap_means(rng.normal(size=(80, 1)), seed=trial, draws=400)[:, 0])
+        low, high = metrics.interval(
+            metrics.bootstrap_means(rng.normal(size=(80, 1)), seed=trial, draws=400)[:, 0]
+        )
         covered += low <= 0 <= high
-    assert covered >= stats.binom.ppf(0.001, 200, 0.93)  # the percentile interval is a little short at n = 80
+    assert covered >= stats.binom.ppf(
+        0.001, 200, 0.93
+    )  # the percentile interval is a little short at n = 80
     assert covered <= stats.binom.ppf(0.999, 200, 0.96)
 
 
@@ -92,7 +103,9 @@ def test_mean_over_images_by_hand():
 @pytest.mark.parametrize("classes", [None, np.array([0, 1, 0, 1])])
 def test_mean_over_images_keeps_the_other_axes(classes):
     values = np.random.default_rng(0).random((4, 3, 2))
-    np.testing.assert_allclose(metrics.mean_over_images(values, classes), values.mean(0))  # balanced classes
+    np.testing.assert_allclose(
+        metrics.mean_over_images(values, classes), values.mean(0)
+    )  # balanced classes
     values[:, 1] = nan
     found = metrics.mean_over_images(values, classes)
     assert np.isnan(found[1]).all()
@@ -108,7 +121,9 @@ def test_bootstrap_by_class_with_gaps_is_the_mean_of_every_resample(monkeypatch)
     values[rng.random(values.shape) < 0.4] = nan
     counts = rng.multinomial(12, np.full(12, 1 / 12), size=50)
     monkeypatch.setattr(np.random, "default_rng", lambda seed: Counted(counts))
-    expected = [metrics.mean_over_images(np.repeat(values, c, 0), np.repeat(classes, c)) for c in counts]
+    expected = [
+        metrics.mean_over_images(np.repeat(values, c, 0), np.repeat(classes, c)) for c in counts
+    ]
     np.testing.assert_allclose(metrics.bootstrap_means(values, classes, draws=50), expected)
 
 
@@ -154,7 +169,12 @@ def test_interval():
         (0, 10, 0, 0.2775),
         (5, 10, 0.2366, 0.7634),
         (10, 10, 0.7225, 1),
-        (81, 263, 0.2553, 0.3662),  # this and the next: Newcombe, Statistics in Medicine 17 (1998), table I
+        (
+            81,
+            263,
+            0.2553,
+            0.3662,
+        ),  # this and the next: Newcombe, Statistics in Medicine 17 (1998), table I
         (15, 148, 0.0624, 0.1605),
     ],
 )
@@ -184,7 +204,9 @@ def test_wilson_of_nothing():
 @pytest.mark.parametrize(("heads", "slack"), [(4, 1e-12), (9, 0.02)])
 def test_pairings_of_noise_are_as_often_below_any_p_as_p_says(heads, slack):
     rng = np.random.default_rng(1)
-    found = np.array([metrics.pairing_p_value(rng.normal(size=(heads, heads)), draws=400) for _ in range(400)])
+    found = np.array(
+        [metrics.pairing_p_value(rng.normal(size=(heads, heads)), draws=400) for _ in range(400)]
+    )
     assert (found <= 0.25).mean() == pytest.approx(0.25, abs=0.07)
     assert found.min() >= (1 / 24 if heads == 4 else 1 / 401) - slack
     assert metrics.pairing_p_value(np.eye(heads), draws=400) <= 1 / 24
@@ -200,12 +222,19 @@ def test_rank_trend_is_spearmans():
     found = metrics.rank_trend(values)
     assert found.shape == (20, 4)
     for place in np.ndindex(20, 4):
-        assert found[place] == pytest.approx(stats.spearmanr(values[place], np.arange(9)).statistic, abs=1e-12)
-    assert metrics.rank_trend(np.array([[1.0, 2, 30], [5, 4, 3], [2, 2, 2]])).tolist()[:2] == [1, -1]
+        assert found[place] == pytest.approx(
+            stats.spearmanr(values[place], np.arange(9)).statistic, abs=1e-12
+        )
+    assert metrics.rank_trend(np.array([[1.0, 2, 30], [5, 4, 3], [2, 2, 2]])).tolist()[:2] == [
+        1,
+        -1,
+    ]
     assert math.isnan(metrics.rank_trend(np.ones(4)))
     assert math.isnan(metrics.rank_trend(np.array([1.0, nan, 2])))
     holes = np.array([3.0, nan, 1, 2, nan, 0.5])
-    assert metrics.rank_trend(holes) == pytest.approx(stats.spearmanr([3, 1, 2, 0.5], range(4)).statistic)
+    assert metrics.rank_trend(holes) == pytest.approx(
+        stats.spearmanr([3, 1, 2, 0.5], range(4)).statistic
+    )
 
 
 def test_shuffled_rows_keep_rows_and_lose_order():
@@ -215,7 +244,9 @@ def test_shuffled_rows_keep_rows_and_lose_order():
     np.testing.assert_array_equal(np.sort(draws, axis=-1), np.broadcast_to(values, draws.shape))
     trends = metrics.rank_trend(draws)
     assert abs(trends.mean()) < 0.02
-    assert trends.std() == pytest.approx(1 / math.sqrt(5), abs=0.02)  # variance of Spearman's rho: 1 / (n - 1)
+    assert trends.std() == pytest.approx(
+        1 / math.sqrt(5), abs=0.02
+    )  # variance of Spearman's rho: 1 / (n - 1)
     assert abs(np.corrcoef(trends.T)[0, 1]) < 0.06  # each row in an order of its own
     np.testing.assert_array_equal(draws, metrics.shuffled_rows(values, seed=1))
     holes = metrics.shuffled_rows(np.array([[1.0, nan, 2, 3]]), draws=50)[:, 0]
@@ -229,15 +260,20 @@ def test_one_vs_rest_is_sklearns():
     rng = np.random.default_rng(3)
     truth, said = rng.random((50, 4)) < 0.3, rng.random((50, 4)) < 0.5
     said[:, 3] = False  # never said: precision 0
-    recall, precision, balanced = metrics.one_vs_rest(torch.from_numpy(said), torch.from_numpy(truth))
+    recall, precision, balanced = metrics.one_vs_rest(
+        torch.from_numpy(said), torch.from_numpy(truth)
+    )
     for k in range(4):
         assert recall[k].item() == pytest.approx(recall_score(truth[:, k], said[:, k]))
-        assert precision[k].item() == pytest.approx(precision_score(truth[:, k], said[:, k], zero_division=0))
+        assert precision[k].item() == pytest.approx(
+            precision_score(truth[:, k], said[:, k], zero_division=0)
+        )
         assert balanced[k].item() == pytest.approx(balanced_accuracy_score(truth[:, k], said[:, k]))
 
 
 def test_one_vs_rest_of_ten_classes_that_are_48_percent_right_is_what_routing_the_lottery_prints():
-    """Recall .480 with the errors spread evenly over nine classes: TNR 1 - .52 / 9 = .942, balanced accuracy .711."""
+    """Recall .480 with the errors spread evenly over nine classes: TNR 1 - .52 / 9 = .942, balanced
+    accuracy .711."""
     truth = torch.eye(10, dtype=torch.bool).repeat_interleave(900, 0)
     named = torch.arange(10).repeat_interleave(900)
     wrong = torch.arange(9000) % 900 >= 432  # 468 of 900: 52 an other class

@@ -1,4 +1,5 @@
-"""Adapters: the paper's counts, the identity at the start, LoRA written out by hand, merged, saved and refused."""
+"""Adapters: the paper's counts, the identity at the start, LoRA written out by hand, merged, saved
+and refused."""
 
 from __future__ import annotations
 
@@ -18,7 +19,13 @@ CLASSES = ["cat", "dog", "owl"]
 MODES = ["probe", "te", "full", "lora-qv", "lora-ffn"]
 LORA = ["lora-qv", "lora-ffn"]
 COUNTS = {
-    "bvit_base_patch16_224": {"probe": 0, "te": 9_216, "full": 7_829_760, "lora-qv": 25_344, "lora-ffn": 62_208},
+    "bvit_base_patch16_224": {
+        "probe": 0,
+        "te": 9_216,
+        "full": 7_829_760,
+        "lora-qv": 25_344,
+        "lora-ffn": 62_208,
+    },
     "vit_rms_base_patch16_224": {"full": 85_779_456, "lora-qv": 295_680, "lora-ffn": 738_048},
 }
 
@@ -64,7 +71,10 @@ def test_it_starts_as_the_identity_and_leaves_its_base_alone(any_model, images, 
 
 def test_low_rank_by_hand():
     """W + 2 B A on rows 0..1 and 4..5 of a fused matrix; the k rows 2..3 keep their weights."""
-    a, b = torch.tensor([[[1.0, 2.0]], [[0.0, 1.0]]]), torch.tensor([[[1.0], [0.0]], [[3.0], [-1.0]]])
+    a, b = (
+        torch.tensor([[[1.0, 2.0]], [[0.0, 1.0]]]),
+        torch.tensor([[[1.0], [0.0]], [[3.0], [-1.0]]]),
+    )
     update = LowRank(torch.nn.Parameter(a), torch.nn.Parameter(b), (0, None, 1), 2.0)
     expected = torch.tensor([[2.0, 4.0], [0, 0], [0, 0], [0, 0], [0, 6], [0, -2]])
     assert torch.equal(update.delta(), expected)
@@ -78,7 +88,10 @@ def test_an_adapted_model_is_the_block_with_other_weights(tiny, images, by_hand,
     other = copy.deepcopy(tiny)
     other.norm.weight.data, other.head = adapted.trained["norm.weight"].data, adapted.model.head
     block = next(other.blocks.children())
-    for layer, rows in {"lora-qv": [("attn.qkv", (0, 2))], "lora-ffn": [("mlp.fc1", (0,)), ("mlp.fc2", (0,))]}[mode]:
+    for layer, rows in {
+        "lora-qv": [("attn.qkv", (0, 2))],
+        "lora-ffn": [("mlp.fc1", (0,)), ("mlp.fc2", (0,))],
+    }[mode]:
         a, b = (adapted.trained[f"blocks.0.{layer}.lora_{kind}"] for kind in "ab")
         weight = block.get_submodule(layer).weight.data
         for part, row in enumerate(rows):
@@ -99,12 +112,20 @@ def test_steps_share_one_pair_and_chosen_steps_alone_change(tiny, images):
     assert none.count() == 32
 
 
-def test_a_hybrid_has_a_pair_for_each_stored_block_and_an_inner_update_its_steps(tiny_hybrid, tiny_fl, stacked):
-    assert Adapted(tiny_hybrid, Spec(mode="lora-qv", rank=2), CLASSES).count() == 2 * 4 * 32 * 2 + 32
-    assert Adapted(stacked, Spec(mode="lora-ffn", rank=2), CLASSES).count() == 3 * 10 * 32 * 2 + 2 * 32  # LayerNorm
+def test_a_hybrid_has_a_pair_for_each_stored_block_and_an_inner_update_its_steps(
+    tiny_hybrid, tiny_fl, stacked
+):
+    assert (
+        Adapted(tiny_hybrid, Spec(mode="lora-qv", rank=2), CLASSES).count() == 2 * 4 * 32 * 2 + 32
+    )
+    assert (
+        Adapted(stacked, Spec(mode="lora-ffn", rank=2), CLASSES).count() == 3 * 10 * 32 * 2 + 2 * 32
+    )  # LayerNorm
     view = moved(Adapted(tiny_fl, Spec(mode="lora-ffn", rank=2, steps=(2,)), CLASSES)).view
     weight = next(tiny_fl.blocks.children()).mlp.fc1.weight
-    changed = [not torch.equal(part.mlp.fc1.weight, weight) for b in view.blocks for part in (b, *b.inner)]
+    changed = [
+        not torch.equal(part.mlp.fc1.weight, weight) for b in view.blocks for part in (b, *b.inner)
+    ]
     assert changed == [t == 2 for t in range(1, 5) for _ in range(3)]
 
 
@@ -124,7 +145,9 @@ def test_an_adapter_of_steps_and_of_a_stack_opens_again(tiny, stacked, images, t
     for model in (tiny, stacked):
         adapted = moved(Adapted(model, Spec(mode="lora-ffn", rank=2, steps=(2, 3)), CLASSES))
         adapted.save(tmp_path / adapters.FILE)
-        assert torch.equal(adapters.load(tmp_path / adapters.FILE, model)(images), adapted.view(images))
+        assert torch.equal(
+            adapters.load(tmp_path / adapters.FILE, model)(images), adapted.view(images)
+        )
 
 
 def test_another_base_a_torn_file_and_a_missing_one_are_refused(tiny, make, tmp_path):

@@ -1,4 +1,5 @@
-"""The recurrent model against hand-written loops, the paper's parameter counts, and timm's interface."""
+"""The recurrent model against hand-written loops, the paper's parameter counts, and timm's
+interface."""
 
 from __future__ import annotations
 
@@ -43,11 +44,14 @@ def test_parameter_counts(name, count):
 
 
 @pytest.mark.parametrize(
-    ("blocks", "count"), [(2, 4_304_104), (3, 6_077_800), (4, 7_851_496), (6, 11_398_888), (12, 22_041_064)]
+    ("blocks", "count"),
+    [(2, 4_304_104), (3, 6_077_800), (4, 7_851_496), (6, 11_398_888), (12, 22_041_064)],
 )
 def test_parameter_counts_of_hybrids(blocks, count):
     with torch.device("meta"):
-        model = timm.create_model("bvit_small_patch16_224", num_blocks=blocks, num_steps=12 // blocks)
+        model = timm.create_model(
+            "bvit_small_patch16_224", num_blocks=blocks, num_steps=12 // blocks
+        )
     assert size_of(model) == count
     assert len(model.blocks) == 12
 
@@ -71,7 +75,9 @@ def test_models_are_born_on_the_asked_device_and_dtype(infix):
 
 def test_forward_equals_the_equations_written_out(tiny, images, by_hand):
     sites = by_hand.run(tiny, images, [tiny.blocks[0]] * 12)
-    torch.testing.assert_close(tiny(images), by_hand.logits(tiny, sites[-1]["resid_post"]), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        tiny(images), by_hand.logits(tiny, sites[-1]["resid_post"]), atol=1e-4, rtol=1e-4
+    )
 
 
 def test_a_loop_over_the_block_is_bit_equal(tiny, images):
@@ -95,7 +101,12 @@ def test_time_embedding_follows_every_step_also_the_last(tiny_te, images, by_han
 
 def test_time_embedding_starts_at_zero_so_that_te_begins_as_the_baseline(tiny, images):
     fresh = timm.create_model(
-        "bvit_small_te_patch16_224", img_size=32, patch_size=8, embed_dim=32, num_heads=4, num_classes=10
+        "bvit_small_te_patch16_224",
+        img_size=32,
+        patch_size=8,
+        embed_dim=32,
+        num_heads=4,
+        num_classes=10,
     ).eval()
     assert not fresh.blocks.step_embed.any()
     missing, unexpected = fresh.load_state_dict(tiny.state_dict(), strict=False)
@@ -104,7 +115,9 @@ def test_time_embedding_starts_at_zero_so_that_te_begins_as_the_baseline(tiny, i
     assert torch.equal(fresh(images), tiny(images))
 
 
-def test_registers_follow_cls_have_no_position_and_are_dropped_at_read_out(tiny_reg4, images, by_hand):
+def test_registers_follow_cls_have_no_position_and_are_dropped_at_read_out(
+    tiny_reg4, images, by_hand
+):
     assert tiny_reg4.pos_embed.shape == (1, 17, 32)
     z_0 = tiny_reg4._pos_embed(tiny_reg4.patch_embed(images))
     assert z_0.shape == (4, 1 + 4 + 16, 32)
@@ -122,23 +135,31 @@ def test_registers_differ_from_timms_two_layouts():
     with torch.device("meta"):
         ours = size_of(timm.create_model("bvit_base_reg4_patch16_224"))
         timms = [
-            timm.models.VisionTransformer(reg_tokens=4, norm_layer=timm.layers.RmsNorm, **kwargs, **layout)
+            timm.models.VisionTransformer(
+                reg_tokens=4, norm_layer=timm.layers.RmsNorm, **kwargs, **layout
+            )
             for layout in ({}, {"no_embed_class": True})
         ]
     assert [size_of(model) - ours for model in timms] == [4 * 768, -768]
 
 
-@pytest.mark.parametrize(("order", "indices"), [("cycle", [0, 1, 0, 1, 0, 1]), ("repeat", [0, 0, 0, 1, 1, 1])])
+@pytest.mark.parametrize(
+    ("order", "indices"), [("cycle", [0, 1, 0, 1, 0, 1]), ("repeat", [0, 0, 0, 1, 1, 1])]
+)
 def test_order_of_hybrids(make, images, by_hand, order, indices):
     model = make(num_blocks=2, num_steps=3, order=order)
     stored = [model.get_submodule("blocks.0"), model.get_submodule("blocks.1")]
     sites = by_hand.run(model, images, [stored[i] for i in indices])
-    torch.testing.assert_close(model(images), by_hand.logits(model, sites[-1]["resid_post"]), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        model(images), by_hand.logits(model, sites[-1]["resid_post"]), atol=1e-4, rtol=1e-4
+    )
     assert [model.blocks[i] is stored[index] for i, index in enumerate(indices)] == [True] * 6
 
 
 def test_the_two_orders_are_different_models(make, images):
-    cycled, repeated = (make(num_blocks=2, num_steps=3, order=order) for order in ("cycle", "repeat"))
+    cycled, repeated = (
+        make(num_blocks=2, num_steps=3, order=order) for order in ("cycle", "repeat")
+    )
     repeated.load_state_dict(cycled.state_dict())
     assert (cycled(images) - repeated(images)).abs().max() > 0.01
 
@@ -148,18 +169,28 @@ def test_hybrid_with_time_embedding_has_a_row_for_each_application(make, images,
     stored = [model.get_submodule("blocks.0"), model.get_submodule("blocks.1")]
     assert model.blocks.step_embed.shape == (6, 32)
     sites = by_hand.run(model, images, stored * 3, model.blocks.step_embed)
-    torch.testing.assert_close(model(images), by_hand.logits(model, sites[-1]["resid_post"]), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        model(images), by_hand.logits(model, sites[-1]["resid_post"]), atol=1e-4, rtol=1e-4
+    )
 
 
 def stack_of_copies(model, depth):
-    """A plain timm ViT (its own code path) whose blocks are copies of the recurrent model's block."""
+    """A plain timm ViT (its own code path) whose blocks are copies of the recurrent model's
+    block."""
     stack = timm.models.VisionTransformer(
-        img_size=32, patch_size=8, embed_dim=32, num_heads=4, num_classes=10, depth=depth,
+        img_size=32,
+        patch_size=8,
+        embed_dim=32,
+        num_heads=4,
+        num_classes=10,
+        depth=depth,
         norm_layer=timm.layers.RmsNorm,
-    ).eval()  # fmt: skip
+    ).eval()
     weights = model.state_dict()
     for i in range(depth):
-        weights |= {k.replace("blocks.0.", f"blocks.{i}."): v for k, v in model.state_dict().items()}
+        weights |= {
+            k.replace("blocks.0.", f"blocks.{i}."): v for k, v in model.state_dict().items()
+        }
     stack.load_state_dict(weights)
     return stack
 
@@ -188,7 +219,9 @@ def test_gradient_of_the_shared_block_is_the_sum_over_steps(tiny, images):
 
 def test_gradients_reach_every_parameter(any_model, images):
     any_model(images).square().sum().backward()
-    assert [name for name, p in any_model.named_parameters() if p.grad is None or not p.grad.any()] == []
+    assert [
+        name for name, p in any_model.named_parameters() if p.grad is None or not p.grad.any()
+    ] == []
 
 
 # ---- Steps and errors ----------------------------------------------------------------------------------
@@ -240,4 +273,6 @@ def test_bad_arguments(kwargs, message):
 def test_no_module_list_of_one_block_repeated(tiny):
     """`ModuleList([block] * T)` would show 12 names for one module; the container shows one."""
     assert isinstance(tiny.blocks, Steps)
-    assert [n for n, _ in tiny.named_modules(remove_duplicate=False) if n.endswith("mlp.act")] == ["blocks.0.mlp.act"]
+    assert [n for n, _ in tiny.named_modules(remove_duplicate=False) if n.endswith("mlp.act")] == [
+        "blocks.0.mlp.act"
+    ]

@@ -24,7 +24,9 @@ def forward_states(model, images):
 
 def test_names_are_registered():
     sizes, variants = ("small", "base", "large"), ("", "te_", "reg4_", "fl_", "sc_", "distilled_")
-    assert set(timm.list_models("bvit_*")) == {f"bvit_{s}_{v}patch16_224" for s in sizes for v in variants}
+    assert set(timm.list_models("bvit_*")) == {
+        f"bvit_{s}_{v}patch16_224" for s in sizes for v in variants
+    }
     stacks = {f"vit_rms_{s}_{v}patch16_224" for s in sizes for v in ("", "distilled_")}
     assert set(timm.list_models("vit_rms_*")) == stacks
 
@@ -37,7 +39,11 @@ def test_registered_shapes(size, width, heads, steps):
     with torch.device("meta"):
         model = timm.create_model(f"bvit_{size}_patch16_224")
         stack = timm.create_model(f"vit_rms_{size}_patch16_224")
-    assert (model.embed_dim, model.blocks[0].attn.num_heads, len(model.blocks)) == (width, heads, steps)
+    assert (model.embed_dim, model.blocks[0].attn.num_heads, len(model.blocks)) == (
+        width,
+        heads,
+        steps,
+    )
     assert len(stack.blocks) == len(dict(stack.blocks.named_children())) == steps
     assert len(dict(model.blocks.named_children())) == 1
 
@@ -45,7 +51,12 @@ def test_registered_shapes(size, width, heads, steps):
 def test_the_choices_of_the_paper_are_the_defaults(tiny):
     block = tiny.get_submodule("blocks.0")
     biases = sorted(name for name, _ in block.named_parameters() if name.endswith("bias"))
-    assert biases == ["attn.proj.bias", "attn.qkv.bias", "mlp.fc1.bias", "mlp.fc2.bias"]  # none on the norms
+    assert biases == [
+        "attn.proj.bias",
+        "attn.qkv.bias",
+        "mlp.fc1.bias",
+        "mlp.fc2.bias",
+    ]  # none on the norms
     assert isinstance(block.mlp.act, nn.GELU)
     assert block.mlp.act.approximate == "none"
     assert isinstance(block.drop_path1, nn.Identity)
@@ -53,7 +64,9 @@ def test_the_choices_of_the_paper_are_the_defaults(tiny):
     assert isinstance(block.attn.q_norm, nn.Identity)
 
 
-@pytest.mark.parametrize("name", ["bvit_small_patch16_224", "bvit_small_te_patch16_224", "bvit_small_reg4_patch16_224"])
+@pytest.mark.parametrize(
+    "name", ["bvit_small_patch16_224", "bvit_small_te_patch16_224", "bvit_small_reg4_patch16_224"]
+)
 def test_size_options(make, name):
     model = make(name=name, img_size=(48, 32), patch_size=16, in_chans=1, num_classes=3)
     assert model.pos_embed.shape == (1, 1 + 3 * 2, 32)
@@ -66,7 +79,9 @@ def test_size_options(make, name):
 def test_dynamic_image_size(make, images, name):
     fixed, dynamic = make(name=name), make(name=name, dynamic_img_size=True)
     torch.testing.assert_close(dynamic(images), fixed(images))
-    assert dynamic.forward_features(torch.randn(2, 3, 48, 64)).shape[1] == model_tokens(dynamic, 6 * 8)
+    assert dynamic.forward_features(torch.randn(2, 3, 48, 64)).shape[1] == model_tokens(
+        dynamic, 6 * 8
+    )
 
 
 def model_tokens(model, patches):
@@ -90,7 +105,9 @@ def test_gradient_checkpointing_changes_nothing(any_model, images):
 
 def test_gradient_checkpointing_recomputes_every_step(tiny, images):
     calls = []
-    norm = tiny.get_submodule("blocks.0.norm1")  # first in the block: torch stops recomputing when it has enough
+    norm = tiny.get_submodule(
+        "blocks.0.norm1"
+    )  # first in the block: torch stops recomputing when it has enough
     handle = norm.register_forward_hook(lambda *_: calls.append(1))
     tiny.train().set_grad_checkpointing(True)
     tiny(images).sum().backward()
@@ -121,7 +138,9 @@ def test_set_input_size_resamples_the_grid_only(request, fixture):
     assert torch.equal(model.pos_embed[:, :1], before[:, :1])
     assert model.num_prefix_tokens == prefix
     grid = before[:, 1:].reshape(1, 4, 4, 32).permute(0, 3, 1, 2)
-    expected = nn.functional.interpolate(grid, size=(8, 6), mode="bicubic", antialias=True, align_corners=False)
+    expected = nn.functional.interpolate(
+        grid, size=(8, 6), mode="bicubic", antialias=True, align_corners=False
+    )
     torch.testing.assert_close(model.pos_embed[:, 1:], expected.flatten(2).transpose(1, 2))
     assert model(torch.randn(1, 3, 64, 48)).shape == (1, 10)
 
@@ -132,11 +151,15 @@ def test_set_input_size_that_fails_leaves_the_registers_counted(tiny_reg4):
     assert tiny_reg4.num_prefix_tokens == 5
 
 
-@pytest.mark.parametrize("fixture", ["tiny", "tiny_te", "tiny_hybrid", "tiny_fl", "tiny_sc", "tiny_sc_block"])
+@pytest.mark.parametrize(
+    "fixture", ["tiny", "tiny_te", "tiny_hybrid", "tiny_fl", "tiny_sc", "tiny_sc_block"]
+)
 def test_forward_intermediates_are_the_states_after_each_step(request, images, fixture):
     model = request.getfixturevalue(fixture)
     states = forward_states(model, images)
-    features, maps = model.forward_intermediates(images, output_fmt="NLC", return_prefix_tokens=True)
+    features, maps = model.forward_intermediates(
+        images, output_fmt="NLC", return_prefix_tokens=True
+    )
     assert len(maps) == len(model.blocks)
     for state, (patches, cls) in zip(states[1:], maps, strict=True):
         assert torch.equal(state, torch.cat([cls, patches], dim=1))
@@ -154,9 +177,14 @@ def test_forward_intermediates_by_index_stop_early(tiny_te, images):
 
 def test_features_only_gives_maps_of_the_asked_steps(tiny, images):
     features = timm.create_model(
-        "bvit_small_patch16_224", features_only=True, out_indices=(1, 5, 11),
-        img_size=32, patch_size=8, embed_dim=32, num_heads=4,
-    ).eval()  # fmt: skip
+        "bvit_small_patch16_224",
+        features_only=True,
+        out_indices=(1, 5, 11),
+        img_size=32,
+        patch_size=8,
+        embed_dim=32,
+        num_heads=4,
+    ).eval()
     features.model.load_state_dict(tiny.state_dict(), strict=False)
     assert features.feature_info.channels() == [32, 32, 32]
     states = forward_states(tiny, images)
@@ -196,7 +224,10 @@ def test_state_dict_holds_the_block_once(tiny, tiny_te, tiny_hybrid):
     assert len(keys) == 17
     assert {key.split(".")[1] for key in keys if key.startswith("blocks")} == {"0"}
     assert set(tiny_te.state_dict()) == {*keys, "blocks.step_embed"}
-    assert {key.split(".")[1] for key in tiny_hybrid.state_dict() if key.startswith("blocks")} == {"0", "1"}
+    assert {key.split(".")[1] for key in tiny_hybrid.state_dict() if key.startswith("blocks")} == {
+        "0",
+        "1",
+    }
 
 
 @pytest.mark.parametrize("fixture", ["tiny", "tiny_reg4"])
@@ -207,7 +238,9 @@ def test_pretrained_weights_of_another_size_are_resampled(request, make, fixture
     fitted = checkpoint_filter_fn(model.state_dict(), larger)
     larger.load_state_dict(fitted)
     grid = model.pos_embed[:, 1:].detach().reshape(1, 4, 4, 32).permute(0, 3, 1, 2)
-    expected = nn.functional.interpolate(grid, size=(8, 8), mode="bicubic", antialias=True, align_corners=False)
+    expected = nn.functional.interpolate(
+        grid, size=(8, 8), mode="bicubic", antialias=True, align_corners=False
+    )
     torch.testing.assert_close(larger.pos_embed[:, 1:], expected.flatten(2).transpose(1, 2))
     assert torch.equal(larger.pos_embed[:, :1], model.pos_embed[:, :1])
     assert larger.num_prefix_tokens == model.num_prefix_tokens
@@ -218,10 +251,15 @@ def test_timm_loads_pretrained_files_of_another_size(make, tmp_path, infix):
     model = make(name=f"bvit_small_{infix}patch16_224")
     torch.save(model.state_dict(), tmp_path / "weights.pth")
     larger = timm.create_model(
-        f"bvit_small_{infix}patch16_224", pretrained=True,
-        img_size=64, patch_size=8, embed_dim=32, num_heads=4, num_classes=10,
+        f"bvit_small_{infix}patch16_224",
+        pretrained=True,
+        img_size=64,
+        patch_size=8,
+        embed_dim=32,
+        num_heads=4,
+        num_classes=10,
         pretrained_cfg_overlay={"file": str(tmp_path / "weights.pth"), "num_classes": 10},
-    )  # fmt: skip
+    )
     assert larger.pos_embed.shape == (1, 65, 32)
     assert torch.equal(larger.blocks[0].mlp.fc1.weight, model.blocks[0].mlp.fc1.weight)
 

@@ -110,7 +110,11 @@ def test_other_models_are_refused(stacked, tmp_path):
 
 def test_what_is_in_the_folder(tiny, tmp_path):
     folder = save(tiny, tmp_path / "deep" / "tiny", card="# Tiny\n", about={"seed": 3})
-    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
     assert (folder / "README.md").read_text() == "# Tiny\n"
     config = json.loads((folder / "config.json").read_text())
     assert config["architecture"] == "bvit_small_patch16_224"
@@ -128,7 +132,9 @@ def test_timm_preprocesses_for_the_size_that_was_saved(saved):
 
 def test_class_names_and_normalisation_travel(tiny, tmp_path):
     assert class_names(tiny) is None
-    tiny.pretrained_cfg.update(label_names=["zero", "one"], mean=(0.5, 0.5, 0.5), std=(0.1, 0.2, 0.3))
+    tiny.pretrained_cfg.update(
+        label_names=["zero", "one"], mean=(0.5, 0.5, 0.5), std=(0.1, 0.2, 0.3)
+    )
     again = load(save(tiny, tmp_path / "named"))
     assert class_names(again) == ["zero", "one"]
     assert tuple(again.pretrained_cfg["mean"]) == (0.5, 0.5, 0.5)
@@ -155,7 +161,9 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("raised", [OSError, SafetensorError])  # safetensors 0.8 raises its own for a full disk
+@pytest.mark.parametrize(
+    "raised", [OSError, SafetensorError]
+)  # safetensors 0.8 raises its own for a full disk
 def test_a_full_disk_leaves_the_old_checkpoint(saved, make, monkeypatch, raised):
     def write_half(weights, filename, metadata=None):
         Path(filename).write_bytes(b"half")
@@ -193,12 +201,16 @@ def test_an_existing_checkpoint_is_replaced_and_other_files_stay(saved, make, im
 def test_truncated_weights(saved, kept):
     file = saved / "model.safetensors"
     file.write_bytes(file.read_bytes()[:kept])
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: truncated or not a safetensors file"):
+    with pytest.raises(
+        CheckpointError, match=r"model\.safetensors: truncated or not a safetensors file"
+    ):
         load(saved)
 
 
 def test_missing_pieces(saved, tmp_path):
-    with pytest.raises(CheckpointError, match=r"no checkpoint at .*nowhere: give a folder, a weights file, or timm"):
+    with pytest.raises(
+        CheckpointError, match=r"no checkpoint at .*nowhere: give a folder, a weights file, or timm"
+    ):
         load(tmp_path / "nowhere")
     (saved / "config.json").rename(tmp_path / "config")
     with pytest.raises(CheckpointError, match=r"has no config\.json$"):
@@ -212,32 +224,48 @@ def test_missing_pieces(saved, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", [b"{", b"", b"[]", b"{}", b"null", b"\xff\xfe\xfa", b'{"architecture": "x", "model_args": 3}']
+    "text",
+    [b"{", b"", b"[]", b"{}", b"null", b"\xff\xfe\xfa", b'{"architecture": "x", "model_args": 3}'],
 )
 def test_bad_json(saved, text):
     (saved / "config.json").write_bytes(text)
-    with pytest.raises(CheckpointError, match=r"config\.json: (not a model config|unknown architecture)"):
+    with pytest.raises(
+        CheckpointError, match=r"config\.json: (not a model config|unknown architecture)"
+    ):
         load(saved)
 
 
-@pytest.mark.parametrize(("name", "close"), [("bvit_smal_patch16_224", "small"), (None, "base"), (3, "base")])
+@pytest.mark.parametrize(
+    ("name", "close"), [("bvit_smal_patch16_224", "small"), (None, "base"), (3, "base")]
+)
 def test_unknown_architecture(saved, name, close):
     edit_config(saved, architecture=name)
-    with pytest.raises(CheckpointError, match=rf"unknown architecture .*; close: .*bvit_{close}_patch16_224"):
+    with pytest.raises(
+        CheckpointError, match=rf"unknown architecture .*; close: .*bvit_{close}_patch16_224"
+    ):
         load(saved)
 
 
 @pytest.mark.parametrize(
     "args",
     [
-        {"colour": "red"}, {"num_steps": 0}, {"num_steps": "3"}, {"num_heads": 5}, {"num_heads": 0},
-        {"embed_dim": -4}, {"order": "up"}, {"norm_layer": "no_such_norm"}, {"img_size": "large"},
+        {"colour": "red"},
+        {"num_steps": 0},
+        {"num_steps": "3"},
+        {"num_heads": 5},
+        {"num_heads": 0},
+        {"embed_dim": -4},
+        {"order": "up"},
+        {"norm_layer": "no_such_norm"},
+        {"img_size": "large"},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_arguments_that_build_no_model(saved, args):
     edit_config(saved, model_args=args)
-    with pytest.raises(CheckpointError, match=r"config\.json: bvit_small_patch16_224 cannot be built"):
+    with pytest.raises(
+        CheckpointError, match=r"config\.json: bvit_small_patch16_224 cannot be built"
+    ):
         load(saved)
 
 
@@ -282,7 +310,8 @@ def test_weights_that_are_not_finite_are_refused(tiny, tmp_path, value):
 
 
 class Malicious:
-    """Unpickling this creates a folder, by a function of a module that torch blocks or of another."""
+    """Unpickling this creates a folder, by a function of a module that torch blocks or of
+    another."""
 
     def __init__(self, function, proof):
         self.function, self.proof = function, proof
@@ -297,7 +326,9 @@ class Malicious:
 def test_code_in_a_pickle_is_refused_and_never_runs(tmp_path, protocol, function):
     proof, file = tmp_path / "proof", tmp_path / "evil.pth"
     if protocol is None:  # torch's zip
-        torch.save({"state_dict": {"w": torch.zeros(2)}, "payload": Malicious(function, proof)}, file)
+        torch.save(
+            {"state_dict": {"w": torch.zeros(2)}, "payload": Malicious(function, proof)}, file
+        )
     else:
         file.write_bytes(pickle.dumps({"payload": Malicious(function, proof)}, protocol))
     with pytest.raises(CheckpointError, match="it holds code, which is never run"):
@@ -317,7 +348,9 @@ def test_a_training_checkpoint_of_timm_opens(foreign, tmp_path):
     """timm and DeiT training scripts store an argparse.Namespace beside the weights."""
     file = tmp_path / "last.pth.tar"
     args = argparse.Namespace(lr=1e-3, model=TIMM_NAME, aa=None)
-    torch.save({"epoch": 3, "arch": TIMM_NAME, "state_dict": foreign.state_dict(), "args": args}, file)
+    torch.save(
+        {"epoch": 3, "arch": TIMM_NAME, "state_dict": foreign.state_dict(), "args": args}, file
+    )
     model = load(f"timm:{TIMM_NAME}@{file}")
     images = torch.randn(1, 3, 224, 224)
     assert torch.equal(model(images), foreign(images))
@@ -332,7 +365,9 @@ def test_wrappers_and_the_prefix_of_data_parallel(tmp_path, wrapper):
     assert torch.equal(read["norm.weight"], torch.ones(3))
 
 
-@pytest.mark.parametrize("content", [torch.zeros(3), {"epoch": 3}, [1, 2]], ids=["tensor", "no weights", "list"])
+@pytest.mark.parametrize(
+    "content", [torch.zeros(3), {"epoch": 3}, [1, 2]], ids=["tensor", "no weights", "list"]
+)
 def test_a_file_without_a_state_dict(tmp_path, content):
     torch.save(content, tmp_path / "w.pt")
     with pytest.raises(CheckpointError, match="no state dict inside"):
@@ -348,12 +383,16 @@ def test_a_file_that_is_no_checkpoint(tmp_path, data):
 
 def test_a_foreign_file_of_another_model(foreign, tmp_path):
     torch.save(foreign.state_dict(), tmp_path / "tiny.pth")
-    with pytest.raises(CheckpointError, match=r"does not fit the model\. of another shape: .*blocks\.0"):
+    with pytest.raises(
+        CheckpointError, match=r"does not fit the model\. of another shape: .*blocks\.0"
+    ):
         load(f"timm:vit_small_patch16_224@{tmp_path / 'tiny.pth'}")
 
 
 def test_random_weights_are_the_same_every_time_and_leave_the_generators(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("the GPUs were reseeded"))
+    monkeypatch.setattr(
+        torch.cuda, "manual_seed_all", lambda seed: pytest.fail("the GPUs were reseeded")
+    )
     state = torch.get_rng_state()
     first = load(f"timm:{TIMM_NAME}@random")
     assert torch.equal(torch.get_rng_state(), state)
@@ -378,10 +417,14 @@ def test_an_unknown_timm_name_suggests_close_ones(name, close):
 
 
 def test_a_timm_model_without_steps_is_refused():
-    with pytest.raises(CheckpointError, match="timm:resnet10t is a ResNet, not a VisionTransformer"):
+    with pytest.raises(
+        CheckpointError, match="timm:resnet10t is a ResNet, not a VisionTransformer"
+    ):
         load("timm:resnet10t@random")
 
 
 def test_weights_that_cannot_be_had_say_what_works_offline():
-    with pytest.raises(CheckpointError, match=r"timm:bvit_small_patch16_224@random or .*@FILE work offline"):
+    with pytest.raises(
+        CheckpointError, match=r"timm:bvit_small_patch16_224@random or .*@FILE work offline"
+    ):
         load("timm:bvit_small_patch16_224")  # no weights are published: timm warns and would go on

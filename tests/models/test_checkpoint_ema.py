@@ -47,7 +47,9 @@ def test_files_have_the_mode_that_the_umask_allows(tiny, tmp_path, umask, mode):
     finally:
         os.umask(before)
     modes = {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()}
-    assert modes == dict.fromkeys(["model.safetensors", "ema.safetensors", "config.json", "README.md"], mode)
+    assert modes == dict.fromkeys(
+        ["model.safetensors", "ema.safetensors", "config.json", "README.md"], mode
+    )
 
 
 def test_versions_and_names(averaged, tiny, monkeypatch):
@@ -71,7 +73,9 @@ def test_a_folder_whose_name_ends_so_is_itself(averaged, make, images):
 
 
 def test_a_folder_without_averaged_weights_says_so(saved, tmp_path):
-    with pytest.raises(CheckpointError, match=r"tiny has no averaged weights \(ema\.safetensors\): leave out @ema"):
+    with pytest.raises(
+        CheckpointError, match=r"tiny has no averaged weights \(ema\.safetensors\): leave out @ema"
+    ):
         load(f"{saved}@ema")
     with pytest.raises(CheckpointError, match=r"no checkpoint at .*nowhere: give a folder"):
         load(f"{tmp_path / 'nowhere'}@ema")
@@ -79,7 +83,11 @@ def test_a_folder_without_averaged_weights_says_so(saved, tmp_path):
 
 def test_averaged_weights_of_an_earlier_save_go(averaged, tiny):
     save(tiny, averaged)
-    assert sorted(path.name for path in averaged.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert sorted(path.name for path in averaged.iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
     assert versions(averaged) == [str(averaged)]
 
 
@@ -87,7 +95,8 @@ def test_averaged_weights_of_another_model_are_refused(saved, tiny, make):
     before = contents(saved)
     other = make(embed_dim=16).state_dict()
     with pytest.raises(
-        CheckpointError, match=r"the averaged weights do not fit the model\. of another shape: .*blocks"
+        CheckpointError,
+        match=r"the averaged weights do not fit the model\. of another shape: .*blocks",
     ):
         save(tiny, saved, ema=other)
     prefixed = {f"module.{name}": tensor for name, tensor in tiny.state_dict().items()}
@@ -128,7 +137,9 @@ def test_weights_stored_in_half_the_bytes_open_as_float32(tiny, make, tmp_path, 
     whole = save(tiny, tmp_path / "whole", ema=make(seed=5).state_dict())
     folder = save(tiny, tmp_path / "half", ema=make(seed=5).state_dict(), dtype=dtype)
     for file in ("model.safetensors", "ema.safetensors"):
-        assert {tensor.dtype for tensor in safetensors.torch.load_file(folder / file).values()} == {dtype}
+        assert {tensor.dtype for tensor in safetensors.torch.load_file(folder / file).values()} == {
+            dtype
+        }
         assert (folder / file).stat().st_size < 0.6 * (whole / file).stat().st_size
     for model in (load(folder), timm.create_model(f"local-dir:{folder}", pretrained=True).eval()):
         assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32}
@@ -136,7 +147,9 @@ def test_weights_stored_in_half_the_bytes_open_as_float32(tiny, make, tmp_path, 
             assert torch.equal(tensor, tiny.state_dict()[name].to(dtype).float()), name
         torch.testing.assert_close(model(images), tiny(images), rtol=0.1, atol=0.5)
     assert next(tiny.parameters()).dtype == torch.float32  # the model that was saved is not changed
-    assert torch.equal(load(f"{folder}@ema").norm.weight, make(seed=5).norm.weight.to(dtype).float())
+    assert torch.equal(
+        load(f"{folder}@ema").norm.weight, make(seed=5).norm.weight.to(dtype).float()
+    )
 
 
 def test_buffers_that_are_not_floating_keep_their_type(tmp_path):
@@ -149,10 +162,13 @@ def test_weights_beyond_the_range_of_the_type_are_refused(saved, tiny):
     before = contents(saved)
     with torch.no_grad():
         tiny.head.bias[0] = 1e5  # float16 ends at 65504
-    with pytest.raises(CheckpointError, match=r"head\.bias holds weights beyond the range of torch\.float16"):
+    with pytest.raises(
+        CheckpointError, match=r"head\.bias holds weights beyond the range of torch\.float16"
+    ):
         save(tiny, saved, dtype=torch.float16)
     with pytest.raises(
-        CheckpointError, match=r"cannot be stored as torch\.int8; types: torch\.float32, torch\.float16"
+        CheckpointError,
+        match=r"cannot be stored as torch\.int8; types: torch\.float32, torch\.float16",
     ):
         save(tiny, saved, dtype=torch.int8)
     assert contents(saved) == before

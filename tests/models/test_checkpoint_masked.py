@@ -17,13 +17,18 @@ from bvit_interp.probes.probe import Probe
 def half(model, seed=0):
     generator = torch.Generator().manual_seed(seed)
     ones = full(model)
-    return Masks({name: torch.rand(m.shape, generator=generator) < 0.5 for name, m in ones.items()}, ones.blocks)
+    return Masks(
+        {name: torch.rand(m.shape, generator=generator) < 0.5 for name, m in ones.items()},
+        ones.blocks,
+    )
 
 
 @pytest.fixture
 def pruned(tiny_te, make, tmp_path):
     """Folder of a tiny model with masks and averaged weights."""
-    folder = save(tiny_te, tmp_path / "tiny", ema=make(name="bvit_small_te_patch16_224", seed=5).state_dict())
+    folder = save(
+        tiny_te, tmp_path / "tiny", ema=make(name="bvit_small_te_patch16_224", seed=5).state_dict()
+    )
     half(tiny_te).save(folder / of_steps.FILE, tiny_te)
     return folder
 
@@ -36,7 +41,10 @@ def test_the_raw_weights_open_under_their_masks(pruned, tiny_te, images):
     assert not model.training
     assert display_name(f"{pruned}@masked") == "tiny@masked"
     assert versions(f"{pruned}@masked") == [f"{pruned}@masked"]
-    assert versions(pruned) == [str(pruned), f"{pruned}@ema"]  # what the masks are of is asked for by name
+    assert versions(pruned) == [
+        str(pruned),
+        f"{pruned}@ema",
+    ]  # what the masks are of is asked for by name
 
 
 def test_a_probe_sees_the_masked_steps(pruned, images, by_hand):
@@ -53,17 +61,23 @@ def test_wrong_masks_are_one_line(pruned, tiny_te, make, tmp_path):
     file = pruned / of_steps.FILE
     whole = file.read_bytes()
     half(other).save(file, other)
-    with pytest.raises(CheckpointError, match=r"masks.safetensors: masks of other weights than these$"):
+    with pytest.raises(
+        CheckpointError, match=r"masks.safetensors: masks of other weights than these$"
+    ):
         load(f"{pruned}@masked")
     fewer = make(name="bvit_small_te_patch16_224", num_steps=4)
     half(fewer).save(file, tiny_te)  # the right weights, but not their steps
-    with pytest.raises(CheckpointError, match=r"masks.safetensors: masks of 4 steps for a model of 12$"):
+    with pytest.raises(
+        CheckpointError, match=r"masks.safetensors: masks of 4 steps for a model of 12$"
+    ):
         load(f"{pruned}@masked")
     file.write_bytes(whole[:-50])
     with pytest.raises(CheckpointError, match=r"masks.safetensors: truncated"):
         load(f"{pruned}@masked")
     file.unlink()
-    with pytest.raises(CheckpointError, match=r"tiny has no masks \(masks.safetensors\): leave out @masked"):
+    with pytest.raises(
+        CheckpointError, match=r"tiny has no masks \(masks.safetensors\): leave out @masked"
+    ):
         load(f"{pruned}@masked")
     with pytest.raises(CheckpointError, match="no checkpoint at .*nowhere"):
         load(f"{tmp_path / 'nowhere'}@masked")

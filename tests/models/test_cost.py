@@ -57,9 +57,15 @@ def test_cost_of_early_steps():
     model = on_meta("bvit_base_patch16_224")
     printed = {6: 16.965, 7: 19.754, 8: 22.542, 9: 25.331, 10: 28.120, 11: 30.908, 12: 33.697}
     for t, expected in printed.items():
-        assert flops(model, count_attention=False, steps=t) / 1e9 == pytest.approx(expected, abs=5.01e-4)
-        assert flops(model, count_attention=False, steps=t) / 1e9 == pytest.approx(0.232747 + 2.788688 * t, abs=1e-5)
-    assert flops(model, count_attention=False, steps=24) / 1e9 == pytest.approx(0.232747 + 2.788688 * 24, abs=1e-4)
+        assert flops(model, count_attention=False, steps=t) / 1e9 == pytest.approx(
+            expected, abs=5.01e-4
+        )
+        assert flops(model, count_attention=False, steps=t) / 1e9 == pytest.approx(
+            0.232747 + 2.788688 * t, abs=1e-5
+        )
+    assert flops(model, count_attention=False, steps=24) / 1e9 == pytest.approx(
+        0.232747 + 2.788688 * 24, abs=1e-4
+    )
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -69,8 +75,12 @@ def test_equal_to_what_torch_counts_in_a_forward_pass(any_model, images, fused):
             module.fused_attn = fused
     with FlopCounterMode(display=False) as counter:
         any_model(images[:1])
-    counted = {str(operation): count for operation, count in counter.get_flop_counts()["Global"].items()}
-    matrix = sum(counted.pop(operation, 0) for operation in ("aten.addmm", "aten.mm", "aten.convolution"))
+    counted = {
+        str(operation): count for operation, count in counter.get_flop_counts()["Global"].items()
+    }
+    matrix = sum(
+        counted.pop(operation, 0) for operation in ("aten.addmm", "aten.mm", "aten.convolution")
+    )
     assert flops(any_model, count_attention=False) == matrix
     if counted:  # a fused kernel that this torch does not count leaves nothing to compare with
         assert flops(any_model, count_attention=True) == matrix + sum(counted.values())
@@ -81,15 +91,22 @@ def test_equal_to_what_torch_counts_in_a_forward_pass(any_model, images, fused):
 def test_other_numbers_of_steps_equal_what_torch_counts(tiny_hybrid, images):
     with FlopCounterMode(display=False) as counter:
         unroll(tiny_hybrid, steps=9)(images[:1])
-    counted = {str(operation): count for operation, count in counter.get_flop_counts()["Global"].items()}
-    assert flops(tiny_hybrid, count_attention=False, steps=9) == counted["aten.addmm"] + counted["aten.convolution"]
+    counted = {
+        str(operation): count for operation, count in counter.get_flop_counts()["Global"].items()
+    }
+    assert (
+        flops(tiny_hybrid, count_attention=False, steps=9)
+        == counted["aten.addmm"] + counted["aten.convolution"]
+    )
 
 
 def test_the_unroll_costs_what_the_model_costs(any_model):
     view = unroll(any_model)
     assert flops(view, count_attention=True) == flops(any_model, count_attention=True)
     assert parameters(view) == parameters(any_model)
-    assert flops(view, count_attention=True, steps=2) == flops(any_model, count_attention=True, steps=2)
+    assert flops(view, count_attention=True, steps=2) == flops(
+        any_model, count_attention=True, steps=2
+    )
 
 
 def test_shared_parameters_count_once():

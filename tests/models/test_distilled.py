@@ -1,4 +1,5 @@
-"""The distilled model against DeiT written out and timm's own, its sizes and its place in timm's interface."""
+"""The distilled model against DeiT written out and timm's own, its sizes and its place in timm's
+interface."""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ def plain(make):
 
 def both_heads(model, images, by_hand):
     """Logits of the two heads, by hand."""
-    z = by_hand.run(model, images, [model.blocks[t] for t in range(len(model.blocks))])[-1]["resid_post"]
+    z = by_hand.run(model, images, [model.blocks[t] for t in range(len(model.blocks))])[-1][
+        "resid_post"
+    ]
     rms = z / (z.pow(2).mean(-1, keepdim=True) + model.norm.eps).sqrt() * model.norm.weight
     heads = (model.head, model.head_dist)
     return tuple(rms[:, i] @ head.weight.T + head.bias for i, head in enumerate(heads))
@@ -47,7 +50,9 @@ def both_heads(model, images, by_hand):
     ],
     ids=["plain", "registers", "stack", "hybrid", "fast latent", "skip memory"],
 )
-def test_the_mean_of_two_heads_and_both_of_them_in_distilled_training(make, images, by_hand, kwargs):
+def test_the_mean_of_two_heads_and_both_of_them_in_distilled_training(
+    make, images, by_hand, kwargs
+):
     model, images = make(**kwargs).double(), images.double()
     logits, logits_dist = both_heads(model, images, by_hand)
     assert (logits - logits_dist).abs().max() > 0.01
@@ -72,7 +77,13 @@ def test_tokens_are_cls_dist_registers_patches(tiny_distilled, images, by_hand):
 def test_equals_timms_own_distilled_model(make, images):
     ours = make(name=STACK, num_blocks=3)
     theirs = VisionTransformerDistilled(
-        img_size=32, patch_size=8, embed_dim=32, num_heads=4, num_classes=10, depth=3, norm_layer=timm.layers.RmsNorm
+        img_size=32,
+        patch_size=8,
+        embed_dim=32,
+        num_heads=4,
+        num_classes=10,
+        depth=3,
+        norm_layer=timm.layers.RmsNorm,
     ).eval()
     theirs.load_state_dict(ours.state_dict())
     assert torch.equal(ours(images), theirs(images))
@@ -82,7 +93,12 @@ def test_it_starts_as_deit_does():
     """timm's init: normal tokens of std 0.02 (truncated), zero biases; CLS of 1e-6."""
     torch.manual_seed(0)
     model = timm.create_model(NAME)
-    for tensor in (model.dist_token, model.pos_embed, model.head_dist.weight, model.blocks[0].mlp.fc1.weight):
+    for tensor in (
+        model.dist_token,
+        model.pos_embed,
+        model.head_dist.weight,
+        model.blocks[0].mlp.fc1.weight,
+    ):
         assert tensor.std().item() == pytest.approx(0.02, rel=0.15)
     assert not model.head_dist.bias.any()
     assert isinstance(model, BViT)
@@ -104,7 +120,10 @@ def test_size_and_cost_of_the_base_model(name, plain_count):
     assert parameters(model) == plain_count + 770_536
     assert flops(model, count_attention=False) / 1e9 == pytest.approx(33.87, abs=5e-3)
     block = 2 * 198 * 12 * 768**2
-    assert flops(model, count_attention=False) == 12 * block + 2 * 196 * 3 * 256 * 768 + 2 * 2 * 768 * 1000
+    assert (
+        flops(model, count_attention=False)
+        == 12 * block + 2 * 196 * 3 * 256 * 768 + 2 * 2 * 768 * 1000
+    )
     assert type(model) is DistilledBViT
     assert model.default_cfg["classifier"] == ("head", "head_dist")
 
@@ -120,7 +139,9 @@ def test_set_input_size_keeps_the_positions_of_both_tokens(make, registers):
     assert model.pos_embed.shape == (1, 2 + 8 * 6, 32)
     assert torch.equal(model.pos_embed[:, :2], before[:, :2])
     grid = before[:, 2:].reshape(1, 4, 4, 32).permute(0, 3, 1, 2)
-    expected = nn.functional.interpolate(grid, size=(8, 6), mode="bicubic", antialias=True, align_corners=False)
+    expected = nn.functional.interpolate(
+        grid, size=(8, 6), mode="bicubic", antialias=True, align_corners=False
+    )
     torch.testing.assert_close(model.pos_embed[:, 2:], expected.flatten(2).transpose(1, 2))
     assert model.num_prefix_tokens == 2 + registers
     assert model(torch.randn(1, 3, 64, 48)).shape == (1, 10)
@@ -169,12 +190,16 @@ def test_patch_dropout_spares_the_prefix(make):
         assert isinstance(model.patch_drop, PatchDropout)
         assert model.patch_drop.num_prefix_tokens == model.num_prefix_tokens
         kept = model.train().patch_drop(torch.arange(20.0).reshape(1, 20, 1).expand(1, 20, 32))
-        assert kept[0, : model.num_prefix_tokens, 0].tolist() == list(range(model.num_prefix_tokens))
+        assert kept[0, : model.num_prefix_tokens, 0].tolist() == list(
+            range(model.num_prefix_tokens)
+        )
 
 
 def test_intermediates_leave_out_both_tokens(tiny_distilled, images):
     for either in (tiny_distilled, unroll(tiny_distilled)):
-        tokens, maps = either.forward_intermediates(images, output_fmt="NLC", return_prefix_tokens=True)
+        tokens, maps = either.forward_intermediates(
+            images, output_fmt="NLC", return_prefix_tokens=True
+        )
         patches, prefix = maps[-1]
         assert patches.shape == (4, 16, 32)
         assert torch.equal(either.norm(torch.cat([prefix, patches], dim=1)), tokens)
@@ -185,7 +210,9 @@ def test_no_weight_decay_on_its_token(plain):
 
 
 @pytest.mark.parametrize("change", [None, "head", "size"])
-@pytest.mark.parametrize("kwargs", [{"name": NAME, "reg_tokens": 2}, {"name": STACK, "num_blocks": 2}])
+@pytest.mark.parametrize(
+    "kwargs", [{"name": NAME, "reg_tokens": 2}, {"name": STACK, "num_blocks": 2}]
+)
 def test_checkpoints_open_as_the_same_model(make, tmp_path, kwargs, change):
     model = make(**kwargs)
     if change == "head":

@@ -1,4 +1,5 @@
-"""Exits: classifiers by hand, images that leave where they should, and a run that computes no more than it must."""
+"""Exits: classifiers by hand, images that leave where they should, and a run that computes no more
+than it must."""
 
 from __future__ import annotations
 
@@ -62,7 +63,10 @@ def test_a_batch_leaves_as_every_image_alone(any_model, images, threshold):
 
 def test_images_that_left_are_not_computed(tiny, images):
     view, seen = unroll(tiny), []
-    handles = [block.register_forward_hook(lambda _, args, __: seen.append(len(args[0]))) for block in view.blocks]
+    handles = [
+        block.register_forward_hook(lambda _, args, __: seen.append(len(args[0])))
+        for block in view.blocks
+    ]
     exits = random_exits((2, 4), tiny, scale=0.3)
     images = torch.cat([images, images.flip(-1), 2 * images])
     _, left = run_with_exits(view, exits, images, 0.4)

@@ -22,7 +22,9 @@ def drawn(model, density=0.6, seed=3):
     """Masks of `model` with each entry drawn on its own."""
     generator = torch.Generator().manual_seed(seed)
     ones = full(model)
-    of = {name: torch.rand(mask.shape, generator=generator) < density for name, mask in ones.items()}
+    of = {
+        name: torch.rand(mask.shape, generator=generator) < density for name, mask in ones.items()
+    }
     return Masks(of, ones.blocks)
 
 
@@ -30,7 +32,9 @@ def untied(model, masks):
     """A block for every step with weights of its own, W * M_t written out."""
     stored, blocks = list(model.blocks.children()), []
     for t in range(len(model.blocks)):
-        block = copy.deepcopy(stored[model.blocks.block_index(t) if isinstance(model.blocks, Steps) else t])
+        block = copy.deepcopy(
+            stored[model.blocks.block_index(t) if isinstance(model.blocks, Steps) else t]
+        )
         with torch.no_grad():
             for name, place in PLACES.items():
                 weight = block.get_submodule(place).weight
@@ -47,7 +51,9 @@ def test_step_t_uses_its_own_mask(any_model, images, by_hand, baked):
     with torch.no_grad():
         sites = by_hand.run(any_model, images, untied(any_model, masks), step_embed)
         logits = masked(any_model, masks, baked=baked)(images)
-    torch.testing.assert_close(logits, by_hand.logits(any_model, sites[-1]["resid_post"]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        logits, by_hand.logits(any_model, sites[-1]["resid_post"]), rtol=1e-4, atol=1e-4
+    )
     assert not torch.allclose(logits, any_model(images), atol=1e-2)
     assert before.keys() == any_model.state_dict().keys()  # no parametrization on the model itself
     assert all(torch.equal(tensor, before[name]) for name, tensor in any_model.state_dict().items())
@@ -55,7 +61,9 @@ def test_step_t_uses_its_own_mask(any_model, images, by_hand, baked):
 
 def test_full_masks_change_nothing(any_model, images):
     for baked in (False, True):
-        assert torch.equal(masked(any_model, full(any_model), baked=baked)(images), any_model(images))
+        assert torch.equal(
+            masked(any_model, full(any_model), baked=baked)(images), any_model(images)
+        )
 
 
 def test_the_gradient_of_a_weight_is_that_of_the_steps_that_keep_it(tiny_te, images):
@@ -63,9 +71,14 @@ def test_the_gradient_of_a_weight_is_that_of_the_steps_that_keep_it(tiny_te, ima
     masks["fc1"][:, 5] = False  # no step keeps neuron 5
     view = masked(tiny_te, masks).train()
     F.cross_entropy(view(images), torch.arange(4)).backward()
-    shared = {name: view.blocks[0].get_submodule(place).parametrizations.weight.original for name, place in
-              PLACES.items()}  # fmt: skip
-    assert all(shared[name] is tiny_te.blocks[0].get_submodule(place).weight for name, place in PLACES.items())
+    shared = {
+        name: view.blocks[0].get_submodule(place).parametrizations.weight.original
+        for name, place in PLACES.items()
+    }
+    assert all(
+        shared[name] is tiny_te.blocks[0].get_submodule(place).weight
+        for name, place in PLACES.items()
+    )
 
     own = unroll(tiny_te)
     for t, block in enumerate(own.blocks):
@@ -76,7 +89,9 @@ def test_the_gradient_of_a_weight_is_that_of_the_steps_that_keep_it(tiny_te, ima
     F.cross_entropy(own(images), torch.arange(4)).backward()
     for name, place in PLACES.items():
         each = torch.stack([block.get_submodule(place).weight.grad for block in own.blocks])
-        torch.testing.assert_close(gradient[name], (each * masks[name]).sum(0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            gradient[name], (each * masks[name]).sum(0), rtol=1e-4, atol=1e-5
+        )
     assert not gradient["fc1"][5].any()
     assert gradient["fc1"][4].any()
 
@@ -101,12 +116,17 @@ def test_densities_and_unions_by_hand(tiny_hybrid):
     masks = Masks(of, ones.blocks)
     weights = sum(mask[0].numel() for mask in masks.values())
     assert weights == 12 * 32**2
-    assert masks.density().tolist() == pytest.approx([count / weights for count in (1, 1, 1, 0, 0, 32**2)])
+    assert masks.density().tolist() == pytest.approx(
+        [count / weights for count in (1, 1, 1, 0, 0, 32**2)]
+    )
     assert masks.density("proj").tolist() == [0, 0, 0, 0, 0, 1]
     union = masks.union()
     assert {name: tuple(mask.shape) for name, mask in union.items()} == {
-        "qkv": (2, 96, 32), "proj": (2, 32, 32), "fc1": (2, 128, 32), "fc2": (2, 32, 128)
-    }  # fmt: skip
+        "qkv": (2, 96, 32),
+        "proj": (2, 32, 32),
+        "fc1": (2, 128, 32),
+        "fc2": (2, 32, 128),
+    }
     assert union["qkv"][0].nonzero().tolist() == [[0, 0], [0, 1]]
     assert union["qkv"][1].nonzero().tolist() == [[0, 2]]
     assert union["proj"].sum((1, 2)).tolist() == [0, 32**2]
@@ -129,10 +149,14 @@ def test_a_file_holds_eight_weights_a_byte_and_comes_back(any_model, tmp_path):
 
 
 def test_masks_of_parts_of_the_data_of_any_shape(tiny, tmp_path):
-    masks = Masks({"head.weight": torch.rand(3, 5, 7) < 0.5})  # 105 entries: no whole number of bytes
+    masks = Masks(
+        {"head.weight": torch.rand(3, 5, 7) < 0.5}
+    )  # 105 entries: no whole number of bytes
     masks.save(tmp_path / "m", tiny)
     assert torch.equal(Masks.load(tmp_path / "m", tiny)["head.weight"], masks["head.weight"])
-    with pytest.raises(UserError, match=r"masks of head\.weight; expected those of qkv, proj, fc1, fc2"):
+    with pytest.raises(
+        UserError, match=r"masks of head\.weight; expected those of qkv, proj, fc1, fc2"
+    ):
         masked(tiny, masks)
 
 
@@ -140,7 +164,9 @@ def test_other_masks_have_another_fingerprint(tiny):
     masks = drawn(tiny)
     one_off = {name: mask.clone() for name, mask in masks.items()}
     one_off["fc2"][11, 31, 127] ^= True
-    reshaped = {name: mask.transpose(1, 2) if name == "proj" else mask for name, mask in masks.items()}
+    reshaped = {
+        name: mask.transpose(1, 2) if name == "proj" else mask for name, mask in masks.items()
+    }
     others = [Masks(one_off), Masks(reshaped), Masks(masks.of, (0, 1) * 6), full(tiny)]
     assert len({m.fingerprint() for m in (masks, *others)}) == 5
 
@@ -167,10 +193,16 @@ def test_masks_of_another_model_are_refused_by_what_differs(tiny, make, tmp_path
         (lambda whole: whole[:3], "truncated or not a file of masks"),
         (lambda whole: b"", "truncated or not a file of masks"),
         (lambda whole: whole.replace(b"qkv", b"qkw", 1), "truncated or not a file of masks"),
-        (lambda whole: whole.replace(b"[12, 32, 32]", b"[12, 32, 99]", 1), "truncated or not a file of masks"),
-        (lambda whole: whole.replace(b"[12, 32, 32]", b"[11, 32, 32]", 1), "truncated or not a file of masks"),
+        (
+            lambda whole: whole.replace(b"[12, 32, 32]", b"[12, 32, 99]", 1),
+            "truncated or not a file of masks",
+        ),
+        (
+            lambda whole: whole.replace(b"[12, 32, 32]", b"[11, 32, 32]", 1),
+            "truncated or not a file of masks",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_damaged_file_is_one_line(tiny, tmp_path, content, wrong):
     drawn(tiny).save(tmp_path / "m", tiny)
     whole = (tmp_path / "m").read_bytes()
@@ -184,7 +216,9 @@ def test_a_damaged_file_is_one_line(tiny, tmp_path, content, wrong):
 def test_files_that_are_none(tmp_path):
     save_file({"weight": torch.ones(3)}, str(tmp_path / "weights.safetensors"))
     assert load_file(tmp_path / "weights.safetensors")
-    with pytest.raises(CheckpointError, match=r"weights.safetensors: truncated or not a file of masks"):
+    with pytest.raises(
+        CheckpointError, match=r"weights.safetensors: truncated or not a file of masks"
+    ):
         Masks.load(tmp_path / "weights.safetensors")
     with pytest.raises(CheckpointError, match="no masks at .*nowhere"):
         Masks.load(tmp_path / "nowhere")

@@ -1,4 +1,5 @@
-"""Models with a memory against their equations written out, with autograd on the written-out loop for gradients."""
+"""Models with a memory against their equations written out, with autograd on the written-out loop
+for gradients."""
 
 from __future__ import annotations
 
@@ -20,7 +21,13 @@ VARIANTS = {
     "fl": {"name": FL, "num_steps": 4},
     "fl n=1": {"name": FL, "num_steps": 4, "inner_updates": 1, "step_embed": True},
     "fl n=6": {"name": FL, "num_steps": 3, "inner_updates": 6},
-    "fl registers": {"name": FL, "num_steps": 3, "inner_updates": 2, "reg_tokens": 4, "step_embed": True},
+    "fl registers": {
+        "name": FL,
+        "num_steps": 3,
+        "inner_updates": 2,
+        "reg_tokens": 4,
+        "step_embed": True,
+    },
     "sc": {"name": SC, "num_steps": 9},
     "sc k=1": {"name": SC, "num_steps": 4, "interval": 1, "step_embed": True},
     "sc k=3": {"name": SC, "num_steps": 7, "interval": 3, "step_embed": True},
@@ -38,7 +45,8 @@ def variant(request, make):
 
 
 def states_of(model, images, by_hand, given, steps, gradient="full"):
-    """z_0..z_T by the equations of appendix D as SCIENCE 2.5 has them; n = 3 and k = 4 unless given."""
+    """z_0..z_T by the equations of appendix D as SCIENCE 2.5 has them; n = 3 and k = 4 unless
+    given."""
     table, block = model.blocks.step_embed, model.get_submodule("blocks.0")
     z = by_hand.tokens(model, images)
     memory, states = torch.zeros_like(z), [z]
@@ -50,7 +58,11 @@ def states_of(model, images, by_hand, given, steps, gradient="full"):
             for _ in range(given.get("inner_updates", 3)):
                 memory = by_hand.block(block, memory + z + e)["resid_post"]
         elif (t - 1) % given.get("interval", 4) == 0:
-            memory = by_hand.block(block, memory + z)["resid_post"] if given.get("memory") == "block" else z
+            memory = (
+                by_hand.block(block, memory + z)["resid_post"]
+                if given.get("memory") == "block"
+                else z
+            )
         added = memory.detach() if gradient == "frozen" else memory
         z = by_hand.block(block, z + added + e)["resid_post"]
         states.append(z)
@@ -59,7 +71,9 @@ def states_of(model, images, by_hand, given, steps, gradient="full"):
 
 def gradients(model, loss):
     """Gradient of every parameter, zeros where there is none."""
-    found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, materialize_grads=True)
+    found = torch.autograd.grad(
+        loss, list(model.parameters()), allow_unused=True, materialize_grads=True
+    )
     return dict(zip(dict(model.named_parameters()), found, strict=True))
 
 
@@ -156,7 +170,8 @@ def test_gradient_modes_equal_autograd_on_the_written_out_loop(make, images, by_
                 torch.testing.assert_close(value, expected[gradient][name], msg=f"{given}: {name}")
         weight = "blocks.0.mlp.fc1.weight"
         for mode in {"full", "truncated", "frozen"} - {gradient}:
-            # a memory that is refreshed from the state at every step crosses none, so nothing is truncated
+            # a memory that is refreshed from the state at every step crosses none, so nothing is
+            # truncated
             same = given.get("interval") == 1 and {mode, gradient} == {"full", "truncated"}
             difference = (found[weight] - expected[mode][weight]).abs().max()
             assert (difference < 1e-9) if same else (difference > 1e-5), (given, mode)
@@ -165,7 +180,8 @@ def test_gradient_modes_equal_autograd_on_the_written_out_loop(make, images, by_
 @pytest.mark.parametrize("gradient", ["full", "truncated", "frozen"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_keeps_the_gradient(variant, images, gradient, reentrant, make):
-    """Two passes before the backward, so that a memory kept on the module would be the other pass's."""
+    """Two passes before the backward, so that a memory kept on the module would be the other
+    pass's."""
     given = variant[1]
     model = make(**given, memory_gradient=gradient).double().train()
     images = images.double()
@@ -184,13 +200,17 @@ def test_checkpointing_keeps_the_gradient(variant, images, gradient, reentrant, 
 
 
 @pytest.mark.parametrize("fixture", TINY)
-def test_intermediates_of_model_and_unroll_with_gradients_through_checkpoints(request, images, fixture):
+def test_intermediates_of_model_and_unroll_with_gradients_through_checkpoints(
+    request, images, fixture
+):
     model = request.getfixturevalue(fixture).double().train()
     images = images.double()
     expected = gradients(model, loss_of(model(images)))
     model.set_grad_checkpointing(True)
     for either in (model, unroll(model)):
-        tokens, maps = either.forward_intermediates(images, output_fmt="NLC", return_prefix_tokens=True)
+        tokens, maps = either.forward_intermediates(
+            images, output_fmt="NLC", return_prefix_tokens=True
+        )
         assert len(maps) == len(model.blocks)
         loss_of(either.forward_head(tokens)).backward()
         for name, parameter in model.named_parameters():
@@ -198,7 +218,9 @@ def test_intermediates_of_model_and_unroll_with_gradients_through_checkpoints(re
         model.zero_grad()
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo looks
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)  # dynamo looks
 def test_a_model_is_compiled_block_by_block(variant, images):
     """As the trainer does it."""
     model, _ = variant
@@ -222,9 +244,13 @@ def test_inner_updates_are_ordinary_blocks_that_see_the_latent(make, images, by_
         assert [name for name, _ in step.inner[0].named_children()] == [
             name for name, _ in Block(32, 4).named_children()
         ]
-        step.register_forward_hook(lambda m, args, output, t=t: seen.__setitem__((t, 0), (args, output)))
+        step.register_forward_hook(
+            lambda m, args, output, t=t: seen.__setitem__((t, 0), (args, output))
+        )
         for i, update in enumerate(step.inner, start=1):
-            update.register_forward_hook(lambda m, args, output, t=t, i=i: seen.__setitem__((t, i), (args, output)))
+            update.register_forward_hook(
+                lambda m, args, output, t=t, i=i: seen.__setitem__((t, i), (args, output))
+            )
     view(images.double())
     z = by_hand.tokens(model, images.double())
     y = torch.zeros_like(z)
@@ -239,7 +265,16 @@ def test_inner_updates_are_ordinary_blocks_that_see_the_latent(make, images, by_
 
 
 def test_only_steps_that_refresh_a_block_memory_have_an_inner_update(tiny_sc, tiny_sc_block, make):
-    assert [len(step.inner) for step in unroll(tiny_sc_block, steps=8).blocks] == [1, 0, 0, 1, 0, 0, 1, 0]
+    assert [len(step.inner) for step in unroll(tiny_sc_block, steps=8).blocks] == [
+        1,
+        0,
+        0,
+        1,
+        0,
+        0,
+        1,
+        0,
+    ]
     assert [len(step.inner) for step in unroll(tiny_sc).blocks] == [0] * 5
     hybrid = make(name=SC, memory="block", num_blocks=2, num_steps=3, interval=3)
     view = unroll(hybrid)
@@ -254,7 +289,12 @@ def test_one_inner_update_can_be_untied(tiny_fl, images):
     assert not torch.equal(view(images), tiny_fl(images))
     plain = tiny_fl.forward_intermediates(images, intermediates_only=True)
     edited = view.forward_intermediates(images, intermediates_only=True)
-    assert [torch.equal(a, b) for a, b in zip(plain, edited, strict=True)] == [True, True, False, False]
+    assert [torch.equal(a, b) for a, b in zip(plain, edited, strict=True)] == [
+        True,
+        True,
+        False,
+        False,
+    ]
 
 
 @pytest.mark.parametrize("fixture", TINY)
@@ -263,8 +303,12 @@ def test_views_can_be_cut_by_timm(request, images, fixture):
     view, cut = unroll(model), unroll(model, steps=2)
     view.prune_intermediate_layers([1], prune_head=False)
     assert torch.equal(view(images), cut(images))
-    by_index = unroll(model).forward_intermediates(images, [1], stop_early=True, intermediates_only=True)
-    assert torch.equal(by_index[0], model.forward_intermediates(images, [1], intermediates_only=True)[0])
+    by_index = unroll(model).forward_intermediates(
+        images, [1], stop_early=True, intermediates_only=True
+    )
+    assert torch.equal(
+        by_index[0], model.forward_intermediates(images, [1], intermediates_only=True)[0]
+    )
 
 
 def test_looking_at_a_view_gives_modules(tiny_fl):
@@ -302,7 +346,10 @@ def test_registered_defaults():
         ({"memory": "state", "interval": 0}, "interval must be >= 1, got 0"),
         ({"memory": "latent", "interval": 2}, "memory='latent' has inner_updates, not interval"),
         ({"memory": "block", "inner_updates": 2}, "memory='block' has interval, not inner_updates"),
-        ({"memory": "latent", "memory_gradient": "half"}, "one of full, truncated, frozen, got 'half'"),
+        (
+            {"memory": "latent", "memory_gradient": "half"},
+            "one of full, truncated, frozen, got 'half'",
+        ),
         ({"interval": 2}, "give memory too"),
         ({"memory_gradient": "full"}, "give memory too"),
     ],
@@ -347,7 +394,9 @@ def test_flops_of_the_fast_latent(n, expected):
     assert parameters(on_meta("bvit_base_fl_patch16_224", step_embed=True)) == 8_598_760 + 9_216
 
 
-@pytest.mark.parametrize(("k", "expected"), [(2, 50.4), (3, 44.9), (4, 42.1), (6, 39.3), (12, 36.5)])
+@pytest.mark.parametrize(
+    ("k", "expected"), [(2, 50.4), (3, 44.9), (4, 42.1), (6, 39.3), (12, 36.5)]
+)
 def test_flops_of_a_block_memory(k, expected):
     model = on_meta("bvit_base_sc_patch16_224", memory="block", interval=k)
     assert giga(model) == pytest.approx(expected, abs=0.05)

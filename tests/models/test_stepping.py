@@ -1,4 +1,5 @@
-"""A forward pass one step at a time: bit-equal to the model, also cut, and gone on with from a kept state."""
+"""A forward pass one step at a time: bit-equal to the model, also cut, and gone on with from a kept
+state."""
 
 from __future__ import annotations
 
@@ -63,6 +64,8 @@ def test_steps_beyond_the_trained_ones(tiny, images):
 
 
 def test_a_timm_model(images):
-    model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, num_classes=10).eval()
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, num_classes=10
+    ).eval()
     with torch.inference_mode():
         assert torch.equal(answer(model, walk(model, images)[-1]), model(images))

@@ -21,13 +21,16 @@ TARGETS = torch.tensor([0, 1, 2, 3])
 CLOSE = {"atol": 1e-4, "rtol": 1e-3}
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Input Tensor 0 did not already require gradients"),  # captum
-    pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning"),  # lucent's kornia
+    pytest.mark.filterwarnings(
+        "ignore:.torch.jit.script. is deprecated:FutureWarning"
+    ),  # lucent's kornia
 ]
 
 
 @pytest.fixture
 def hand(tiny, images, by_hand):
-    """The tiny model by hand: sites of every step, and logits with the neurons of some steps replaced."""
+    """The tiny model by hand: sites of every step, and logits with the neurons of some steps
+    replaced."""
     block = tiny.get_submodule("blocks.0")
     sites = by_hand.run(tiny, images, [block] * 12)
 
@@ -35,11 +38,14 @@ def hand(tiny, images, by_hand):
         run = by_hand.run(tiny, x, blocks or [block] * 12, changes=changes)
         return by_hand.logits(tiny, run[-1]["resid_post"])
 
-    return SimpleNamespace(sites=sites, logits=logits, acts=[site.get("mlp_post") for site in sites], block=block)
+    return SimpleNamespace(
+        sites=sites, logits=logits, acts=[site.get("mlp_post") for site in sites], block=block
+    )
 
 
 def integrated_gradients(hand, baseline_act, points, step=STEP):
-    """Integrated gradients at a step's neurons by Gauss-Legendre nodes on [0, 1]; the image stays."""
+    """Integrated gradients at a step's neurons by Gauss-Legendre nodes on [0, 1]; the image
+    stays."""
     act = hand.acts[step].detach()
     nodes, weights = np.polynomial.legendre.leggauss(points)
     total = torch.zeros_like(act)
@@ -87,13 +93,18 @@ def test_captum_layer_integrated_gradients(tiny, images, hand, by_hand):
     torch.testing.assert_close(answer, integrated_gradients(hand, black, 6), **CLOSE)
 
 
-def test_captum_layer_integrated_gradients_sum_to_what_the_step_contributes(tiny, images, hand, by_hand):
-    """Not to f(x) - f(baseline): the skip path carries the rest, so captum's own delta is not zero."""
+def test_captum_layer_integrated_gradients_sum_to_what_the_step_contributes(
+    tiny, images, hand, by_hand
+):
+    """Not to f(x) - f(baseline): the skip path carries the rest, so captum's own delta is not
+    zero."""
     attr = pytest.importorskip("captum.attr")
     view = unroll(tiny)
     method = attr.LayerIntegratedGradients(view, view.blocks[STEP - 1].mlp.act)
     baseline = torch.zeros_like(images)
-    answer, delta = method.attribute(images, baseline, target=TARGETS, n_steps=40, return_convergence_delta=True)
+    answer, delta = method.attribute(
+        images, baseline, target=TARGETS, n_steps=40, return_convergence_delta=True
+    )
     black = by_hand.run(tiny, baseline, [hand.block] * STEP)[STEP]["mlp_post"]
     replaced = hand.logits({STEP: lambda _: black})
     contribution = (hand.logits() - replaced).gather(1, TARGETS[:, None])[:, 0]
@@ -104,7 +115,9 @@ def test_captum_layer_integrated_gradients_sum_to_what_the_step_contributes(tiny
 def test_captum_layer_conductance(tiny, images, hand, by_hand):
     attr = pytest.importorskip("captum.attr")
     view = unroll(tiny)
-    answer = attr.LayerConductance(view, view.blocks[STEP - 1].mlp.act).attribute(images, target=TARGETS, n_steps=5)
+    answer = attr.LayerConductance(view, view.blocks[STEP - 1].mlp.act).attribute(
+        images, target=TARGETS, n_steps=5
+    )
     nodes = (np.polynomial.legendre.leggauss(6)[0] + 1) / 2
     acts, gradients = [], []
     for node in nodes:  # the image fades in from black; captum sums gradient x change of the neuron
@@ -113,7 +126,9 @@ def test_captum_layer_conductance(tiny, images, hand, by_hand):
         score = hand.logits({STEP: lambda _, act=act: act}, x=x).gather(1, TARGETS[:, None]).sum()
         gradients.append(torch.autograd.grad(score, act)[0])
         acts.append(act.detach())
-    expected = sum(g * (after - before) for g, before, after in zip(gradients, acts, acts[1:], strict=False))
+    expected = sum(
+        g * (after - before) for g, before, after in zip(gradients, acts, acts[1:], strict=False)
+    )
     torch.testing.assert_close(answer, expected, **CLOSE)
 
 
@@ -128,7 +143,8 @@ def test_captum_layer_feature_ablation(tiny, images, hand):
 
 
 def test_captum_neuron_conductance_is_the_layers_share_of_one_neuron(tiny, images, hand, by_hand):
-    """Input attribution of one neuron at step 5 sums to the neuron's layer conductance, up to quadrature."""
+    """Input attribution of one neuron at step 5 sums to the neuron's layer conductance, up to
+    quadrature."""
     attr = pytest.importorskip("captum.attr")
     view = unroll(tiny)
     neuron = attr.NeuronConductance(view, view.blocks[STEP - 1].mlp.act)
@@ -149,7 +165,8 @@ def test_lucent_names_and_hooks(tiny, images, hand):
     read = hook_model(view, lambda: images)
     view(images)
     torch.testing.assert_close(read("blocks_4_mlp_act"), hand.acts[STEP], **CLOSE)
-    # lucent never removes its hooks; `no_hook_left_behind` asserts that none of them is on the model
+    # lucent never removes its hooks; `no_hook_left_behind` asserts that none of them is on the
+    # model
 
 
 def test_lucent_reads_a_channel_as_a_token(tiny, images, hand):
@@ -168,7 +185,8 @@ def test_torchvision_feature_extractor(tiny, images, hand):
 
 
 def test_torchvision_traces_every_variant(any_model, images):
-    """FX follows the loop, the registers and the time embedding (`len(x)` inside forward would break it)."""
+    """FX follows the loop, the registers and the time embedding (`len(x)` inside forward would
+    break it)."""
     view = unroll(any_model)
     heads = [name for name, _ in view.named_children() if name in ("head", "head_dist")]
     extractor = create_feature_extractor(view, {"blocks.1": "z_2"} | {name: name for name in heads})
@@ -183,7 +201,9 @@ def test_torchvision_traces_every_variant(any_model, images):
 
 def test_timm_forward_intermediates(any_model, images):
     view = unroll(any_model)
-    ours, theirs = (m.forward_intermediates(images, intermediates_only=True) for m in (any_model, view))
+    ours, theirs = (
+        m.forward_intermediates(images, intermediates_only=True) for m in (any_model, view)
+    )
     assert len(ours) == len(any_model.blocks)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
@@ -212,7 +232,9 @@ def test_torch_prune_reaches_one_step(tiny, images, hand, by_hand):
     view = unroll(tiny)
     prune.l1_unstructured(view.blocks[STEP - 1].mlp.fc1, "weight", amount=0.5)
     for i, block in enumerate(view.blocks):
-        assert (block.mlp.fc1.weight == 0).float().mean() == pytest.approx(0.5 if i == STEP - 1 else 0.0)
+        assert (block.mlp.fc1.weight == 0).float().mean() == pytest.approx(
+            0.5 if i == STEP - 1 else 0.0
+        )
     masked = [hand.block] * 12
     masked[STEP - 1] = view.blocks[STEP - 1]
     torch.testing.assert_close(view(images), hand.logits(blocks=masked), **CLOSE)
@@ -236,7 +258,9 @@ def test_input_attributions_are_the_same_on_both(tiny, images):
     attr = pytest.importorskip("captum.attr")
     for method in (attr.IntegratedGradients, attr.Saliency, attr.InputXGradient):
         kwargs = {"n_steps": 5} if method is attr.IntegratedGradients else {}
-        on_model, on_view = (method(m).attribute(images, target=TARGETS, **kwargs) for m in (tiny, unroll(tiny)))
+        on_model, on_view = (
+            method(m).attribute(images, target=TARGETS, **kwargs) for m in (tiny, unroll(tiny))
+        )
         torch.testing.assert_close(on_model, on_view)
 
 
@@ -244,11 +268,14 @@ def test_input_attributions_are_the_same_on_both(tiny, images):
 
 
 def test_the_same_tools_on_the_recurrent_model(tiny, images, hand, by_hand):
-    """The reason for `unroll`: one question, `block.mlp.act`, and every tool answers for another step."""
+    """The reason for `unroll`: one question, `block.mlp.act`, and every tool answers for another
+    step."""
     act = tiny.blocks[0].mlp.act
     by_module, calls = {}, []
     handles = [
-        act.register_forward_hook(lambda module, args, output: by_module.__setitem__(module, output)),
+        act.register_forward_hook(
+            lambda module, args, output: by_module.__setitem__(module, output)
+        ),
         act.register_forward_hook(lambda module, args, output: calls.append(output)),
     ]
     tiny(images)
@@ -261,14 +288,18 @@ def test_the_same_tools_on_the_recurrent_model(tiny, images, hand, by_hand):
     names = [name for name in get_graph_node_names(tiny)[1] if "mlp.act" in name]
     assert names == ["blocks.0.mlp.act", *(f"blocks.0.mlp.act_{i}" for i in range(1, 12))]
     features = create_feature_extractor(tiny, ["blocks.0.mlp.act", "blocks.0.mlp.act_4"])(images)
-    torch.testing.assert_close(features["blocks.0.mlp.act"], hand.acts[1], **CLOSE)  # torchvision: the first
+    torch.testing.assert_close(
+        features["blocks.0.mlp.act"], hand.acts[1], **CLOSE
+    )  # torchvision: the first
     torch.testing.assert_close(features["blocks.0.mlp.act_4"], hand.acts[5], **CLOSE)
 
     fc1 = tiny.blocks[0].mlp.fc1
     original = fc1.weight.detach().clone()
     prune.l1_unstructured(fc1, "weight", amount=0.5)
     pruned = tiny(images)
-    torch.testing.assert_close(pruned, hand.logits(), **CLOSE)  # by hand with the masked weight: in all 12 steps
+    torch.testing.assert_close(
+        pruned, hand.logits(), **CLOSE
+    )  # by hand with the masked weight: in all 12 steps
     prune.remove(fc1, "weight")
     with torch.no_grad():
         fc1.weight.copy_(original)
@@ -288,23 +319,33 @@ def test_captum_on_the_recurrent_model(tiny, images, hand, by_hand):
     baseline = torch.zeros_like(images)
     black = [site.get("mlp_post") for site in by_hand.run(tiny, baseline, [hand.block] * 12)]
     true = {t: integrated_gradients(hand, black[t].detach(), 6, step=t) for t in range(1, 13)}
-    answer = attr.LayerIntegratedGradients(tiny, act).attribute(images, baseline, target=TARGETS, n_steps=6)
+    answer = attr.LayerIntegratedGradients(tiny, act).attribute(
+        images, baseline, target=TARGETS, n_steps=6
+    )
     assert min(differs(answer, reference) for reference in true.values()) > 0.1  # no step
     assert differs(answer, sum(true.values())) > 0.1  # nor their sum
 
     groups = torch.arange(128) // 32
     ablation = attr.LayerFeatureAblation(tiny, act)
-    answer = ablation.attribute(images, target=TARGETS, layer_mask=groups.expand(1, 17, 128))[:, 0, ::32].T
+    answer = ablation.attribute(images, target=TARGETS, layer_mask=groups.expand(1, 17, 128))[
+        :, 0, ::32
+    ].T
     assert min(differs(answer, ablation_effects(hand, groups, [t])) for t in range(1, 13)) > 0.1
-    assert differs(answer, ablation_effects(hand, groups, range(1, 13))) > 0.1  # not even all steps at once
+    assert (
+        differs(answer, ablation_effects(hand, groups, range(1, 13))) > 0.1
+    )  # not even all steps at once
 
 
 def test_lucent_on_the_recurrent_model(tiny, images, hand):
     util = pytest.importorskip("lucent.modelzoo.util")
-    assert [name for name in util.get_model_layers(tiny) if name.endswith("mlp_act")] == ["blocks_0_mlp_act"]
+    assert [name for name in util.get_model_layers(tiny) if name.endswith("mlp_act")] == [
+        "blocks_0_mlp_act"
+    ]
     from lucent.optvis.render import hook_model
 
-    view = unroll(tiny, steps=1)  # stands in for the model: its one block, called 12 times as the model does
+    view = unroll(
+        tiny, steps=1
+    )  # stands in for the model: its one block, called 12 times as the model does
     read = hook_model(view, lambda: images)
     z = view._pos_embed(view.patch_embed(images))
     for _ in range(12):

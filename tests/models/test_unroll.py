@@ -1,4 +1,5 @@
-"""The tied unroll: bit-equal, one module a step, no parameter of its own, nothing shared but parameters."""
+"""The tied unroll: bit-equal, one module a step, no parameter of its own, nothing shared but
+parameters."""
 
 from __future__ import annotations
 
@@ -53,18 +54,23 @@ def test_every_step_has_the_parameters_of_its_block(tiny_hybrid):
 def test_no_memory_for_weights(any_model):
     view = unroll(any_model, steps=3)
     storages = {tensor.untyped_storage().data_ptr() for tensor in any_model.parameters()}
-    assert {tensor.untyped_storage().data_ptr() for tensor in view.state_dict().values()} == storages
+    assert {
+        tensor.untyped_storage().data_ptr() for tensor in view.state_dict().values()
+    } == storages
 
 
 def test_every_module_is_a_clone_and_none_serves_two_steps(any_model):
     view = unroll(any_model)
-    assert not {id(module) for module in view.modules()} & {id(module) for module in any_model.modules()}
+    assert not {id(module) for module in view.modules()} & {
+        id(module) for module in any_model.modules()
+    }
     paths = [name for name, _ in view.named_modules(remove_duplicate=False)]
     assert len(paths) == len(list(view.modules()))
 
 
 def test_hooks_left_on_the_view_do_not_reach_the_model(any_model, images):
-    """The autouse fixture would see a hook on the model; here the clean output is checked as well."""
+    """The autouse fixture would see a hook on the model; here the clean output is checked as
+    well."""
     expected = any_model(images)
     view = unroll(any_model)
     for module in view.modules():
@@ -154,7 +160,9 @@ def test_as_many_steps_as_the_model_takes_is_the_default(tiny, images):
     assert torch.equal(unroll(tiny, steps=12)(images), unroll(tiny)(images))
 
 
-@pytest.mark.parametrize(("order", "indices"), [("cycle", [0, 1] * 4), ("repeat", [0] * 3 + [1] * 5)])
+@pytest.mark.parametrize(
+    ("order", "indices"), [("cycle", [0, 1] * 4), ("repeat", [0] * 3 + [1] * 5)]
+)
 def test_hybrids_go_on_in_their_order(make, images, order, indices):
     model = make(num_blocks=2, num_steps=3, order=order)
     stored = stored_blocks(model)
@@ -234,7 +242,9 @@ def test_a_view_is_not_saved(tiny, tmp_path):
 
 
 def test_other_models_are_refused():
-    with pytest.raises(UserError, match="only a BViT or a timm VisionTransformer unrolls, got ResNet"):
+    with pytest.raises(
+        UserError, match="only a BViT or a timm VisionTransformer unrolls, got ResNet"
+    ):
         unroll(timm.create_model("resnet10t"))
     with pytest.raises(UserError, match="got Linear"):
         unroll(nn.Linear(2, 2))
@@ -252,7 +262,8 @@ def test_a_stack_takes_no_more_steps_than_it_has(stacked):
 
 
 def test_run_on_goes_past_the_trained_steps_where_there_are_any(tiny, tiny_hybrid, stacked, make):
-    """A recurrent model as far as asked, one block alone too; a stack, of timm or ours, to its last block."""
+    """A recurrent model as far as asked, one block alone too; a stack, of timm or ours, to its last
+    block."""
     assert len(run_on(tiny, 20).blocks) == len(run_on(tiny_hybrid, 20).blocks) == 20
     assert len(run_on(make(num_blocks=1, num_steps=1), 5).blocks) == 5
     assert len(run_on(stacked, 20).blocks) == 3

@@ -7,7 +7,7 @@ import torch
 
 from bvit_interp.errors import UserError
 from bvit_interp.models.stepping import advance, answer, embed, proceed
-from bvit_interp.probes.ablating import SiteMeans, ablate, neuron_groups
+from bvit_interp.probes.ablate import SiteMeans, ablate, neuron_groups
 from bvit_interp.probes.probe import Probe
 
 
@@ -30,7 +30,13 @@ def test_variants_of_a_restarted_batch_are_runs_of_their_own(any_model, images, 
                 new = activation.clone()
                 for unit in range(units):
                     if not kept[unit]:
-                        new[:, :, unit] = 0 if fill is None else fill[:, unit] if kind == "mean" else fill[:, :, unit]
+                        new[:, :, unit] = (
+                            0
+                            if fill is None
+                            else fill[:, unit]
+                            if kind == "mean"
+                            else fill[:, :, unit]
+                        )
                 return new
 
             with probe.edit({(site, step): by_hand}):

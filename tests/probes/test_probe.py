@@ -1,4 +1,5 @@
-"""Probe: what is recorded is what a hand-written loop computes, what is edited takes effect, nothing stays."""
+"""Probe: what is recorded is what a hand-written loop computes, what is edited takes effect,
+nothing stays."""
 
 from __future__ import annotations
 
@@ -40,7 +41,9 @@ def test_every_site_of_every_step(any_model, images, by_hand):
         z = cache["z", t]
         torch.testing.assert_close((after["pattern"] @ v).transpose(1, 2), z, **CLOSE)
         torch.testing.assert_close(block.attn.proj(z.flatten(2)), cache["attn_out", t], **CLOSE)
-        torch.testing.assert_close(block.mlp.fc2(cache["mlp_post", t]), cache["mlp_out", t], **CLOSE)
+        torch.testing.assert_close(
+            block.mlp.fc2(cache["mlp_post", t]), cache["mlp_out", t], **CLOSE
+        )
 
 
 def test_shapes_are_those_of_the_table(tiny_reg4, images):
@@ -62,9 +65,16 @@ def test_steps_stack_on_axis_one_and_step_zero_is_the_embedding(tiny, images, by
 
 @pytest.mark.parametrize(
     ("tokens", "rows"),
-    [("cls", 0), ("reg", slice(1, 5)), ("patches", slice(5, 21)), ("all", slice(0, 21)), (7, 7), (-1, 20),
-     (slice(2, 4), slice(2, 4))],
-)  # fmt: skip
+    [
+        ("cls", 0),
+        ("reg", slice(1, 5)),
+        ("patches", slice(5, 21)),
+        ("all", slice(0, 21)),
+        (7, 7),
+        (-1, 20),
+        (slice(2, 4), slice(2, 4)),
+    ],
+)
 def test_tokens(tiny_reg4, images, tokens, rows):
     probe = Probe(tiny_reg4)
     whole = probe.record(images, ["pattern", "z", "mlp_post"], steps=4)
@@ -78,7 +88,10 @@ def test_cls_attention_equals_explicit_softmax(any_model, images):
     probe = Probe(any_model)
     for t in range(1, probe.num_steps + 1):
         cache = probe.record(images, ["pattern", "q", "k"], steps=t)
-        row = torch.einsum("bhe,bnhe->bhn", cache["q", t][:, 0], cache["k", t]) / cache["q", t].shape[-1] ** 0.5
+        row = (
+            torch.einsum("bhe,bnhe->bhn", cache["q", t][:, 0], cache["k", t])
+            / cache["q", t].shape[-1] ** 0.5
+        )
         expected = row.exp() / row.exp().sum(-1, keepdim=True)
         recorded = probe.record(images, "pattern", steps=t, tokens="cls")["pattern", t]
         assert (recorded - expected).abs().max() < 1e-5
@@ -151,7 +164,10 @@ def test_addresses_bring_their_step_and_pick_a_unit(tiny, images):
         ({"sites": "mlp_post[5]:128"}, r"no neuron 128; neurons: 0\.\.127"),
         ({"sites": "z[five]"}, "not an address"),
         ({"sites": "z", "tokens": "reg"}, "selects none of the 17 tokens"),
-        ({"sites": "z", "tokens": "class"}, "unknown tokens 'class'; tokens: cls, dist, reg, patches, all"),
+        (
+            {"sites": "z", "tokens": "class"},
+            "unknown tokens 'class'; tokens: cls, dist, reg, patches, all",
+        ),
         ({"sites": "z", "tokens": 17}, "selects none"),
         ({"sites": "z", "tokens": slice(4, 4)}, "selects none"),
     ],
@@ -208,7 +224,9 @@ def test_neuron_edit_against_the_loop(tiny, images, by_hand):
     hand = by_hand.run(tiny, images, [tiny.blocks[0]] * 12, changes={5: silence})
     probe = Probe(tiny)
     with probe.edit({"mlp_post[5]:7": lambda x, address: torch.zeros_like(x)}):
-        torch.testing.assert_close(probe(images), by_hand.logits(tiny, hand[-1]["resid_post"]), **CLOSE)
+        torch.testing.assert_close(
+            probe(images), by_hand.logits(tiny, hand[-1]["resid_post"]), **CLOSE
+        )
 
 
 def test_head_ablation_equals_removing_its_part_of_the_projection(tiny, images):
@@ -225,7 +243,9 @@ def test_uniform_pattern_averages_the_values(tiny, images):
     probe = Probe(tiny)
     with probe.edit({("pattern", 4): lambda x, address: torch.full_like(x, 1 / x.shape[-1])}):
         cache = probe.record(images, ["z", "v"], steps=4)
-    torch.testing.assert_close(cache["z", 4], cache["v", 4].mean(1, keepdim=True).expand(-1, 17, -1, -1), **CLOSE)
+    torch.testing.assert_close(
+        cache["z", 4], cache["v", 4].mean(1, keepdim=True).expand(-1, 17, -1, -1), **CLOSE
+    )
 
 
 def test_resid_mid_edit_reaches_the_skip_path(tiny, images):
@@ -237,7 +257,10 @@ def test_resid_mid_edit_reaches_the_skip_path(tiny, images):
 
 def test_an_edit_that_never_fires_is_an_error(tiny, images):
     probe = Probe(tiny)
-    with pytest.raises(UserError, match=r"never fired: z\[9\]"), probe.edit({("z", 9): lambda x, a: None}):
+    with (
+        pytest.raises(UserError, match=r"never fired: z\[9\]"),
+        probe.edit({("z", 9): lambda x, a: None}),
+    ):
         probe.record(images, "z", steps=2)
 
 
@@ -259,7 +282,9 @@ def test_an_edited_pattern_is_recorded_as_edited(tiny, images):
     assert torch.equal(row, edited["pattern", 2][:, :, 0])
     assert torch.equal(edited["scores", 2], plain["scores", 2])
     assert not torch.equal(edited["pattern", 3], plain["pattern", 3])
-    torch.testing.assert_close(probe.record(images, "pattern", steps=2)["pattern", 2], plain["pattern", 2])
+    torch.testing.assert_close(
+        probe.record(images, "pattern", steps=2)["pattern", 2], plain["pattern", 2]
+    )
 
 
 def test_edits_of_two_heads_chain_also_when_nested(tiny, images):
@@ -285,9 +310,16 @@ def test_edits_of_two_heads_chain_also_when_nested(tiny, images):
 
 @pytest.mark.parametrize(
     ("first", "second"),
-    [("v", "pattern"), ("q", "scores"), ("scores", "pattern"), ("pattern", "z"), ("resid_mid", "resid_post"),
-     ("mlp_pre", "mlp_post"), ("resid_pre", "attn_out")],
-)  # fmt: skip
+    [
+        ("v", "pattern"),
+        ("q", "scores"),
+        ("scores", "pattern"),
+        ("pattern", "z"),
+        ("resid_mid", "resid_post"),
+        ("mlp_pre", "mlp_post"),
+        ("resid_pre", "attn_out"),
+    ],
+)
 def test_edits_of_a_step_apply_in_block_order_however_listed(tiny, images, first, second):
     probe = Probe(tiny)
     edits = {(first, 5): lambda x, a: x * 1.3 + 0.1, (second, 5): lambda x, a: x * 0.5}
@@ -310,7 +342,10 @@ def test_zeroing_resid_post_wins_over_an_edit_before_it(tiny, images):
 
 def test_addresses_in_every_form(tiny, images):
     probe = Probe(tiny)
-    recorded = [probe.record(images, key)["z", 5] for key in ("z[5]", ("z", 5), Address("z", 5), [("z", -8)])]
+    recorded = [
+        probe.record(images, key)["z", 5]
+        for key in ("z[5]", ("z", 5), Address("z", 5), [("z", -8)])
+    ]
     assert all(torch.equal(tensor, recorded[0]) for tensor in recorded)
     cache = probe.record(images, "z", steps=12)
     assert ("z", -1) in cache
@@ -401,7 +436,11 @@ def test_a_gated_ffn_has_neurons_but_no_single_input(make, images):
 
 def test_kinds_of_token(tiny, tiny_reg4, tiny_distilled, make):
     assert Probe(tiny).kinds() == {"cls": slice(0, 1), "patches": slice(1, 17)}
-    assert Probe(tiny_reg4).kinds() == {"cls": slice(0, 1), "reg": slice(1, 5), "patches": slice(5, 21)}
+    assert Probe(tiny_reg4).kinds() == {
+        "cls": slice(0, 1),
+        "reg": slice(1, 5),
+        "patches": slice(5, 21),
+    }
     assert list(Probe(tiny_distilled).kinds()) == ["cls", "reg", "dist", "patches"]
     pooled = make(name="vit_tiny_patch16_224", depth=2, global_pool="avg", class_token=False)
     assert list(Probe(pooled).kinds()) == ["patches"]

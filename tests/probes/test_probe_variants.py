@@ -1,4 +1,5 @@
-"""Probe on the variants: sites of inner updates by hand, their edits, what is missing named; the token `dist`."""
+"""Probe on the variants: sites of inner updates by hand, their edits, what is missing named; the
+token `dist`."""
 
 from __future__ import annotations
 
@@ -29,8 +30,12 @@ def test_every_site_of_every_inner_update(request, images, by_hand, fixture):
             here = {site: cache[name, t] for name, site in sites.items()}
             for site in ("resid_pre", "pattern", "resid_mid", "mlp_pre", "mlp_post", "resid_post"):
                 torch.testing.assert_close(here[site], expected[site], **CLOSE)
-            torch.testing.assert_close(here["attn_out"], expected["resid_mid"] - expected["resid_pre"], **CLOSE)
-            torch.testing.assert_close(here["mlp_out"], expected["resid_post"] - expected["resid_mid"], **CLOSE)
+            torch.testing.assert_close(
+                here["attn_out"], expected["resid_mid"] - expected["resid_pre"], **CLOSE
+            )
+            torch.testing.assert_close(
+                here["mlp_out"], expected["resid_post"] - expected["resid_mid"], **CLOSE
+            )
             torch.testing.assert_close(here["scores"].softmax(-1), expected["pattern"], **CLOSE)
             weighted = torch.einsum("bhqk,bkhe->bqhe", expected["pattern"], here["v"])
             torch.testing.assert_close(here["z"], weighted, **CLOSE)
@@ -55,7 +60,9 @@ def test_inner_sites_in_every_form(tiny_fl, images):
 
 
 @pytest.mark.parametrize("site", list(SITES))
-def test_an_identity_edit_of_an_inner_update_changes_nothing_and_another_does(tiny_fl, images, site):
+def test_an_identity_edit_of_an_inner_update_changes_nothing_and_another_does(
+    tiny_fl, images, site
+):
     probe = Probe(tiny_fl)
     plain = probe.record(images, ["resid_post", "inner1.resid_post"])
     with probe.edit({f"inner2.{site}[2]": lambda x, address: x.clone()}) as fired:
@@ -96,14 +103,18 @@ def test_zeroing_the_latent_at_its_source(tiny_fl, images, by_hand):
 def test_resid_pre_is_the_state_not_what_the_block_reads(tiny_fl, images):
     """An edit of it is seen by the inner updates of its step too."""
     probe = Probe(tiny_fl)
-    cache = probe.record(images, ["resid_pre", "resid_post", "resid_mid", "attn_out", "inner2.resid_post"])
+    cache = probe.record(
+        images, ["resid_pre", "resid_post", "resid_mid", "attn_out", "inner2.resid_post"]
+    )
     assert torch.equal(cache["resid_pre", 3], cache["resid_post", 2])
     read = cache["resid_pre", 3] + cache["inner2.resid_post", 3] + tiny_fl.blocks.step_embed[2]
     torch.testing.assert_close(cache["resid_mid", 3] - cache["attn_out", 3], read, **CLOSE)
     with probe.edit({"resid_pre[3]": lambda x, a: x + 1}):
         edited = probe.record(images, "inner1.resid_pre", steps=3)
     plain = probe.record(images, "inner1.resid_pre", steps=3)
-    torch.testing.assert_close(edited["inner1.resid_pre", 3], plain["inner1.resid_pre", 3] + 1, **CLOSE)
+    torch.testing.assert_close(
+        edited["inner1.resid_pre", 3], plain["inner1.resid_pre", 3] + 1, **CLOSE
+    )
 
 
 @pytest.mark.parametrize(
@@ -118,8 +129,18 @@ def test_resid_pre_is_the_state_not_what_the_block_reads(tiny_fl, images):
         ("tiny_fl", "inner1.z[5]", None, r"no step 5; steps: 1\.\.4"),
         ("tiny_fl", "inner1.z[2]:4", None, r"no head 4; heads: 0\.\.3"),
         ("tiny_fl", "inner1.resid_post", 0, r"no step 0; steps: 1\.\.4"),
-        ("tiny_sc_block", "inner1.z", 2, r"inner1.z: step 2 has no inner update 1; steps that have it: 1, 4$"),
-        ("tiny_sc_block", "inner1.z[5]", None, "step 5 has no inner update 1; steps that have it: 1, 4$"),
+        (
+            "tiny_sc_block",
+            "inner1.z",
+            2,
+            r"inner1.z: step 2 has no inner update 1; steps that have it: 1, 4$",
+        ),
+        (
+            "tiny_sc_block",
+            "inner1.z[5]",
+            None,
+            "step 5 has no inner update 1; steps that have it: 1, 4$",
+        ),
         ("tiny_sc_block", "inner2.z", None, r"this model has inner1\.\.inner1 alone"),
     ],
 )

@@ -1,4 +1,5 @@
-"""Saliency maps against an explicit softmax, a written-out loop, autograd by hand and a sum by hand."""
+"""Saliency maps against an explicit softmax, a written-out loop, autograd by hand and a sum by
+hand."""
 
 from __future__ import annotations
 
@@ -17,16 +18,22 @@ CLOSE = {"rtol": 1e-4, "atol": 5e-5}
 
 
 def blocks_and_embedding(model):
-    return [model.blocks[t] for t in range(len(model.blocks))], getattr(model.blocks, "step_embed", None)
+    return [model.blocks[t] for t in range(len(model.blocks))], getattr(
+        model.blocks, "step_embed", None
+    )
 
 
 def patterns_by_hand(by_hand, model, images):
     with torch.no_grad():
-        return [sites["pattern"] for sites in by_hand.run(model, images, *blocks_and_embedding(model))[1:]]
+        return [
+            sites["pattern"]
+            for sites in by_hand.run(model, images, *blocks_and_embedding(model))[1:]
+        ]
 
 
 def attributed_by_hand(by_hand, model, images, t, at=None):
-    """z_{t-1} (or tokens given instead of it) and the gradient of the predicted logit with respect to it."""
+    """z_{t-1} (or tokens given instead of it) and the gradient of the predicted logit with respect
+    to it."""
     blocks, embedding = blocks_and_embedding(model)
     with torch.no_grad():
         hand = by_hand.run(model, images, blocks, embedding)
@@ -39,7 +46,12 @@ def attributed_by_hand(by_hand, model, images, t, at=None):
 
 
 def test_every_method_has_a_word():
-    assert list(saliency.METHODS) == ["attention", "rollout", "gradient-x-activation", "integrated-gradients"]
+    assert list(saliency.METHODS) == [
+        "attention",
+        "rollout",
+        "gradient-x-activation",
+        "integrated-gradients",
+    ]
 
 
 # ---- attention -----------------------------------------------------------------------------------------
@@ -56,14 +68,18 @@ def test_attention_is_the_softmax_of_the_cls_row(any_model, images):
         for head in range(4):
             q, k = cache["q", t][:, 0, head], cache["k", t][:, :, head]
             row = (k @ q[:, :, None])[..., 0] / q.shape[-1] ** 0.5
-            expected = row.exp() / row.exp().sum(-1, keepdim=True)  # over all tokens, CLS and registers too
+            expected = row.exp() / row.exp().sum(
+                -1, keepdim=True
+            )  # over all tokens, CLS and registers too
             assert (maps[:, t - 1, head] - expected[:, prefix:]).abs().max() < 1e-5
 
 
 def test_attention_is_that_of_the_loop_by_hand(any_model, images, by_hand):
     maps = saliency.attention(Probe(any_model), images)
     for t, pattern in enumerate(patterns_by_hand(by_hand, any_model, images)):
-        torch.testing.assert_close(maps[:, t], pattern[:, :, 0, any_model.num_prefix_tokens :], **CLOSE)
+        torch.testing.assert_close(
+            maps[:, t], pattern[:, :, 0, any_model.num_prefix_tokens :], **CLOSE
+        )
     assert (maps.sum(-1) < 1).all()  # what CLS and the registers take is not given to the patches
 
 
@@ -72,7 +88,9 @@ def test_attention_is_that_of_the_loop_by_hand(any_model, images, by_hand):
 
 def test_rollout_is_the_product_written_out(any_model, images, by_hand):
     maps = saliency.rollout(Probe(any_model), images)
-    patterns = [pattern.double().numpy() for pattern in patterns_by_hand(by_hand, any_model, images)]
+    patterns = [
+        pattern.double().numpy() for pattern in patterns_by_hand(by_hand, any_model, images)
+    ]
     count, prefix = patterns[0].shape[-1], any_model.num_prefix_tokens
     assert maps.shape == (4, len(patterns), 1, 16)
     for b in range(4):
@@ -106,13 +124,17 @@ def test_gradient_times_activation(any_model, images, by_hand):
 
 
 def test_gradient_times_activation_vanishes_at_the_last_step(any_model, images):
-    """There a patch acts through a norm alone, which ignores its length: x . df/dx = 0 (Euler), but for eps.
+    """There a patch acts through a norm alone, which ignores its length: x . df/dx = 0 (Euler), but
+    for eps.
 
-    Not where something else is added to the patch before the norm: a memory that is not the state itself.
+    Not where something else is added to the patch before the norm: a memory that is not the state
+    itself.
     """
     maps = saliency.gradient_x_activation(Probe(any_model.double()), images.double())
     memory = getattr(any_model.blocks[0], "memory", None)
-    through_a_norm_alone = memory is None or memory.kind == "state"  # refreshed at the last of its 5 steps
+    through_a_norm_alone = (
+        memory is None or memory.kind == "state"
+    )  # refreshed at the last of its 5 steps
     assert (maps[:, -1].abs().max() < 1e-5 * maps.abs().max()) == through_a_norm_alone
 
 
@@ -125,12 +147,18 @@ def test_integrated_gradients_is_a_gauss_legendre_sum(any_model, images, by_hand
     assert maps.shape == (2, probe.num_steps, 1, 16)
     assert not maps.requires_grad
     with torch.no_grad():
-        runs = [by_hand.run(any_model, x, *blocks_and_embedding(any_model)) for x in (images, torch.zeros_like(images))]
+        runs = [
+            by_hand.run(any_model, x, *blocks_and_embedding(any_model))
+            for x in (images, torch.zeros_like(images))
+        ]
     here, start = (run[t - 1]["resid_post"] for run in runs)
     nodes, weights = np.polynomial.legendre.leggauss(saliency.INTEGRATION_STEPS)
     mean = torch.zeros_like(here)
     for node, weight in zip((nodes + 1) / 2, weights / 2, strict=True):  # from -1..1 to 0..1
-        mean += weight * attributed_by_hand(by_hand, any_model, images, t, start + node * (here - start))[1]
+        mean += (
+            weight
+            * attributed_by_hand(by_hand, any_model, images, t, start + node * (here - start))[1]
+        )
     expected = ((here - start) * mean).sum(-1)[:, any_model.num_prefix_tokens :]
     torch.testing.assert_close(maps[:, t - 1, 0], expected, rtol=1e-6, atol=1e-10)
     assert expected.abs().max() > 1e-4
@@ -138,7 +166,8 @@ def test_integrated_gradients_is_a_gauss_legendre_sum(any_model, images, by_hand
 
 @pytest.mark.parametrize("steps", [16, 128])
 def test_integrated_gradients_are_complete_at_the_embedding(make, images, monkeypatch, steps):
-    """What enters step 1 differs from the baseline in the patches only, so they share f(x) - f(0)."""
+    """What enters step 1 differs from the baseline in the patches only, so they share f(x) -
+    f(0)."""
     model = make(name="bvit_small_reg4_patch16_224", num_steps=3)
     monkeypatch.setattr(saliency, "INTEGRATION_STEPS", steps)
     shared = saliency.integrated_gradients(Probe(model), images)[:, 0, 0].sum(-1)
@@ -153,7 +182,9 @@ def test_integrated_gradients_are_complete_at_the_embedding(make, images, monkey
 def test_more_steps_than_the_model_takes(make, images, method):
     probe = Probe(unroll(make(num_steps=2), steps=3))
     whole = saliency.METHODS[method](probe, images)
-    longer = saliency.METHODS[method](Probe(make(num_steps=3)), images)  # equal weights by the same seed
+    longer = saliency.METHODS[method](
+        Probe(make(num_steps=3)), images
+    )  # equal weights by the same seed
     assert whole.shape == (4, 3, 1, 16)
     torch.testing.assert_close(whole, longer)
 
@@ -169,7 +200,9 @@ def short(make):
 
 @pytest.mark.parametrize("method", list(saliency.METHODS))
 @pytest.mark.parametrize("frozen", [False, True])
-def test_the_model_and_the_images_are_left_as_they_came(short, images, watched_models, method, frozen):
+def test_the_model_and_the_images_are_left_as_they_came(
+    short, images, watched_models, method, frozen
+):
     short.requires_grad_(not frozen)
     probe = Probe(short)
     watched_models.append(probe.model)
@@ -202,7 +235,9 @@ def test_maps_are_made_where_gradients_are_off(short, images, method):
 @pytest.mark.parametrize("method", ["gradient-x-activation", "integrated-gradients"])
 def test_without_captum_the_extra_is_named(tiny, images, monkeypatch, method):
     monkeypatch.setitem(sys.modules, "captum", None)
-    with pytest.raises(MissingExtra, match=r"captum is not installed: pip install 'bvit-interp\[attribution\]'"):
+    with pytest.raises(
+        MissingExtra, match=r"captum is not installed: pip install 'bvit-interp\[attribution\]'"
+    ):
         saliency.METHODS[method](Probe(tiny), images)
     assert issubclass(MissingExtra, UserError)
 

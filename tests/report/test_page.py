@@ -31,7 +31,8 @@ def docstring(word):
 
 
 class Page(HTMLParser):
-    """What a browser would make of it: cells, headings, images, titles, and whatever would be fetched."""
+    """What a browser would make of it: cells, headings, images, titles, and whatever would be
+    fetched."""
 
     void = frozenset({"meta", "img", "link", "br"})
 
@@ -70,7 +71,9 @@ class Page(HTMLParser):
 def folder(tmp_path):
     """Results of all analyses: a table, a figure of its own bytes, and options."""
     for i, word in enumerate(ANALYSES):
-        frame = pd.DataFrame({"model": [f"{word}-model", "other"], "step": [1, 12], "rank": [0.123456, None]})
+        frame = pd.DataFrame(
+            {"model": [f"{word}-model", "other"], "step": [1, 12], "rank": [0.123456, None]}
+        )
         results.write_table(frame, tmp_path / f"{word}.csv")
         (tmp_path / f"{word}.png").write_bytes(PNG + bytes([i]))
         results.write_json(results.provenance({"limit": 100 + i}), tmp_path / f"{word}.json")
@@ -83,7 +86,9 @@ def test_one_file_with_every_figure_and_question(folder):
     seen = Page(path)
     assert seen.headings == [docstring(word).partition("\n")[0] for word in ANALYSES]
     assert all(heading.endswith("?") for heading in seen.headings)
-    figures = [base64.b64decode(source.removeprefix("data:image/png;base64,")) for source in seen.sources]
+    figures = [
+        base64.b64decode(source.removeprefix("data:image/png;base64,")) for source in seen.sources
+    ]
     assert figures == [PNG + bytes([i]) for i in range(len(ANALYSES))]
 
 
@@ -105,14 +110,24 @@ def test_tables_options_and_meanings(folder):
     seen = Page(page.write(folder))
     expected = []
     for word in ANALYSES:
-        expected += [f"{word}-model", "1", "0.1235", "other", "12", ""]  # four digits; nan is an empty cell
+        expected += [
+            f"{word}-model",
+            "1",
+            "0.1235",
+            "other",
+            "12",
+            "",
+        ]  # four digits; nan is an empty cell
     assert seen.cells == expected
     text = "".join(seen.text)
     for i in range(len(ANALYSES)):
         assert f'"limit": {100 + i}' in text
     from bvit_interp.analyses import energy_rank
 
-    results.write_table(pd.DataFrame([dict.fromkeys([*energy_rank.COLUMNS, "added"], 1)]), folder / "energy_rank.csv")
+    results.write_table(
+        pd.DataFrame([dict.fromkeys([*energy_rank.COLUMNS, "added"], 1)]),
+        folder / "energy_rank.csv",
+    )
     for word in set(ANALYSES) - {"energy_rank"}:
         (folder / f"{word}.csv").unlink()
     assert Page(page.write(folder)).meanings == {**energy_rank.COLUMNS, "added": ""}
@@ -127,7 +142,9 @@ def test_the_method_is_told_whole(folder):
 
 def test_what_a_cell_holds_is_text(folder):
     evil = '<script>alert("1")</script> & <b>bold</b>'
-    results.write_table(pd.DataFrame({"model": [evil], '<i title="x">': [1]}), folder / "energy_rank.csv")
+    results.write_table(
+        pd.DataFrame({"model": [evil], '<i title="x">': [1]}), folder / "energy_rank.csv"
+    )
     results.write_json({"options": {"data": evil}}, folder / "energy_rank.json")
     seen = Page(page.write(folder))
     assert not seen.tags & {"script", "b", "i"}
@@ -160,7 +177,9 @@ def test_only_what_is_there_is_shown(folder):
 
 
 def test_letters_of_other_languages(folder):
-    results.write_table(pd.DataFrame({"model": ["Müller Źdźbło 視覚"]}), folder / f"{ANALYSES[0]}.csv")
+    results.write_table(
+        pd.DataFrame({"model": ["Müller Źdźbło 視覚"]}), folder / f"{ANALYSES[0]}.csv"
+    )
     assert "Müller Źdźbło 視覚" in Page(page.write(folder)).cells
 
 
@@ -231,7 +250,9 @@ def test_a_disk_that_fills_leaves_the_old_page(folder, monkeypatch):
 
 def test_a_long_table_is_cut_and_says_so(tmp_path):
     word, rows = ANALYSES[0], page.SHOWN + 7
-    results.write_table(pd.DataFrame({"model": ["m"] * rows, "step": range(rows)}), tmp_path / f"{word}.csv")
+    results.write_table(
+        pd.DataFrame({"model": ["m"] * rows, "step": range(rows)}), tmp_path / f"{word}.csv"
+    )
     seen = Page(page.write(tmp_path))
     assert len(seen.cells) == 2 * page.SHOWN
     assert f"the first {page.SHOWN} of {rows} rows ({word}.csv" in "".join(seen.text)

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from bvit_interp import results
-from bvit_interp.analyses import biography
+from bvit_interp.analyses import selectivity
 from bvit_interp.data.digits import DigitScenes
 from bvit_interp.report import page, unit_page
 
@@ -25,7 +25,14 @@ class Page(HTMLParser):
 
     def __init__(self, path):
         super().__init__()
-        self.open, self.cells, self.text, self.links, self.sources, self.tags = [], [], [], [], [], set()
+        self.open, self.cells, self.text, self.links, self.sources, self.tags = (
+            [],
+            [],
+            [],
+            [],
+            [],
+            set(),
+        )
         self.feed(path.read_text(encoding="utf-8"))
         assert self.open == [], "a tag is not closed"
 
@@ -49,20 +56,26 @@ class Page(HTMLParser):
 
 
 def pixels(source):
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(source.removeprefix("data:image/png;base64,")))))
+    return np.asarray(
+        Image.open(io.BytesIO(base64.b64decode(source.removeprefix("data:image/png;base64,"))))
+    )
 
 
 @pytest.fixture
 def folder(tmp_path, tiny):
     """A result of the analysis: a neuron and a head of a model whose name a file cannot bear."""
-    config = biography.Config(limit=20, ablated=2, nulls=1, threshold=0.0, units=("mlp_post:37", "z:1"))
-    frame = biography.measure({"runs/a<b@ema": tiny}, DigitScenes("test", length=20), config, tmp_path)
-    results.write_table(frame, tmp_path / "biography.csv")
+    config = selectivity.Config(
+        limit=20, ablated=2, nulls=1, threshold=0.0, units=("mlp_post:37", "z:1")
+    )
+    frame = selectivity.measure(
+        {"runs/a<b@ema": tiny}, DigitScenes("test", length=20), config, tmp_path
+    )
+    results.write_table(frame, tmp_path / "selectivity.csv")
     return tmp_path
 
 
 def read(folder):
-    return results.read_table(folder / "biography.csv")
+    return results.read_table(folder / "selectivity.csv")
 
 
 def test_a_page_for_each_unit_told_in_full(folder):
@@ -86,7 +99,9 @@ def test_a_page_for_each_unit_told_in_full(folder):
                 assert said == ("" if pd.isna(number) else f"{number:.4g}")
         cells = np.array(seen.cells[4 * len(whole) :]).reshape(-1, 7)
         assert list(cells[:, 1]) == list(stepwise["statistic"])
-        assert list(cells[:, 3]) == ["" if pd.isna(value) else f"{value:.4g}" for value in stepwise["value"]]
+        assert list(cells[:, 3]) == [
+            "" if pd.isna(value) else f"{value:.4g}" for value in stepwise["value"]
+        ]
         chart, images = map(pixels, seen.sources)
         assert chart.shape[1] > 900  # several panels
         stored = np.asarray(Image.open(stepwise["path"].dropna().iloc[0]))
@@ -100,11 +115,19 @@ def test_the_life_in_words(folder):
         frame.loc[of & frame["statistic"].eq(key), "value"] = value
     classes = {3: "seven", 9: "two"}
     for step, name in classes.items():
-        frame.loc[of & frame["statistic"].eq("selectivity") & frame["step"].eq(step), "class"] = name
-    (link,) = (link for title, link in unit_page.write(frame, folder, folder / "r.html").items() if "neuron" in title)
+        frame.loc[of & frame["statistic"].eq("selectivity") & frame["step"].eq(step), "class"] = (
+            name
+        )
+    (link,) = (
+        link
+        for title, link in unit_page.write(frame, folder, folder / "r.html").items()
+        if "neuron" in title
+    )
     text = " ".join("".join(Page(folder / link).text).split())
     assert "Selective at 5 of 12 steps: born at step 3, last alive at step 9" in text
-    assert "It answers most to class seven at the first of them, and to class two at the last." in text
+    assert (
+        "It answers most to class seven at the first of them, and to class two at the last." in text
+    )
     assert "correlate by 0.25" in text
     frame.loc[of & frame["statistic"].eq("lifetime"), "value"] = 0
     unit_page.write(frame, folder, folder / "r.html")
@@ -120,13 +143,20 @@ def test_without_pictures_and_without_units(folder, tmp_path):
     assert len(seen.sources) == 1
     assert seen.links == ["../page.html"]
     assert unit_page.write(frame[["model", "value"]], folder, tmp_path / "page.html") == {}
-    assert unit_page.write(frame[frame["statistic"] != "class_mean"], folder, tmp_path / "page.html") == {}
+    assert (
+        unit_page.write(frame[frame["statistic"] != "class_mean"], folder, tmp_path / "page.html")
+        == {}
+    )
 
 
 def test_the_report_links_to_them(folder, monkeypatch):
     monkeypatch.setattr(page, "ANALYSES", ("biography",))
     seen = Page(page.write(folder))
-    assert seen.links == ["#biography", "units/runs_a_b_ema_neuron37.html", "units/runs_a_b_ema_head1.html"]
+    assert seen.links == [
+        "#biography",
+        "units/runs_a_b_ema_neuron37.html",
+        "units/runs_a_b_ema_head1.html",
+    ]
     assert all((folder / link).is_file() for link in seen.links[1:])
     assert "neuron 37 of runs/a<b@ema" in seen.text
     assert not re.search("https?://", (folder / seen.links[1]).read_text())

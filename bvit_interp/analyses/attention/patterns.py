@@ -1,11 +1,13 @@
-"""How each step attends: entropy, distance and masses of its pattern, and rollout, one full pattern at a time.
+"""How each step attends: entropy, distance and masses of its pattern, and rollout, one full pattern
+at a time.
 
-The pattern of a step is reduced in its hook and forgotten: B x H x N x N numbers at once however many steps there
-are, with one N x N matrix an image for rollout. Fused attention stays on and the output is untouched. Of a model
-with a memory this is the step's own block, not its inner updates.
+The pattern of a step is reduced in its hook and forgotten: B x H x N x N numbers at once however
+many steps there are, with one N x N matrix an image for rollout. Fused attention stays on and the
+output is untouched. Of a model with a memory this is the step's own block, not its inner updates.
 
 Attention distance: Dosovitskiy et al. (2021, https://arxiv.org/abs/2010.11929), Raghu et al. (2021,
-https://arxiv.org/abs/2108.08810). Rollout: Abnar & Zuidema (2020, https://arxiv.org/abs/2005.00928).
+https://arxiv.org/abs/2108.08810). Rollout: Abnar & Zuidema (2020,
+https://arxiv.org/abs/2005.00928).
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ class Attended:
     ----------
     statistics : name -> ``(B, T, H)``: those of `statistics`.
     maps : CLS row on the patches ``(B, T, H, P)``; None without a CLS token.
-    rollout : CLS row of the rollout up to each step, on all tokens ``(B, T, N)``; None without a CLS token.
+    rollout : CLS row of the rollout up to each step, on all tokens ``(B, T, N)``; None without a
+        CLS token.
     """
 
     statistics: dict[str, Tensor]
@@ -43,7 +46,8 @@ class Attended:
 
 
 def token_groups(probe: Probe) -> dict[str, slice]:
-    """The kinds of token a model has (cls, dist, reg, patches), and where they lie among its tokens."""
+    """The kinds of token a model has (cls, dist, reg, patches), and where they lie among its
+    tokens."""
     count = probe.num_prefix_tokens + probe.grid[0] * probe.grid[1]
     groups = {}
     for word in TOKEN_WORDS:
@@ -58,7 +62,8 @@ def token_groups(probe: Probe) -> dict[str, slice]:
 def statistics(probe: Probe) -> list[str]:
     """Names of what `attend` computes for each step and head.
 
-    - ``distance``: mean over patch queries of the distance to the keys, weighted by attention among patches, patches;
+    - ``distance``: mean over patch queries of the distance to the keys, weighted by attention among
+      patches, patches;
     - ``entropy``: of the CLS row over all keys, nats;
     - ``cls_on_KIND``: attention of CLS that falls on that kind of token, 0..1; they add up to 1;
     - ``patches_on_cls``: attention that a patch query pays to CLS, mean over patches, 0..1.
@@ -71,8 +76,8 @@ def statistics(probe: Probe) -> list[str]:
 def uniform(probe: Probe, statistic: str, step: int = 1) -> float:
     """What attention that is the same for all N tokens gives: the null of each of `statistics`.
 
-    And of ``rollout_entropy``, up to `step`: the rollout is (I / 2 + J / 2)^t = I / 2^t + (1 - 1 / 2^t) J, where every
-    entry of J is 1 / N.
+    And of ``rollout_entropy``, up to `step`: the rollout is (I / 2 + J / 2)^t = I / 2^t + (1 - 1 /
+    2^t) J, where every entry of J is 1 / N.
     """
     groups = token_groups(probe)
     tokens = groups["patches"].stop
@@ -94,8 +99,8 @@ def attend(probe: Probe, images: Tensor) -> Attended:
     Raises
     ------
     UserError
-        For NaN in a pattern, images of another size, and a model whose attention is normed or gated before its
-        projection.
+        For NaN in a pattern, images of another size, and a model whose attention is normed or gated
+        before its projection.
     """
     groups = token_groups(probe)
     distances = metrics.grid_distances(probe.grid).to(images.device, torch.float32)
@@ -108,16 +113,23 @@ def attend(probe: Probe, images: Tensor) -> Attended:
         nonlocal mixed
         pattern = pattern.float()
         if pattern.shape[-1] != groups["patches"].stop:
-            raise UserError(f"images of the model's size give {groups['patches'].stop} tokens, got {pattern.shape[-1]}")
+            raise UserError(
+                f"images of the model's size give {groups['patches'].stop} tokens, got {pattern.shape[-1]}"
+            )
         if not torch.isfinite(pattern).all():
-            raise UserError(f"attention of step {address.step} holds NaN: the model's activations overflow")
+            raise UserError(
+                f"attention of step {address.step} holds NaN: the model's activations overflow"
+            )
         found.append(_of_step(pattern, groups, distances))
         if "cls" in groups:
             mixed = rolled_out(pattern, mixed)
             maps.append(pattern[:, :, groups["cls"].start, groups["patches"]].double())
             rollout.append(mixed[:, groups["cls"].start].double())
 
-    with torch.inference_mode(), probe.edit({("pattern", t): reduce for t in range(1, probe.num_steps + 1)}):
+    with (
+        torch.inference_mode(),
+        probe.edit({("pattern", t): reduce for t in range(1, probe.num_steps + 1)}),
+    ):
         probe(images)
     return Attended(
         {name: torch.stack([step[name] for step in found], dim=1) for name in statistics(probe)},
@@ -127,7 +139,8 @@ def attend(probe: Probe, images: Tensor) -> Attended:
 
 
 def rolled_out(pattern: Tensor, before: Tensor | None) -> Tensor:
-    """Rollout up to a step: ``(0.5 A + 0.5 I)`` of the heads' mean A, times the rollout `before` it.
+    """Rollout up to a step: ``(0.5 A + 0.5 I)`` of the heads' mean A, times the rollout `before`
+    it.
 
     Parameters
     ----------
@@ -164,10 +177,8 @@ def example_maps(
     places : positions in the data set.
     skip_corrupt : leave out images that cannot be read.
 
-    Returns
-    -------
-    `index` ``(n,)``, `image` as the model sees it ``(n, height, width, 3)`` uint8, `maps` ``(n, T, H, rows, columns)``
-    float32.
+    Returns ------- `index` ``(n,)``, `image` as the model sees it ``(n, height, width, 3)`` uint8,
+    `maps` ``(n, T, H, rows, columns)`` float32.
 
     Raises
     ------
@@ -186,7 +197,13 @@ def example_maps(
         index.append(i)
         images.append(((pixels * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0))
         device = next(probe.model.parameters()).device
-        maps.append(attention(probe, pixels[None].to(device))[0].unflatten(-1, probe.grid).float().cpu())
+        maps.append(
+            attention(probe, pixels[None].to(device))[0].unflatten(-1, probe.grid).float().cpu()
+        )
     if not index:
         raise DataError(f"none of the {len(places)} example images can be read")
-    return {"index": np.array(index), "image": torch.stack(images).numpy(), "maps": torch.stack(maps).numpy()}
+    return {
+        "index": np.array(index),
+        "image": torch.stack(images).numpy(),
+        "maps": torch.stack(maps).numpy(),
+    }

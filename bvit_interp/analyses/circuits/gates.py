@@ -1,16 +1,19 @@
-"""Circuits over steps: a gate for every head and neuron group of every step, scored, learned, exchanged between steps.
+"""Circuits over steps: a gate for every head and neuron group of every step, scored, learned,
+exchanged between steps.
 
-A closed gate ablates its unit at its step: to zero, or to its mean over the fit images at that token. Gates are tables
-``(T, U)``, U heads, then neuron groups (runs of neighbours), and both kinds keep the same share. With a memory, the
-gates are those of a step's own block; its inner updates stay whole.
+A closed gate ablates its unit at its step: to zero, or to its mean over the fit images at that
+token. Gates are tables ``(T, U)``, U heads, then neuron groups (runs of neighbours), and both kinds
+keep the same share. With a memory, the gates are those of a step's own block; its inner updates
+stay whole.
 
-- `Fit.slopes`: the mean over images of ``|d log p(own answer) / d gate|`` at open gates, the head importance of Michel
-  et al. (2019, https://arxiv.org/abs/1905.10650), a first-order attribution patch (Nanda, 2023). It takes the model's
-  own answer, for the KL divergence to the whole model has no slope there.
-- `Fit.learned`: the gates of the k largest of scores that descend ``KL(whole || gated)``; the gradient with respect to
-  the gates goes straight through to the scores, those of closed gates too (Ramanujan et al., 2020,
-  https://arxiv.org/abs/1911.13299, who learn weights' masks so). k is exact, where hard-concrete gates (Louizos et al.,
-  2018) would need a penalty tuned to it.
+- `Fit.slopes`: the mean over images of ``|d log p(own answer) / d gate|`` at open gates, the head
+  importance of Michel et al. (2019, https://arxiv.org/abs/1905.10650), a first-order attribution
+  patch (Nanda, 2023). It takes the model's own answer, for the KL divergence to the whole model has
+  no slope there.
+- `Fit.learned`: the gates of the k largest of scores that descend ``KL(whole || gated)``; the
+  gradient with respect to the gates goes straight through to the scores, those of closed gates too
+  (Ramanujan et al., 2020, https://arxiv.org/abs/1911.13299, who learn weights' masks so). k is
+  exact, where hard-concrete gates (Louizos et al., 2018) would need a penalty tuned to it.
 
 Everything here is deterministic; no random number but those of a generator given.
 """
@@ -30,11 +33,11 @@ from bvit_interp.data.geometry import Geometry
 from bvit_interp.data.loader import Batch, run_in_halves
 from bvit_interp.errors import UserError
 from bvit_interp.metrics import jaccard
+from bvit_interp.metrics.streaming.means import Moments
+from bvit_interp.metrics.streaming.scores import Classification
 from bvit_interp.models.stepping import State, answer, embed, proceed
-from bvit_interp.probes.ablating import SITES_OF_UNITS, ablate, neuron_groups
-from bvit_interp.probes.moments import Moments
+from bvit_interp.probes.ablate import SITES_OF_UNITS, ablate, neuron_groups
 from bvit_interp.probes.probe import Edit, Probe
-from bvit_interp.probes.scores import Classification
 from bvit_interp.vocabulary import Address
 
 RATE = 0.05  # of Adam on scores that start within 0..1, falling to 0
@@ -93,13 +96,18 @@ class Gates:
 
     def slopes(self, images: Tensor) -> Tensor:
         """``d log p(own answer) / d gate`` of each image at open gates, ``(B, T, U)``."""
-        keep = torch.ones(len(images), self.steps, self.units, device=self.device, requires_grad=True)
+        keep = torch.ones(
+            len(images), self.steps, self.units, device=self.device, requires_grad=True
+        )
         chosen = self._run(embed(self.probe.model, images), keep).log_softmax(-1).amax(-1)
         return torch.autograd.grad(chosen.sum(), keep)[0]
 
     def by_kind(self, choose: Callable[..., Tensor], *tables: Tensor) -> Tensor:
-        """``(T, U)``: what `choose` makes of the units of each kind, one kind at a time, in tables ``(T, U)``."""
-        return torch.cat([choose(*(table[:, units] for table in tables)) for units in self.kinds.values()], dim=1)
+        """``(T, U)``: what `choose` makes of the units of each kind, one kind at a time, in tables
+        ``(T, U)``."""
+        return torch.cat(
+            [choose(*(table[:, units] for table in tables)) for units in self.kinds.values()], dim=1
+        )
 
     def _run(self, state: State, keep: Tensor) -> Tensor:
         """Logits of a state of V B images under gates ``(V, T, U)``."""
@@ -119,18 +127,20 @@ def divergence(whole: Tensor, gated: Tensor) -> Tensor:
 
 
 class Fit:
-    """The images that gates are fit to: what a closed unit gives, how much each matters, gates learned on them.
+    """The images that gates are fit to: what a closed unit gives, how much each matters, gates
+    learned on them.
 
     Parameters
     ----------
     gates : the model; its `fill` is set.
-    batches, geometry : the images, always in these batches, and the geometry the model sees them in; the batches'
-        index counts the images, 0..n - 1.
+    batches, geometry : the images, always in these batches, and the geometry the model sees them
+        in; the batches' index counts the images, 0..n - 1.
     mean : a closed unit gives its mean over these images, not zero.
 
     Attributes
     ----------
-    slopes : ``(T, U)`` float64 on the CPU, the mean over images of ``|d log p(own answer) / d gate|``.
+    slopes : ``(T, U)`` float64 on the CPU, the mean over images of ``|d log p(own answer) / d
+        gate|``.
     count : images n.
 
     Raises
@@ -139,12 +149,17 @@ class Fit:
         For NaN in weights or activations.
     """
 
-    def __init__(self, gates: Gates, batches: Sequence[Batch], geometry: Geometry, mean: bool) -> None:
+    def __init__(
+        self, gates: Gates, batches: Sequence[Batch], geometry: Geometry, mean: bool
+    ) -> None:
         self.gates, self.batches, self.geometry = gates, batches, geometry
         self.count = sum(map(len, batches))
         if mean:
             sums = self._of_parts(lambda part: gates.sums(self._images(part)))
-            gates.fill = {place: (sum(of[place] for of in sums) / self.count).float() for place in gates.places}
+            gates.fill = {
+                place: (sum(of[place] for of in sums) / self.count).float()
+                for place in gates.places
+            }
         with torch.no_grad():
             whole = self._of_parts(lambda part: gates.probe(self._images(part)).log_softmax(-1))
         self._whole = torch.cat(whole)
@@ -156,8 +171,8 @@ class Fit:
     def learned(self, share: float, same: bool, epochs: int) -> Tensor:
         """Scores ``(T, U)``, of which `best` (if `same`, `best_same`) takes the gates to keep open.
 
-        They start as the ranks of `slopes`, in 0..1 within a kind; of the start and the end of every epoch, those
-        whose gates have the least KL over the images are taken.
+        They start as the ranks of `slopes`, in 0..1 within a kind; of the start and the end of
+        every epoch, those whose gates have the least KL over the images are taken.
         """
         choose = partial(best_same if same else best, share=share)
         slopes = self.slopes.mean(0, keepdim=True) if same else self.slopes
@@ -181,7 +196,8 @@ class Fit:
         return float(torch.cat(parts).double().mean())
 
     def _descent(self, batch: Batch, gates: Tensor) -> Tensor:
-        """Gradient ``(T, U)`` float64 of the mean KL of a batch with respect to gates ``(T, U)``."""
+        """Gradient ``(T, U)`` float64 of the mean KL of a batch with respect to gates ``(T,
+        U)``."""
 
         def run(part: Batch) -> Tensor:
             share = gates.float().requires_grad_()
@@ -202,14 +218,17 @@ class Fit:
         return [found for batch in self.batches for found in run_in_halves(run, batch)]
 
 
-def conditions(fit: Fit, method: str, share: float, epochs: int, draws: int, seed: int) -> dict[str, Tensor]:
+def conditions(
+    fit: Fit, method: str, share: float, epochs: int, draws: int, seed: int
+) -> dict[str, Tensor]:
     """Gates of every condition, all with as many open of each kind, bool ``(variants, T, U)``.
 
-    `per-step`, the circuit by "gradient" or "learned" scores; `even`, as many units at every step, each step's best;
-    `all-steps`, the same units at every step; `shuffled`, at each step the gates of another; `shuffled-units`, each
-    step's own number of units, those another step ranks first; `random`, its own number of random units;
-    `even-random`, random units, as many at every step; `same-random`, random units, the same at every step. The first
-    three have one variant, the others `draws`.
+    `per-step`, the circuit by "gradient" or "learned" scores; `even`, as many units at every step,
+    each step's best; `all-steps`, the same units at every step; `shuffled`, at each step the gates
+    of another; `shuffled-units`, each step's own number of units, those another step ranks first;
+    `random`, its own number of random units; `even-random`, random units, as many at every step;
+    `same-random`, random units, the same at every step. The first three have one variant, the
+    others `draws`.
     """
     gates, generator = fit.gates, torch.Generator().manual_seed(seed)
     orders = [other_order(gates.steps, generator) for _ in range(draws)]
@@ -224,10 +243,16 @@ def conditions(fit: Fit, method: str, share: float, epochs: int, draws: int, see
         "even": gates.by_kind(best_of_step, scores, shared)[None],
         "all-steps": shared[None],
         "shuffled": torch.stack([own[order] for order in orders]),
-        "shuffled-units": torch.stack([gates.by_kind(best_of_step, scores[order], own) for order in orders]),
+        "shuffled-units": torch.stack(
+            [gates.by_kind(best_of_step, scores[order], own) for order in orders]
+        ),
         "random": torch.stack([gates.by_kind(best_of_step, drawn, own) for drawn in chance]),
-        "even-random": torch.stack([gates.by_kind(best_of_step, drawn, shared) for drawn in chance]),
-        "same-random": torch.stack([gates.by_kind(partial(best_same, share=share), drawn) for drawn in chance]),
+        "even-random": torch.stack(
+            [gates.by_kind(best_of_step, drawn, shared) for drawn in chance]
+        ),
+        "same-random": torch.stack(
+            [gates.by_kind(partial(best_same, share=share), drawn) for drawn in chance]
+        ),
     }
 
 
@@ -237,8 +262,8 @@ class Judged:
     Parameters
     ----------
     num_classes : classes C.
-    draws : how many of the gates' variants each condition has, in order; V in all. The first condition is the one the
-        others are compared with.
+    draws : how many of the gates' variants each condition has, in order; V in all. The first
+        condition is the one the others are compared with.
     device : where it is kept.
     """
 
@@ -250,21 +275,29 @@ class Judged:
         self._each = Moments(sum(self.draws)).to(device)
 
     def update(self, whole: Tensor, gated: Tensor, labels: Tensor) -> None:
-        """Add a batch: the whole model's logits ``(B, C)``, the gated ones ``(V, B, C)``, labels ``(B,)``."""
+        """Add a batch: the whole model's logits ``(B, C)``, the gated ones ``(V, B, C)``, labels
+        ``(B,)``."""
         self._whole.update(whole, labels)
         if not gated.isfinite().all():
             raise UserError("logits hold NaN or infinite values")
-        kl = divergence(whole.double().log_softmax(-1).expand_as(gated), gated.double().log_softmax(-1))
+        kl = divergence(
+            whole.double().log_softmax(-1).expand_as(gated), gated.double().log_softmax(-1)
+        )
         said = gated.argmax(-1)
-        values = torch.stack([kl, (said == labels).double(), (said == whole.argmax(-1)).double()], dim=-1)
-        means = torch.stack([part.mean(0) for part in values.split(self.draws)], dim=1)  # (B, conditions, 3)
+        values = torch.stack(
+            [kl, (said == labels).double(), (said == whole.argmax(-1)).double()], dim=-1
+        )
+        means = torch.stack(
+            [part.mean(0) for part in values.split(self.draws)], dim=1
+        )  # (B, conditions, 3)
         self._means.update(means)
         self._excess.update(means[:, :, 0] - means[:, :1, 0])
         self._each.update(kl.T)
 
     def compute(self) -> dict[str, Any]:
-        """`whole`: what `Classification` gives; `kl`, `accuracy`, `agreement`, `excess` (KL less the first condition's,
-        image by image): what `Moments` gives, each ``(conditions,)``; `kl_least` and `kl_most` of a draw."""
+        """`whole`: what `Classification` gives; `kl`, `accuracy`, `agreement`, `excess` (KL less
+        the first condition's, image by image): what `Moments` gives, each ``(conditions,)``;
+        `kl_least` and `kl_most` of a draw."""
         means, each = self._means.compute(), self._each.compute()["value"].split(self.draws)
         found: dict[str, Any] = {"whole": self._whole.compute(), "excess": self._excess.compute()}
         for i, name in enumerate(("kl", "accuracy", "agreement")):
@@ -287,7 +320,8 @@ def best(scores: Tensor, share: float) -> Tensor:
 
 
 def best_same(scores: Tensor, share: float) -> Tensor:
-    """Bool ``(T, n)``, as many as `best`: the units of the highest scores summed over steps, at every step.
+    """Bool ``(T, n)``, as many as `best`: the units of the highest scores summed over steps, at
+    every step.
 
     What does not go into T is given to the next unit, at steps spread evenly.
     """
@@ -302,13 +336,15 @@ def best_same(scores: Tensor, share: float) -> Tensor:
 
 
 def best_of_step(scores: Tensor, like: Tensor) -> Tensor:
-    """Bool ``(T, n)``: of each step the highest scores, as many as the gates `like` ``(T, n)`` have at that step."""
+    """Bool ``(T, n)``: of each step the highest scores, as many as the gates `like` ``(T, n)`` have
+    at that step."""
     places = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     return places < like.sum(1, keepdim=True)
 
 
 def other_order(steps: int, generator: torch.Generator) -> Tensor:
-    """The steps ``(T,)`` int64 in a random order in which none has its own place (of one step, there is none)."""
+    """The steps ``(T,)`` int64 in a random order in which none has its own place (of one step,
+    there is none)."""
     own = torch.arange(steps)
     order = torch.randperm(steps, generator=generator)
     while steps > 1 and (order == own).any():
@@ -317,13 +353,15 @@ def other_order(steps: int, generator: torch.Generator) -> Tensor:
 
 
 def placed_at_random(gates: Tensor, draws: int, generator: torch.Generator) -> Tensor:
-    """Open gates per step, ``(draws, T)``, if as many as in `gates` ``(T, n)`` lay anywhere: null of steps' needs."""
+    """Open gates per step, ``(draws, T)``, if as many as in `gates` ``(T, n)`` lay anywhere: null
+    of steps' needs."""
     drawn = torch.rand(draws, gates.numel(), generator=generator).argsort(dim=1) < int(gates.sum())
     return drawn.unflatten(1, gates.shape).sum(2)
 
 
 def overlaps(gates: Tensor) -> Tensor:
-    """Mean Jaccard overlap of each step's open gates with the other steps', ``(T,)`` of gates ``(T, n)``; 0..1.
+    """Mean Jaccard overlap of each step's open gates with the other steps', ``(T,)`` of gates ``(T,
+    n)``; 0..1.
 
     Pairs without an open gate are left out; nan where none is left.
     """
@@ -339,14 +377,19 @@ def random_overlaps(gates: Tensor, draws: int, generator: torch.Generator) -> Te
 def structure(gates: Tensor, draws: int, seed: int) -> dict[str, Tensor]:
     """What each step keeps and shares of the gates of one kind ``(T, n)``: numbers ``(T,)``.
 
-    `kept`, its share of open gates, and the 95 % range `kept_null_low`, `kept_null_high` of random places; `overlap`
-    with the other steps, and of random gates the mean `overlap_null` and the 95 % range beside it.
+    `kept`, its share of open gates, and the 95 % range `kept_null_low`, `kept_null_high` of random
+    places; `overlap` with the other steps, and of random gates the mean `overlap_null` and the 95 %
+    range beside it.
     """
     generator = torch.Generator().manual_seed(seed)
     ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
     placed = placed_at_random(gates, draws, generator).double() / gates.shape[1]
     random = random_overlaps(gates, draws, generator)
-    found = {"kept": gates.double().mean(1), "overlap": overlaps(gates), "overlap_null": random.nanmean(0)}
+    found = {
+        "kept": gates.double().mean(1),
+        "overlap": overlaps(gates),
+        "overlap_null": random.nanmean(0),
+    }
     for name, null in (("kept", placed), ("overlap", random)):
         found[f"{name}_null_low"], found[f"{name}_null_high"] = null.nanquantile(ends, dim=0)
     return found

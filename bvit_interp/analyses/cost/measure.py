@@ -1,80 +1,43 @@
 """What does a model cost: parameters, FLOPs, and time on this machine?
 
-Tables 1, 2 and 6 of bViT (arXiv 2605.10661), and the milliseconds of Table 5. Parameters and FLOPs are counted from
-shapes (`bvit_interp.models.cost`). Times are measured: forward passes of one image (median and quartiles) and of a
-batch, the models taking turns run by run, so that a machine that slows down slows all. Give a bViT with its matched
-stack (`vit_rms_*`) for the comparison of Table 5: equal FLOPs, one block's weights instead of twelve.
+Tables 1, 2 and 6 of bViT (arXiv 2605.10661), and the milliseconds of Table 5. Parameters and FLOPs
+are counted from shapes (`bvit_interp.models.cost`). Times are measured: forward passes of one image
+(median and quartiles) and of a batch, the models taking turns run by run, so that a machine that
+slows down slows all. Give a bViT with its matched stack (`vit_rms_*`) for the comparison of Table
+5: equal FLOPs, one block's weights instead of twelve.
 
-No null: nothing here could come out of chance; counts are exact, and quartiles tell how sure a time is. No image is
-read: seeded random pixels of the model's size are timed, and of the options of reading only `batch_size` matters.
+No null: nothing here could come out of chance; counts are exact, and quartiles tell how sure a time
+is. No image is read: seeded random pixels of the model's size are timed, and of the options of
+reading only `batch_size` matters.
 
-Cost: `runs` + 3 images and 5 batches a model; an image takes bViT-B half a second on one core of a Xeon server.
-Expected: bViT-S, -B, -L 2.5, 8.6, 14.6 M parameters and 8.5, 33.7, 119.3 GFLOPs, bViT-fl 134.1; bViT-B and ViT-B
-take the same time (7.36 and 7.52 ms in Table 5, which names no hardware), so that only parameters are saved.
+Cost: `runs` + 3 images and 5 batches a model; an image takes bViT-B half a second on one core of a
+Xeon server. Expected: bViT-S, -B, -L 2.5, 8.6, 14.6 M parameters and 8.5, 33.7, 119.3 GFLOPs,
+bViT-fl 134.1; bViT-B and ViT-B take the same time (7.36 and 7.52 ms in Table 5, which names no
+hardware), so that only parameters are saved.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
-from bvit_interp.data.reading import Reading
+import numpy as np
+import pandas as pd
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+from tqdm import tqdm
+
+from bvit_interp.analyses.cost import COLUMNS, Config
+from bvit_interp.data.samples import Samples
 from bvit_interp.errors import UserError
-
-if TYPE_CHECKING:
-    import numpy as np
-    import pandas as pd
-    from matplotlib.figure import Figure
-    from timm.models.vision_transformer import VisionTransformer
-    from torch import Tensor
-
-    from bvit_interp.data.samples import Samples
+from bvit_interp.models.cost import flops, parameters
+from bvit_interp.results import rank_and_world
 
 _WARM_UP, _BATCHES = 3, 3  # forwards of one image before timing; timed batches
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config(Reading):
-    """Options of the cost; those of reading images have no effect, but for `batch_size`, of the throughput."""
-
-    runs: int = 100
-    """Timed forward passes of one image, a model."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of weights and pixels while timed."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.runs < 1:
-            raise UserError(f"runs must be >= 1, got {self.runs}")
-
-
-COLUMNS = {
-    "model": "checkpoint",
-    "parameters": "number of parameters; what several steps share counts once",
-    "backbone": "of these, outside the head: what the paper counts as trained in fine-tuning",
-    "embedding": "of these, in patch embedding, positions and the tokens beside the patches",
-    "blocks": "in the blocks, with time embeddings",
-    "norm": "in the norms outside the blocks",
-    "head": "in the classifiers",
-    "steps": "applications of a block",
-    "gflops": "10^9 FLOPs of an image, without QK^T and AV as in the paper; none where not known",
-    "gflops_attention": "the same with QK^T and AV",
-    "latency_ms": "median time of a forward pass of one image, ms",
-    "latency_low": "lower quartile of it",
-    "latency_high": "upper quartile of it",
-    "latency_ratio": "median over turns of the time by the first model's in the same turn",
-    "throughput": "images a second in batches: the median of three",
-    "peak_memory": "GPU memory of weights and of a batch's activations, GB; none on a CPU",
-    "runs": "timed forward passes of one image",
-    "batch_size": "images in a batch",
-    "image_size": "height x width of the input, pixels",
-    "device": "where it ran",
-    "threads": "CPU threads of torch",
-    "dtype": "type of weights and pixels",
-}
 
 
 def measure(models: Mapping[str, VisionTransformer], data: Samples, config: Config) -> pd.DataFrame:
@@ -92,16 +55,13 @@ def measure(models: Mapping[str, VisionTransformer], data: Samples, config: Conf
     Raises
     ------
     UserError
-        In several processes, which would disturb each other, and for a batch that does not fit in GPU memory.
+        In several processes, which would disturb each other, and for a batch that does not fit in
+        GPU memory.
     """
-    import numpy as np
-    import pandas as pd
-    import torch
-
-    from bvit_interp.results import rank_and_world
-
     if rank_and_world()[1] > 1:
-        raise UserError("cost is timed in one process, for several disturb each other: run it without torchrun")
+        raise UserError(
+            "cost is timed in one process, for several disturb each other: run it without torchrun"
+        )
     ready = [_ready(model, config) for model in models.values()]
     with torch.inference_mode():
         milliseconds = 1e3 * _take_turns(ready, 1, _WARM_UP, config.runs)
@@ -110,23 +70,38 @@ def measure(models: Mapping[str, VisionTransformer], data: Samples, config: Conf
     rows = []
     for i, (name, model) in enumerate(models.items()):
         low, median, high = np.quantile(milliseconds[i], (0.25, 0.5, 0.75))
-        rows.append({
-            "model": name, **_count(model), "latency_ms": median, "latency_low": low, "latency_high": high,
-            "latency_ratio": np.median(milliseconds[i] / milliseconds[0]),
-            "throughput": config.batch_size / np.median(seconds[i]), "peak_memory": peaks[i], "runs": config.runs,
-            "batch_size": config.batch_size, "image_size": "x".join(map(str, model.patch_embed.img_size)),
-            "device": _device_name(model), "threads": torch.get_num_threads(), "dtype": config.dtype,
-        })  # fmt: skip
+        rows.append(
+            {
+                "model": name,
+                **_count(model),
+                "latency_ms": median,
+                "latency_low": low,
+                "latency_high": high,
+                "latency_ratio": np.median(milliseconds[i] / milliseconds[0]),
+                "throughput": config.batch_size / np.median(seconds[i]),
+                "peak_memory": peaks[i],
+                "runs": config.runs,
+                "batch_size": config.batch_size,
+                "image_size": "x".join(map(str, model.patch_embed.img_size)),
+                "device": _device_name(model),
+                "threads": torch.get_num_threads(),
+                "dtype": config.dtype,
+            }
+        )
     return pd.DataFrame(rows)[list(COLUMNS)]
 
 
 def _count(model: VisionTransformer) -> dict[str, Any]:
     """Parameters by part, steps and FLOPs."""
-    from bvit_interp.models.cost import flops, parameters
-
     parts = {"embedding": 0, "blocks": 0, "norm": 0, "head": 0}
     for name, parameter in model.named_parameters():
-        starts = {"blocks.": "blocks", "norm": "norm", "fc_norm": "norm", "head": "head", "attn_pool": "head"}
+        starts = {
+            "blocks.": "blocks",
+            "norm": "norm",
+            "fc_norm": "norm",
+            "head": "head",
+            "attn_pool": "head",
+        }
         part = next((part for start, part in starts.items() if name.startswith(start)), "embedding")
         parts[part] += parameter.numel()
     total = parameters(model)
@@ -136,15 +111,17 @@ def _count(model: VisionTransformer) -> dict[str, Any]:
             gflops[column] = flops(model, count_attention=with_attention) / 1e9
         except UserError:  # parts whose cost is not known
             gflops[column] = math.nan
-    return {"parameters": total, "backbone": total - parts["head"], **parts, "steps": len(model.blocks), **gflops}
+    return {
+        "parameters": total,
+        "backbone": total - parts["head"],
+        **parts,
+        "steps": len(model.blocks),
+        **gflops,
+    }
 
 
 def _ready(model: VisionTransformer, config: Config) -> VisionTransformer:
     """The model in evaluation mode and the asked type; a copy where it is not so already."""
-    import copy
-
-    import torch
-
     dtype = getattr(torch, config.dtype)
     as_asked = next(model.parameters()).dtype == dtype and not model.training
     return model if as_asked else copy.deepcopy(model).eval().to(dtype)
@@ -152,17 +129,15 @@ def _ready(model: VisionTransformer, config: Config) -> VisionTransformer:
 
 def _pixels(model: VisionTransformer, count: int) -> Tensor:
     """The same random pixels at every call, where and in the type the weights are."""
-    import torch
-
     shape = (count, model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(next(model.parameters()))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(
+        next(model.parameters())
+    )
 
 
 def _take_turns(models: list[VisionTransformer], count: int, warm_up: int, runs: int) -> np.ndarray:
-    """Seconds of each forward pass of `count` images ``(models, runs)``, the models taking turns."""
-    import numpy as np
-    import torch
-    from tqdm import tqdm
+    """Seconds of each forward pass of `count` images ``(models, runs)``, the models taking
+    turns."""
 
     def now(images: Tensor) -> float:
         if images.is_cuda:
@@ -181,9 +156,8 @@ def _take_turns(models: list[VisionTransformer], count: int, warm_up: int, runs:
 
 
 def _peak_memory(model: VisionTransformer, count: int) -> float:
-    """GB of GPU memory that the weights and one forward pass of `count` images take; nan on a CPU."""
-    import torch
-
+    """GB of GPU memory that the weights and one forward pass of `count` images take; nan on a
+    CPU."""
     weights = list(model.parameters())
     if not weights[0].is_cuda:
         return math.nan
@@ -193,50 +167,24 @@ def _peak_memory(model: VisionTransformer, count: int) -> float:
     try:
         model(images)
     except torch.OutOfMemoryError:
-        raise UserError(f"out of GPU memory with {count} images: use a smaller batch-size") from None
+        raise UserError(
+            f"out of GPU memory with {count} images: use a smaller batch-size"
+        ) from None
     own = sum(weight.numel() * weight.element_size() for weight in weights)
     return (torch.cuda.max_memory_allocated(device) - before + own) / 1e9
 
 
 def _device_name(model: VisionTransformer) -> str:
     """The GPU's name, or the CPU's instruction set."""
-    import torch
-
     device = next(model.parameters()).device
-    name = torch.cuda.get_device_name if device.type == "cuda" else lambda _: torch.backends.cpu.get_cpu_capability()
+    name = (
+        torch.cuda.get_device_name
+        if device.type == "cuda"
+        else lambda _: torch.backends.cpu.get_cpu_capability()
+    )
     return f"{device.type} ({name(device)})"
 
 
-def plot(frame: pd.DataFrame) -> Figure:
-    """Bars of parameters, FLOPs and times, one row a model."""
-    from bvit_interp import plotting
-
-    figure, axes = plotting.canvas(columns=4, width=2.9, height=1.1 + 0.42 * len(frame))
-    first = frame.iloc[0]
-    panels = {
-        "parameters, M": frame["parameters"] / 1e6, "GFLOPs an image": frame["gflops"],
-        "one image, ms": frame["latency_ms"], "images a second": frame["throughput"],
-    }  # fmt: skip
-    for ax, (title, values) in zip(axes[0], panels.items(), strict=True):
-        ax.barh(frame["model"], values, color=plotting.COLOURS[0], height=0.6)
-        ends = values
-        if title == "GFLOPs an image":
-            ends = frame["gflops_attention"]
-            ax.barh(
-                frame["model"], ends - values, left=values, color="0.8", height=0.6, hatch="////", edgecolor="white"
-            )
-            title += " (hatched: QK$^T$, AV)"
-        elif title == "one image, ms":
-            ends = frame["latency_high"]
-            reach = [values - frame["latency_low"], ends - values]
-            ax.errorbar(values, frame["model"], xerr=reach, fmt="none", ecolor="black", capsize=2, linewidth=1)
-        for y, (value, end) in enumerate(zip(values, ends.fillna(0), strict=True)):
-            number = "not known" if math.isnan(value) else f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-            ax.annotate(number, (end, y), (4, 0), textcoords="offset points", va="center", fontsize=8)
-        ax.set_title(title, fontsize=9)
-        ax.set_xlim(0, 1.3 * ends.fillna(1).max())
-        ax.grid(visible=False)
-        ax.tick_params(labelleft=ax is axes[0, 0], left=False)
-        ax.invert_yaxis()
-    figure.suptitle(f"{first['device']}, threads: {first['threads']}, {first['dtype']}; times are medians", fontsize=9)
-    return figure
+def summary(frame: pd.DataFrame) -> pd.DataFrame:
+    """All of it."""
+    return frame

@@ -1,8 +1,10 @@
-"""How far the states of an image move from step to step, where they turn and whether they come back.
+"""How far the states of an image move from step to step, where they turn and whether they come
+back.
 
-Everything is read from the inner products of one image's states z_0..z_S, so one small matrix an image is enough. The
-null is pooled over all pairs of two different images: it is what the same number would be if the second state were
-another image's. The measures and nulls are ours; Appendix E.1 of bViT (arXiv 2605.10661) has words and no number.
+Everything is read from the inner products of one image's states z_0..z_S, so one small matrix an
+image is enough. The null is pooled over all pairs of two different images: it is what the same
+number would be if the second state were another image's. The measures and nulls are ours; Appendix
+E.1 of bViT (arXiv 2605.10661) has words and no number.
 """
 
 from __future__ import annotations
@@ -15,14 +17,15 @@ import torch
 from torch import Tensor
 
 from bvit_interp.errors import UserError
-from bvit_interp.probes.moments import Moments
+from bvit_interp.metrics.streaming.means import Moments
 
 _RETURNS = ("return", "return_direction")
 
 
 @dataclass(frozen=True)
 class Places:
-    """Which states each measure compares: ``of``, ``to`` and the state ``unit`` whose norm is the unit of length."""
+    """Which states each measure compares: ``of``, ``to`` and the state ``unit`` whose norm is the
+    unit of length."""
 
     of: Tensor
     to: Tensor
@@ -35,7 +38,8 @@ class Places:
 
 
 def window(steps: int, trained: int) -> int:
-    """Steps w at the end, and largest lag, over which a return is looked for: a third of those past the trained.
+    """Steps w at the end, and largest lag, over which a return is looked for: a third of those past
+    the trained.
 
     States as far back as 2 w steps are compared, so all of them lie past step T.
     """
@@ -62,7 +66,8 @@ def distance(own: Tensor, cross: Tensor, places: Places) -> Tensor:
 
 
 def chord(own: Tensor, cross: Tensor, places: Places) -> Tensor:
-    """``||z_of / ||z_of|| - z_to / ||z_to|| ||``, 0 (same direction) .. 2 (opposite); nan where a state is 0.
+    """``||z_of / ||z_of|| - z_to / ||z_to|| ||``, 0 (same direction) .. 2 (opposite); nan where a
+    state is 0.
 
     What a following RMSNorm leaves of a distance. `own`, `cross` and the result as for `distance`.
     """
@@ -73,10 +78,11 @@ def chord(own: Tensor, cross: Tensor, places: Places) -> Tensor:
 
 
 def period(returns: Sequence[float], tolerance: float) -> int:
-    """Smallest p at whose every multiple the states have returned, or 0; `returns[p - 1]` is the distance at lag p.
+    """Smallest p at whose every multiple the states have returned, or 0; `returns[p - 1]` is the
+    distance at lag p.
 
-    At least two multiples are asked for, so p is at most half the number of lags. 1 is a fixed point: over the whole
-    window nothing moves by more than the tolerance.
+    At least two multiples are asked for, so p is at most half the number of lags. 1 is a fixed
+    point: over the whole window nothing moves by more than the tolerance.
     """
     lags = len(returns)
     for p in range(1, lags // 2 + 1):
@@ -105,21 +111,21 @@ class Motion(Moments):
     Parameters
     ----------
     steps : S, the last step.
-    tokens, width : K tokens of this kind and D; their states are taken together, as one vector of K D numbers.
+    tokens, width : K tokens of this kind and D; their states are taken together, as one vector of K
+        D numbers.
     trained : step T the model was made for; above S, what is measured from it is left out.
 
-    Returns
-    -------
-    ``compute``: a dict of measures, each a dict of `step`, `other` (-1: none), `value` (mean over images), `low`,
-    `high`, `null` (nan: none) and `n`, all of shape ``(rows,)``:
+    Returns ------- ``compute``: a dict of measures, each a dict of `step`, `other` (-1: none),
+    `value` (mean over images), `low`, `high`, `null` (nan: none) and `n`, all of shape ``(rows,)``:
 
     - ``norm``: root mean square over tokens of ||z_t||, t = 0..S;
     - ``step_size``: ||z_t - z_{t-1}|| / ||z_{t-1}||, t = 1..S;
     - ``cosine``: of the last two updates at t = 2..S;
     - ``to_trained``, ``to_last``: ||z_t - z_s|| / ||z_s|| with s = T and s = S, t = 0..S;
     - ``direction``: ||z_t / ||z_t|| - z_{t-1} / ||z_{t-1}|| ||, 0..2, t = 1..S;
-    - ``return``: mean of ||z_t - z_{t-p}|| / ||z_T|| over the last w steps t, at p = 1..w (see `window`), given as
-      step S and other step S - p; ``return_direction``: the same of the distance of directions.
+    - ``return``: mean of ||z_t - z_{t-p}|| / ||z_T|| over the last w steps t, at p = 1..w (see
+      `window`), given as step S and other step S - p; ``return_direction``: the same of the
+      distance of directions.
 
     Raises
     ------
@@ -132,17 +138,27 @@ class Motion(Moments):
     images: Tensor
 
     def __init__(self, steps: int, tokens: int, width: int, trained: int) -> None:
-        self.shape, self.trained, self.window = (steps + 1, tokens, width), trained, window(steps, trained)
+        self.shape, self.trained, self.window = (
+            (steps + 1, tokens, width),
+            trained,
+            window(steps, trained),
+        )
         self.places = self._places(steps)
         self.rows = self._rows(steps)
         super().__init__(sum(len(rows) for rows in self.rows.values()))
-        for name, shape in (("gram", (steps + 1, steps + 1)), ("states", (steps + 1, tokens * width)), ("images", ())):
+        for name, shape in (
+            ("gram", (steps + 1, steps + 1)),
+            ("states", (steps + 1, tokens * width)),
+            ("images", ()),
+        ):
             self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, states: Tensor) -> None:
         """Add a batch ``(B, S + 1, K, D)``, step 0 first."""
         if tuple(states.shape[1:]) != self.shape:
-            raise UserError(f"states must be (B, S + 1, K, D) with {self.shape} behind B, got {tuple(states.shape)}")
+            raise UserError(
+                f"states must be (B, S + 1, K, D) with {self.shape} behind B, got {tuple(states.shape)}"
+            )
         if not torch.isfinite(states).all():
             raise UserError("activations hold NaN or infinite values")
         flat = states.double().flatten(2)
@@ -153,32 +169,47 @@ class Motion(Moments):
         self.images += len(states)
 
     def compute(self) -> dict[str, dict[str, np.ndarray]]:  # type: ignore[override]
-        """The measures over all images and processes; numpy's, as torchmetrics would squeeze tensors of one number."""
+        """The measures over all images and processes; numpy's, as torchmetrics would squeeze
+        tensors of one number."""
         if not self.images:
             raise UserError("no image was measured")
         columns = {**super().compute(), "null": self._nulls().cpu()}
-        places = torch.tensor([place for rows in self.rows.values() for place in rows]).reshape(-1, 2)
+        places = torch.tensor([place for rows in self.rows.values() for place in rows]).reshape(
+            -1, 2
+        )
         columns |= {"step": places[:, 0], "other": places[:, 1]}
         sizes = [len(rows) for rows in self.rows.values()]
-        parts = {key: [part.numpy() for part in tensor.split(sizes)] for key, tensor in columns.items()}
-        return {name: {key: part[i] for key, part in parts.items()} for i, name in enumerate(self.rows)}
+        parts = {
+            key: [part.numpy() for part in tensor.split(sizes)] for key, tensor in columns.items()
+        }
+        return {
+            name: {key: part[i] for key, part in parts.items()} for i, name in enumerate(self.rows)
+        }
 
     def _places(self, steps: int) -> dict[str, Places]:
         """Which states are compared; of `return`, all pairs of the window, lag by lag."""
         trained, w = self.trained, self.window
         every = range(steps + 1)
-        found = {name: Places.listed([(t, t - 1, t - 1) for t in every[1:]]) for name in ("step_size", "direction")}
+        found = {
+            name: Places.listed([(t, t - 1, t - 1) for t in every[1:]])
+            for name in ("step_size", "direction")
+        }
         if trained <= steps:
             found["to_trained"] = Places.listed([(t, trained, trained) for t in every])
             last = range(steps - w + 1, steps + 1)
             for name in _RETURNS:
-                found[name] = Places.listed([(t, t - p, trained) for p in range(1, w + 1) for t in last])
+                found[name] = Places.listed(
+                    [(t, t - p, trained) for p in range(1, w + 1) for t in last]
+                )
         found["to_last"] = Places.listed([(t, steps, steps) for t in every])
         return found
 
     def _rows(self, steps: int) -> dict[str, list[tuple[int, int]]]:
         """(step, other step) of every value, -1 for no other step, in the order of `_values`."""
-        rows = {"norm": [(t, -1) for t in range(steps + 1)], "cosine": [(t, t - 1) for t in range(2, steps + 1)]}
+        rows = {
+            "norm": [(t, -1) for t in range(steps + 1)],
+            "cosine": [(t, t - 1) for t in range(2, steps + 1)],
+        }
         for name, places in self.places.items():
             rows[name] = list(zip(places.of.tolist(), places.to.tolist(), strict=True))
         for name in _RETURNS:
@@ -197,7 +228,8 @@ class Motion(Moments):
         return values
 
     def _nulls(self) -> Tensor:
-        """The same with the second state from another image: of the expected products over all ordered pairs of two."""
+        """The same with the second state from another image: of the expected products over all
+        ordered pairs of two."""
         pairs = self.images * (self.images - 1)
         cross = (self.states @ self.states.T - self.gram) / torch.where(pairs > 0, pairs, torch.nan)
         nulls = self._values(self.gram / self.images, cross)

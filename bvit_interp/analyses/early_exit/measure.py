@@ -1,90 +1,49 @@
-"""How much is saved when an image leaves as soon as a classifier is sure, and what does it cost in accuracy?
+"""How much is saved when an image leaves as soon as a classifier is sure, and what does it cost in
+accuracy?
 
-Table 5 and Appendix B of bViT (arXiv 2605.10661): classifiers read CLS after chosen steps of the frozen model
-(`bvit-interp early-exit train`); an image leaves at the first whose confidence ``max softmax`` exceeds the threshold
-tau, else the model's own head answers after step T. FLOPs are those of the steps run and the classifiers read, in both
-conventions. Time is measured: the same images through a run that drops those that left, and through a plain forward,
-in turns. The null of an accuracy is `accuracy_null`: as many images leave at each exit, but drawn at random, not by
-confidence. The null of `auroc` is 0.5. Thresholds and exits of the paper are not printed: ours are options.
+Table 5 and Appendix B of bViT (arXiv 2605.10661): classifiers read CLS after chosen steps of the
+frozen model (`bvit-interp early-exit train`); an image leaves at the first whose confidence ``max
+softmax`` exceeds the threshold tau, else the model's own head answers after step T. FLOPs are those
+of the steps run and the classifiers read, in both conventions. Time is measured: the same images
+through a run that drops those that left, and through a plain forward, in turns. The null of an
+accuracy is `accuracy_null`: as many images leave at each exit, but drawn at random, not by
+confidence. The null of `auroc` is 0.5. Thresholds and exits of the paper are not printed: ours are
+options.
 
-Cost: one forward an image, and for the times up to one of `timed_images` a threshold; 10,000 images of 32 px at width
-128 take 2 min on one core, times included.
-Expected: in the paper bViT-B keeps 0.776 of 0.779 at 27.3 of 33.7 GFLOPs, 19 % less.
+Cost: one forward an image, and for the times up to one of `timed_images` a threshold; 10,000 images
+of 32 px at width 128 take 2 min on one core, times included. Expected: in the paper bViT-B keeps
+0.776 of 0.779 at 27.3 of 33.7 GFLOPs, 19 % less.
 """
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from bvit_interp.data.reading import Reading
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.metrics import roc_auc_score
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+from torchmetrics.functional.classification import binary_calibration_error
+
+from bvit_interp.analyses.early_exit import COLUMNS, Config
+from bvit_interp.data.geometry import Geometry
+from bvit_interp.data.labels import label_map
+from bvit_interp.data.loader import Batch, run_in_halves
+from bvit_interp.data.samples import Samples
 from bvit_interp.errors import UserError
-
-if TYPE_CHECKING:
-    import numpy as np
-    import pandas as pd
-    from matplotlib.figure import Figure
-    from timm.models.vision_transformer import VisionTransformer
-    from torch import Tensor
-
-    from bvit_interp.data.geometry import Geometry
-    from bvit_interp.data.loader import Batch
-    from bvit_interp.data.samples import Samples
-    from bvit_interp.models.exits import Exits
+from bvit_interp.metrics import wilson_interval
+from bvit_interp.metrics.streaming.reducers import Rows
+from bvit_interp.models.cost import flops
+from bvit_interp.models.exits import FILE, Exits, check_exits, run_with_exits
+from bvit_interp.models.stepping import advance, answer, embed
+from bvit_interp.models.unroll import unroll
 
 CURVE = tuple(i / 50 for i in range(51))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config(Reading):
-    """Options of the early exit."""
-
-    exits: tuple[Path, ...] = (Path("runs/exits"),)
-    """Folder of exits of each checkpoint, in the order of --ckpt."""
-    thresholds: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
-    """Confidences 0..1 whose time is measured; the curve has 51 beside them."""
-    timed_images: int = 256
-    """Images of a measured time; 0 measures none."""
-    timed_batch: int = 32
-    """Images at once in a measured time; all, where there are fewer."""
-    timed_curve: bool = False
-    """Measure the time of the 51 thresholds of the curve too, each as long as one of `thresholds`."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.thresholds or not all(0 <= tau <= 1 for tau in self.thresholds):
-            raise UserError(f"thresholds must be in 0..1, got {self.thresholds}")
-        if self.timed_images < 0 or self.timed_batch < 1:
-            raise UserError("timed-images must be >= 0 and timed-batch >= 1")
-
-    def headline(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """Without the curve over all thresholds."""
-        return frame[frame["kind"] != "curve"]
-
-
-COLUMNS = {
-    "model": "checkpoint",
-    "kind": "threshold (measured), curve, exit (a classifier alone, on all images) or class (its own images)",
-    "threshold": "tau, 0..1; none for a classifier alone",
-    "exit": "step of the classifier; none for a threshold",
-    "class": "name of the class; none but for a class",
-    "accuracy": "share of images classified right, 0..1",
-    "low": "lower end of Wilson's 95 % interval of it",
-    "high": "upper end of it",
-    "accuracy_null": "null: expected if as many images left at each exit, drawn at random, 0..1",
-    "share": "of an exit: share of images that leave there at the middle threshold, 0..1",
-    "mean_step": "mean step at which images leave",
-    "gflops": "10^9 FLOPs an image, steps run and classifiers read, without QK^T and AV as in the paper",
-    "gflops_attention": "the same with QK^T and AV",
-    "saved_flops": "1 - gflops_attention / that of a plain forward",
-    "ms": "measured time an image, ms",
-    "saved_time": "1 - measured time / that of a plain forward in the same turn, median of turns",
-    "auroc": "of an exit: area under the ROC curve of its confidence, right against wrong answers; null 0.5",
-    "calibration_error": "of an exit: expected calibration error, 15 bins, 0..1",
-    "n": "images",
-}
 
 
 def measure(models: Mapping[str, VisionTransformer], data: Samples, config: Config) -> pd.DataFrame:
@@ -99,16 +58,10 @@ def measure(models: Mapping[str, VisionTransformer], data: Samples, config: Conf
     -------
     A table of `COLUMNS`.
     """
-    import pandas as pd
-
-    from bvit_interp.data.labels import label_map
-    from bvit_interp.data.loader import run_in_halves
-    from bvit_interp.models.exits import FILE, Exits, check_exits
-    from bvit_interp.models.unroll import unroll
-    from bvit_interp.probes.reducers import Rows
-
     if len(config.exits) != len(models):
-        raise UserError(f"{len(models)} checkpoints need as many folders of exits, got {len(config.exits)}")
+        raise UserError(
+            f"{len(models)} checkpoints need as many folders of exits, got {len(config.exits)}"
+        )
     found = {}
     for (name, model), folder in zip(models.items(), config.exits, strict=True):
         found[name] = Exits.load(folder / FILE, model)
@@ -124,7 +77,12 @@ def measure(models: Mapping[str, VisionTransformer], data: Samples, config: Conf
             parts = run_in_halves(
                 lambda part, name=name: (
                     part.index,
-                    _scores(views[name], found[name], part.views[geometries[name]][0], classes[name][part.labels]),
+                    _scores(
+                        views[name],
+                        found[name],
+                        part.views[geometries[name]][0],
+                        classes[name][part.labels],
+                    ),
                 ),
                 batch,
             )
@@ -133,18 +91,17 @@ def measure(models: Mapping[str, VisionTransformer], data: Samples, config: Conf
     table = []
     for name, model in models.items():
         images = _pixels(timed, geometries[name], config.timed_images)
-        table += _of_model(name, model, found[name], rows[name].compute()[1], list(data.classes), config)
+        table += _of_model(
+            name, model, found[name], rows[name].compute()[1], list(data.classes), config
+        )
         if len(images):
             _time(table, name, views[name], found[name], images, config)
     return pd.DataFrame(table, columns=list(COLUMNS))
 
 
 def _scores(view: VisionTransformer, exits: Exits, images: Tensor, labels: Tensor) -> Tensor:
-    """Rows ``(B, 1 + 3 (E + 1))``: label, then confidence, answer and its rightness after each exit and after T."""
-    import torch
-
-    from bvit_interp.models.stepping import advance, answer, embed
-
+    """Rows ``(B, 1 + 3 (E + 1))``: label, then confidence, answer and its rightness after each exit
+    and after T."""
     with torch.inference_mode():
         state, logits = embed(view, images.to(next(view.parameters()).device)), []
         for t in range(1, len(view.blocks) + 1):
@@ -158,27 +115,38 @@ def _scores(view: VisionTransformer, exits: Exits, images: Tensor, labels: Tenso
 
 
 def _of_model(
-    name: str, model: VisionTransformer, exits: Exits, rows: Tensor, classes: list[str], config: Config
-) -> list[dict[str, Any]]:  # fmt: skip
-    import numpy as np
+    name: str,
+    model: VisionTransformer,
+    exits: Exits,
+    rows: Tensor,
+    classes: list[str],
+    config: Config,
+) -> list[dict[str, Any]]:
 
     steps = np.array([*exits.steps, len(model.blocks)])
     labels, (confidence, _, right) = rows[:, 0].numpy(), np.split(rows[:, 1:].numpy(), 3, axis=1)
     costs = [_gflops(model, exits, attention) for attention in (False, True)]
     made = []
-    for kind, threshold in [("threshold", tau) for tau in config.thresholds] + [("curve", tau) for tau in CURVE]:
-        made.append(_row(name, kind, _leave(confidence, threshold), right, steps, costs) | {"threshold": threshold})
+    for kind, threshold in [("threshold", tau) for tau in config.thresholds] + [
+        ("curve", tau) for tau in CURVE
+    ]:
+        made.append(
+            _row(name, kind, _leave(confidence, threshold), right, steps, costs)
+            | {"threshold": threshold}
+        )
     middle = sorted(config.thresholds)[len(config.thresholds) // 2]
     gone = _leave(confidence, middle)
     for e, step in enumerate(steps):
         alone = _row(name, "exit", np.full(len(rows), e), right, steps, costs)
         made.append(
-            alone | {
-                "exit": int(step), "share": float((gone == e).mean()),
+            alone
+            | {
+                "exit": int(step),
+                "share": float((gone == e).mean()),
                 "auroc": _auroc(confidence[:, e], right[:, e]),
                 "calibration_error": _calibration_error(confidence[:, e], right[:, e]),
             }
-        )  # fmt: skip
+        )
     for label in np.unique(labels).astype(int):
         own = labels == label
         row = _row(name, "class", gone[own], right[own], steps, costs)
@@ -188,7 +156,8 @@ def _of_model(
 
 
 def _leave(confidence: np.ndarray, threshold: float) -> np.ndarray:
-    """Which exit (from 0; the last is the model's head) each image leaves at, of confidences ``(n, E + 1)``."""
+    """Which exit (from 0; the last is the model's head) each image leaves at, of confidences ``(n,
+    E + 1)``."""
     sure = confidence > threshold
     sure[:, -1] = True
     return sure.argmax(1)
@@ -196,70 +165,64 @@ def _leave(confidence: np.ndarray, threshold: float) -> np.ndarray:
 
 def _auroc(confidence: np.ndarray, right: np.ndarray) -> float:
     """Exact, ties count half; nan where all answers are right, or all wrong."""
-    import math
-
-    from sklearn.metrics import roc_auc_score
-
     return float(roc_auc_score(right, confidence)) if 0 < right.sum() < len(right) else math.nan
 
 
 def _calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
-    import torch
-    from torchmetrics.functional.classification import binary_calibration_error
-
     parts = (torch.tensor(confidence.tolist()), torch.tensor(right.tolist()).long())
     return float(binary_calibration_error(*parts, n_bins=15))
 
 
 def _gflops(model: VisionTransformer, exits: Exits, attention: bool) -> np.ndarray:
-    """Cost of an image that leaves at each exit, its steps and all classifiers read on the way, then of a plain forward
-    without any ``(E + 2,)``."""
-    import numpy as np
-
-    from bvit_interp.models.cost import flops
-
+    """Cost of an image that leaves at each exit, its steps and all classifiers read on the way,
+    then of a plain forward without any ``(E + 2,)``."""
     head, steps = 2 * model.embed_dim * model.num_classes, (*exits.steps, len(model.blocks))
     of = [flops(model, count_attention=attention, steps=t) + e * head for e, t in enumerate(steps)]
     return np.array([*of, flops(model, count_attention=attention)]) / 1e9
 
 
 def _row(
-    name: str, kind: str, gone: np.ndarray, right: np.ndarray, steps: np.ndarray, costs: list[np.ndarray]
-) -> dict[str, Any]:  # fmt: skip
-    import numpy as np
-
-    from bvit_interp.metrics import wilson_interval
+    name: str,
+    kind: str,
+    gone: np.ndarray,
+    right: np.ndarray,
+    steps: np.ndarray,
+    costs: list[np.ndarray],
+) -> dict[str, Any]:
 
     hits, n = right[np.arange(len(gone)), gone].sum(), len(gone)
     low, high = wilson_interval(hits, n)
     shares = np.bincount(gone, minlength=len(steps)) / n
     return {
-        "model": name, "kind": kind, "accuracy": hits / n, "low": low, "high": high, "n": n,
-        "accuracy_null": float(shares @ right.mean(0)), "mean_step": float(steps[gone].mean()),
-        "gflops": float(costs[0][gone].mean()), "gflops_attention": float(costs[1][gone].mean()),
+        "model": name,
+        "kind": kind,
+        "accuracy": hits / n,
+        "low": low,
+        "high": high,
+        "n": n,
+        "accuracy_null": float(shares @ right.mean(0)),
+        "mean_step": float(steps[gone].mean()),
+        "gflops": float(costs[0][gone].mean()),
+        "gflops_attention": float(costs[1][gone].mean()),
         "saved_flops": 1 - float(costs[1][gone].mean() / costs[1][-1]),
-    }  # fmt: skip
+    }
 
 
 def _pixels(batches: list[Batch], geometry: Geometry, count: int) -> Tensor:
     """The images whose time is measured ``(n, 3, H, W)``."""
-    import torch
-
     views = [batch.views[geometry][0] for batch in batches]
     return torch.cat(views)[:count] if views else torch.empty(0)
 
 
 def _time(
-    table: list[dict[str, Any]], name: str, view: VisionTransformer, exits: Exits, images: Tensor, config: Config
-) -> None:  # fmt: skip
+    table: list[dict[str, Any]],
+    name: str,
+    view: VisionTransformer,
+    exits: Exits,
+    images: Tensor,
+    config: Config,
+) -> None:
     """Fill in the measured times: every threshold and the plain forward in turn, batch by batch."""
-    import time
-
-    import numpy as np
-    import torch
-
-    from bvit_interp.models.exits import run_with_exits
-
     device = next(view.parameters()).device
     size = min(config.timed_batch, len(images))
     batches = [part.to(device) for part in images.split(size) if len(part) == size]
@@ -282,32 +245,6 @@ def _time(
         row["saved_time"] = 1 - float(np.median(own / taken[0]))
 
 
-def plot(frame: pd.DataFrame) -> Figure:
-    """Accuracy against FLOPs with the random-exit null, time saved against FLOPs saved, and what each exit knows."""
-    from bvit_interp import plotting
-
-    figure, axes = plotting.canvas(columns=3, width=4.2, height=3.4)
-    curve, saved, exits = axes[0]
-    for i, (name, part) in enumerate(frame.groupby("model", sort=False)):
-        style, of = plotting.line_style(i), dict(tuple(part.groupby("kind", sort=False)))
-        line = of["curve"].sort_values("gflops")
-        curve.plot(line["gflops"], line["accuracy"], **{**style, "marker": ""}, label=name)
-        curve.fill_between(line["gflops"], line["low"], line["high"], color=style["color"], alpha=0.15, linewidth=0)
-        curve.plot(line["gflops"], line["accuracy_null"], **plotting.NULL, label=None if i else "left at random")
-        curve.plot(of["threshold"]["gflops"], of["threshold"]["accuracy"], **{**style, "linestyle": ""})
-        timed = of["curve" if of["curve"]["ms"].notna().any() else "threshold"].sort_values("saved_flops")
-        saved.plot(timed["saved_flops"], timed["saved_time"], **{**style, "linewidth": 0.8}, label=name)
-        alone = of["exit"]
-        hollow = {**style, "markerfacecolor": "white"}  # the other panels name the models
-        exits.plot(alone["exit"], alone["accuracy"], **style, label=None if i else "accuracy (filled)")
-        exits.plot(alone["exit"], alone["auroc"], **hollow, label=None if i else "AUROC (hollow)")
-    ends = [min(0, *saved.get_xlim()), max(saved.get_xlim())]
-    saved.plot(ends, ends, **plotting.NULL, label="time saved = FLOPs saved")
-    exits.axhline(0.5, **plotting.NULL, label="AUROC of chance")
-    curve.set(xlabel="GFLOPs an image", ylabel="accuracy", title="threshold from 0 to 1")
-    saved.set(xlabel="share of FLOPs saved", ylabel="share of time saved", title="measured")
-    exits.set(ylabel="share", title="each classifier on all images", ylim=(None, 1.02))
-    plotting.step_axis(exits, frame["exit"].dropna())
-    for ax in axes[0]:
-        plotting.legend(ax)
-    return figure
+def summary(frame: pd.DataFrame) -> pd.DataFrame:
+    """Without the curve over all thresholds."""
+    return frame[frame["kind"] != "curve"]

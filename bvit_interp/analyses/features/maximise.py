@@ -1,10 +1,13 @@
-"""Images that make a neuron of a step fire: activation maximisation, all (neuron, step) pairs in one batch.
+"""Images that make a neuron of a step fire: activation maximisation, all (neuron, step) pairs in
+one batch.
 
-The method is Ghiasi et al.'s, "What do Vision Transformers Learn?" (2022, https://arxiv.org/abs/2212.06727), read from
-their code (github.com/hamidkazemi22/vit-visualization, experiments/it15/vis35.py): Adam on the pixels, on eight copies
-that are shifted in colour, by noise and in place, against total variation. Ours: one image a pair that leaves the
-forward at its own step, so that no pair costs more than its steps; and sizes other than 224 px. Of lucent only the
-image parametrisation serves: its transforms draw from numpy's global generator, and its shifts are Ghiasi's roll here.
+The method is Ghiasi et al.'s, "What do Vision Transformers Learn?" (2022,
+https://arxiv.org/abs/2212.06727), read from their code (github.com/hamidkazemi22/vit-visualization,
+experiments/it15/vis35.py): Adam on the pixels, on eight copies that are shifted in colour, by noise
+and in place, against total variation. Ours: one image a pair that leaves the forward at its own
+step, so that no pair costs more than its steps; and sizes other than 224 px. Of lucent only the
+image parametrisation serves: its transforms draw from numpy's global generator, and its shifts are
+Ghiasi's roll here.
 """
 
 from __future__ import annotations
@@ -42,13 +45,15 @@ class Recipe:
     iterations : steps of Adam (betas 0.5, 0.99); the learning rate falls to 0 along a cosine.
     lr : learning rate at the start, in units of an image in 0..1.
     copies : augmented copies an iteration.
-    noise : "channel" adds one number a copy and channel (as their code), "pixel" one a pixel (the usual meaning).
+    noise : "channel" adds one number a copy and channel (as their code), "pixel" one a pixel (the
+        usual meaning).
     jitter : largest shift, pixels; None is 32 at 224 px and in proportion for other sizes (ours).
-    weight : of the activation in the loss; 1/8 is what their code amounts to (a diagonal of 8 numbers is averaged as
-        an 8 x 8 matrix).
+    weight : of the activation in the loss; 1/8 is what their code amounts to (a diagonal of 8
+        numbers is averaged as an 8 x 8 matrix).
     tv : v, weight of total variation in units of 5e-4; they use 0.1 and 1.
-    site : what is maximised, "mlp_post" as Ghiasi, or "mlp_pre" (ours): below -0.75 the slope of GELU leads further
-        down, to its flat end at 0, and an ascent that begins there never finds the neuron.
+    site : what is maximised, "mlp_post" as Ghiasi, or "mlp_pre" (ours): below -0.75 the slope of
+        GELU leads further down, to its flat end at 0, and an ascent that begins there never finds
+        the neuron.
     image : "pixel", clamped to 0..1, or "fourier", lucent's decorrelated spectrum behind a sigmoid.
     seed : of the start image and of the augmentations.
 
@@ -77,15 +82,22 @@ class Recipe:
         for name in ("lr", "weight"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} must be > 0, got {getattr(self, name)}")
-        words = {"noise": ("channel", "pixel"), "site": ("mlp_post", "mlp_pre"), "image": ("pixel", "fourier")}
+        words = {
+            "noise": ("channel", "pixel"),
+            "site": ("mlp_post", "mlp_pre"),
+            "image": ("pixel", "fourier"),
+        }
         for name, allowed in words.items():
             if getattr(self, name) not in allowed:
-                raise UserError(f"{name} must be one of {choices(allowed)}, got {getattr(self, name)!r}")
+                raise UserError(
+                    f"{name} must be one of {choices(allowed)}, got {getattr(self, name)!r}"
+                )
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What one iteration does to every image alike: C copies, each ``roll((x - mean) / spread + noise)``.
+    """What one iteration does to every image alike: C copies, each ``roll((x - mean) / spread +
+    noise)``.
 
     Attributes
     ----------
@@ -106,28 +118,38 @@ class Augmentation:
 
 
 class Stream:
-    """The augmentations of a run, drawn from a generator of its own: the same for every pair of the same seed."""
+    """The augmentations of a run, drawn from a generator of its own: the same for every pair of the
+    same seed."""
 
     def __init__(self, recipe: Recipe, size: Shape) -> None:
         self.recipe, self.size = recipe, size
-        self.jitter = round(JITTER * min(size) / PAPER_SIZE) if recipe.jitter is None else recipe.jitter
-        self._generator = torch.Generator().manual_seed(recipe.seed + 1)  # the start image has the seed itself
+        self.jitter = (
+            round(JITTER * min(size) / PAPER_SIZE) if recipe.jitter is None else recipe.jitter
+        )
+        self._generator = torch.Generator().manual_seed(
+            recipe.seed + 1
+        )  # the start image has the seed itself
 
     def draw(self, iteration: int) -> Augmentation:
-        """That of an iteration, from 0, in turn; the noise falls to 0 at the last (in their code it then wraps)."""
+        """That of an iteration, from 0, in turn; the noise falls to 0 at the last (in their code it
+        then wraps)."""
         recipe = self.recipe
         shape = (recipe.copies, 3, 1, 1)
         mean, log_spread = (2 * torch.rand(shape, generator=self._generator) - 1 for _ in range(2))
         noise = torch.randn(
-            shape if recipe.noise == "channel" else (recipe.copies, 3, *self.size), generator=self._generator
+            shape if recipe.noise == "channel" else (recipe.copies, 3, *self.size),
+            generator=self._generator,
         )
-        down, right = torch.randint(-self.jitter, self.jitter + 1, (2,), generator=self._generator).tolist()
+        down, right = torch.randint(
+            -self.jitter, self.jitter + 1, (2,), generator=self._generator
+        ).tolist()
         remaining = (recipe.iterations - 1 - iteration) / recipe.iterations
         return Augmentation(mean, log_spread.exp(), 0.5 * remaining * noise, (down, right))
 
 
 def total_variation(images: Tensor) -> Tensor:
-    """Sum over four directions (right, down, both diagonals) of the L2 norm of a plane's differences.
+    """Sum over four directions (right, down, both diagonals) of the L2 norm of a plane's
+    differences.
 
     Parameters
     ----------
@@ -156,12 +178,15 @@ class Neurons:
 
     Parameters
     ----------
-    model : a `BViT`, a timm `VisionTransformer`, or an unroll of one. It is not touched: the activations come from a
-        tied unroll whose parameters share their storage but ask for no gradient.
+    model : a `BViT`, a timm `VisionTransformer`, or an unroll of one. It is not touched: the
+        activations come from a tied unroll whose parameters share their storage but ask for no
+        gradient.
     mean, std : of the model's normalisation, per channel of an image in 0..1.
     """
 
-    def __init__(self, model: VisionTransformer, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(
+        self, model: VisionTransformer, mean: Sequence[float], std: Sequence[float]
+    ) -> None:
         self.model = _without_gradients(unroll(model))
         self._mean, self._std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
         self._steps = [Step(block) for block in self.model.blocks]
@@ -173,12 +198,15 @@ class Neurons:
             raise UserError(f"no neuron {neuron}; neurons: 0..{self.num_neurons - 1}")
         return check_step(step, self.num_steps)
 
-    def __call__(self, images: Tensor, neurons: Tensor, steps: Tensor, site: str = "mlp_post") -> Tensor:
+    def __call__(
+        self, images: Tensor, neurons: Tensor, steps: Tensor, site: str = "mlp_post"
+    ) -> Tensor:
         """Mean of the neuron over the patches (no CLS, no registers), differentiable in the images.
 
         Parameters
         ----------
-        images : ``(B, 3, height, width)``, an image being in 0..1, before the model's normalisation.
+        images : ``(B, 3, height, width)``, an image being in 0..1, before the model's
+            normalisation.
         neurons, steps : ``(B,)`` int64, neuron from 0 and step from 1 of each image.
         site : "mlp_post" or "mlp_pre".
 
@@ -187,15 +215,23 @@ class Neurons:
         ``(B,)``, on the model's device.
         """
         parameter = next(self.model.parameters())
-        images, neurons, steps = images.to(parameter), neurons.to(parameter.device), steps.to(parameter.device)
+        images, neurons, steps = (
+            images.to(parameter),
+            neurons.to(parameter.device),
+            steps.to(parameter.device),
+        )
         views = (images - self._mean.to(images)) / self._std.to(images)
-        order = steps.argsort(descending=True, stable=True)  # so that those that leave are a slice at the end
+        order = steps.argsort(
+            descending=True, stable=True
+        )  # so that those that leave are a slice at the end
         neurons, last = neurons[order], steps[order].tolist()
         state, read = embed(self.model, views[order]), list[Tensor]()
         for step in range(1, max(last) + 1):
             staying = sum(own > step for own in last)
             if staying < len(state.tokens):
-                read.insert(0, self._read(state[staying:], neurons[staying : len(state.tokens)], site))
+                read.insert(
+                    0, self._read(state[staying:], neurons[staying : len(state.tokens)], site)
+                )
                 state = state[:staying]
             if staying:
                 state = advance(self.model, state)
@@ -210,7 +246,9 @@ class Neurons:
             found.append(every.gather(-1, index)[..., 0])
             raise _Read
 
-        handle = record(self._steps[state.step], site, slice(self.model.num_prefix_tokens, None), keep)
+        handle = record(
+            self._steps[state.step], site, slice(self.model.num_prefix_tokens, None), keep
+        )
         try:
             advance(self.model, state)
         except _Read:
@@ -221,12 +259,15 @@ class Neurons:
 
 
 def _without_gradients(view: VisionTransformer) -> VisionTransformer:
-    """The view itself, its own modules now holding parameters of the same storage that ask for no gradient."""
+    """The view itself, its own modules now holding parameters of the same storage that ask for no
+    gradient."""
     frozen: dict[int, nn.Parameter] = {}
     for module in view.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                kept = frozen.setdefault(id(parameter), nn.Parameter(parameter.detach(), requires_grad=False))
+                kept = frozen.setdefault(
+                    id(parameter), nn.Parameter(parameter.detach(), requires_grad=False)
+                )
                 module._parameters[name] = kept
     return view
 
@@ -243,7 +284,8 @@ def _pixels(count: int, size: Shape, seed: int, like: Tensor) -> tuple[Tensor, R
 
 
 def _fourier(count: int, size: Shape, seed: int, like: Tensor) -> tuple[Tensor, Render]:
-    """lucent's spectrum of decorrelated colours; the start is its own N(0, 0.01^2), from our generator."""
+    """lucent's spectrum of decorrelated colours; the start is its own N(0, 0.01^2), from our
+    generator."""
     try:
         from lucent.optvis import param
     except ImportError:
@@ -256,8 +298,9 @@ def _fourier(count: int, size: Shape, seed: int, like: Tensor) -> tuple[Tensor, 
 
 
 _IMAGES: dict[str, Callable[[int, Shape, int, Tensor], tuple[Tensor, Render]]] = {
-    "pixel": _pixels, "fourier": _fourier,
-}  # fmt: skip
+    "pixel": _pixels,
+    "fourier": _fourier,
+}
 
 
 def maximise(
@@ -265,10 +308,11 @@ def maximise(
 ) -> tuple[Tensor, Tensor]:
     """Optimise an image for each (neuron, step) pair.
 
-    The loss of a pair is ``- weight activation + 5e-4 v TV / (S / 224)``, S the side in pixels, both means over the
-    augmented copies, TV of the augmented ones before they are normalised. The norm of a plane grows as its side, so
-    with the last factor (ours) v means the same at every size. Losses add up, Adam acts on each pixel alone, and start
-    and augmentations are those of the seed: an image does not depend on the others of its batch.
+    The loss of a pair is ``- weight activation + 5e-4 v TV / (S / 224)``, S the side in pixels,
+    both means over the augmented copies, TV of the augmented ones before they are normalised. The
+    norm of a plane grows as its side, so with the last factor (ours) v means the same at every
+    size. Losses add up, Adam acts on each pixel alone, and start and augmentations are those of the
+    seed: an image does not depend on the others of its batch.
 
     Parameters
     ----------
@@ -276,9 +320,8 @@ def maximise(
     neurons, steps : ``(K,)`` int64.
     progress : text of a progress bar on stderr; by default none.
 
-    Returns
-    -------
-    Start image ``(3, height, width)`` and the K images ``(K, 3, height, width)``, in 0..1, on the CPU.
+    Returns ------- Start image ``(3, height, width)`` and the K images ``(K, 3, height, width)``,
+    in 0..1, on the CPU.
 
     Raises
     ------
@@ -296,7 +339,8 @@ def maximise(
     torch.cuda.empty_cache()
     middle = len(neurons) // 2
     halves = [
-        maximise(of, neurons[half], steps[half], recipe, progress) for half in (slice(middle), slice(middle, None))
+        maximise(of, neurons[half], steps[half], recipe, progress)
+        for half in (slice(middle), slice(middle, None))
     ]
     return halves[0][0], torch.cat([images for _, images in halves])
 
@@ -317,7 +361,10 @@ def _maximise(
         for i in tqdm(range(recipe.iterations), desc=progress, disable=progress is None):
             augmented = stream.draw(i)(render())
             fired = of(augmented.flatten(0, 1), *pairs, recipe.site)
-            loss = variation * total_variation(augmented).sum() / copies - recipe.weight * fired.sum() / copies
+            loss = (
+                variation * total_variation(augmented).sum() / copies
+                - recipe.weight * fired.sum() / copies
+            )
             (variable.grad,) = torch.autograd.grad(loss, [variable])
             adam.step()
             cosine.step()
@@ -331,15 +378,21 @@ def maximise_in_chunks(
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """`maximise`, `chunk` images at once: memory is bounded, and what is finished can be kept.
 
-    Each process makes a share of the chunks; all of them get all, in order: which of the K pairs, start, images.
+    Each process makes a share of the chunks; all of them get all, in order: which of the K pairs,
+    start, images.
     """
     rank, world = rank_and_world()
     chunks = [slice(first, first + chunk) for first in range(0, len(neurons), chunk)]
     for first in range(0, len(chunks), world):
         together = chunks[first : first + world]
         done = f"{progress} {together[0].start}/{len(neurons)}" if rank == 0 else None
-        own = [maximise(of, neurons[part], steps[part], recipe, done) for part in together[rank : rank + 1]]
-        yield from ((part, *made) for part, made in zip(together, _from_all(own, world), strict=True))
+        own = [
+            maximise(of, neurons[part], steps[part], recipe, done)
+            for part in together[rank : rank + 1]
+        ]
+        yield from (
+            (part, *made) for part, made in zip(together, _from_all(own, world), strict=True)
+        )
 
 
 def _from_all(own: list[Any], world: int) -> list[Any]:

@@ -1,6 +1,8 @@
-"""How much a neuron's answer to the images varies, and how much of it stays from one step to the next.
+"""How much a neuron's answer to the images varies, and how much of it stays from one step to the
+next.
 
-A neuron's profile at a step is its activation, mean over the patches, as a function of the image. Streamed as sums.
+A neuron's profile at a step is its activation, mean over the patches, as a function of the image.
+Streamed as sums.
 """
 
 from __future__ import annotations
@@ -25,9 +27,8 @@ def answers(probe: Probe, images: Tensor) -> tuple[Tensor, Tensor]:
     ----------
     images : ``(B, 3, height, width)``, normalised.
 
-    Returns
-    -------
-    Mean of `mlp_post` over the patches, and the patch where it is largest (row by row from 0), both ``(B, T, F)``.
+    Returns ------- Mean of `mlp_post` over the patches, and the patch where it is largest (row by
+    row from 0), both ``(B, T, F)``.
     """
     found: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -43,8 +44,8 @@ def answers(probe: Probe, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def from_steady_to_changing(profile: Mapping[str, Tensor], count: int) -> list[int]:
-    """Neurons at even quantiles of the change, of a `StepProfiles`, among those that answer at every step: whose
-    spread is above `ANSWERS` of the step's median. One alone is the median.
+    """Neurons at even quantiles of the change, of a `StepProfiles`, among those that answer at
+    every step: whose spread is above `ANSWERS` of the step's median. One alone is the median.
 
     Raises
     ------
@@ -54,9 +55,13 @@ def from_steady_to_changing(profile: Mapping[str, Tensor], count: int) -> list[i
     spread, change = profile["spread"], profile["change"]
     answering = (spread > ANSWERS * spread.median(1, keepdim=True).values).all(0).nonzero()[:, 0]
     if len(answering) < count:
-        raise UserError(f"{len(answering)} neurons answer differently to different images at every step, not {count}")
+        raise UserError(
+            f"{len(answering)} neurons answer differently to different images at every step, not {count}"
+        )
     ranked = answering[change[answering].argsort(stable=True)].cpu()
-    places = torch.linspace(0, len(ranked) - 1, count) if count > 1 else torch.tensor([len(ranked) // 2])
+    places = (
+        torch.linspace(0, len(ranked) - 1, count) if count > 1 else torch.tensor([len(ranked) // 2])
+    )
     return ranked[places.round().long()].tolist()
 
 
@@ -67,11 +72,10 @@ class StepProfiles(Metric):
     ----------
     steps, neurons : T, F.
 
-    Returns
-    -------
-    ``compute``: `spread` ``(T, F)``, standard deviation over the images, and `correlation` ``(T - 1, F)`` with the next
-    step, over the images (Pearson's; nan where a spread is zero); `change` ``(F,)``, 1 - the mean of it over the steps,
-    0..2; float64; and `count`, images.
+    Returns ------- ``compute``: `spread` ``(T, F)``, standard deviation over the images, and
+    `correlation` ``(T - 1, F)`` with the next step, over the images (Pearson's; nan where a spread
+    is zero); `change` ``(F,)``, 1 - the mean of it over the steps, 0..2; float64; and `count`,
+    images.
 
     Raises
     ------
@@ -89,7 +93,9 @@ class StepProfiles(Metric):
         super().__init__()
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         for name, rows in (("total", steps), ("squares", steps), ("products", steps - 1)):
-            self.add_state(name, torch.zeros(rows, neurons, dtype=torch.float64), dist_reduce_fx="sum")
+            self.add_state(
+                name, torch.zeros(rows, neurons, dtype=torch.float64), dist_reduce_fx="sum"
+            )
 
     def update(self, values: Tensor) -> None:
         """Add a batch ``(B, T, F)``."""
@@ -106,9 +112,16 @@ class StepProfiles(Metric):
         mean = self.total / self.count
         power = self.squares / self.count
         variance = power - mean.square()
-        variance = variance.where(variance > 1e-12 * power, 0)  # rounding of large numbers' difference is no spread
+        variance = variance.where(
+            variance > 1e-12 * power, 0
+        )  # rounding of large numbers' difference is no spread
         covariance = self.products / self.count - mean[:-1] * mean[1:]
         both = (variance[:-1] * variance[1:]).sqrt()
         correlation = (covariance / both).clamp(-1, 1).where(both > 0, torch.nan)
         change = 1 - correlation.mean(0)
-        return {"count": self.count, "spread": variance.sqrt(), "correlation": correlation, "change": change}
+        return {
+            "count": self.count,
+            "spread": variance.sqrt(),
+            "correlation": correlation,
+            "change": change,
+        }

@@ -1,124 +1,87 @@
-"""What does the head already read in every token at every step, raw and behind an affine map tuned for the step?
+"""What does the head already read in every token at every step, raw and behind an affine map tuned
+for the step?
 
-Ours; not in bViT (arXiv 2605.10661), whose Fig. 8 is the raw lens on CLS. Raw is the logit lens (nostalgebraist, 2020):
-the model's own final norm and head on z_t, of CLS, registers and patches alike. Tuned is the tuned lens (Belrose et
-al., 2023, arXiv 2303.08112): the same on ``z_t W_t + c_t``, one affine map for each step and kind of token, trained on
-cached states of images that are not scored for the least ``KL(final answer || lens)``. Unlike theirs the training
-starts at the least squared error to z_T^cls and each step is over the whole set, so that it is the same on any number
-of processes (`probes/lenses.py`). Of an image it sees CLS and up to four tokens of each other kind; registers and
-patches are to give the image's answer too.
+Ours; not in bViT (arXiv 2605.10661), whose Fig. 8 is the raw lens on CLS. Raw is the logit lens
+(nostalgebraist, 2020): the model's own final norm and head on z_t, of CLS, registers and patches
+alike. Tuned is the tuned lens (Belrose et al., 2023, arXiv 2303.08112): the same on ``z_t W_t +
+c_t``, one affine map for each step and kind of token, trained on cached states of images that are
+not scored for the least ``KL(final answer || lens)``. Unlike theirs the training starts at the
+least squared error to z_T^cls and each step is over the whole set, so that it is the same on any
+number of processes (`probes/lenses.py`). Of an image it sees CLS and up to four tokens of each
+other kind; registers and patches are to give the image's answer too.
 
-A row is one value of one `statistic` after one step, an image's number being the mean over its tokens of the kind:
+A row is one value of one `statistic` after one step, an image's number being the mean over its
+tokens of the kind:
 
-- `top1`; `agreement` with the model's final answer and the `kl` from it, nats; `flips` from the step before; `entropy`,
-  nats; `true_rank`; `confidence` and the `calibration_error` of Guo et al. (2017), 15 bins over all tokens;
-- `exit_accuracy` where an image leaves after the first step whose largest softmax probability on CLS exceeds tau, and
-  after T by the model's own head; `mean_step` at which they leave;
-- of every patch's log probability of the true class, a map for each image: `map_entropy` of the probabilities as shares
-  of the patches, `map_correlation` with the map of step T, and with masks `pointing`: is its maximum on the object?
+- `top1`; `agreement` with the model's final answer and the `kl` from it, nats; `flips` from the
+  step before; `entropy`, nats; `true_rank`; `confidence` and the `calibration_error` of Guo et al.
+  (2017), 15 bins over all tokens;
+- `exit_accuracy` where an image leaves after the first step whose largest softmax probability on
+  CLS exceeds tau, and after T by the model's own head; `mean_step` at which they leave;
+- of every patch's log probability of the true class, a map for each image: `map_entropy` of the
+  probabilities as shares of the patches, `map_correlation` with the map of step T, and with masks
+  `pointing`: is its maximum on the object?
 
-`null`, in this order: the most frequent class; the final answer of another image, over all pairs, twice; independent
-answers given as often; log C; logits in random order; none; what sampling alone makes of calibrated answers (tokens as
-if independent); as many images leaving at each step, drawn at random; the classes that are not true; another image's
-map; another image's mask, over all pairs. A point that does not look hits with `object_share`, the share of patches
-whose centre is on the object. The lens `shuffled` is a null of the tuned one: trained alike, on states and answers of
+`null`, in this order: the most frequent class; the final answer of another image, over all pairs,
+twice; independent answers given as often; log C; logits in random order; none; what sampling alone
+makes of calibrated answers (tokens as if independent); as many images leaving at each step, drawn
+at random; the classes that are not true; another image's map; another image's mask, over all pairs.
+A point that does not look hits with `object_share`, the share of patches whose centre is on the
+object. The lens `shuffled` is a null of the tuned one: trained alike, on states and answers of
 different images.
 
-Cost: one forward of every image, and the training; 1000 images of 32 px scored and 2000 cached, for a bViT of width 128
-and its ViT, take 90 s of one core. ImageNet on a GPU, computed and not measured: 44 GFLOPs an image for bViT-B, a third
-more than the forward alone, 3 x 10^13 FLOPs for the training, and 370 MB of cached states for 1000 images.
-Expected: raw answers are near chance at the first steps; the tuned lens reads more there and meets the raw one at T.
+Cost: one forward of every image, and the training; 1000 images of 32 px scored and 2000 cached, for
+a bViT of width 128 and its ViT, take 90 s of one core. ImageNet on a GPU, computed and not
+measured: 44 GFLOPs an image for bViT-B, a third more than the forward alone, 3 x 10^13 FLOPs for
+the training, and 370 MB of cached states for 1000 images. Expected: raw answers are near chance at
+the first steps; the tuned lens reads more there and meets the raw one at T.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from bvit_interp.data.reading import Reading
+import numpy as np
+import pandas as pd
+from timm.models.vision_transformer import VisionTransformer
+
+from bvit_interp.analyses.lens import COLUMNS, Config
+from bvit_interp.analyses.lens.scores import LENSES, Readings, leave
+from bvit_interp.analyses.lens.tuned_lens import Lenses, cached_states, kinds, make_lenses
+from bvit_interp.data.labels import label_map
+from bvit_interp.data.loader import run_in_halves
+from bvit_interp.data.samples import Samples, Subset, spread
 from bvit_interp.errors import UserError
-
-if TYPE_CHECKING:
-    import numpy as np
-    import pandas as pd
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure, SubFigure
-    from timm.models.vision_transformer import VisionTransformer
-
-    from bvit_interp.data.samples import Samples, Subset
-    from bvit_interp.probes.lens_scores import Readings
-    from bvit_interp.probes.lenses import Lenses
+from bvit_interp.metrics import wilson_interval
+from bvit_interp.metrics.streaming.reducers import Rows
+from bvit_interp.models.unroll import unroll
+from bvit_interp.results import rank_and_world, replacing
 
 _SHARES = ("top1", "agreement", "flips")  # on CLS each image is right or not
+
+
 _TOKENS = 4  # of an image and kind, at most, that a map is trained on
+
+
 _THRESHOLDS = tuple(i / 50 for i in range(51))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Config(Reading):
-    """Options of the lens."""
-
-    fit_images: int = 1000
-    """Images the maps are trained on, without their labels: of those not scored where `limit` leaves as many, else up
-    to half of the chosen ones, which are then not scored."""
-    iterations: int = 50
-    """Gradient steps of a map; 0 leaves it at the least squared error."""
-    examples: int = 2
-    """Images whose maps are kept and drawn; 0 for none."""
-    seed: int = 0
-    """Of the pairing of states and answers in the shuffled lens."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.fit_images < 2:
-            raise UserError(f"fit-images must be >= 2, got {self.fit_images}")
-        for name in ("iterations", "examples"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} must be >= 0, got {getattr(self, name)}")
-
-    def identity(self) -> dict[str, Any]:
-        """Without how many examples are kept."""
-        return {key: value for key, value in super().identity().items() if key != "examples"}
-
-    def headline(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """Accuracy and divergence on CLS after a quarter, half and all of the steps."""
-        last = frame.groupby("model")["step"].transform("max")
-        shown = (frame["step"] == last) | (frame["step"] == last // 2) | (frame["step"] == last // 4)
-        rows = frame[shown & (frame["tokens"] == "cls") & frame["statistic"].isin(("top1", "kl"))]
-        return rows.drop(columns=["threshold", "mean_step", "path"])
-
-
-COLUMNS = {
-    "model": "checkpoint",
-    "lens": "raw, tuned, or shuffled (null: tuned on states and answers of different images)",
-    "tokens": "cls (with the distillation token of a model that has one), reg or patches",
-    "statistic": "top1, agreement, kl, flips, calibration_error, confidence, entropy, true_rank; exit_accuracy;"
-    " map_entropy, map_correlation, pointing, object_share",
-    "step": "step t, from 1; none for exit_accuracy",
-    "threshold": "of exit_accuracy: tau, 0..1",
-    "value": "a share 0..1, nats (kl, entropy, map_entropy), a rank from 1, or a correlation -1..1",
-    "low": "lower end of the 95 % interval over images, normal (of shares of images, as top1 on cls, Wilson's); none"
-    " where the value is no mean over images",
-    "high": "upper end of it",
-    "null": "null: the value without what is claimed, as the analysis says for each statistic",
-    "mean_step": "of exit_accuracy: mean step at which images leave",
-    "n": "images that count; of the pointing, those that show their object",
-    "fit_images": "images the maps were trained on, none of them scored",
-    "path": "file of the mean maps and the example maps, if kept",
-}
-
-
 def measure(
-    models: Mapping[str, VisionTransformer], data: Samples, config: Config, folder: Path | None = None
+    models: Mapping[str, VisionTransformer],
+    data: Samples,
+    config: Config,
+    folder: Path | None = None,
 ) -> pd.DataFrame:
     """What every lens reads in every model.
 
     Parameters
     ----------
-    models : name -> model whose head reads CLS; all see each image in one pass, and the images of the fit in another.
+    models : name -> model whose head reads CLS; all see each image in one pass, and the images of
+        the fit in another.
     data : labelled images; masks are used where there are any.
     folder : where the maps go; without it none are kept.
 
@@ -126,69 +89,78 @@ def measure(
     -------
     A table of `COLUMNS`.
     """
-    import pandas as pd
-
-    from bvit_interp.data.labels import label_map
-    from bvit_interp.data.samples import spread
-    from bvit_interp.probes.lens_scores import Readings
-
     classes = {name: label_map(data, model) for name, model in models.items()}
     fitted, scored = _split(data, config)
     lenses, trained_on = _tune(models, fitted, config)
-    examples = spread(len(scored), config.examples) if folder is not None and config.examples else []
-    readings = {name: Readings(view, of_model, data.has_masks, examples) for name, (view, of_model) in lenses.items()}
+    examples = (
+        spread(len(scored), config.examples) if folder is not None and config.examples else []
+    )
+    readings = {
+        name: Readings(view, of_model, data.has_masks, examples)
+        for name, (view, of_model) in lenses.items()
+    }
     loader, geometries = replace(config, limit=None).loader(scored, models, "lens")
     for batch in loader:
         for name, of_model in readings.items():
             of_model.update(batch, geometries[name], classes[name])
     rows: list[dict[str, Any]] = []
     for name, of_model in readings.items():
-        path = None if folder is None else folder / f"lens_{name.replace('/', '_').replace('@', '_')}.npz"
+        path = (
+            None
+            if folder is None
+            else folder / f"lens_{name.replace('/', '_').replace('@', '_')}.npz"
+        )
         if path is not None:
             _keep(of_model, path, data.classes)
-        shared = {"model": name, "fit_images": trained_on, "path": None if path is None else str(path)}
+        shared = {
+            "model": name,
+            "fit_images": trained_on,
+            "path": None if path is None else str(path),
+        }
         rows += [shared | row for row in _rows(of_model)]
     return pd.DataFrame(rows).reindex(columns=list(COLUMNS)).astype({"step": "Int64"})
 
 
 def _split(data: Samples, config: Config) -> tuple[Subset, Subset]:
     """Images to train the maps on, and others to score."""
-    from bvit_interp.data.samples import Subset, spread
-
     chosen = spread(len(data), config.limit)
     pool = sorted(set(range(len(data))) - set(chosen))
     if len(pool) >= config.fit_images:
-        return Subset(data, [pool[i] for i in spread(len(pool), config.fit_images)]), Subset(data, chosen)
+        return Subset(data, [pool[i] for i in spread(len(pool), config.fit_images)]), Subset(
+            data, chosen
+        )
     if len(chosen) < 4:
-        raise UserError(f"the lens is tuned on images that are not scored: at least 4 are needed, got {len(chosen)}")
+        raise UserError(
+            f"the lens is tuned on images that are not scored: at least 4 are needed, got {len(chosen)}"
+        )
     held = set(spread(len(chosen), min(config.fit_images, len(chosen) // 2)))
-    fitted, scored = ([place for i, place in enumerate(chosen) if (i in held) == which] for which in (True, False))
+    fitted, scored = (
+        [place for i, place in enumerate(chosen) if (i in held) == which] for which in (True, False)
+    )
     return Subset(data, fitted), Subset(data, scored)
 
 
 def _tune(
     models: Mapping[str, VisionTransformer], fitted: Subset, config: Config
 ) -> tuple[dict[str, tuple[VisionTransformer, Lenses]], int]:
-    """Every model unrolled with its lenses, and the images they are trained on: states cached in one pass, then a map
-    for each step and kind of token.
+    """Every model unrolled with its lenses, and the images they are trained on: states cached in
+    one pass, then a map for each step and kind of token.
 
     States are gathered in the order of the data set, so every process trains the same maps."""
-    from bvit_interp.data.loader import run_in_halves
-    from bvit_interp.models.unroll import unroll
-    from bvit_interp.probes.lenses import cached_states, kinds, make_lenses
-    from bvit_interp.probes.reducers import Rows
-
     views = {name: unroll(model) for name, model in models.items()}
-    cached = {name: {kind: Rows() for kind in (*kinds(view), "answers")} for name, view in views.items()}
+    cached = {
+        name: {kind: Rows() for kind in (*kinds(view), "answers")} for name, view in views.items()
+    }
     loader, geometries = replace(config, limit=None).loader(fitted, models, "lens, tuning")
     for batch in loader:
         for name, view in views.items():
             for index, found in run_in_halves(
                 lambda part, name=name, view=view: (
-                    part.index, cached_states(view, part.views[geometries[name]][0], part.index, _TOKENS)
+                    part.index,
+                    cached_states(view, part.views[geometries[name]][0], part.index, _TOKENS),
                 ),
                 batch,
-            ):  # fmt: skip
+            ):
                 for kind, states in found.items():
                     cached[name][kind].update(index, states.flatten(1).cpu())
     made, count = {}, 0
@@ -201,9 +173,6 @@ def _tune(
 
 def _rows(readings: Readings) -> Iterator[dict[str, Any]]:
     """Rows of one model, but for what they share."""
-    from bvit_interp.metrics import wilson_interval
-    from bvit_interp.probes.lens_scores import LENSES, leave
-
     found = {key: scores.compute() for key, scores in readings.scores.items()}
     for lens, maps in readings.maps.items():
         found[lens, "patches"] |= maps.compute()
@@ -214,129 +183,50 @@ def _rows(readings: Readings) -> Iterator[dict[str, Any]]:
                 of_step = {key: values[t].item() for key, values in measures.items()}
                 if kind == "cls" and statistic in _SHARES and not math.isnan(of_step["value"]):
                     of_step["low"], of_step["high"] = wilson_interval(of_step["value"] * n, n)
-                yield {"lens": lens, "tokens": kind, "statistic": statistic, "step": t + 1, "n": n} | of_step
+                yield {
+                    "lens": lens,
+                    "tokens": kind,
+                    "statistic": statistic,
+                    "step": t + 1,
+                    "n": n,
+                } | of_step
     leaving = readings.leaving.compute()[1].numpy().reshape(n, len(LENSES), 2, readings.steps)
     for i, lens in enumerate(LENSES):
         for tau in _THRESHOLDS:
-            row = {"lens": lens, "tokens": "cls", "statistic": "exit_accuracy", "threshold": tau, "n": n}
+            row = {
+                "lens": lens,
+                "tokens": "cls",
+                "statistic": "exit_accuracy",
+                "threshold": tau,
+                "n": n,
+            }
             yield row | leave(leaving[:, i, 0], leaving[:, i, 1], tau)
 
 
 def _keep(readings: Readings, path: Path, classes: Sequence[str]) -> None:
     """Write the mean maps and the examples."""
-    import numpy as np
-
-    from bvit_interp.results import rank_and_world, replacing
-
     lenses, size = list(readings.maps), readings.view.patch_embed.img_size
     means = np.stack([maps.mean.compute()["value"] for maps in readings.maps.values()])
-    labels, pixels, maps = np.split(readings.examples.compute()[1].numpy(), [1, 1 + 3 * size[0] * size[1]], axis=1)
+    labels, pixels, maps = np.split(
+        readings.examples.compute()[1].numpy(), [1, 1 + 3 * size[0] * size[1]], axis=1
+    )
     if rank_and_world()[0] == 0:
         with replacing(path) as temporary, temporary.open("wb") as file:
             np.savez_compressed(
-                file, lenses=np.array(lenses), classes=np.array([classes[int(label)] for label in labels[:, :1].flat]),
+                file,
+                lenses=np.array(lenses),
+                classes=np.array([classes[int(label)] for label in labels[:, :1].flat]),
                 images=pixels.reshape(len(labels), *size, 3).astype(np.uint8),
-                maps=maps.reshape(len(labels), len(lenses), readings.steps, *readings.grid).astype(np.float32),
+                maps=maps.reshape(len(labels), len(lenses), readings.steps, *readings.grid).astype(
+                    np.float32
+                ),
                 mean_maps=means.reshape(len(lenses), readings.steps, *readings.grid),
-            )  # fmt: skip
+            )
 
 
-# ---- figure --------------------------------------------------------------------------------------------
-
-_PANELS = {
-    ("top1", "cls"): ("CLS: accuracy", "share of images", "most frequent class"),
-    ("kl", "cls"): ("CLS: KL from the final answer", "nats", "final answer of another image"),
-    ("calibration_error", "cls"): ("CLS: calibration error", "15 bins", "sampling alone"),
-    ("exit_accuracy", "cls"): ("CLS: leaving early, tau from 0 to 1", "share of images right", "leaving at random"),
-    ("top1", "patches"): ("patches: accuracy", "mean share of patches", "most frequent class"),
-    ("pointing", "patches"): ("maps: maximum on the object", "share of images", "mask of another image"),
-    ("map_correlation", "patches"): ("maps: correlation with that of T", "Pearson's", "map of another image"),
-}  # fmt: skip
-
-
-def plot(frame: pd.DataFrame) -> Figure:
-    """Accuracy, divergence, calibration and early exit on CLS, accuracy and maps of patches; below, example maps."""
-    from matplotlib.figure import Figure
-
-    masks = (frame["statistic"] == "pointing").any()
-    panels = [key for key in _PANELS if key[0] != ("map_correlation" if masks else "pointing")]
-    paths = frame.dropna(subset="path").drop_duplicates("model")
-    examples = {name: _read(Path(path)) for name, path in zip(paths["model"], paths["path"], strict=True)}
-    examples = {name: arrays for name, arrays in examples.items() if arrays and len(arrays["images"])}
-    heights = [6.4, *(0.5 + 2.1 * len(arrays["images"]) for arrays in examples.values())]
-    figure = Figure(figsize=(12.5, sum(heights)), layout="constrained")
-    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-    axes = parts[0].subplots(2, 3)
-    for ax, key in zip(axes.flat, panels, strict=True):
-        _panel(ax, frame[(frame["statistic"] == key[0]) & (frame["tokens"] == key[1])], *_PANELS[key])
-    lines = [line for line in axes[0, 0].lines if not str(line.get_label()).startswith("_")]
-    lines.sort(key=lambda line: line.get_linestyle() == ":")  # the null last
-    parts[0].legend(handles=lines, loc="outside upper center", ncols=min(len(lines), 5), frameon=False, fontsize=9)
-    for part, (name, arrays) in zip(parts[1:], examples.items(), strict=True):
-        _strip(part, str(name), arrays)
-    return figure
-
-
-def _read(path: Path) -> dict[str, np.ndarray]:
-    import numpy as np
-
-    if not path.exists():
-        return {}
-    with np.load(path) as found:
-        return dict(found)
-
-
-def _panel(ax: Axes, frame: pd.DataFrame, title: str, unit: str, null: str) -> None:
-    """A statistic of each model, raw dashed and hollow, tuned solid; grey: its null, and the shuffled lens."""
-    from bvit_interp import plotting
-
-    exits = frame["threshold"].notna().any()
-    x = "mean_step" if exits else "step"
-    for i, name in enumerate(dict.fromkeys(frame["model"])):
-        for lens, part in frame[frame["model"] == name].groupby("lens", sort=False):
-            style = plotting.line_style(i) | {"linestyle": "-", "markersize": 3 if exits else 4}
-            if lens == "shuffled":
-                label = None if i else "tuned on answers of other images"
-                ax.plot(part[x], part["value"], **plotting.NULL, linestyle=":", marker=style["marker"], markersize=2,
-                        label=label)  # fmt: skip
-                continue
-            if lens == "raw":
-                style |= {"linestyle": "--", "markerfacecolor": "white"}
-            part = part.sort_values(x)
-            ax.plot(part[x], part["value"], **style, label=f"{name}, {lens}")
-            ax.fill_between(part[x], part["low"], part["high"], color=style["color"], alpha=0.15, linewidth=0)
-            ax.plot(part[x], part["null"], **plotting.NULL, linestyle=style["linestyle"], label="_null")
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(axis="y", color="0.9", linewidth=0.8)
-    ax.set_axisbelow(True)
-    if not exits:
-        plotting.step_axis(ax, frame["step"])
-    ax.set(xlabel="mean step at which images leave" if exits else "step", ylabel=unit)
-    ax.set_ylim(bottom=None if exits or frame["value"].min() < 0 else 0)
-    ax.set_title(f"{title}\ngrey: {null}", fontsize=10)
-
-
-def _strip(panel: SubFigure, name: str, arrays: Mapping[str, np.ndarray]) -> None:
-    """Example images, and what every patch gives the true class after some steps: raw, and tuned below."""
-    import numpy as np
-
-    from bvit_interp import plotting
-
-    steps = np.unique(np.linspace(1, arrays["maps"].shape[2], 7).round().astype(int))
-    count, lenses = len(arrays["images"]), list(arrays["lenses"])
-    axes = panel.subplots(count * len(lenses), len(steps) + 1, squeeze=False)
-    for i, (image, label, of_image) in enumerate(
-        zip(arrays["images"], arrays["classes"], arrays["maps"], strict=True)
-    ):  # fmt: skip
-        for j, (lens, maps) in enumerate(zip(lenses, of_image, strict=True)):
-            row = axes[i * len(lenses) + j]
-            row[0].imshow(image)
-            row[0].set_ylabel(f"{label}\n{lens}", fontsize=9)
-            for ax, step in zip(row[1:], steps, strict=True):
-                shown = ax.imshow(np.exp(maps[step - 1]), cmap=plotting.SEQUENTIAL, vmin=0, vmax=1)
-                if not i and not j:
-                    ax.set_title(f"step {step}", fontsize=9)
-    for ax in axes.flat:
-        ax.set(xticks=[], yticks=[])
-    panel.colorbar(shown, ax=axes, label="probability of the true class", shrink=0.8, pad=0.01)
-    panel.suptitle(f"{name}: the true class in every patch", fontsize=10)
+def summary(frame: pd.DataFrame) -> pd.DataFrame:
+    """Accuracy and divergence on CLS after a quarter, half and all of the steps."""
+    last = frame.groupby("model")["step"].transform("max")
+    shown = (frame["step"] == last) | (frame["step"] == last // 2) | (frame["step"] == last // 4)
+    rows = frame[shown & (frame["tokens"] == "cls") & frame["statistic"].isin(("top1", "kl"))]
+    return rows.drop(columns=["threshold", "mean_step", "path"])

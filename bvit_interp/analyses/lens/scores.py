@@ -1,6 +1,8 @@
-"""What lenses read, scored: against labels, the final answer and masks, each with what chance would give.
+"""What lenses read, scored: against labels, the final answer and masks, each with what chance would
+give.
 
-Sums in torchmetrics, on the model's device from the start: a process without images takes part in the gather too.
+Sums in torchmetrics, on the model's device from the start: a process without images takes part in
+the gather too.
 """
 
 from __future__ import annotations
@@ -16,31 +18,31 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torchmetrics import Metric
 
+from bvit_interp.analyses.lens.tuned_lens import Lenses, look
 from bvit_interp.data.geometry import Geometry
 from bvit_interp.data.loader import Batch, run_in_halves
 from bvit_interp.data.samples import IGNORE
 from bvit_interp.metrics import at_patch_centres, entropy, point_hits, unit_maps, wilson_interval
-from bvit_interp.probes.answers import Answers
-from bvit_interp.probes.lenses import Lenses, look
-from bvit_interp.probes.moments import MapPairs, Moments
-from bvit_interp.probes.reducers import Rows
-from bvit_interp.probes.scores import Classification
+from bvit_interp.metrics.streaming.answers import Answers
+from bvit_interp.metrics.streaming.means import MapPairs, Moments
+from bvit_interp.metrics.streaming.reducers import Rows
+from bvit_interp.metrics.streaming.scores import Classification
 
 LENSES = ("raw", "tuned")
 BYTES_OF_LOGITS = 2**27
 
 
 class CrossPairs(Metric):
-    """Mean inner product of a vector of an image with one of the same image, and of another: all ordered pairs of
-    different images, exactly and in constant memory, for the sum of all products is the product of the sums.
+    """Mean inner product of a vector of an image with one of the same image, and of another: all
+    ordered pairs of different images, exactly and in constant memory, for the sum of all products
+    is the product of the sums.
 
     Parameters
     ----------
     steps, width : T and K.
 
-    Returns
-    -------
-    ``compute``: `same_image` and `other_images`, ``(T,)`` on the CPU; the second is nan below two images.
+    Returns ------- ``compute``: `same_image` and `other_images`, ``(T,)`` on the CPU; the second is
+    nan below two images.
     """
 
     full_state_update = False
@@ -51,7 +53,12 @@ class CrossPairs(Metric):
 
     def __init__(self, steps: int, width: int) -> None:
         super().__init__()
-        for name, shape in (("n", ()), ("one", (width,)), ("other", (steps, width)), ("same", (steps,))):
+        for name, shape in (
+            ("n", ()),
+            ("one", (width,)),
+            ("other", (steps, width)),
+            ("same", (steps,)),
+        ):
             self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, one: Tensor, other: Tensor) -> None:
@@ -74,10 +81,11 @@ Found = dict[str, dict[str, Tensor]]
 
 
 class LensScores:
-    """What one lens on one kind of token answers after every step, against the labels and the model's final answer.
+    """What one lens on one kind of token answers after every step, against the labels and the
+    model's final answer.
 
-    An image's number is the mean over its tokens; intervals are over images. Everything is in torchmetrics, on
-    `device` from the start: a process without images takes part in the gather too.
+    An image's number is the mean over its tokens; intervals are over images. Everything is in
+    torchmetrics, on `device` from the start: a process without images takes part in the gather too.
     """
 
     means = ("top1", "agreement", "kl", "flips")
@@ -90,14 +98,17 @@ class LensScores:
         self.likelihood, self.agreement = (CrossPairs(steps, classes).to(device) for _ in range(2))
 
     def update(self, logits: Tensor, final: Tensor, labels: Tensor) -> None:
-        """Add a batch: the lens ``(T, B, N, C)``, the model's logits ``(B, C)``, labels ``(B,)``."""
+        """Add a batch: the lens ``(T, B, N, C)``, the model's logits ``(B, C)``, labels
+        ``(B,)``."""
         every = labels[:, None].expand(-1, logits.shape[2]).flatten()
         for metric, of_step in zip(self.of_steps, logits.flatten(1, 2), strict=True):
             metric.update(of_step, every)
         self.answers.update(logits.flatten(1, 2), every)
         log_q = logits.double().log_softmax(-1).mean(2).transpose(0, 1)
         log_p, said, wanted = final.double().log_softmax(-1), logits.argmax(-1), final.argmax(-1)
-        divergence = (log_p.exp() * log_p).sum(-1)[:, None] - torch.einsum("bc,btc->bt", log_p.exp(), log_q)
+        divergence = (log_p.exp() * log_p).sum(-1)[:, None] - torch.einsum(
+            "bc,btc->bt", log_p.exp(), log_q
+        )
         first = log_p.new_full((1, len(labels)), torch.nan)
         flips = torch.cat([first, (said[1:] != said[:-1]).double().mean(-1)])
         right, agrees = ((said == c[:, None]).double().mean(-1).T for c in (labels, wanted))
@@ -108,11 +119,15 @@ class LensScores:
 
     def compute(self) -> Found:
         """All statistics over all processes, on the CPU."""
-        moments, along = self.moments.compute(), {key: v.cpu() for key, v in self.answers.compute().items()}
+        moments, along = (
+            self.moments.compute(),
+            {key: v.cpu() for key, v in self.answers.compute().items()},
+        )
         scores = [metric.compute() for metric in self.of_steps]
         likelihood, agreement = self.likelihood.compute(), self.agreement.compute()
         found: Found = {
-            name: {key: moments[key][i] for key in ("value", "low", "high", "n")} for i, name in enumerate(self.means)
+            name: {key: moments[key][i] for key in ("value", "low", "high", "n")}
+            for i, name in enumerate(self.means)
         }
         of = {
             key: torch.tensor([s[key] for s in scores], dtype=torch.float64)
@@ -120,35 +135,52 @@ class LensScores:
         }
         found["top1"]["null"] = of["chance"]
         found["agreement"]["null"] = agreement["other_images"]
-        found["kl"]["null"] = found["kl"]["value"] + likelihood["same_image"] - likelihood["other_images"]
+        found["kl"]["null"] = (
+            found["kl"]["value"] + likelihood["same_image"] - likelihood["other_images"]
+        )
         found["flips"]["null"] = along["flips_null"]
         sampling = torch.tensor([_calibrated(s) for s in scores], dtype=torch.float64)
         found["calibration_error"] = {"value": of["calibration_error"], "null": sampling}
         found["confidence"] = {"value": of["confidence"]}
-        found["entropy"] = {"value": along["entropy"], "null": torch.full_like(sampling, math.log(self.classes))}
-        found["true_rank"] = {"value": along["true_rank"], "null": torch.full_like(sampling, (self.classes + 1) / 2)}
+        found["entropy"] = {
+            "value": along["entropy"],
+            "null": torch.full_like(sampling, math.log(self.classes)),
+        }
+        found["true_rank"] = {
+            "value": along["true_rank"],
+            "null": torch.full_like(sampling, (self.classes + 1) / 2),
+        }
         return _along_steps(found)
 
 
 def _along_steps(found: Found) -> Found:
     """As they are, ``(T,)``: torchmetrics makes a scalar of the only number of a single step."""
-    return {name: {key: values.reshape(-1) for key, values in parts.items()} for name, parts in found.items()}
+    return {
+        name: {key: values.reshape(-1) for key, values in parts.items()}
+        for name, parts in found.items()
+    }
 
 
 def _calibrated(score: dict[str, Any]) -> float:
-    """Calibration error expected of answers right as often as they are sure, from their number alone: in a bin of n
-    answers of confidence c the normal mean absolute deviation sqrt(2 n c (1 - c) / pi)."""
-    spreads = (n * c * (1 - c) for n, c in zip(score["bin_n"], score["bin_confidence"], strict=True) if n)
-    return sum(math.sqrt(2 * max(spread, 0.0) / math.pi) for spread in spreads) / sum(score["bin_n"])
+    """Calibration error expected of answers right as often as they are sure, from their number
+    alone: in a bin of n answers of confidence c the normal mean absolute deviation sqrt(2 n c (1 -
+    c) / pi)."""
+    spreads = (
+        n * c * (1 - c) for n, c in zip(score["bin_n"], score["bin_confidence"], strict=True) if n
+    )
+    return sum(math.sqrt(2 * max(spread, 0.0) / math.pi) for spread in spreads) / sum(
+        score["bin_n"]
+    )
 
 
 class MapScores:
     """Maps of the true class's log probability over the patches after every step, under one lens.
 
-    - `map_entropy` of the probabilities as shares of the patches; null the same for the classes that are not true;
+    - `map_entropy` of the probabilities as shares of the patches; null the same for the classes
+      that are not true;
     - `map_correlation` with the map of step T; null with that of another image;
-    - with masks `pointing`, does the map's maximum lie on the object; null the mask of another image; and
-      `object_share`, the share of patches that the object covers.
+    - with masks `pointing`, does the map's maximum lie on the object; null the mask of another
+      image; and `object_share`, the share of patches that the object covers.
     """
 
     def __init__(self, steps: int, patches: int, masks: bool, device: torch.device) -> None:
@@ -159,14 +191,16 @@ class MapScores:
         self.pointing = Moments(2, steps).to(device)
         self.hits, self.counted = (CrossPairs(steps, patches).to(device) for _ in range(2))
 
-    def update(self, logits: Tensor, labels: Tensor, masks: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def update(
+        self, logits: Tensor, labels: Tensor, masks: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
         """Add a batch and return its maps ``(B, T, P)``, nats.
 
         Parameters
         ----------
         logits, labels : ``(T, B, P, C)`` and ``(B,)``.
-        masks : bool ``(B, P)``, patches on the object, and patches that do not count; images without object are left
-            out of the pointing.
+        masks : bool ``(B, P)``, patches on the object, and patches that do not count; images
+            without object are left out of the pointing.
         """
         log_q = logits.double().log_softmax(-1).permute(1, 0, 3, 2)
         own = labels[:, None, None, None].expand(-1, log_q.shape[1], 1, 1)
@@ -198,15 +232,23 @@ class MapScores:
 
     def compute(self) -> Found:
         """All statistics over all processes, on the CPU."""
-        entropies, pairs, likeness = self.entropies.compute(), self.pairs.compute(), self.likeness.compute()
+        entropies, pairs, likeness = (
+            self.entropies.compute(),
+            self.pairs.compute(),
+            self.likeness.compute(),
+        )
         found = {
-            "map_entropy": {key: values[0] for key, values in entropies.items()} | {"null": entropies["value"][1]},
-            "map_correlation": likeness | {"null": pairs["other_images"].reshape(self.steps, -1)[:, -1]},
+            "map_entropy": {key: values[0] for key, values in entropies.items()}
+            | {"null": entropies["value"][1]},
+            "map_correlation": likeness
+            | {"null": pairs["other_images"].reshape(self.steps, -1)[:, -1]},
         }
         if self.masks:
             pointing = self.pointing.compute()
             others = self.hits.compute()["other_images"] / self.counted.compute()["other_images"]
-            found["pointing"] = {key: values[0] for key, values in pointing.items()} | {"null": others}
+            found["pointing"] = {key: values[0] for key, values in pointing.items()} | {
+                "null": others
+            }
             found["object_share"] = {key: values[1] for key, values in pointing.items()}
         return _along_steps(found)
 
@@ -225,12 +267,15 @@ class Readings:
     ----------
     scores : (lens, kind of token) -> `LensScores`.
     maps : lens -> `MapScores`.
-    leaving : of each image, of each of `LENSES` the confidence on CLS after every step and whether the answer is right,
-        ``2 T`` numbers; after T of the model's own head.
-    examples : of each example its label, its pixels ``(height, width, 3)`` and its maps ``(lenses, T, P)``, flat.
+    leaving : of each image, of each of `LENSES` the confidence on CLS after every step and whether
+        the answer is right, ``2 T`` numbers; after T of the model's own head.
+    examples : of each example its label, its pixels ``(height, width, 3)`` and its maps ``(lenses,
+        T, P)``, flat.
     """
 
-    def __init__(self, view: VisionTransformer, lenses: Lenses, masks: bool, examples: Collection[int]) -> None:
+    def __init__(
+        self, view: VisionTransformer, lenses: Lenses, masks: bool, examples: Collection[int]
+    ) -> None:
         self.view, self.lenses, self.steps = view, lenses, len(view.blocks)
         self.grid: tuple[int, int] = tuple(view.patch_embed.grid_size)
         device, patches = next(view.parameters()).device, view.patch_embed.num_patches
@@ -251,8 +296,12 @@ class Readings:
             self._score(part, geometry, logits, classes[part.labels])
 
     def _score(
-        self, batch: Batch, geometry: Geometry, logits: Mapping[tuple[str, str], Tensor], labels: Tensor
-    ) -> None:  # fmt: skip
+        self,
+        batch: Batch,
+        geometry: Geometry,
+        logits: Mapping[tuple[str, str], Tensor],
+        labels: Tensor,
+    ) -> None:
         final = logits["raw", "cls"][-1, :, 0]
         images, ids = batch.views[geometry]
         labels, masks = labels.to(final.device), None
@@ -261,19 +310,32 @@ class Readings:
             masks = (at_centres == batch.labels[:, None].to(final.device) + 1, at_centres == IGNORE)
         for key, of_lens in logits.items():
             self.scores[key].update(of_lens, final, labels)
-        maps = [scores.update(logits[lens, "patches"], labels, masks) for lens, scores in self.maps.items()]
+        maps = [
+            scores.update(logits[lens, "patches"], labels, masks)
+            for lens, scores in self.maps.items()
+        ]
         self.leaving.update(
-            batch.index, torch.cat([_sureness(logits[lens, "cls"], final, labels) for lens in LENSES], 1)
+            batch.index,
+            torch.cat([_sureness(logits[lens, "cls"], final, labels) for lens in LENSES], 1),
         )
         there = torch.tensor([int(i) in self.kept for i in batch.index])
-        rows = [batch.labels[there, None], _pixels(images[there], geometry), torch.stack(maps, 1).cpu()[there]]
-        self.examples.update(batch.index[there], torch.cat([part.double().flatten(1) for part in rows], 1))
+        rows = [
+            batch.labels[there, None],
+            _pixels(images[there], geometry),
+            torch.stack(maps, 1).cpu()[there],
+        ]
+        self.examples.update(
+            batch.index[there], torch.cat([part.double().flatten(1) for part in rows], 1)
+        )
 
 
 def _sureness(logits: Tensor, final: Tensor, labels: Tensor) -> Tensor:
-    """Confidence after every step, then whether the answer is right ``(B, 2 T)``; after T as the model itself."""
+    """Confidence after every step, then whether the answer is right ``(B, 2 T)``; after T as the
+    model itself."""
     answers = torch.cat([logits[:-1, :, 0], final[None]]).double()
-    return torch.cat([answers.softmax(-1).amax(-1).T, (answers.argmax(-1) == labels).double().T], 1).cpu()
+    return torch.cat(
+        [answers.softmax(-1).amax(-1).T, (answers.argmax(-1) == labels).double().T], 1
+    ).cpu()
 
 
 def _pixels(images: Tensor, geometry: Geometry) -> Tensor:
@@ -287,12 +349,11 @@ def leave(confidence: np.ndarray, right: np.ndarray, threshold: float) -> dict[s
 
     Parameters
     ----------
-    confidence, right : ``(n, T)``, largest probability and whether the answer is right, after every step.
+    confidence, right : ``(n, T)``, largest probability and whether the answer is right, after every
+        step.
 
-    Returns
-    -------
-    Accuracy (`value`, Wilson's `low` and `high`), `null` if as many left at each step but drawn at random, and
-    `mean_step`.
+    Returns ------- Accuracy (`value`, Wilson's `low` and `high`), `null` if as many left at each
+    step but drawn at random, and `mean_step`.
     """
     sure = confidence > threshold
     sure[:, -1] = True
@@ -301,4 +362,10 @@ def leave(confidence: np.ndarray, right: np.ndarray, threshold: float) -> dict[s
     low, high = wilson_interval(hits, n)
     shares = np.bincount(left, minlength=sure.shape[1]) / n
     null = float(shares @ right.mean(0))
-    return {"value": hits / n, "low": low, "high": high, "null": null, "mean_step": float(left.mean() + 1)}
+    return {
+        "value": hits / n,
+        "low": low,
+        "high": high,
+        "null": null,
+        "mean_step": float(left.mean() + 1),
+    }

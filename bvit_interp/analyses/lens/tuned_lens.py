@@ -1,10 +1,12 @@
-"""Lenses: the model's own head read on any token at any step, raw or behind an affine map that carries it on to step T.
+"""Lenses: the model's own head read on any token at any step, raw or behind an affine map that
+carries it on to step T.
 
-The logit lens (nostalgebraist, 2020, "interpreting GPT: the logit lens") reads z_t as if it were z_T. The tuned lens
-(Belrose et al., 2023, "Eliciting Latent Predictions from Transformers with the Tuned Lens", arXiv 2303.08112) reads
-``z_t W_t + c_t``, an affine map for each step that gives the least KL divergence from the final answer. Ours starts at
-the map of least squared error to z_T^cls and goes down the gradient of that divergence over all cached states at once:
-no batches are drawn, so the maps depend on the images alone.
+The logit lens (nostalgebraist, 2020, "interpreting GPT: the logit lens") reads z_t as if it were
+z_T. The tuned lens (Belrose et al., 2023, "Eliciting Latent Predictions from Transformers with the
+Tuned Lens", arXiv 2303.08112) reads ``z_t W_t + c_t``, an affine map for each step that gives the
+least KL divergence from the final answer. Ours starts at the map of least squared error to z_T^cls
+and goes down the gradient of that divergence over all cached states at once: no batches are drawn,
+so the maps depend on the images alone.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ MEMORY = 0.9  # of the running means of the gradient and of its square
 
 
 def tokens_read(model: VisionTransformer) -> int:
-    """How many leading tokens the head reads: CLS, and with it the distillation token of a model that has one.
+    """How many leading tokens the head reads: CLS, and with it the distillation token of a model
+    that has one.
 
     Raises
     ------
@@ -36,7 +39,9 @@ def tokens_read(model: VisionTransformer) -> int:
         For a head that pools tokens.
     """
     if model.global_pool != "token" or not model.has_class_token:
-        raise UserError(f"the lens reads CLS as the head does: global_pool must be token, got {model.global_pool!r}")
+        raise UserError(
+            f"the lens reads CLS as the head does: global_pool must be token, got {model.global_pool!r}"
+        )
     return 1 if getattr(model, "dist_token", None) is None else 2
 
 
@@ -48,7 +53,8 @@ def kinds(model: VisionTransformer) -> dict[str, slice]:
 
 
 def grouped(tokens: Tensor, kind: str) -> Tensor:
-    """Tokens of a kind ``(B, N, D)`` as what the lens reads at once: ``(B, 1, N, D)`` of cls, else ``(B, N, 1, D)``."""
+    """Tokens of a kind ``(B, N, D)`` as what the lens reads at once: ``(B, 1, N, D)`` of cls, else
+    ``(B, N, 1, D)``."""
     return tokens[:, None] if kind == "cls" else tokens[:, :, None]
 
 
@@ -57,10 +63,13 @@ def read(model: VisionTransformer, tokens: Tensor) -> Tensor:
 
     Parameters
     ----------
-    tokens : ``(..., K, D)``; K the tokens the head reads, or 1, which then stands in for each of them.
+    tokens : ``(..., K, D)``; K the tokens the head reads, or 1, which then stands in for each of
+        them.
     """
     normed = model.norm(tokens).flatten(0, -3)
-    return model.forward_head(normed.expand(-1, tokens_read(model), -1)).unflatten(0, tokens.shape[:-2])
+    return model.forward_head(normed.expand(-1, tokens_read(model), -1)).unflatten(
+        0, tokens.shape[:-2]
+    )
 
 
 # ---- the tuned lens ------------------------------------------------------------------------------------
@@ -83,12 +92,15 @@ class Translator:
         return torch.einsum("...kd,kde->...ke", tokens, self.weight) + self.bias
 
 
-def fit(model: VisionTransformer, tokens: Tensor, final: Tensor, answers: Tensor, iterations: int) -> Translator:
+def fit(
+    model: VisionTransformer, tokens: Tensor, final: Tensor, answers: Tensor, iterations: int
+) -> Translator:
     """The tuned lens of one step.
 
-    Ridge regression of `final` on `tokens`, then `iterations` steps down the gradient of ``KL(answer || lens)``, with
-    momentum; a step's length is that of the mean gradient over its root mean square, both running, and falls to 0 as
-    a cosine. One scale for the whole map, not one an entry as in Adam: rounding of the states stays rounding.
+    Ridge regression of `final` on `tokens`, then `iterations` steps down the gradient of
+    ``KL(answer || lens)``, with momentum; a step's length is that of the mean gradient over its
+    root mean square, both running, and falls to 0 as a cosine. One scale for the whole map, not one
+    an entry as in Adam: rounding of the states stays rounding.
 
     Parameters
     ----------
@@ -105,13 +117,22 @@ def fit(model: VisionTransformer, tokens: Tensor, final: Tensor, answers: Tensor
     gram, cross = (torch.einsum("nkd,nke->kde", x, other) / len(x) for other in (x, y - middle))
     found = Translator(torch.linalg.solve(gram + ridge, cross), middle)
     spread = float((y - middle).square().mean().sqrt())
-    found = _refine(model, found, x.float(), answers, iterations, RATE * math.sqrt(x.shape[-1]) * spread)
+    found = _refine(
+        model, found, x.float(), answers, iterations, RATE * math.sqrt(x.shape[-1]) * spread
+    )
     weight = found.weight.double() / scale
-    return Translator(weight.float(), (found.bias.double() - torch.einsum("kd,kde->ke", mean, weight)).float())
+    return Translator(
+        weight.float(), (found.bias.double() - torch.einsum("kd,kde->ke", mean, weight)).float()
+    )
 
 
 def _refine(
-    model: VisionTransformer, start: Translator, tokens: Tensor, answers: Tensor, iterations: int, rate: float
+    model: VisionTransformer,
+    start: Translator,
+    tokens: Tensor,
+    answers: Tensor,
+    iterations: int,
+    rate: float,
 ) -> Translator:
     """Go down the gradient from `start`."""
     wanted = answers.float().log_softmax(-1)
@@ -127,7 +148,9 @@ def _refine(
         mean = [torch.lerp(g, old, MEMORY) for g, old in zip(gradient, mean, strict=True)]
         usual = (square / (1 - MEMORY ** (i + 1))).sqrt().clamp(min=1e-30)
         size = rate * (1 + math.cos(math.pi * i / iterations)) / 2 / usual
-        weight, bias = (old.detach() - size * m for old, m in zip((weight, bias), mean, strict=True))
+        weight, bias = (
+            old.detach() - size * m for old, m in zip((weight, bias), mean, strict=True)
+        )
     return Translator(weight, bias)
 
 
@@ -135,7 +158,9 @@ Lenses = dict[tuple[str, str], list[Translator | None]]
 """(lens, kind of token) -> the map of every step; None reads the state itself."""
 
 
-def make_lenses(view: VisionTransformer, cached: Mapping[str, Tensor], iterations: int, seed: int) -> Lenses:
+def make_lenses(
+    view: VisionTransformer, cached: Mapping[str, Tensor], iterations: int, seed: int
+) -> Lenses:
     """The lenses of a model: raw and tuned on every kind of token, and shuffled on cls.
 
     Parameters
@@ -143,11 +168,15 @@ def make_lenses(view: VisionTransformer, cached: Mapping[str, Tensor], iteration
     view : a tied unroll or a stacked ViT.
     cached : `cached_states` of the images of the fit, each image's flat: ``(n, ...)``.
     iterations : of `fit`.
-    seed : of the permutation of images by which the shuffled lens takes its states and answers from different ones.
+    seed : of the permutation of images by which the shuffled lens takes its states and answers from
+        different ones.
     """
     device, steps, own = next(view.parameters()).device, len(view.blocks), tokens_read(view)
     order = torch.randperm(len(cached["answers"]), generator=torch.Generator().manual_seed(seed))
-    targets = {"final": cached["cls"].unflatten(1, (steps, own, -1))[:, -1], "answers": cached["answers"]}
+    targets = {
+        "final": cached["cls"].unflatten(1, (steps, own, -1))[:, -1],
+        "answers": cached["answers"],
+    }
     lenses: Lenses = {}
     for kind in kinds(view):
         together = own if kind == "cls" else 1
@@ -157,10 +186,12 @@ def make_lenses(view: VisionTransformer, cached: Mapping[str, Tensor], iteration
             if lens == "shuffled" and kind != "cls":
                 continue
             final, answers = (
-                each[images].repeat_interleave(states.shape[2], 0).to(device) for each in targets.values()
+                each[images].repeat_interleave(states.shape[2], 0).to(device)
+                for each in targets.values()
             )
             lenses[lens, kind] = [
-                fit(view, states[:, t].flatten(0, 1), final[:, :together], answers, iterations) for t in range(steps)
+                fit(view, states[:, t].flatten(0, 1), final[:, :together], answers, iterations)
+                for t in range(steps)
             ]
     return lenses
 
@@ -168,7 +199,9 @@ def make_lenses(view: VisionTransformer, cached: Mapping[str, Tensor], iteration
 # ---- running -------------------------------------------------------------------------------------------
 
 
-def cached_states(view: VisionTransformer, images: Tensor, index: Tensor, most: int) -> dict[str, Tensor]:
+def cached_states(
+    view: VisionTransformer, images: Tensor, index: Tensor, most: int
+) -> dict[str, Tensor]:
     """What the tuned lens is trained on, of images at places `index` ``(B,)`` of the data set.
 
     Parameters
@@ -176,9 +209,8 @@ def cached_states(view: VisionTransformer, images: Tensor, index: Tensor, most: 
     view : a tied unroll or a stacked ViT.
     most : tokens M of a kind that are kept of an image; where there are more, others of each image.
 
-    Returns
-    -------
-    Kind -> states ``(B, T, M, K, D)``, K the tokens read at once; "answers" -> the model's logits ``(B, C)``.
+    Returns ------- Kind -> states ``(B, T, M, K, D)``, K the tokens read at once; "answers" -> the
+    model's logits ``(B, C)``.
     """
     states: dict[str, list[Tensor]] = {}
     with torch.inference_mode():
@@ -190,15 +222,17 @@ def cached_states(view: VisionTransformer, images: Tensor, index: Tensor, most: 
                 chosen = _spread_over(index, tokens.shape[1], most).to(tokens.device)
                 tokens = tokens.take_along_dim(chosen[..., None, None], dim=1)
                 states.setdefault(kind, []).append(tokens)
-        found = {kind: torch.stack(steps, 1) for kind, steps in states.items()} | {"answers": answer(view, state)}
+        found = {kind: torch.stack(steps, 1) for kind, steps in states.items()} | {
+            "answers": answer(view, state)
+        }
     if not all(torch.isfinite(tensor).all() for tensor in found.values()):
         raise UserError("activations hold NaN or infinite values")
     return found
 
 
 def _spread_over(index: Tensor, count: int, most: int) -> Tensor:
-    """Which of `count` tokens are kept of each image ``(B, M)``: all, or `most` by the golden section, image by image
-    others, so that all come about as often."""
+    """Which of `count` tokens are kept of each image ``(B, M)``: all, or `most` by the golden
+    section, image by image others, so that all come about as often."""
     if count <= most:
         return torch.arange(count).expand(len(index), -1)
     turns = (index[:, None].cpu() * most + torch.arange(most)).double() * GOLDEN

@@ -1,137 +1,72 @@
-"""How far can a state be moved in time: what is kept when step t of a run is given the state of step s?
+"""How far can a state be moved in time: what is kept when step t of a run is given the state of
+step s?
 
-Activation patching across the steps of a shared block; ours, not in bViT (arXiv 2605.10661). A site of step s of run A
-(the whole state z_s, or one token set, head or neuron of any site) replaces that of step t of run B, for all s and t.
-A row is one cell (s, t), or the mean of all cells of one shift t - s, of a `statistic`:
+Activation patching across the steps of a shared block; ours, not in bViT (arXiv 2605.10661). A site
+of step s of run A (the whole state z_s, or one token set, head or neuron of any site) replaces that
+of step t of run B, for all s and t. A row is one cell (s, t), or the mean of all cells of one shift
+t - s, of a `statistic`:
 
-- `recovered`: ``sum(patched - baseline) / sum(clean - baseline)`` over images, a ratio of means with a delta-method
-  interval. `same`: A = B, one image, logit of the true class minus the mean of the others', baseline 0: what of the
-  answer is kept under a shift in time. `other`: A another image; logit of A's class minus that of B's, clean in A,
-  baseline in B; pairs of one class are skipped and counted. `corrupted`: B the image with its patches shuffled or
-  with noise, clean in A, the image itself, scored as in `same`.
-- `answer`: share of images that get the clean run's most likely class, with Wilson's interval (of a shift's mean
-  share, for which it is too wide rather than too narrow).
+- `recovered`: ``sum(patched - baseline) / sum(clean - baseline)`` over images, a ratio of means
+  with a delta-method interval. `same`: A = B, one image, logit of the true class minus the mean of
+  the others', baseline 0: what of the answer is kept under a shift in time. `other`: A another
+  image; logit of A's class minus that of B's, clean in A, baseline in B; pairs of one class are
+  skipped and counted. `corrupted`: B the image with its patches shuffled or with noise, clean in A,
+  the image itself, scored as in `same`.
+- `answer`: share of images that get the clean run's most likely class, with Wilson's interval (of a
+  shift's mean share, for which it is too wide rather than too narrow).
 
-`null` is the same patched from one more image, at the same steps: what any state of step s does at step t. Each image
-is also the other of another (of an even number each pair comes both ways round), so intervals of `other` may be too
-narrow by up to sqrt 2. For the whole state of one shared block (no time embedding, no memory) cell (s, t) is
-``F^(T-t)(z_s)``, the answer s - t steps past T: B does not matter, cells of one shift are equal, and one longer run
-gives all. Whole states in a stack do not read B either: `other` is then `same` on another scale. With a memory, a time
-embedding or part of a state cells of a shift differ, and their mean depends on which s and t it has.
-Practice of patching after Heimersheim and Nanda (2024), "How to use and interpret activation patching".
+`null` is the same patched from one more image, at the same steps: what any state of step s does at
+step t. Each image is also the other of another (of an even number each pair comes both ways round),
+so intervals of `other` may be too narrow by up to sqrt 2. For the whole state of one shared block
+(no time embedding, no memory) cell (s, t) is ``F^(T-t)(z_s)``, the answer s - t steps past T: B
+does not matter, cells of one shift are equal, and one longer run gives all. Whole states in a stack
+do not read B either: `other` is then `same` on another scale. With a memory, a time embedding or
+part of a state cells of a shift differ, and their mean depends on which s and t it has. Practice of
+patching after Heimersheim and Nanda (2024), "How to use and interpret activation patching".
 
-Cost: with S = T = 12 steps the 144 cells restart at the patched step, all sources in one batch: 792 block applications
-an image (66 forwards; 936, or 78, for sites inside a step) against the 1728 of 144 forwards, and the null as much
-again; 23 for whole states of one shared block. By default 1000 images of 32 px, a bViT of width 128: 56 s on one core
-(11 s measured on 200); its ViT, a time embedding, or CLS alone: 207 forwards an image, 20 min at 6 ms a forward, so
-`--limit 100`. ImageNet on a GPU, computed and not measured: 0.3 TFLOP an image of bViT-B, 7 TFLOP of ViT-B, at an
-assumed 20 TFLOP/s 15 s and 6 min for 1000 images.
-Expected: nothing in the paper. In one shared block a shift by a step should cost little; in a stack, whose blocks may
-each want what the one before them leaves, more.
+Cost: with S = T = 12 steps the 144 cells restart at the patched step, all sources in one batch: 792
+block applications an image (66 forwards; 936, or 78, for sites inside a step) against the 1728 of
+144 forwards, and the null as much again; 23 for whole states of one shared block. By default 1000
+images of 32 px, a bViT of width 128: 56 s on one core (11 s measured on 200); its ViT, a time
+embedding, or CLS alone: 207 forwards an image, 20 min at 6 ms a forward, so `--limit 100`. ImageNet
+on a GPU, computed and not measured: 0.3 TFLOP an image of bViT-B, 7 TFLOP of ViT-B, at an assumed
+20 TFLOP/s 15 s and 6 min for 1000 images. Expected: nothing in the paper. In one shared block a
+shift by a step should cost little; in a stack, whose blocks may each want what the one before them
+leaves, more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any
 
-from bvit_interp.data.reading import Reading
-from bvit_interp.errors import UserError, choices
-from bvit_interp.vocabulary import TOKEN_WORDS, check_site
+import pandas as pd
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from timm.models.vision_transformer import VisionTransformer
-    from torch import Tensor
+from bvit_interp.analyses.patching import COLUMNS, Config
+from bvit_interp.analyses.patching.patches import Patches, Recovered, corrupt
+from bvit_interp.data.labels import label_map
+from bvit_interp.data.loader import Batch, run_in_halves
+from bvit_interp.data.partners import Partners
+from bvit_interp.data.samples import Samples
+from bvit_interp.errors import UserError
+from bvit_interp.metrics import wilson_interval
+from bvit_interp.metrics.streaming.means import Moments
 
-    from bvit_interp.data.loader import Batch
-    from bvit_interp.data.partners import Partners
-    from bvit_interp.data.samples import Samples
-    from bvit_interp.probes.moments import Moments
-    from bvit_interp.probes.patches import Patches, Recovered
-
-Mode = Literal["same", "other", "corrupted"]
 _RUNS = {
     "same": ("own", "own", "partner"),
     "other": ("own", "partner", "third"),
     "corrupted": ("corrupted", "own", "partner"),
 }
 """Mode -> images of the run that is patched, of the run the patch is from, and of the null's."""
+
+
 _STATISTICS = ("recovered", "answer")
+
+
 _BYTES_OF_BATCH = 2**26
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config(Reading):
-    """Options of the patching."""
-
-    mode: tuple[Mode, ...] = ("same", "other")
-    """same (the image's own state, moved in time), other (another image's) and corrupted (into a corrupted image)."""
-    site: str = "resid_post"
-    """What is moved: resid_post is the state after the step, z a head's output, attn_out and mlp_out what is added."""
-    unit: int | None = None
-    """One head (of q, k, v, z, scores, pattern), neuron or channel of the site, from 0; by default all of it."""
-    tokens: tuple[str, ...] = ("all",)
-    """Of which tokens: all, cls, patches, reg, dist; several are separate cells. The others stay the patched run's."""
-    steps: tuple[int, ...] | None = None
-    """Steps s and t, from 1; by default all. Half of them cost a quarter."""
-    corruption: Literal["shuffle", "noise"] = "shuffle"
-    """Of the mode corrupted: patches of pixels in random order, or Gaussian noise added, one standard deviation."""
-    seed: int = 0
-    """Of the corruption."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_site(self.site)
-        for name, allowed in (("mode", get_args(Mode)), ("tokens", TOKEN_WORDS)):
-            given = getattr(self, name)
-            unknown = [word for word in given if word not in allowed]
-            if unknown or not given or len(set(given)) < len(given):
-                raise UserError(f"{name} must be one or more of {', '.join(allowed)}, each once, got {choices(given)}")
-        if self.corruption not in ("shuffle", "noise"):
-            raise UserError(f"corruption must be shuffle or noise, got {self.corruption!r}")
-        if self.steps is not None and (not self.steps or min(self.steps) < 1):
-            raise UserError(f"steps must be >= 1, got {self.steps}")
-
-    def identity(self) -> dict[str, Any]:
-        """Without the corruption where nothing is corrupted."""
-        unused = () if "corrupted" in self.mode else ("corruption", "seed")
-        return {key: value for key, value in super().identity().items() if key not in unused}
-
-    def headline(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """What is recovered at five shifts: none, the least either way, and a middle one."""
-        shifts = frame[frame["step_from"].isna() & (frame["statistic"] == "recovered")]
-        sizes = sorted({abs(shift) for shift in shifts["shift"]} - {0})
-        shown = {0, *sizes[:1], *sizes[len(sizes) // 2 :][:1]}
-        kept = ["model", "mode", "tokens", "shift", "value", "low", "high", "null", "n", "skipped"]
-        return shifts[shifts["shift"].abs().isin(shown)][kept]
-
-
-COLUMNS = {
-    "model": "checkpoint",
-    "mode": "same, other or corrupted: whose states are moved",
-    "site": "site that is moved",
-    "unit": "head, neuron or channel of it; none for all",
-    "tokens": "tokens that are moved",
-    "statistic": "recovered (logit difference) or answer (share of images with the clean run's answer)",
-    "step_from": "step s the state is taken from, from 1; none for a mean over cells",
-    "step_to": "step t it is put into; none for a mean over cells",
-    "shift": "t - s, steps: positive where a state is put later than it belongs; without s and t, mean of its cells",
-    "value": "recovered: share of clean - baseline, 1 = the clean run, 0 = the baseline; answer: share of images, 0..1",
-    "low": "lower end of the 95 % interval over images",
-    "high": "upper end of it",
-    "null": "null: the value with the patch from one more image",
-    "null_low": "lower end of its interval",
-    "null_high": "upper end of it",
-    "clean": "mean logit difference of the clean run, logits; none for answer",
-    "baseline": "mean logit difference of the baseline, logits; none for answer",
-    "n": "images (pairs) that count",
-    "skipped": "pairs left out because both images are of one class",
-    "trained_steps": "steps T of the model; of a stack, its blocks",
-}
 
 
 def measure(models: Mapping[str, VisionTransformer], data: Samples, config: Config) -> pd.DataFrame:
@@ -146,34 +81,42 @@ def measure(models: Mapping[str, VisionTransformer], data: Samples, config: Conf
     -------
     A table of `COLUMNS`.
     """
-    import pandas as pd
-
-    from bvit_interp.data.labels import label_map
-    from bvit_interp.data.loader import run_in_halves
-    from bvit_interp.data.partners import Partners
-    from bvit_interp.probes.patches import Patches
-
     partners = Partners(data, config.limit, config.skip_corrupt)
     if "other" in config.mode and len(partners.places) < 3:
-        raise UserError(f"the mode other takes three images, a pair and the null's; got {len(partners.places)}")
+        raise UserError(
+            f"the mode other takes three images, a pair and the null's; got {len(partners.places)}"
+        )
     if "other" in config.mode and len(data.classes) < 2:
-        raise UserError("the mode other takes images of two classes, the data have one; take the mode same")
+        raise UserError(
+            "the mode other takes images of two classes, the data have one; take the mode same"
+        )
     classes = {name: label_map(data, model) for name, model in models.items()}
     patches = {
-        name: {tokens: Patches(model, config.site, tokens, config.unit, config.steps) for tokens in config.tokens}
+        name: {
+            tokens: Patches(model, config.site, tokens, config.unit, config.steps)
+            for tokens in config.tokens
+        }
         for name, model in models.items()
     }
     sums = {
         (name, mode, tokens): _sums(patches[name][tokens])
-        for name in models for mode in config.mode for tokens in config.tokens
-    }  # fmt: skip
+        for name in models
+        for mode in config.mode
+        for tokens in config.tokens
+    }
     loader, geometries = config.loader(data, models, "patching")
     for batch in loader:
         for name, of_tokens in patches.items():
 
             def observe(part: Batch, name: str = name) -> dict[Any, list[Tensor]]:
-                images = _images(part, geometries[name], partners, patches[name][config.tokens[0]], config)
-                return _observe(patches[name], {k: (x, classes[name][y]) for k, (x, y) in images.items()}, config)
+                images = _images(
+                    part, geometries[name], partners, patches[name][config.tokens[0]], config
+                )
+                return _observe(
+                    patches[name],
+                    {k: (x, classes[name][y]) for k, (x, y) in images.items()},
+                    config,
+                )
 
             for part in _parts(batch, of_tokens[config.tokens[0]]):
                 for found in run_in_halves(observe, part):
@@ -181,16 +124,22 @@ def measure(models: Mapping[str, VisionTransformer], data: Samples, config: Conf
                         _update(*sums[(name, *key)], *scores)
     rows = []
     for (name, mode, tokens), of_cells in sums.items():
-        about = {"model": name, "mode": mode, "site": config.site, "unit": config.unit, "tokens": tokens}
+        about = {
+            "model": name,
+            "mode": mode,
+            "site": config.site,
+            "unit": config.unit,
+            "tokens": tokens,
+        }
         rows += [about | row for row in _rows(patches[name][tokens], *of_cells)]
-    return pd.DataFrame(rows)[list(COLUMNS)].astype({"unit": "Int64", "step_from": "Int64", "step_to": "Int64"})
+    return pd.DataFrame(rows)[list(COLUMNS)].astype(
+        {"unit": "Int64", "step_from": "Int64", "step_to": "Int64"}
+    )
 
 
 def _sums(patches: Patches) -> tuple[Recovered, Moments]:
-    """Of every statistic, value and null, cell and shift; and means of clean, baseline and whether a pair counts."""
-    from bvit_interp.probes.moments import Moments
-    from bvit_interp.probes.patches import Recovered
-
+    """Of every statistic, value and null, cell and shift; and means of clean, baseline and whether
+    a pair counts."""
     device = next(patches.view.parameters()).device
     numbers = len(patches.steps) ** 2 + len(_shifts(patches.steps))
     return Recovered(len(_STATISTICS), 2, numbers).to(device), Moments(3).to(device)
@@ -209,17 +158,16 @@ def _parts(batch: Batch, patches: Patches) -> Iterator[Batch]:
 def _images(
     batch: Batch, geometry: Any, partners: Partners, patches: Patches, config: Config
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """The images ``(B, 3, H, W)`` of all runs, by their word in `_RUNS`, and their labels in the data ``(B,)``."""
-    import torch
-
-    from bvit_interp.probes.patches import corrupt
-
+    """The images ``(B, 3, H, W)`` of all runs, by their word in `_RUNS`, and their labels in the
+    data ``(B,)``."""
     own = batch.views[geometry][0]
     found = {"own": (own, batch.labels), "partner": partners(batch.index, geometry)}
     if "other" in config.mode:
         # the partner of an image a quarter of them further on: neither the image nor its partner
         count = len(partners.places)
-        further = [(partners.order[place] + max(1, count // 4)) % count for place in batch.index.tolist()]
+        further = [
+            (partners.order[place] + max(1, count // 4)) % count for place in batch.index.tolist()
+        ]
         found["third"] = partners(torch.tensor([partners.places[i] for i in further]), geometry)
     if "corrupted" in config.mode:
         corrupted = corrupt(own, batch.index, patches.probe.grid, config.corruption, config.seed)
@@ -232,8 +180,6 @@ def _observe(
     patches: Mapping[str, Patches], images: Mapping[str, tuple[Tensor, Tensor]], config: Config
 ) -> dict[tuple[str, str], list[Tensor]]:
     """(mode, tokens) -> what `_update` adds, of a batch."""
-    import torch
-
     found: dict[tuple[str, str], list[Tensor]] = {}
     with torch.inference_mode():
         for tokens, of_tokens in patches.items():
@@ -248,7 +194,9 @@ def _observe(
                         patched[runs] = of_tokens.logits(images[receiver][0], images[giver][0])
                     logits.append(patched[runs])
                 own, others = (images[kind][1].to(logits[0].device) for kind in ("own", "partner"))
-                found[mode, tokens] = _scores(mode, torch.stack(logits), clean[donor], clean[receiver], own, others)
+                found[mode, tokens] = _scores(
+                    mode, torch.stack(logits), clean[donor], clean[receiver], own, others
+                )
                 found[mode, tokens][0] = _with_shifts(found[mode, tokens][0], of_tokens.steps)
     return found
 
@@ -256,7 +204,8 @@ def _observe(
 def _scores(
     mode: str, patched: Tensor, donor: Tensor, receiver: Tensor, labels: Tensor, others: Tensor
 ) -> list[Tensor]:
-    """Gained ``(B, statistic, 2, S S)`` and whole ``(B, statistic)`` of images that count, levels ``(B, 3)`` of all.
+    """Gained ``(B, statistic, 2, S S)`` and whole ``(B, statistic)`` of images that count, levels
+    ``(B, 3)`` of all.
 
     Parameters
     ----------
@@ -264,11 +213,13 @@ def _scores(
     donor, receiver : logits ``(B, C)`` of the clean runs.
     labels, others : classes ``(B,)`` of the image and of its partner.
     """
-    import torch
 
     def difference(logits: Tensor) -> Tensor:
         logits = logits.double()
-        own, other = (logits.gather(-1, c.expand(logits.shape[:-1])[..., None])[..., 0] for c in (labels, others))
+        own, other = (
+            logits.gather(-1, c.expand(logits.shape[:-1])[..., None])[..., 0]
+            for c in (labels, others)
+        )
         if mode == "other":
             return other - own
         return own - (logits.sum(-1) - own) / (logits.shape[-1] - 1)
@@ -276,7 +227,9 @@ def _scores(
     clean = difference(donor)
     baseline = torch.zeros_like(clean) if mode == "same" else difference(receiver)
     same_answer = patched.argmax(-1) == donor.argmax(-1)
-    gained = torch.stack([difference(patched) - baseline, same_answer.double()])  # (statistic, 2, S, S, B)
+    gained = torch.stack(
+        [difference(patched) - baseline, same_answer.double()]
+    )  # (statistic, 2, S, S, B)
     whole = torch.stack([clean - baseline, torch.ones_like(clean)], dim=-1)
     counts = labels != others if mode == "other" else torch.ones_like(labels, dtype=torch.bool)
     levels = torch.stack([clean, baseline], dim=-1).masked_fill(~counts[:, None], torch.nan)
@@ -291,22 +244,20 @@ def _shifts(steps: list[int]) -> list[int]:
 
 def _with_shifts(cells: Tensor, steps: list[int]) -> Tensor:
     """Cells ``(..., S S)`` with the means of those of every shift behind them."""
-    import torch
-
     shift = torch.tensor([t - s for s in steps for t in steps], device=cells.device)
     means = [cells[..., shift == each].mean(-1) for each in _shifts(steps)]
     return torch.cat([cells, torch.stack(means, dim=-1)], dim=-1)
 
 
-def _update(recovered: Recovered, levels: Moments, gained: Tensor, whole: Tensor, level: Tensor) -> None:
+def _update(
+    recovered: Recovered, levels: Moments, gained: Tensor, whole: Tensor, level: Tensor
+) -> None:
     recovered.update(gained, whole[:, :, None, None])
     levels.update(level)
 
 
 def _rows(patches: Patches, recovered: Recovered, levels: Moments) -> Iterator[dict[str, Any]]:
     """Rows of all cells and shifts of one model, mode and tokens."""
-    from bvit_interp.metrics import wilson_interval
-
     found, of_runs = recovered.compute(), levels.compute()
     count, images = int(found["n"]), int(of_runs["n"][2])
     if not count:
@@ -315,78 +266,39 @@ def _rows(patches: Patches, recovered: Recovered, levels: Moments) -> Iterator[d
         )
     clean, baseline, _ = of_runs["value"].tolist()
     steps = patches.steps
-    places = [(s, t, t - s) for s in steps for t in steps] + [(None, None, shift) for shift in _shifts(steps)]
+    places = [(s, t, t - s) for s in steps for t in steps] + [
+        (None, None, shift) for shift in _shifts(steps)
+    ]
     for i, statistic in enumerate(_STATISTICS):
         for j, (step_from, step_to, shift) in enumerate(places):
-            value, null = ({key: float(found[key][i, k, j]) for key in ("value", "low", "high")} for k in (0, 1))
+            value, null = (
+                {key: float(found[key][i, k, j]) for key in ("value", "low", "high")}
+                for k in (0, 1)
+            )
             if statistic == "answer":
                 for each in (value, null):
                     each["low"], each["high"] = wilson_interval(each["value"] * count, count)
             yield {
-                "statistic": statistic, "step_from": step_from, "step_to": step_to, "shift": shift, **value,
-                "null": null["value"], "null_low": null["low"], "null_high": null["high"],
+                "statistic": statistic,
+                "step_from": step_from,
+                "step_to": step_to,
+                "shift": shift,
+                **value,
+                "null": null["value"],
+                "null_low": null["low"],
+                "null_high": null["high"],
                 "clean": clean if statistic == "recovered" else None,
                 "baseline": baseline if statistic == "recovered" else None,
-                "n": count, "skipped": images - count, "trained_steps": patches.probe.num_steps,
-            }  # fmt: skip
+                "n": count,
+                "skipped": images - count,
+                "trained_steps": patches.probe.num_steps,
+            }
 
 
-_TITLES = {"same": "the image's own", "other": "another image's", "corrupted": "into a corrupted image"}
-
-
-def plot(frame: pd.DataFrame) -> Figure:
-    """A column a mode and token set: the cells of each model as a heat map, below them the profile by shift.
-
-    Beside whole states of the image's own, those of other modes are left to the table: the same runs on another scale.
-    """
-    from bvit_interp import plotting
-
-    recovered = frame[frame["statistic"] == "recovered"]
-    whole = (recovered["tokens"] == "all") & (recovered["site"] == "resid_post") & recovered["unit"].isna()
-    if (whole & (recovered["mode"] == "same")).any():
-        recovered = recovered[~whole | (recovered["mode"] == "same")]
-    names = list(dict.fromkeys(recovered["model"]))
-    columns = list(recovered.groupby(["mode", "tokens"], sort=False))
-    figure, axes = plotting.canvas(columns=len(columns), rows=len(names) + 1, width=4.0, height=3.0)
-    for column, ((mode, _), part) in enumerate(columns):
-        moved = f"{_TITLES[mode]}: {_moved(part.iloc[0])}"
-        for ax, name in zip(axes[:, column], names, strict=False):
-            cells = part[(part["model"] == name) & part["step_from"].notna()]
-            matrix = cells.pivot_table(index="step_from", columns="step_to", values="value", dropna=False)
-            plotting.heat_map(
-                figure, ax, matrix.to_numpy(), list(map(int, matrix.columns)), list(map(int, matrix.index)),
-                "share recovered", limits=(0, 1),
-            )  # fmt: skip
-            ax.set(xlabel="put into step t", ylabel="taken from step s")
-            ax.set_title(f"{name}\n{moved}", fontsize=9)
-            ax.tick_params(labelsize=7)
-        _profile(axes[-1, column], part[part["step_from"].isna()], names)
-        axes[-1, column].set_title(f"by shift, mean of cells\n{moved}", fontsize=9)
-    plotting.legend(axes[-1, 0])
-    return figure
-
-
-def _moved(row: Any) -> str:
-    """What a row moves, in words."""
-    import pandas as pd
-
-    site = "state" if row["site"] == "resid_post" else row["site"]
-    unit = "" if pd.isna(row["unit"]) else f":{int(row['unit'])}"
-    return f"{site}{unit} of {'all tokens' if row['tokens'] == 'all' else row['tokens'].replace('cls', 'CLS')}"
-
-
-def _profile(ax: Axes, frame: pd.DataFrame, names: list[str]) -> None:
-    """What is recovered against the shift, a line a model, its null thin and grey in the model's dash."""
-    from bvit_interp import plotting
-
-    for name, part in frame.groupby("model", sort=False):
-        style = plotting.line_style(names.index(name)) | {"markersize": 3}
-        ax.plot(part["shift"], part["value"], **style, label=name)
-        ax.fill_between(part["shift"], part["low"], part["high"], color=style["color"], alpha=0.2, linewidth=0)
-    for name, part in frame.groupby("model", sort=False):
-        dash = plotting.line_style(names.index(name))["linestyle"]
-        label = "null: one more image's" if name == names[0] else None
-        ax.plot(part["shift"], part["null"], **plotting.NULL, linestyle=dash, label=label)
-        ax.fill_between(part["shift"], part["null_low"], part["null_high"], color="0.5", alpha=0.15, linewidth=0)
-    ax.axvline(0, color="0.8", linewidth=0.8)
-    ax.set(xlabel="shift t - s, steps", ylabel="share recovered")
+def summary(frame: pd.DataFrame) -> pd.DataFrame:
+    """What is recovered at five shifts: none, the least either way, and a middle one."""
+    shifts = frame[frame["step_from"].isna() & (frame["statistic"] == "recovered")]
+    sizes = sorted({abs(shift) for shift in shifts["shift"]} - {0})
+    shown = {0, *sizes[:1], *sizes[len(sizes) // 2 :][:1]}
+    kept = ["model", "mode", "tokens", "shift", "value", "low", "high", "null", "n", "skipped"]
+    return shifts[shifts["shift"].abs().isin(shown)][kept]

@@ -1,7 +1,9 @@
-"""A masked model that answers with the masks of its steps exchanged: does a pathway belong to its step?
+"""A masked model that answers with the masks of its steps exchanged: does a pathway belong to its
+step?
 
-Ours, not the paper's. Step t's masked weights ``W * M_s`` are those of step s, so that none is computed anew; norms,
-biases and a time embedding stay the step's own. A run starts from the state before the first step that is changed.
+Ours, not the paper's. Step t's masked weights ``W * M_s`` are those of step s, so that none is
+computed anew; norms, biases and a time embedding stay the step's own. A run starts from the state
+before the first step that is changed.
 """
 
 from __future__ import annotations
@@ -33,11 +35,17 @@ class Exchanges:
     Attributes
     ----------
     swaps : (t, s) from 0: step t on the masks of step s.
-    orders : per order the step whose masks step t = 0..T-1 runs on; none where no two steps share a block.
+    orders : per order the step whose masks step t = 0..T-1 runs on; none where no two steps share a
+        block.
     """
 
     def __init__(
-        self, model: VisionTransformer, masks: Masks, swaps: bool = False, shuffles: int = 0, seed: int = 0
+        self,
+        model: VisionTransformer,
+        masks: Masks,
+        swaps: bool = False,
+        shuffles: int = 0,
+        seed: int = 0,
     ) -> None:
         self.view = unroll(model)
         self.device = next(model.parameters()).device
@@ -46,8 +54,14 @@ class Exchanges:
         ]  # a memory's updates are the step's
         self._linears = [[_plain(part) for part in of_step] for of_step in parts]
         self._weights = [[linear.weight for linear in of_step[0]] for of_step in self._linears]
-        of_block = {b: [t for t, block in enumerate(masks.blocks) if block == b] for b in masks.blocks}
-        self.swaps = [(t, s) for t, b in enumerate(masks.blocks) for s in of_block[b] if s != t] if swaps else []
+        of_block = {
+            b: [t for t, block in enumerate(masks.blocks) if block == b] for b in masks.blocks
+        }
+        self.swaps = (
+            [(t, s) for t, b in enumerate(masks.blocks) for s in of_block[b] if s != t]
+            if swaps
+            else []
+        )
         self.orders: list[list[int]] = []
         rng, own = np.random.default_rng(seed), list(range(masks.count))
         while len(self.orders) < shuffles and len(of_block) < masks.count:
@@ -56,12 +70,15 @@ class Exchanges:
             self.orders += [order] if order != own else []
 
     def logits(self, images: Tensor) -> Iterator[Tensor]:
-        """Logits ``(B, C)`` of normalised images: with its own masks, then of every swap, then of every order."""
+        """Logits ``(B, C)`` of normalised images: with its own masks, then of every swap, then of
+        every order."""
         states = [embed(self.view, images.to(self.device))]
         for _ in self.view.blocks:
             states.append(advance(self.view, states[-1]))
         yield answer(self.view, states[-1])
-        for change in [{t: s} for t, s in self.swaps] + [dict(enumerate(order)) for order in self.orders]:
+        for change in [{t: s} for t, s in self.swaps] + [
+            dict(enumerate(order)) for order in self.orders
+        ]:
             state = states[min(change)]
             with self._placed(change):
                 logits = answer(self.view, proceed(self.view, state))
@@ -69,7 +86,8 @@ class Exchanges:
 
     @contextmanager
     def _placed(self, change: Mapping[int, int]) -> Iterator[None]:
-        """The masked weights of step s at step t, for every t -> s (from 0), while the context lasts."""
+        """The masked weights of step s at step t, for every t -> s (from 0), while the context
+        lasts."""
         try:
             for t, s in change.items():
                 self._set(t, s)
@@ -85,7 +103,8 @@ class Exchanges:
 
 
 def _plain(block: nn.Module) -> list[nn.Linear]:
-    """The masked layers of a block, made ordinary ones: a masked weight may be computed at every access."""
+    """The masked layers of a block, made ordinary ones: a masked weight may be computed at every
+    access."""
     found = []
     for place in PLACES.values():
         old: Any = block.get_submodule(place)

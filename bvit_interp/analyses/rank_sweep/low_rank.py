@@ -1,15 +1,20 @@
-"""Low-rank FFN weights: which k directions to keep, what their loss costs, and a model that runs on them.
+"""Low-rank FFN weights: which k directions to keep, what their loss costs, and a model that runs on
+them.
 
-Every cut is a projection of the output, ``W_k = P_k W`` with P_k onto k orthonormal directions; biases stay.
+Every cut is a projection of the output, ``W_k = P_k W`` with P_k onto k orthonormal directions;
+biases stay.
 
-- `factors(W)`: those of the largest singular values, the truncated SVD (Eckart & Young, 1936): least ||W - W_k||.
-- `factors(W, C)`: those in which the outputs live, the eigenvectors of W C W^T with C = E[x x^T] of real inputs x:
-  least E||W x - W_k x||^2. These are the weights of SVD-LLM (Wang et al., 2024, https://arxiv.org/abs/2403.07378),
-  the truncated SVD of W S times S^-1 with S S^T = C, here without the inverse, so that C may be singular. ASVD
-  (Yuan et al., 2023, https://arxiv.org/abs/2312.05821) takes a diagonal S.
+- `factors(W)`: those of the largest singular values, the truncated SVD (Eckart & Young, 1936):
+  least ||W - W_k||.
+- `factors(W, C)`: those in which the outputs live, the eigenvectors of W C W^T with C = E[x x^T] of
+  real inputs x: least E||W x - W_k x||^2. These are the weights of SVD-LLM (Wang et al., 2024,
+  https://arxiv.org/abs/2403.07378), the truncated SVD of W S times S^-1 with S S^T = C, here
+  without the inverse, so that C may be singular. ASVD (Yuan et al., 2023,
+  https://arxiv.org/abs/2312.05821) takes a diagonal S.
 - `random_factors(W)`: any, the null of both.
 
-Works on a tied unroll: a step's Linear gives way to a module of its own, and no Parameter is ever written.
+Works on a tied unroll: a step's Linear gives way to a module of its own, and no Parameter is ever
+written.
 """
 
 from __future__ import annotations
@@ -37,7 +42,8 @@ class Matrix:
     Parameters
     ----------
     name : "fc1" (in-projection) or "fc2" (out-projection).
-    owners : the modules whose attribute `name` is the Linear; several where a recurrent block shares it.
+    owners : the modules whose attribute `name` is the Linear; several where a recurrent block
+        shares it.
     """
 
     name: str
@@ -55,7 +61,8 @@ class Matrix:
 
 
 def ffn_matrices(unrolled: VisionTransformer, step: int | None = None) -> list[Matrix]:
-    """The distinct FFN weights of a tied unroll, with all their places; or those of one step (from 1) alone.
+    """The distinct FFN weights of a tied unroll, with all their places; or those of one step (from
+    1) alone.
 
     Inner updates of a memory belong to their step.
 
@@ -74,7 +81,9 @@ def ffn_matrices(unrolled: VisionTransformer, step: int | None = None) -> list[M
             for name in NAMES:
                 linear = getattr(getattr(each, "mlp", None), name, None)
                 if not isinstance(linear, nn.Linear):
-                    raise UserError(f"the FFN of a {type(each).__name__} has no Linear {name}: it cannot be cut")
+                    raise UserError(
+                        f"the FFN of a {type(each).__name__} has no Linear {name}: it cannot be cut"
+                    )
                 alive.append(linear.weight)
                 owners.setdefault((name, id(alive[-1])), []).append(each.mlp)
     return [Matrix(name, tuple(places)) for (name, _), places in owners.items()]
@@ -106,18 +115,22 @@ class Factors:
         return self.left[:, :rank], self.right[:rank]
 
     def energy(self, rank: int) -> float:
-        """||W_k||^2 / ||W||^2 in the Frobenius norm, 0..1; for the SVD the share of squared singular values."""
+        """||W_k||^2 / ||W||^2 in the Frobenius norm, 0..1; for the SVD the share of squared
+        singular values."""
         squared = self.right.square().sum(1)
         return float(squared[:rank].sum() / squared.sum())
 
     def error(self, rank: int, moment: Tensor) -> float:
         """E||W x - W_k x||^2 / E||W x||^2 over inputs of second moment ``(in, in)``, 0..1."""
-        outputs = ((self.right @ moment.to(self.right)) * self.right).sum(1)  # E of each direction's squared output
+        outputs = ((self.right @ moment.to(self.right)) * self.right).sum(
+            1
+        )  # E of each direction's squared output
         return float((outputs[rank:].sum() / outputs.sum()).clamp(0, 1))
 
 
 def factors(weight: Tensor, moment: Tensor | None = None) -> Factors:
-    """The directions of W ``(out, in)`` by singular value, or by output energy under inputs of `moment`.
+    """The directions of W ``(out, in)`` by singular value, or by output energy under inputs of
+    `moment`.
 
     Parameters
     ----------
@@ -127,15 +140,19 @@ def factors(weight: Tensor, moment: Tensor | None = None) -> Factors:
     left, right = _svd(weight)
     if moment is None:
         return Factors(left, right)
-    outputs = right @ moment.to(right) @ right.mT  # W C W^T in the basis `left`: (r, r), also where out > in
+    outputs = (
+        right @ moment.to(right) @ right.mT
+    )  # W C W^T in the basis `left`: (r, r), also where out > in
     rotation = torch.linalg.eigh((outputs + outputs.mT) / 2).eigenvectors.flip(-1)
     return Factors(left @ rotation, rotation.mT @ right)
 
 
 def random_factors(weight: Tensor, generator: torch.Generator) -> Factors:
-    """Directions of W ``(out, in)`` at random, uniformly (Haar) in its column space; drawn on the CPU.
+    """Directions of W ``(out, in)`` at random, uniformly (Haar) in its column space; drawn on the
+    CPU.
 
-    Drawn among the outputs and projected, so that they do not hang on the signs that a library gives singular vectors.
+    Drawn among the outputs and projected, so that they do not hang on the signs that a library
+    gives singular vectors.
     """
     left, right = _svd(weight)
     drawn = torch.randn(left.shape, dtype=torch.float64, generator=generator)
@@ -151,12 +168,14 @@ def _svd(weight: Tensor) -> tuple[Tensor, Tensor]:
 # ---- inputs --------------------------------------------------------------------------------------------
 
 Sums = dict[Matrix, tuple[Tensor, int]]
-"""Per matrix the sum of x x^T ``(in, in)`` float64 over the tokens it read, and how many they were."""
+"""Per matrix the sum of x x^T ``(in, in)`` float64 over the tokens it read, and how many they
+were."""
 
 
 @contextmanager
 def watch_inputs(matrices: Iterable[Matrix]) -> Iterator[Sums]:
-    """Sum up what each matrix reads, at all its places and of all tokens, while the context lasts."""
+    """Sum up what each matrix reads, at all its places and of all tokens, while the context
+    lasts."""
     found: Sums = {}
     with ExitStack() as hooks:
         for matrix in matrices:
@@ -178,9 +197,8 @@ class InputMoments(Metric):
     ----------
     matrices : the weights; ``8 in^2`` bytes are kept for each.
 
-    Returns
-    -------
-    ``compute``: matrix -> ``(in, in)`` float64, about zero and not about the mean, for a cut leaves the bias.
+    Returns ------- ``compute``: matrix -> ``(in, in)`` float64, about zero and not about the mean,
+    for a cut leaves the bias.
     """
 
     full_state_update = False
@@ -190,7 +208,9 @@ class InputMoments(Metric):
         self.matrices = tuple(matrices)
         for i, matrix in enumerate(self.matrices):
             width = matrix.weight.shape[1]
-            self.add_state(f"total{i}", torch.zeros(width, width, dtype=torch.float64), dist_reduce_fx="sum")
+            self.add_state(
+                f"total{i}", torch.zeros(width, width, dtype=torch.float64), dist_reduce_fx="sum"
+            )
             self.add_state(f"count{i}", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, found: Sums) -> None:
@@ -204,7 +224,10 @@ class InputMoments(Metric):
 
     def compute(self) -> dict[Matrix, Tensor]:
         """Means over all tokens of all calls."""
-        return {m: getattr(self, f"total{i}") / getattr(self, f"count{i}") for i, m in enumerate(self.matrices)}
+        return {
+            m: getattr(self, f"total{i}") / getattr(self, f"count{i}")
+            for i, m in enumerate(self.matrices)
+        }
 
 
 # ---- a model of low rank -------------------------------------------------------------------------------
@@ -215,7 +238,8 @@ class LowRank(nn.Module):
 
     Parameters
     ----------
-    matrices : applied one after the other, the first ``(k, in)`` and the last ``(out, k)``, or one ``(out, in)``.
+    matrices : applied one after the other, the first ``(k, in)`` and the last ``(out, k)``, or one
+        ``(out, in)``.
     bias : of the Linear it stands for, ``(out,)`` or None; shared, not copied.
     """
 
@@ -241,8 +265,8 @@ def is_thin(rank: int, out_features: int, in_features: int) -> bool:
 def low_rank(chosen: Mapping[Matrix, Factors], rank: int) -> Iterator[None]:
     """The chosen weights cut to `rank` at all their places while the context lasts.
 
-    At full rank the Linear itself stays: the outputs are the model's own, bit by bit. Hooks that a Linear bears do
-    not run while it is out; those set inside the context are the stand-in's.
+    At full rank the Linear itself stays: the outputs are the model's own, bit by bit. Hooks that a
+    Linear bears do not run while it is out; those set inside the context are the stand-in's.
 
     Raises
     ------
@@ -257,7 +281,9 @@ def low_rank(chosen: Mapping[Matrix, Factors], rank: int) -> Iterator[None]:
                 continue
             weight, (left, right) = matrix.weight, cut.cut(rank)
             thin = is_thin(rank, *weight.shape)
-            products = [product.to(weight) for product in ((right, left) if thin else (left @ right,))]
+            products = [
+                product.to(weight) for product in ((right, left) if thin else (left @ right,))
+            ]
             for owner, linear in zip(matrix.owners, matrix.linears, strict=True):
                 undo.callback(setattr, owner, matrix.name, linear)
                 setattr(owner, matrix.name, LowRank(products, linear.bias).train(linear.training))
@@ -282,7 +308,8 @@ class TruncatedFFN:
     steps : "all", or "1" to "T".
     matrices : the weights of all `steps`.
     full_rank : the least of theirs.
-    moments : E[x x^T] of what they read (`InputMoments`), to be set before directions are "whitened".
+    moments : E[x x^T] of what they read (`InputMoments`), to be set before directions are
+        "whitened".
     """
 
     def __init__(self, model: VisionTransformer, each: bool = False, seed: int = 0) -> None:
@@ -305,7 +332,9 @@ class TruncatedFFN:
                 if method == "random":
                     found[matrix] = random_factors(matrix.weight, generator)
                 else:
-                    found[matrix] = factors(matrix.weight, self.moments[matrix] if method == "whitened" else None)
+                    found[matrix] = factors(
+                        matrix.weight, self.moments[matrix] if method == "whitened" else None
+                    )
             self._latest = ((method, step), found)
         return self._latest[1]
 

@@ -1,21 +1,23 @@
 """How much accuracy is left when the FFN's weights are cut to rank k?
 
-Fig. 7, section 4.1.3 and Appendix A.2 of bViT (arXiv 2605.10661): both FFN matrices of every block are replaced by
-their truncated SVD, ``W_k = U_k S_k V_k^T``, biases untouched, nothing retrained. Ranks are the paper's (64 to 768
-at width 768), in proportion for other widths; at full rank the weights themselves are used, so the accuracy is the
-model's own. The null is `chance`, the share of the most frequent class among the images.
+Fig. 7, section 4.1.3 and Appendix A.2 of bViT (arXiv 2605.10661): both FFN matrices of every block
+are replaced by their truncated SVD, ``W_k = U_k S_k V_k^T``, biases untouched, nothing retrained.
+Ranks are the paper's (64 to 768 at width 768), in proportion for other widths; at full rank the
+weights themselves are used, so the accuracy is the model's own. The null is `chance`, the share of
+the most frequent class among the images.
 
-Ours, not the paper's: `--methods whitened` keeps the k directions in which the outputs of real inputs x live, least
-``E||W x - W_k x||^2`` (SVD-LLM, Wang et al., 2024, arXiv 2403.07378), which tells a collapse that lies
-in the weights from one that lies in where they are used; `random` keeps k random directions, the null of both
-(`probes/truncation.py`). E is over all tokens of calibration images in the uncut model, and over the steps that share
-the weight. `--blocks each` cuts one step at a time, the others whole: at which step does low rank hurt? The inner
-updates of a memory belong to their step.
+Ours, not the paper's: `--methods whitened` keeps the k directions in which the outputs of real
+inputs x live, least ``E||W x - W_k x||^2`` (SVD-LLM, Wang et al., 2024, arXiv 2403.07378), which
+tells a collapse that lies in the weights from one that lies in where they are used; `random` keeps
+k random directions, the null of both (`probes/truncation.py`). E is over all tokens of calibration
+images in the uncut model, and over the steps that share the weight. `--blocks each` cuts one step
+at a time, the others whole: at which step does low rank hurt? The inner updates of a memory belong
+to their step.
 
-Cost: one forward an image, rank and method, and with `each` step; full rank once. By default three models of width 128
-and 300 images of 32 px take a minute on one core. Rows are written as they finish and the sweep continues where it
-stopped.
-Expected: in the paper bViT collapses below rank 600 or so, ViT later.
+Cost: one forward an image, rank and method, and with `each` step; full rank once. By default three
+models of width 128 and 300 images of 32 px take a minute on one core. Rows are written as they
+finish and the sweep continues where it stopped. Expected: in the paper bViT collapses below rank
+600 or so, ViT later.
 """
 
 from __future__ import annotations
@@ -23,81 +25,34 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any, NamedTuple
 
-from bvit_interp.data.reading import Reading
+import pandas as pd
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from bvit_interp.analyses.rank_sweep import COLUMNS, Config, Method
+from bvit_interp.analyses.rank_sweep.low_rank import (
+    InputMoments,
+    Matrix,
+    TruncatedFFN,
+    watch_inputs,
+)
+from bvit_interp.data.labels import label_map
+from bvit_interp.data.loader import run_in_halves
+from bvit_interp.data.samples import Samples, Subset, spread
 from bvit_interp.errors import UserError
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from timm.models.vision_transformer import VisionTransformer
-    from torch import Tensor
-
-    from bvit_interp.data.samples import Samples, Subset
-    from bvit_interp.probes.truncation import Matrix, TruncatedFFN
-    from bvit_interp.results import Table
+from bvit_interp.metrics import wilson_interval
+from bvit_interp.metrics.streaming.reducers import Rows
+from bvit_interp.results import Table
 
 PAPER_RANKS = (64, 128, 256, 384, 512, 640, 702, 744, 760, 768)
+
+
 PAPER_WIDTH = 768
-Method = Literal["svd", "whitened", "random"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config(Reading):
-    """Options of the rank sweep."""
-
-    ranks: tuple[int, ...] | None = None
-    """Ranks to cut to; by default the paper's, in proportion to the model's width."""
-    methods: tuple[Method, ...] = ("svd",)
-    """Which k directions to keep: svd (the paper's), whitened (those real inputs use), random (null)."""
-    blocks: Literal["all", "each"] = "all"
-    """Cut every step, or each step in turn with the others whole."""
-    calibration_images: int = 128
-    """Images the inputs' second moments are taken over, of those not scored where `limit` leaves enough; without their
-    labels. 0 leaves the output errors out."""
-    seed: int = 0
-    """Of the random directions."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.ranks is not None and (not self.ranks or min(self.ranks) < 1):
-            raise UserError(f"ranks must be >= 1, got {self.ranks}")
-        if not self.methods or set(self.methods) - set(get_args(Method)) or len(set(self.methods)) < len(self.methods):
-            allowed = ", ".join(get_args(Method))
-            raise UserError(f"methods must be one or more of {allowed}, each once, got {', '.join(self.methods)!r}")
-        if self.blocks not in ("all", "each"):
-            raise UserError(f"blocks must be all or each, got {self.blocks!r}")
-        if self.calibration_images < 0 or (self.calibration_images == 0 and "whitened" in self.methods):
-            raise UserError(f"calibration-images must be >= 1 for whitened, else >= 0, got {self.calibration_images}")
-
-    def identity(self) -> dict[str, Any]:
-        """Without what a sweep may be continued with more of."""
-        return {k: value for k, value in super().identity().items() if k not in ("ranks", "methods", "blocks")}
-
-
-COLUMNS = {
-    "model": "checkpoint",
-    "method": "svd, whitened (least error of the output over real inputs) or random (null: random directions)",
-    "step": "all, or the only step that is cut",
-    "rank": "rank k both FFN matrices are cut to",
-    "share": "k / full rank, 0..1",
-    "accuracy": "share of images classified right, 0..1",
-    "low": "lower end of Wilson's 95 % interval",
-    "high": "upper end of it",
-    "n": "images",
-    "energy_fc1": "share of the in-projection's squared Frobenius norm kept (svd: of its squared singular values),"
-    " mean over distinct weights, 0..1",
-    "energy_fc2": "the same in the out-projection",
-    "error_fc1": "E||W x - W_k x||^2 / E||W x||^2 of the in-projection over the uncut model's inputs at the steps cut,"
-    " mean over distinct weights, 0..1; none without calibration",
-    "error_fc2": "the same in the out-projection",
-    "calibration_images": "images that E is over",
-    "calibration_scored": "share of them that are also scored, 0..1",
-    "chance": "null: share of the most frequent class among the images, 0..1",
-}
 
 
 class _Unit(NamedTuple):
@@ -113,7 +68,10 @@ _Counts = tuple[int, int, float]
 
 
 def measure(
-    models: Mapping[str, VisionTransformer], data: Samples, config: Config, table: Table | None = None
+    models: Mapping[str, VisionTransformer],
+    data: Samples,
+    config: Config,
+    table: Table | None = None,
 ) -> pd.DataFrame:
     """Accuracy of every model at every rank.
 
@@ -127,13 +85,11 @@ def measure(
     -------
     A table of `COLUMNS`; with `table`, all its rows.
     """
-    import pandas as pd
-
-    from bvit_interp.data.labels import label_map
-    from bvit_interp.probes.truncation import TruncatedFFN
-
     classes = {name: label_map(data, model) for name, model in models.items()}
-    ffns = {name: TruncatedFFN(model, config.blocks == "each", config.seed) for name, model in models.items()}
+    ffns = {
+        name: TruncatedFFN(model, config.blocks == "each", config.seed)
+        for name, model in models.items()
+    }
     units = {name: _units(name, ffn, config) for name, ffn in ffns.items()}
     calibration, scored = _calibration(data, config)
     for row in [] if table is None else table.rows:
@@ -144,13 +100,20 @@ def measure(
         chosen = {
             name: unit
             for name, unit in zip(models, of_models, strict=True)
-            if unit is not None and not (table is not None and table.has(model=name, **unit._asdict()))
+            if unit is not None
+            and not (table is not None and table.has(model=name, **unit._asdict()))
         }
         if chosen and len(calibration) and not any(ffn.moments for ffn in ffns.values()):
             _take_moments(models, ffns, calibration, config)
-        new = {name: unit for name, unit in chosen.items() if not (unit.rank == ffns[name].full_rank and name in whole)}
+        new = {
+            name: unit
+            for name, unit in chosen.items()
+            if not (unit.rank == ffns[name].full_rank and name in whole)
+        }
         counts = {**whole, **(_count_hits(models, new, ffns, classes, data, config) if new else {})}
-        whole |= {name: counts[name] for name, unit in chosen.items() if unit.rank == ffns[name].full_rank}
+        whole |= {
+            name: counts[name] for name, unit in chosen.items() if unit.rank == ffns[name].full_rank
+        }
         for name, unit in chosen.items():
             rows.append(_row(name, unit, ffns[name], len(calibration), scored, *counts[name]))
             if table is not None:
@@ -160,40 +123,49 @@ def measure(
 
 def _units(name: str, ffn: TruncatedFFN, config: Config) -> list[_Unit]:
     """The rows to measure of a model, in order."""
-    return [_Unit(*unit) for unit in itertools.product(config.methods, ffn.steps, _ranks(name, ffn.full_rank, config))]
+    return [
+        _Unit(*unit)
+        for unit in itertools.product(
+            config.methods, ffn.steps, _ranks(name, ffn.full_rank, config)
+        )
+    ]
 
 
 def _ranks(name: str, full: int, config: Config) -> list[int]:
     if config.ranks is None:
         return sorted({max(round(rank * full / PAPER_WIDTH), 1) for rank in PAPER_RANKS})
     if max(config.ranks) > full:
-        raise UserError(f"rank {max(config.ranks)} is above the full rank {full} of {name}; ranks: 1..{full}")
+        raise UserError(
+            f"rank {max(config.ranks)} is above the full rank {full} of {name}; ranks: 1..{full}"
+        )
     return sorted(set(config.ranks))
 
 
 def _calibration(data: Samples, config: Config) -> tuple[Subset, float]:
-    """Images for the second moments, spread evenly over those that are not scored, or, where these are too few, over
-    all; and the share of them that are also scored."""
-    from bvit_interp.data.samples import Subset, spread
-
+    """Images for the second moments, spread evenly over those that are not scored, or, where these
+    are too few, over all; and the share of them that are also scored."""
     scored = set(spread(len(data), config.limit))
     others = [i for i in range(len(data)) if i not in scored]
     pool = others if len(others) >= config.calibration_images else range(len(data))
-    places = [pool[i] for i in spread(len(pool), config.calibration_images)] if config.calibration_images else []
+    places = (
+        [pool[i] for i in spread(len(pool), config.calibration_images)]
+        if config.calibration_images
+        else []
+    )
     return Subset(data, places), len(scored & set(places)) / max(len(places), 1)
 
 
 def _take_moments(
-    models: Mapping[str, VisionTransformer], ffns: Mapping[str, TruncatedFFN], calibration: Subset, config: Config
+    models: Mapping[str, VisionTransformer],
+    ffns: Mapping[str, TruncatedFFN],
+    calibration: Subset,
+    config: Config,
 ) -> None:
     """Second moments of what every weight reads in the uncut models, in one pass."""
-    import torch
-
-    from bvit_interp.data.loader import run_in_halves
-    from bvit_interp.probes.truncation import InputMoments, watch_inputs
-
     metrics = {name: InputMoments(ffn.matrices).to(ffn.device) for name, ffn in ffns.items()}
-    loader, geometries = replace(config, limit=None).loader(calibration, models, "rank-sweep calibration")
+    loader, geometries = replace(config, limit=None).loader(
+        calibration, models, "rank-sweep calibration"
+    )
     for batch in loader:
         for name, ffn in ffns.items():
 
@@ -209,28 +181,33 @@ def _take_moments(
 
 
 def _count_hits(
-    models: Mapping[str, VisionTransformer], chosen: Mapping[str, _Unit], ffns: Mapping[str, TruncatedFFN],
-    classes: Mapping[str, Tensor], data: Samples, config: Config,
-) -> dict[str, _Counts]:  # fmt: skip
+    models: Mapping[str, VisionTransformer],
+    chosen: Mapping[str, _Unit],
+    ffns: Mapping[str, TruncatedFFN],
+    classes: Mapping[str, Tensor],
+    data: Samples,
+    config: Config,
+) -> dict[str, _Counts]:
     """Hits, images and chance of each model at its unit, in one pass over the images."""
-    from contextlib import ExitStack
-
-    import torch
-
-    from bvit_interp.data.loader import run_in_halves
-    from bvit_interp.probes.reducers import Rows
-
     rows = {name: Rows() for name in chosen}
-    told = dict.fromkeys(f"{unit.method} step={unit.step} k={unit.rank}" for unit in chosen.values())
-    loader, geometries = config.loader(data, {name: models[name] for name in chosen}, f"rank-sweep {', '.join(told)}")
+    told = dict.fromkeys(
+        f"{unit.method} step={unit.step} k={unit.rank}" for unit in chosen.values()
+    )
+    loader, geometries = config.loader(
+        data, {name: models[name] for name in chosen}, f"rank-sweep {', '.join(told)}"
+    )
     with ExitStack() as stack, torch.inference_mode():
         for name, unit in chosen.items():
             stack.enter_context(ffns[name].cut(*unit))
         for batch in loader:
             for name in chosen:
 
-                def run(part: Any, name: str = name, ffn: TruncatedFFN = ffns[name]) -> tuple[Tensor, Tensor]:
-                    predicted = ffn.view(part.views[geometries[name]][0].to(ffn.device)).argmax(-1).cpu()
+                def run(
+                    part: Any, name: str = name, ffn: TruncatedFFN = ffns[name]
+                ) -> tuple[Tensor, Tensor]:
+                    predicted = (
+                        ffn.view(part.views[geometries[name]][0].to(ffn.device)).argmax(-1).cpu()
+                    )
                     wanted = classes[name][part.labels]
                     return part.index, torch.stack([predicted == wanted, wanted], dim=1)
 
@@ -244,20 +221,39 @@ def _count_hits(
 
 
 def _row(
-    name: str, unit: _Unit, ffn: TruncatedFFN, calibration_images: int, scored: float, hits: int, n: int, chance: float
+    name: str,
+    unit: _Unit,
+    ffn: TruncatedFFN,
+    calibration_images: int,
+    scored: float,
+    hits: int,
+    n: int,
+    chance: float,
 ) -> dict[str, Any]:
-    from bvit_interp.metrics import wilson_interval
-
     low, high = wilson_interval(hits, n)
     factors = ffn.factors(unit.method, unit.step)
     energy = {m: found.energy(unit.rank) for m, found in factors.items()}
-    error = {m: found.error(unit.rank, ffn.moments[m]) for m, found in factors.items() if m in ffn.moments}
+    error = {
+        m: found.error(unit.rank, ffn.moments[m])
+        for m, found in factors.items()
+        if m in ffn.moments
+    }
     return {
-        "model": name, **unit._asdict(), "share": unit.rank / ffn.full_rank, "accuracy": hits / n, "low": low,
-        "high": high, "n": n, "energy_fc1": _mean(energy, "fc1"), "energy_fc2": _mean(energy, "fc2"),
-        "error_fc1": _mean(error, "fc1"), "error_fc2": _mean(error, "fc2"), "calibration_images": calibration_images,
-        "calibration_scored": scored, "chance": chance,
-    }  # fmt: skip
+        "model": name,
+        **unit._asdict(),
+        "share": unit.rank / ffn.full_rank,
+        "accuracy": hits / n,
+        "low": low,
+        "high": high,
+        "n": n,
+        "energy_fc1": _mean(energy, "fc1"),
+        "energy_fc2": _mean(energy, "fc2"),
+        "error_fc1": _mean(error, "fc1"),
+        "error_fc2": _mean(error, "fc2"),
+        "calibration_images": calibration_images,
+        "calibration_scored": scored,
+        "chance": chance,
+    }
 
 
 def _mean(values: Mapping[Matrix, float], which: str) -> float:
@@ -266,57 +262,6 @@ def _mean(values: Mapping[Matrix, float], which: str) -> float:
     return sum(listed) / len(listed) if listed else math.nan
 
 
-_TITLES = {"svd": "truncated SVD", "whitened": "least error over real inputs", "random": "random directions"}
-
-
-def plot(frame: pd.DataFrame) -> Figure:
-    """Fig. 7: accuracy against rank, a panel a method, with chance and random directions; below, step against rank."""
-    from bvit_interp import plotting
-
-    frame = frame.assign(step=frame["step"].astype(str))
-    together, single = frame[frame["step"] == "all"], frame[frame["step"] != "all"]
-    methods = [method for method in _TITLES if method in set(together["method"])]
-    curves = [method for method in methods if method != "random"] or methods
-    by_map = dict([*single.groupby(["model", "method"])])
-    maps = [key for key in itertools.product(dict.fromkeys(single["model"]), _TITLES) if key in by_map]
-    columns = max(len(curves), single["method"].nunique(), min(len(maps), 2))
-    first = bool(curves)  # rows of curves
-    figure, axes = plotting.canvas(columns, first + math.ceil(len(maps) / columns), width=4.4, height=3.4)
-    for ax, method in zip(axes[0], curves, strict=False):
-        _draw_curves(ax, together, method)
-    if curves:
-        axes[0, 0].set_ylabel("accuracy")
-        lines = axes[0, 0].get_legend_handles_labels()
-        figure.legend(*lines, loc="outside upper center", ncols=3, frameon=False, fontsize=8)
-    for ax, (name, method) in zip(axes[first:].flat, maps, strict=False):
-        table = by_map[name, method].astype({"step": int}).pivot(index="step", columns="rank", values="accuracy")
-        values, ranks, steps = table.to_numpy(), list(table.columns), list(table.index)
-        limits = (single["accuracy"].min(), single["accuracy"].max())
-        plotting.heat_map(figure, ax, values, ranks, steps, "accuracy", limits=limits)
-        ax.set(xlabel="rank k of the one step", ylabel="step cut", title=f"{name}: {_TITLES[method]}")
-        ax.title.set_fontsize(10)
-    for ax in axes.flat:
-        ax.set_visible(ax.has_data())
-    return figure
-
-
-def _draw_curves(ax: Axes, frame: pd.DataFrame, method: str) -> None:
-    """Accuracy of every model at every rank by one method, and thin and grey by random directions."""
-    from bvit_interp import plotting
-
-    widths = (frame["rank"] / frame["share"]).round()
-    x = "rank" if widths.nunique() == 1 else "share"
-    for i, (name, of_model) in enumerate(frame.sort_values("rank").groupby("model", sort=False)):
-        part, null = (of_model[of_model["method"] == which] for which in (method, "random"))
-        style = plotting.line_style(i)
-        ax.plot(part[x], part["accuracy"], **style, label=name)
-        ax.fill_between(part[x], part["low"], part["high"], color=style["color"], alpha=0.15, linewidth=0)
-        if method != "random":
-            last = i == frame["model"].nunique() - 1
-            label = "random directions, in the dash of the model" if last and len(null) else None
-            ax.plot(null[x], null["accuracy"], **{**style, **plotting.NULL, "marker": ""}, label=label)
-    chance = frame["chance"].iloc[0]
-    ax.axhline(chance, **plotting.NULL)
-    ax.text(1, chance + 0.01, "chance", transform=ax.get_yaxis_transform(), ha="right", fontsize=8)
-    ax.set(xlabel="rank k" if x == "rank" else "rank k / width", ylim=(0, 1), title=_TITLES[method])
-    ax.title.set_fontsize(10)
+def summary(frame: pd.DataFrame) -> pd.DataFrame:
+    """All of it."""
+    return frame

@@ -1,115 +1,72 @@
-"""Does the model count its steps or read its state: skipped, repeated, swapped and delayed steps, a wrong clock?
+"""Does the model count its steps or read its state: skipped, repeated, swapped and delayed steps, a
+wrong clock?
 
-Ours; not in bViT (arXiv 2605.10661), whose eq. 9 adds a time embedding and whose Fig. 8 runs on past T. Three parts:
+Ours; not in bViT (arXiv 2605.10661), whose eq. 9 adds a time embedding and whose Fig. 8 runs on
+past T. Three parts:
 
-- `schedule`: the steps in another order, each with what is its own (its row of the time embedding, the refresh of a
-  memory; in a stack its block). `skip` t, `repeat` t twice, `swap` t with t + 1, `delay` (the state waits at z_0 for d
-  steps while the clock runs: steps d + 1..T), `lag` and `lead` (T steps, the clock d behind or ahead), `fixed` (every
-  step is step t), `mean_row` (every step adds the mean row), `reverse`, `again` (1..T twice), `run` (1..S) and `put`
-  (step s in the place of step t: the embedding of s at t). A plain bViT has one function for all steps, so only their
-  number matters: skipping any is T - 1 of them, repeating any T + 1, a swap changes nothing. In a stack this is the
-  layer swap of Sun et al. (2024, "Transformer layers as painters", arXiv 2407.09298);
-- `reading`: a linear discriminant of the step on single tokens, fitted to some images and tested on others, from the
-  state (`raw`), from z / ||z|| (`direction`) or from log ||z|| alone (`norm`), which may give it away. `order` is a
-  forced choice, which of two states of a token is of which step. Null: a guess;
-- `removal`: after step t the state of every token is stripped of its step and runs on. `subspace` replaces the
-  component along the differences of the steps' mean states (T - 1 dimensions) by its mean over the steps, `mean` takes
-  only the own step's mean out; both leave the steps equal means, where no linear probe beats a constant (Belrose et
-  al., 2023, arXiv 2306.03819): `reading` fits a new probe to fresh images and sees. Nulls: `random_subspace` of as many
-  dimensions, `random_scaled` the same with every token moved as far as by `subspace` (so past the mean, which harms
-  more), `random_shift` as far as `mean`.
+- `schedule`: the steps in another order, each with what is its own (its row of the time embedding,
+  the refresh of a memory; in a stack its block). `skip` t, `repeat` t twice, `swap` t with t + 1,
+  `delay` (the state waits at z_0 for d steps while the clock runs: steps d + 1..T), `lag` and
+  `lead` (T steps, the clock d behind or ahead), `fixed` (every step is step t), `mean_row` (every
+  step adds the mean row), `reverse`, `again` (1..T twice), `run` (1..S) and `put` (step s in the
+  place of step t: the embedding of s at t). A plain bViT has one function for all steps, so only
+  their number matters: skipping any is T - 1 of them, repeating any T + 1, a swap changes nothing.
+  In a stack this is the layer swap of Sun et al. (2024, "Transformer layers as painters", arXiv
+  2407.09298);
+- `reading`: a linear discriminant of the step on single tokens, fitted to some images and tested on
+  others, from the state (`raw`), from z / ||z|| (`direction`) or from log ||z|| alone (`norm`),
+  which may give it away. `order` is a forced choice, which of two states of a token is of which
+  step. Null: a guess;
+- `removal`: after step t the state of every token is stripped of its step and runs on. `subspace`
+  replaces the component along the differences of the steps' mean states (T - 1 dimensions) by its
+  mean over the steps, `mean` takes only the own step's mean out; both leave the steps equal means,
+  where no linear probe beats a constant (Belrose et al., 2023, arXiv 2306.03819): `reading` fits a
+  new probe to fresh images and sees. Nulls: `random_subspace` of as many dimensions,
+  `random_scaled` the same with every token moved as far as by `subspace` (so past the mean, which
+  harms more), `random_shift` as far as `mean`.
 
-Cost: for T = 12 a scored image takes 33 forwards of a plain bViT, 69 of a model with a time embedding or a stack, 72
-more for the matrix, any other image one. 2400 images of 32 px, 240 of them scored, of three models of width 128 took
-411 s on one core; by forwards, not measured: 80 s for the default on 1000 images and one bViT, 2 PFLOP on ImageNet.
-Expected: none published. A plain bViT has no clock but its state; one with a time embedding counts if wrong rows hurt.
+Cost: for T = 12 a scored image takes 33 forwards of a plain bViT, 69 of a model with a time
+embedding or a stack, 72 more for the matrix, any other image one. 2400 images of 32 px, 240 of them
+scored, of three models of width 128 took 411 s on one core; by forwards, not measured: 80 s for the
+default on 1000 images and one bViT, 2 PFLOP on ImageNet. Expected: none published. A plain bViT has
+no clock but its state; one with a time embedding counts if wrong rows hurt.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from bvit_interp.data.reading import Reading
+import pandas as pd
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from bvit_interp.analyses.schedule import COLUMNS, Config
+from bvit_interp.analyses.schedule import schedules as schedule
+from bvit_interp.analyses.schedule.schedules import (
+    FEATURES,
+    REMOVALS,
+    Discriminant,
+    Plan,
+    Run,
+    feature,
+    judged,
+    removals,
+    removed,
+    states,
+)
+from bvit_interp.data.labels import label_map
+from bvit_interp.data.loader import Batch, run_in_halves
+from bvit_interp.data.samples import Samples, spread
 from bvit_interp.errors import UserError
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from timm.models.vision_transformer import VisionTransformer
-    from torch import Tensor
-
-    from bvit_interp.data.loader import Batch
-    from bvit_interp.data.samples import Samples
-    from bvit_interp.models.stepping import State
-    from bvit_interp.probes.schedule import Plan
+from bvit_interp.metrics.streaming.means import Moments
+from bvit_interp.models.stepping import State, answer, proceed
+from bvit_interp.models.unroll import run_on
+from bvit_interp.probes.probe import Probe
 
 _STRIPPED = ("subspace", "mean")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config(Reading):
-    """Options of the clock."""
-
-    runs: tuple[int, ...] = (6, 18, 24, 48)
-    """Numbers of steps S to run; past T only a recurrent model goes on (a time embedding stays at its last row)."""
-    shifts: tuple[int, ...] = (1, 2, 3, 6)
-    """Numbers of steps d of delay, lag and lead; those of T and more are left out."""
-    scored: int = 300
-    """Images that are run and scored, at most half of those used. Of the others, which should be many more than the
-    width, two thirds are what probes and removals are fitted to, one third the probes after a removal."""
-    matrix_images: int = 100
-    """Images, of those scored, for the T x T matrix of step s in the place of step t; 0 for none."""
-    ridge: float = 0.001
-    """Added to the covariance of the linear discriminant, as a share of its mean diagonal."""
-    seed: int = 0
-    """Of the split of the images and of the random directions."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("runs", "shifts"):
-            values = getattr(self, name)
-            if any(value < 1 for value in values) or len(set(values)) < len(values):
-                raise UserError(f"{name} must be >= 1, each once, got {' '.join(map(str, values))}")
-        if self.scored < 1 or self.matrix_images < 0:
-            raise UserError(f"scored must be >= 1 and matrix-images >= 0, got {self.scored} and {self.matrix_images}")
-        if not 0 < self.ridge < math.inf:
-            raise UserError(f"ridge must be > 0 and finite, got {self.ridge}")
-
-    def headline(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """Accuracies: of the normal and the longer runs, of the step that is read, and of removals half way."""
-        shown = frame["kind"].isin(["normal", "run", "mean_row"])
-        shown |= frame["kind"].isin(["raw", "norm"]) & frame["step"].isna()
-        half_way = (frame["part"] == "removal") & (frame["step"] == frame["trained_steps"] // 2)
-        shown |= frame["kind"].isin(["subspace", "random_scaled"]) & half_way
-        return frame[shown & (frame["measure"] == "accuracy")].drop(columns="measure")
-
-
-COLUMNS = {
-    "model": "checkpoint",
-    "part": "schedule, reading or removal",
-    "kind": "of schedule: normal, skip, repeat, swap, delay, lag, lead, fixed, mean_row, reverse, again, run, put or"
-    " row (the time embedding itself); of reading: what is read, raw, direction or norm, or the state after the removal"
-    " subspace or mean; of removal: subspace, mean, random_subspace, random_scaled or random_shift",
-    "tokens": "of reading: cls, reg, dist or patches, one token at a time; else none",
-    "step": "step t that is changed or read, none for all; of delay, lag and lead the number of steps d, of run S",
-    "other": "of swap and put, the step that takes the place of t",
-    "measure": "accuracy (of classes; in reading, of steps), change (of accuracy, paired by image), agreement (with the"
-    " normal run's answers), log_prob (change of the true class's), error (of the step read), order (share of pairs of"
-    " steps told apart by forced choice), distance (by which the state is moved) or length (of the row)",
-    "value": "a share 0..1, a change of one -1..1, log_prob in nats, error in steps, distance and length in units of"
-    " the state's own norm; a mean over images but length",
-    "low": "lower end of its 95 % interval over images: Wilson's of shares of images, else normal",
-    "high": "upper end of it",
-    "null": "null: of accuracy the share of the most frequent class, in reading a guess, 1 / T; of agreement that of"
-    " independent answers given as often; of error that of always reading the middle step; of order 1 / 2",
-    "trained_steps": "steps T the model was made for; of a stack, its blocks",
-    "n": "images",
-}
 
 
 def measure(models: Mapping[str, VisionTransformer], data: Samples, config: Config) -> pd.DataFrame:
@@ -124,32 +81,31 @@ def measure(models: Mapping[str, VisionTransformer], data: Samples, config: Conf
     -------
     A table of `COLUMNS`; no `put` for a model whose steps are all the same function.
     """
-    import pandas as pd
-
-    from bvit_interp.data.labels import label_map
-
     roles = _roles(len(data), config)
-    subjects = {name: _Subject(model, label_map(data, model), config) for name, model in models.items()}
-    loader, geometries = config.loader(data, models, "clock")
+    subjects = {
+        name: _Subject(model, label_map(data, model), config) for name, model in models.items()
+    }
+    loader, geometries = config.loader(data, models, "schedule")
     for batch in loader:
         for name, subject in subjects.items():
             subject.learn(batch, geometries[name], roles)
     for subject in subjects.values():
         subject.fit()
-    for batch in config.loader(data, models, "clock: held-out images")[0]:
+    for batch in config.loader(data, models, "schedule: held-out images")[0]:
         for name, subject in subjects.items():
             subject.test(batch, geometries[name], roles["test"])
-    rows = [{"model": name, "trained_steps": of.trained, **row} for name, of in subjects.items() for row in of.rows()]
+    rows = [
+        {"model": name, "trained_steps": of.trained, **row}
+        for name, of in subjects.items()
+        for row in of.rows()
+    ]
     frame = pd.DataFrame(rows).reindex(columns=list(COLUMNS))
     return frame.astype(dict.fromkeys(("step", "other", "n"), "Int64"))
 
 
 def _roles(length: int, config: Config) -> dict[str, set[int]]:
-    """Places of the images that probes are fitted to, before and after a removal, that test, and of the matrix."""
-    import torch
-
-    from bvit_interp.data.samples import spread
-
+    """Places of the images that probes are fitted to, before and after a removal, that test, and of
+    the matrix."""
     places = spread(length, config.limit)
     n = len(places)
     if n < 6:
@@ -165,21 +121,20 @@ class _Subject:
     """A model, and everything that is measured of it."""
 
     def __init__(self, model: VisionTransformer, classes: Tensor, config: Config) -> None:
-        from bvit_interp.models.unroll import run_on
-        from bvit_interp.probes import schedule
-        from bvit_interp.probes.moments import Moments
-        from bvit_interp.probes.probe import Probe
-
         self.trained, self.classes, self.config = len(model.blocks), classes, config
         if self.trained < 2:
             raise UserError("a model of one step has none to exchange: at least 2 steps are needed")
         self.view = run_on(model, max(self.trained, *config.runs, 0))
         self.device, count = next(self.view.parameters()).device, self.view.num_classes
         possible = schedule.schedules(self.trained, config.runs, config.shifts)
-        within = {run: steps for run, steps in possible.items() if max(steps) <= len(self.view.blocks)}
+        within = {
+            run: steps for run, steps in possible.items() if max(steps) <= len(self.view.blocks)
+        }
         self.plans = [schedule.Plan(self.view, within)]
         if (mean := schedule.with_mean_row(model)) is not None:
-            self.plans.append(schedule.Plan(mean, {schedule.Run("mean_row"): within[schedule.Run("normal")]}))
+            self.plans.append(
+                schedule.Plan(mean, {schedule.Run("mean_row"): within[schedule.Run("normal")]})
+            )
         differ = len({*schedule.same_steps(self.view)[: self.trained]}) > 1
         pairs = schedule.substitutions(self.trained) if differ and config.matrix_images else {}
         self.matrix = [schedule.Plan(self.view, pairs)] if pairs else []
@@ -187,19 +142,24 @@ class _Subject:
         widths = {name: 1 if name == "norm" else self.view.embed_dim for name in schedule.FEATURES}
         keys = [(kind, name, "fit") for kind in self.kinds for name in widths]
         keys += [(kind, "raw", "refit") for kind in self.kinds]
-        self.moments = {key: schedule.StepMoments(self.trained, widths[key[1]]).to(self.device) for key in keys}
-        of_plans, of_matrix = (sum(len(plan.runs) for plan in plans) for plans in (self.plans, self.matrix))
+        self.moments = {
+            key: schedule.StepMoments(self.trained, widths[key[1]]).to(self.device) for key in keys
+        }
+        of_plans, of_matrix = (
+            sum(len(plan.runs) for plan in plans) for plans in (self.plans, self.matrix)
+        )
         variants = self.trained * len(schedule.REMOVALS)
         self.outcomes, self.of_matrix, self.removed = (
-            schedule.Outcomes(runs, count).to(self.device) for runs in (of_plans, of_matrix, variants)
+            schedule.Outcomes(runs, count).to(self.device)
+            for runs in (of_plans, of_matrix, variants)
         )
         self.distance = Moments(variants).to(self.device)
 
-    def _each(self, work: Callable[..., Any], batch: Batch, geometry: Any, places: set[int]) -> Iterator[Any]:
-        """`work` of images and classes of those of a batch that are at these places of the data set."""
-        import torch
-
-        from bvit_interp.data.loader import run_in_halves
+    def _each(
+        self, work: Callable[..., Any], batch: Batch, geometry: Any, places: set[int]
+    ) -> Iterator[Any]:
+        """`work` of images and classes of those of a batch that are at these places of the data
+        set."""
 
         def run(part: Batch) -> Any:
             kept = torch.tensor([place in places for place in part.index.tolist()])
@@ -213,65 +173,71 @@ class _Subject:
     # ---- first pass: schedules, and what is learnt -----------------------------------------------------
 
     def learn(self, batch: Batch, geometry: Any, roles: Mapping[str, set[int]]) -> None:
-        """Run every schedule on a batch, and add up the states of those of its images that are learnt from."""
-        import torch
-
-        from bvit_interp.probes.schedule import feature
-
-        for plans, outcomes, role in ((self.plans, self.outcomes, "test"), (self.matrix, self.of_matrix, "matrix")):
+        """Run every schedule on a batch, and add up the states of those of its images that are
+        learnt from."""
+        for plans, outcomes, role in (
+            (self.plans, self.outcomes, "test"),
+            (self.matrix, self.of_matrix, "matrix"),
+        ):
             if plans:  # the first schedule of either is the normal run
 
-                def run(images: Tensor, labels: Tensor, plans: list[Plan] = plans) -> tuple[Tensor, Tensor]:
+                def run(
+                    images: Tensor, labels: Tensor, plans: list[Plan] = plans
+                ) -> tuple[Tensor, Tensor]:
                     return torch.cat([plan.logits(images) for plan in plans]), labels
 
                 for logits, labels in self._each(run, batch, geometry, roles[role]):
                     outcomes.update(logits, logits[0], labels)
         for role in ("fit", "refit"):
             for found in self._each(self._states, batch, geometry, roles[role]):
-                for state, ((kind, name, of), moments) in itertools.product(found, self.moments.items()):
+                for state, ((kind, name, of), moments) in itertools.product(
+                    found, self.moments.items()
+                ):
                     if of == role:
                         moments.update(feature(state.tokens[:, self.kinds[kind]], name), state.step)
 
     def _states(self, images: Tensor, _: Tensor) -> list[State]:
-        from bvit_interp.probes.schedule import states
-
         return [*states(self.view, images, self.trained)]
 
     def fit(self) -> None:
         """The probes and the removals, from the sums of all processes; the same on every one."""
-        from bvit_interp.probes.moments import Moments
-        from bvit_interp.probes.schedule import Discriminant, removals
-
         ridge, seed = self.config.ridge, self.config.seed
         sums = {key: found.compute() for key, found in self.moments.items()}
-        self.readers = {key[:2]: Discriminant(of_key, ridge) for key, of_key in sums.items() if key[2] == "fit"}
+        self.readers = {
+            key[:2]: Discriminant(of_key, ridge) for key, of_key in sums.items() if key[2] == "fit"
+        }
         self.removals = [
-            {kind: removals(sums[kind, "raw", "fit"], (seed, step, i)) for i, kind in enumerate(self.kinds)}
+            {
+                kind: removals(sums[kind, "raw", "fit"], (seed, step, i))
+                for i, kind in enumerate(self.kinds)
+            }
             for step in range(1, self.trained + 1)
         ]
         for kind, of_kind in self.removals[0].items():
             for name in _STRIPPED:
-                self.readers[kind, name] = Discriminant(of_kind[name].moved(sums[kind, "raw", "refit"]), ridge)
-        self.norms = {kind: sums[kind, "norm", "fit"].means[:, 0].exp().tolist() for kind in self.kinds}
+                self.readers[kind, name] = Discriminant(
+                    of_kind[name].moved(sums[kind, "raw", "refit"]), ridge
+                )
+        self.norms = {
+            kind: sums[kind, "norm", "fit"].means[:, 0].exp().tolist() for kind in self.kinds
+        }
         self.readings = {key: Moments(self.trained + 1, 3).to(self.device) for key in self.readers}
 
     # ---- second pass: held-out images ------------------------------------------------------------------
 
     def test(self, batch: Batch, geometry: Any, places: set[int]) -> None:
         """Read the step of every state of the images at these places, and run on without it."""
-        for removed, distance, read in self._each(self._test, batch, geometry, places):
-            self.removed.update(*removed)
+        for outcomes, distance, read in self._each(self._test, batch, geometry, places):
+            self.removed.update(*outcomes)
             self.distance.update(distance)
             for key, values in read.items():
                 self.readings[key].update(values)
 
-    def _test(self, images: Tensor, labels: Tensor) -> tuple[tuple[Tensor, ...], Tensor, dict[Any, Tensor]]:
-        """What `Outcomes` takes of the V removals at every step, distances ``(B, T V)``, and each reader `judged`."""
-        import torch
-
-        from bvit_interp.models.stepping import State, answer, proceed
-        from bvit_interp.probes.schedule import FEATURES, REMOVALS, feature, judged, removed, states
-
+    def _test(
+        self, images: Tensor, labels: Tensor
+    ) -> tuple[tuple[Tensor, ...], Tensor, dict[Any, Tensor]]:
+        """What `Outcomes` takes of the V removals at every step, distances ``(B, T V)``, and each
+        reader `judged`."""
         logits, distance = [], []
         read: dict[Any, list[Tensor]] = {key: [] for key in self.readers}
         for state in states(self.view, images, self.trained):
@@ -281,21 +247,27 @@ class _Subject:
                 for name in REMOVALS:
                     changed[name][:, rows] = found[name]
                 for name in (*FEATURES, *_STRIPPED):
-                    values = feature(found[name], "raw") if name in found else feature(own[:, rows], name)
+                    values = (
+                        feature(found[name], "raw")
+                        if name in found
+                        else feature(own[:, rows], name)
+                    )
                     read[kind, name].append(self.readers[kind, name](values))
             for tokens in changed.values():
                 after = proceed(self.view, State(tokens, state.step, state.memory), self.trained)
                 logits.append(answer(self.view, after))
                 distance.append(((tokens - own).norm(dim=-1) / own.norm(dim=-1)).double().mean(1))
         scores = {key: judged(torch.stack(values, dim=2)) for key, values in read.items()}
-        return (torch.stack(logits), answer(self.view, state), labels), torch.stack(distance, dim=1), scores
+        return (
+            (torch.stack(logits), answer(self.view, state), labels),
+            torch.stack(distance, dim=1),
+            scores,
+        )
 
     # ---- rows ------------------------------------------------------------------------------------------
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """All rows of the model; every process takes part."""
-        from bvit_interp.probes.schedule import REMOVALS, Run
-
         removals = [Run(name, t) for t in range(1, self.trained + 1) for name in REMOVALS]
         for part, runs, outcomes in (
             ("schedule", [run for plan in self.plans for run in plan.runs], self.outcomes),
@@ -312,89 +284,37 @@ class _Subject:
         table = getattr(self.view.blocks[0], "step_embed", None)
         lengths = [] if table is None else table.detach().double().norm(dim=1).tolist()
         for kind, norms in self.norms.items():
-            about: dict[str, Any] = {"part": "schedule", "kind": "row", "tokens": kind, "measure": "length"}
+            about: dict[str, Any] = {
+                "part": "schedule",
+                "kind": "row",
+                "tokens": kind,
+                "measure": "length",
+            }
             for t, (length, norm) in enumerate(zip(lengths, norms, strict=False), start=1):
                 yield {**about, "step": t, "value": length / norm}
-        nulls = {"accuracy": 1 / self.trained, "error": self.trained**2 // 4 / self.trained, "order": 0.5}
+        nulls = {
+            "accuracy": 1 / self.trained,
+            "error": self.trained**2 // 4 / self.trained,
+            "order": 0.5,
+        }
         for (kind, name), metric in self.readings.items():
             columns = metric.compute()
             for i, (j, measure) in itertools.product(range(self.trained + 1), enumerate(nulls)):
-                about = {"part": "reading", "kind": name, "tokens": kind, "step": i + 1 if i < self.trained else None}
+                about = {
+                    "part": "reading",
+                    "kind": name,
+                    "tokens": kind,
+                    "step": i + 1 if i < self.trained else None,
+                }
                 values = {key: column[i, j].item() for key, column in columns.items()}
                 yield {**about, "measure": measure, **values, "null": nulls[measure]}
 
 
-_WHOLE = ("normal", "mean_row", "lag", "lead", "delay", "reverse", "again", "run")
-_READ = {"raw": "state", "direction": "direction", "norm": "norm", "subspace": "less subspace", "mean": "less mean"}
-
-
-def plot(frame: pd.DataFrame) -> Figure:
-    """Accuracy under changed schedules; the step read off a state; runs without it; step s in the place of t."""
-    from bvit_interp import plotting
-
-    exact, put = frame[frame["measure"] == "accuracy"], frame[frame["kind"] == "put"]
-    schedule, read = (exact[exact["part"] == part] for part in ("schedule", "reading"))
-    removal = frame[(frame["part"] == "removal") & (frame["measure"] == "log_prob")]
-    maps = list(put[put["measure"] == "log_prob"].groupby("model", sort=False))
-    figure, axes = plotting.canvas(columns=max(4, 2 + len(maps)), rows=2, width=4.4, height=3.6)
-    _lines(axes[0, 0], schedule, {"skip": "", "repeat": "repeated"}, "step t skipped or repeated")
-    _lines(axes[0, 1], schedule, {"swap": ""}, "steps t and t + 1 swapped")
-    whole = schedule[schedule["kind"].isin(_WHOLE)]
-    places = zip(whole["kind"].str.replace("_", " "), whole["step"].fillna(0).astype(int), strict=True)
-    whole = whole.assign(label=[f"{kind} {step or ''}".strip() for kind, step in places])
-    _points(axes[0, 2], whole, "other clocks and numbers of steps")
-    read = read[read["step"].isna()]
-    read = read.assign(label=read["tokens"] + ": " + read["kind"].map(_READ))
-    _points(axes[0, 3], read, "step read off held-out tokens")
-    _lines(axes[1, 0], removal, {"subspace": "", "random_scaled": "random, as far"}, "step subspace out after step t")
-    _lines(axes[1, 1], removal, {"mean": "", "random_shift": "random, as far"}, "step mean out after step t")
-    for ax, (name, part) in zip(axes[1, 2:], maps, strict=False):
-        table = part.astype({"step": int, "other": int}).pivot(index="other", columns="step", values="value")
-        values, steps = table.to_numpy(dtype=float), [*table.columns]
-        plotting.heat_map(figure, ax, values, steps, steps, "change of true log-probability", numbers=False)
-        ax.set(xlabel="place t", ylabel="step s")
-        ax.set_title(f"{name}: step s at place t", fontsize=10)
-    for ax, label in ((axes[0, 0], "accuracy"), (axes[0, 3], "read right"), (axes[1, 0], "change of true log-prob.")):
-        ax.set_ylabel(label)
-    for ax in axes.flat:
-        ax.set_visible(ax.has_data())
-    return figure
-
-
-def _lines(ax: Axes, frame: pd.DataFrame, kinds: Mapping[str, str], title: str) -> None:
-    """Values against the step: the first kind in full, the second hollow and dashed, or thin and grey if a null."""
-    from bvit_interp import plotting
-
-    frame = frame[frame["kind"].isin(kinds)]
-    for i, (name, of_model) in enumerate(frame.groupby("model", sort=False)):
-        for kind, label in kinds.items():
-            part = of_model[of_model["kind"] == kind]
-            steps, value, low, high = (part[key].astype(float) for key in ("step", "value", "low", "high"))
-            second = {"linestyle": "--", "markerfacecolor": "white"} if label else {"linestyle": "-"}
-            null = plotting.NULL | {"marker": ""} if kind.startswith("random") else {}
-            style = plotting.line_style(i) | second | null
-            ax.plot(steps, value, **style, label=name if not label else None if i else label)
-            ax.fill_between(steps, low, high, color=style["color"], alpha=0.12, linewidth=0)
-    if frame["null"].notna().any():
-        ax.axhline(frame["null"].max(), **plotting.NULL, linestyle=":", label="most frequent class")
-        ax.set_ylim(0, 1)
-    plotting.step_axis(ax, frame["step"])
-    ax.set_title(title, fontsize=10)
-    plotting.legend(ax)
-
-
-def _points(ax: Axes, frame: pd.DataFrame, title: str) -> None:
-    """Accuracy of every model, in the colours of `_lines`, at every label, with intervals and the null."""
-    from bvit_interp import plotting
-
-    frame = frame.assign(place=frame["kind"].map([*_WHOLE, *_READ].index)).sort_values(["tokens", "place"])
-    labels, models = list(dict.fromkeys(frame["label"])), list(frame.groupby("model", sort=False))
-    for i, (_, part) in enumerate(models):
-        x = [labels.index(label) + 0.2 * (i - (len(models) - 1) / 2) for label in part["label"]]
-        errors = [(part["value"] - part["low"]).clip(lower=0), (part["high"] - part["value"]).clip(lower=0)]
-        ax.errorbar(x, part["value"], yerr=errors, **plotting.line_style(i) | {"linestyle": "", "linewidth": 1.0})
-    ax.axhline(frame["null"].max(), **plotting.NULL, linestyle=":", label="null")
-    ax.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7)
-    ax.set_ylim(0, 1)
-    ax.set_title(title, fontsize=10)
-    plotting.legend(ax)
+def summary(frame: pd.DataFrame) -> pd.DataFrame:
+    """Accuracies: of the normal and the longer runs, of the step that is read, and of removals half
+    way."""
+    shown = frame["kind"].isin(["normal", "run", "mean_row"])
+    shown |= frame["kind"].isin(["raw", "norm"]) & frame["step"].isna()
+    half_way = (frame["part"] == "removal") & (frame["step"] == frame["trained_steps"] // 2)
+    shown |= frame["kind"].isin(["subspace", "random_scaled"]) & half_way
+    return frame[shown & (frame["measure"] == "accuracy")].drop(columns="measure")

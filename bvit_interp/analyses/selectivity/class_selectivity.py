@@ -1,4 +1,5 @@
-"""The life of a unit from its class means: selectivity, birth and death, changes of role, reliability.
+"""The life of a unit from its class means: selectivity, birth and death, changes of role,
+reliability.
 
 A unit's profile at a step is its mean answer to each class; see `probes.biographies`.
 """
@@ -9,9 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from scipy.stats import beta
 from torch import Tensor
 
-from bvit_interp.probes.moments import NORMAL_95
+from bvit_interp.metrics.streaming.means import NORMAL_95
 
 SHARES = ("share_class", "share_step", "share_interaction")
 
@@ -20,12 +22,14 @@ SHARES = ("share_class", "share_step", "share_interaction")
 class Selectivity:
     """Share of a unit's variance over images that lies between classes, at every step.
 
-    ``eta^2 = SS_between / SS_total`` is (k - 1) / (n - 1) on average where labels are permuted (k classes, n images);
-    ``value = (eta^2 - null) / (1 - null)`` is 0 there (epsilon squared, Kelley, 1935).
+    ``eta^2 = SS_between / SS_total`` is (k - 1) / (n - 1) on average where labels are permuted (k
+    classes, n images); ``value = (eta^2 - null) / (1 - null)`` is 0 there (epsilon squared, Kelley,
+    1935).
 
     Attributes
     ----------
-    eta, value : ``(T, U)`` 0..1, and debiased, also just below 0; nan for a unit that does not vary, or n <= k.
+    eta, value : ``(T, U)`` 0..1, and debiased, also just below 0; nan for a unit that does not
+        vary, or n <= k.
     null : (k - 1) / (n - 1).
     classes, images : k and n.
     """
@@ -39,8 +43,8 @@ class Selectivity:
     def interval(self) -> tuple[Tensor, Tensor]:
         """Approximate 95 % interval of `value` over images, both ``(T, U)``, for normal answers.
 
-        The variance of a squared multiple correlation (Olkin & Finn, 1995) and, as that is 0 at 0, that of eta^2 under
-        permuted labels, a Beta variable's.
+        The variance of a squared multiple correlation (Olkin & Finn, 1995) and, as that is 0 at 0,
+        that of eta^2 under permuted labels, a Beta variable's.
         """
         n, k, share = self.images, self.classes, self.value.clamp(0, 1)
         a, b = (k - 1) / 2, (n - k) / 2
@@ -50,26 +54,35 @@ class Selectivity:
         return self.value - half, self.value + half
 
     def alive(self, threshold: float, level: float = 0.05) -> Tensor:
-        """``(T, U)`` bool: `value` is at least the threshold, and eta^2 beyond chance by the F test.
+        """``(T, U)`` bool: `value` is at least the threshold, and eta^2 beyond chance by the F
+        test.
 
-        Bonferroni's correction is for all units and steps. Under permuted labels of normal answers eta^2 is
-        Beta((k - 1) / 2, (n - k) / 2), which is the F test.
+        Bonferroni's correction is for all units and steps. Under permuted labels of normal answers
+        eta^2 is Beta((k - 1) / 2, (n - k) / 2), which is the F test.
         """
         if not 1 < self.classes < self.images:
             return torch.zeros_like(self.value, dtype=torch.bool)
-        from scipy.stats import beta
 
         a, b = (self.classes - 1) / 2, (self.images - self.classes) / 2
-        return (self.value >= threshold) & (self.eta > float(beta.isf(level / self.eta.numel(), a, b)))
+        return (self.value >= threshold) & (
+            self.eta > float(beta.isf(level / self.eta.numel(), a, b))
+        )
 
 
 def selectivity(total: Tensor, count: Tensor, squares: Tensor) -> Selectivity:
-    """From sums by class ``(C, T, U)``, images of each class ``(C,)`` and sums of squares ``(T, U)``."""
+    """From sums by class ``(C, T, U)``, images of each class ``(C,)`` and sums of squares ``(T,
+    U)``."""
     n, k = int(count.sum()), int((count > 0).sum())
     common = total.sum(0).square() / n
     overall = squares - common
-    overall = overall.where(overall > 1e-12 * squares, torch.nan)  # rounding of large numbers' difference varies not
-    eta = ((total.square() / count.clamp(min=1)[:, None, None]).sum(0) - common).div(overall).clamp(0, 1)
+    overall = overall.where(
+        overall > 1e-12 * squares, torch.nan
+    )  # rounding of large numbers' difference varies not
+    eta = (
+        ((total.square() / count.clamp(min=1)[:, None, None]).sum(0) - common)
+        .div(overall)
+        .clamp(0, 1)
+    )
     null = (k - 1) / (n - 1) if n > 1 else 0.0
     value = (eta - null) / (1 - null) if n > k else torch.full_like(eta, torch.nan)
     return Selectivity(eta, value, null, k, n)
@@ -82,7 +95,8 @@ def class_means(total: Tensor, count: Tensor) -> Tensor:
 
 
 def two_way(means: Tensor) -> Tensor:
-    """Shares of class, step and interaction in the sum of squares of each unit's table of class means.
+    """Shares of class, step and interaction in the sum of squares of each unit's table of class
+    means.
 
     ``m_ct = m + a_c + b_t + (ab)_ct``, every class and step weighing the same.
 
@@ -96,37 +110,45 @@ def two_way(means: Tensor) -> Tensor:
     """
     centred = means - means.mean((0, 1))
     of_class, of_step = centred.mean(1, keepdim=True), centred.mean(0, keepdim=True)
-    parts = torch.stack([
-        (part.expand_as(centred)).square().sum((0, 1)) for part in (of_class, of_step, centred - of_class - of_step)
-    ])  # fmt: skip
-    return parts / parts.sum(0).where(centred.square().sum((0, 1)) > 1e-24 * means.square().sum((0, 1)), torch.nan)
+    parts = torch.stack(
+        [
+            (part.expand_as(centred)).square().sum((0, 1))
+            for part in (of_class, of_step, centred - of_class - of_step)
+        ]
+    )
+    return parts / parts.sum(0).where(
+        centred.square().sum((0, 1)) > 1e-24 * means.square().sum((0, 1)), torch.nan
+    )
 
 
 def lives(alive: Tensor) -> dict[str, Tensor]:
-    """`birth` and `death`, first and last step alive from 1 (nan if none), `lifetime`, steps alive; each ``(U,)``."""
+    """`birth` and `death`, first and last step alive from 1 (nan if none), `lifetime`, steps alive;
+    each ``(U,)``."""
     steps = torch.arange(1, len(alive) + 1, dtype=torch.float64)[:, None]
     birth = torch.where(alive, steps, torch.inf).amin(0)
     death = torch.where(alive, steps, -torch.inf).amax(0)
     ever = alive.any(0)
     return {
-        "birth": birth.where(ever, torch.nan), "death": death.where(ever, torch.nan), "lifetime": alive.sum(0).double()
-    }  # fmt: skip
+        "birth": birth.where(ever, torch.nan),
+        "death": death.where(ever, torch.nan),
+        "lifetime": alive.sum(0).double(),
+    }
 
 
 def roles(means: Tensor, alive: Tensor, null: bool = False) -> dict[str, Tensor]:
-    """How a unit's profile changes over the steps at which it is alive, by Pearson's correlation over classes.
+    """How a unit's profile changes over the steps at which it is alive, by Pearson's correlation
+    over classes.
 
     Parameters
     ----------
     means : class means ``(C, T, U)``.
     alive : ``(T, U)``.
-    null : of two steps, take at the later one the next unit's profile, of those alive there, instead of its own: what
-        correlations are like if no role is kept.
+    null : of two steps, take at the later one the next unit's profile, of those alive there,
+        instead of its own: what correlations are like if no role is kept.
 
-    Returns
-    -------
-    ``(U,)`` each, nan without such a pair of steps: `role_change`, mean of 1 - r of successive steps, both alive;
-    `role_change_ends`, 1 - r of the first and the last step alive; `stability`, mean r over all pairs of steps alive.
+    Returns ------- ``(U,)`` each, nan without such a pair of steps: `role_change`, mean of 1 - r of
+    successive steps, both alive; `role_change_ends`, 1 - r of the first and the last step alive;
+    `stability`, mean r over all pairs of steps alive.
     """
     profiles = means - means.mean(0)
     norms = profiles.norm(dim=0)
@@ -134,7 +156,12 @@ def roles(means: Tensor, alive: Tensor, null: bool = False) -> dict[str, Tensor]
     later = _next_alive(profiles, alive) if null else profiles
     r = torch.einsum("csu,ctu->stu", profiles, later)
     steps = len(alive)
-    pairs = alive[:, None] & alive[None] & ~r.isnan() & torch.ones(steps, steps).triu(1).bool()[..., None]
+    pairs = (
+        alive[:, None]
+        & alive[None]
+        & ~r.isnan()
+        & torch.ones(steps, steps).triu(1).bool()[..., None]
+    )
     successive = pairs & torch.ones(steps, steps).tril(1).bool()[..., None]
     of = lives(alive)
     ends = [(of[key].nan_to_num(1).long() - 1) for key in ("birth", "death")]
@@ -147,7 +174,8 @@ def roles(means: Tensor, alive: Tensor, null: bool = False) -> dict[str, Tensor]
 
 
 def _next_alive(profiles: Tensor, alive: Tensor) -> Tensor:
-    """At every step, each alive unit's profile replaced by the next one's; nan for a unit alone, or not alive."""
+    """At every step, each alive unit's profile replaced by the next one's; nan for a unit alone, or
+    not alive."""
     moved = torch.full_like(profiles, torch.nan)
     for t, there in enumerate(alive):
         units = there.nonzero()[:, 0]
@@ -163,7 +191,8 @@ def _mean_where(values: Tensor, chosen: Tensor) -> Tensor:
 
 
 def reliability(total: Tensor, count: Tensor) -> dict[str, Tensor]:
-    """Correlation of a unit's profile in one half of the images with its own, and with the next unit's, in the other.
+    """Correlation of a unit's profile in one half of the images with its own, and with the next
+    unit's, in the other.
 
     Each step's profile is centred over the classes, so that what all images share does not count.
 
@@ -182,7 +211,11 @@ def reliability(total: Tensor, count: Tensor) -> dict[str, Tensor]:
     tables = total[:, both] / count[:, both][..., None, None]
     tables = (tables - tables.mean(1, keepdim=True)).flatten(1, 2)
     first, second = tables / tables.norm(dim=1, keepdim=True)
-    null = (first * second.roll(-1, -1)).sum(0) if second.shape[-1] > 1 else torch.full_like(first[0], torch.nan)
+    null = (
+        (first * second.roll(-1, -1)).sum(0)
+        if second.shape[-1] > 1
+        else torch.full_like(first[0], torch.nan)
+    )
     return {"value": (first * second).sum(0), "null": null}
 
 
@@ -196,8 +229,9 @@ class Lives:
     alive : ``(T, U)`` bool.
     means : of the C' classes with images ``(C', T, U)``.
     classes : which these are ``(C',)`` int64.
-    statistics : birth, death, lifetime, role_change, role_change_ends, stability, share_class, share_step,
-        share_interaction, reliability: `value`, and `null` where there is one, ``(U,)``.
+    statistics : birth, death, lifetime, role_change, role_change_ends, stability, share_class,
+        share_step, share_interaction, reliability: `value`, and `null` where there is one,
+        ``(U,)``.
     """
 
     selectivity: Selectivity
@@ -209,7 +243,8 @@ class Lives:
 
     @classmethod
     def of(cls, sums: Mapping[str, Tensor], threshold: float) -> Lives:
-        """From the sums of `biographies.Profiles`, and the least selectivity of a unit that is alive."""
+        """From the sums of `biographies.Profiles`, and the least selectivity of a unit that is
+        alive."""
         total, count, squares = sums["total"], sums["count"], sums["squares"]
         by_class, by_group = (total[:-1].sum(0), count[:-1].sum(0)), (total[-1], count[-1])
         found, random = (selectivity(*of, squares) for of in (by_class, by_group))
@@ -223,17 +258,20 @@ class Lives:
         return cls(found, random, alive, means, by_class[1].nonzero()[:, 0], statistics)
 
     def order(self, key: str, largest: bool, lifetime: int) -> Tensor:
-        """Units by a statistic, the first first; those without it, or alive at fewer steps, are not among them.
+        """Units by a statistic, the first first; those without it, or alive at fewer steps, are not
+        among them.
 
         Of equal values the more selective unit comes first.
         """
         value, by_peak = self.statistics[key]["value"], self._by_peak()
-        listed = by_peak[~value.isnan()[by_peak] & (self.statistics["lifetime"]["value"][by_peak] >= lifetime)]
+        listed = by_peak[
+            ~value.isnan()[by_peak] & (self.statistics["lifetime"]["value"][by_peak] >= lifetime)
+        ]
         return listed[value[listed].argsort(descending=largest, stable=True)]
 
     def first_of(self, lists: Mapping[str, bool], count: int, lifetime: int) -> list[int]:
-        """The first `count` units of each list (statistic -> whether the largest comes first) that no list before has;
-        where a list ends, the most selective units."""
+        """The first `count` units of each list (statistic -> whether the largest comes first) that
+        no list before has; where a list ends, the most selective units."""
         found: list[int] = []
         for key, largest in lists.items():
             candidates = [*self.order(key, largest, lifetime).tolist(), *self._by_peak().tolist()]
@@ -241,4 +279,8 @@ class Lives:
         return found
 
     def _by_peak(self) -> Tensor:
-        return self.selectivity.value.nan_to_num(-torch.inf).amax(0).argsort(descending=True, stable=True)
+        return (
+            self.selectivity.value.nan_to_num(-torch.inf)
+            .amax(0)
+            .argsort(descending=True, stable=True)
+        )

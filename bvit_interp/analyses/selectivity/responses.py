@@ -1,8 +1,10 @@
-"""What the neurons and heads of every step answer to the images of each class, and what ablating them does.
+"""What the neurons and heads of every step answer to the images of each class, and what ablating
+them does.
 
-A unit is a neuron of the FFN or a head. Its answer to an image is one number a step: of a neuron the mean of `mlp_post`
-over the patches, of a head the mean over the patches of the norm of `z`. Its profile at a step is the mean answer to
-each class. All is streamed as sums; the inner updates of a memory are left out.
+A unit is a neuron of the FFN or a head. Its answer to an image is one number a step: of a neuron
+the mean of `mlp_post` over the patches, of a head the mean over the patches of the norm of `z`. Its
+profile at a step is the mean answer to each class. All is streamed as sums; the inner updates of a
+memory are left out.
 """
 
 from __future__ import annotations
@@ -20,14 +22,14 @@ from torchmetrics import Metric
 from bvit_interp.data.geometry import Geometry
 from bvit_interp.data.labels import label_map
 from bvit_interp.data.loader import Batch, run_in_halves
-from bvit_interp.data.reading import Reading
+from bvit_interp.data.options import LoaderOptions
 from bvit_interp.data.samples import Samples, spread
 from bvit_interp.errors import UserError
+from bvit_interp.metrics.streaming.means import Moments
+from bvit_interp.metrics.streaming.top_images import TopList
 from bvit_interp.models.stepping import State, advance, answer, embed, proceed
-from bvit_interp.probes.ablating import SITES_OF_UNITS, SiteMeans, ablate
-from bvit_interp.probes.moments import Moments
+from bvit_interp.probes.ablate import SITES_OF_UNITS, SiteMeans, ablate
 from bvit_interp.probes.probe import Probe
-from bvit_interp.probes.toplist import TopList
 from bvit_interp.vocabulary import Address
 
 HALVES = 2
@@ -40,8 +42,10 @@ class Watched:
 
     Attributes
     ----------
-    values, patches : answers ``(B, T, U)``, and the patch where the unit is strongest (row by row from 0).
-    firing : share of the patches where a neuron is above 0 ``(B, T, U)``; None of heads, whose norms always are.
+    values, patches : answers ``(B, T, U)``, and the patch where the unit is strongest (row by row
+        from 0).
+    firing : share of the patches where a neuron is above 0 ``(B, T, U)``; None of heads, whose
+        norms always are.
     totals : the site itself, summed over the batch ``(T, N, ...)`` float64.
     """
 
@@ -52,13 +56,18 @@ class Watched:
 
 
 def watch(probe: Probe, images: Tensor) -> dict[str, Watched]:
-    """Every neuron and head at every step, of normalised images ``(B, 3, height, width)``; by kind."""
-    seen: dict[str, list[tuple[Tensor, Tensor, Tensor, Tensor]]] = {kind: [] for kind in SITES_OF_UNITS}
+    """Every neuron and head at every step, of normalised images ``(B, 3, height, width)``; by
+    kind."""
+    seen: dict[str, list[tuple[Tensor, Tensor, Tensor, Tensor]]] = {
+        kind: [] for kind in SITES_OF_UNITS
+    }
 
     def look(kind: str, strength: Tensor, site: Tensor) -> None:
         patches = strength[:, probe.num_prefix_tokens :]
         fired = (patches > 0).to(patches.dtype).mean(1)
-        seen[kind].append((patches.mean(1), patches.argmax(1), fired, site.sum(0, dtype=torch.float64)))
+        seen[kind].append(
+            (patches.mean(1), patches.argmax(1), fired, site.sum(0, dtype=torch.float64))
+        )
 
     def at_neurons(mlp_post: Tensor, _: Address) -> None:
         look("neuron", mlp_post, mlp_post)
@@ -67,19 +76,26 @@ def watch(probe: Probe, images: Tensor) -> dict[str, Watched]:
         look("head", z.norm(dim=-1), z)
 
     at = {"neuron": at_neurons, "head": at_heads}
-    edits = {(site, t): at[kind] for t in range(1, probe.num_steps + 1) for kind, site in SITES_OF_UNITS.items()}
+    edits = {
+        (site, t): at[kind]
+        for t in range(1, probe.num_steps + 1)
+        for kind, site in SITES_OF_UNITS.items()
+    }
     with torch.inference_mode(), probe.edit(edits):
         probe(images.to(next(probe.model.parameters()).device))
     found = {}
     for kind, steps in seen.items():
-        values, patches, firing = (torch.stack([step[i] for step in steps], dim=1) for i in range(3))
+        values, patches, firing = (
+            torch.stack([step[i] for step in steps], dim=1) for i in range(3)
+        )
         totals = torch.stack([step[3] for step in steps])
         found[kind] = Watched(values, patches, firing if kind == "neuron" else None, totals)
     return found
 
 
 def named(name: str, model: VisionTransformer, units: Sequence[str]) -> list[tuple[str, int]]:
-    """Kind and number of units written as `mlp_post:374` or `z:2`, or a UserError with the model's name and units."""
+    """Kind and number of units written as `mlp_post:374` or `z:2`, or a UserError with the model's
+    name and units."""
     kinds, probe, found = {site: kind for kind, site in SITES_OF_UNITS.items()}, Probe(model), []
     for text in units:
         site, _, unit = text.partition(":")
@@ -95,7 +111,9 @@ def drawn(probe: Probe, count: int, seed: int) -> list[tuple[str, int]]:
     """`count` random units of each kind."""
     rng = np.random.default_rng(seed)
     sizes = {"neuron": probe.num_neurons, "head": probe.num_heads}
-    return [(kind, int(unit)) for kind, size in sizes.items() for unit in rng.permutation(size)[:count]]
+    return [
+        (kind, int(unit)) for kind, size in sizes.items() for unit in rng.permutation(size)[:count]
+    ]
 
 
 class Profiles(Metric):
@@ -105,10 +123,9 @@ class Profiles(Metric):
     ----------
     classes, steps, units : C, T, U; there are as many random groups as classes.
 
-    Returns
-    -------
-    ``compute``: on the CPU, float64: `total` ``(3, C, T, U)`` and `count` ``(3, C)`` of the first half by class, the
-    second half by class, and all images by group; `squares` ``(T, U)`` of all.
+    Returns ------- ``compute``: on the CPU, float64: `total` ``(3, C, T, U)`` and `count` ``(3,
+    C)`` of the first half by class, the second half by class, and all images by group; `squares`
+    ``(T, U)`` of all.
 
     Raises
     ------
@@ -124,12 +141,17 @@ class Profiles(Metric):
     def __init__(self, classes: int, steps: int, units: int) -> None:
         super().__init__()
         parts = HALVES + 1
-        shapes = {"total": (parts, classes, steps, units), "count": (parts, classes), "squares": (steps, units)}
+        shapes = {
+            "total": (parts, classes, steps, units),
+            "count": (parts, classes),
+            "squares": (steps, units),
+        }
         for name, shape in shapes.items():
             self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, values: Tensor, labels: Tensor, halves: Tensor, groups: Tensor) -> None:
-        """Add answers ``(B, T, U)`` of images of these classes, halves (0 or 1) and groups, each ``(B,)`` int64."""
+        """Add answers ``(B, T, U)`` of images of these classes, halves (0 or 1) and groups, each
+        ``(B,)`` int64."""
         if not torch.isfinite(values).all():
             raise UserError("activations hold NaN or infinite values")
         values, classes = values.double(), self.count.shape[1]
@@ -145,11 +167,13 @@ class Profiles(Metric):
 
 
 class Biographies:
-    """What is streamed of every neuron and head of a model: `Profiles`, `SiteMeans`, a `TopList`, firing rates.
+    """What is streamed of every neuron and head of a model: `Profiles`, `SiteMeans`, a `TopList`,
+    firing rates.
 
     Parameters
     ----------
-    probe : the model; the states lie on its device from the start, also in a process that sees no image.
+    probe : the model; the states lie on its device from the start, also in a process that sees no
+        image.
     classes : C.
     top : images kept a unit and step.
     """
@@ -157,7 +181,11 @@ class Biographies:
     def __init__(self, probe: Probe, classes: int, top: int) -> None:
         self.probe = probe
         device = next(probe.model.parameters()).device
-        self.profiles, self.fill, self.top = dict[str, Profiles](), dict[str, SiteMeans](), dict[str, TopList]()
+        self.profiles, self.fill, self.top = (
+            dict[str, Profiles](),
+            dict[str, SiteMeans](),
+            dict[str, TopList](),
+        )
         for kind, places in _places(probe).items():
             units = (probe.num_steps, places[2])
             self.profiles[kind] = Profiles(classes, *units).to(device)
@@ -166,9 +194,15 @@ class Biographies:
         self.firing = Moments(probe.num_steps, probe.num_neurons).to(device)
 
     def update(
-        self, seen: Mapping[str, Watched], labels: Tensor, halves: Tensor, groups: Tensor, index: Tensor
+        self,
+        seen: Mapping[str, Watched],
+        labels: Tensor,
+        halves: Tensor,
+        groups: Tensor,
+        index: Tensor,
     ) -> None:
-        """Add what `watch` saw of images of these classes, halves, random groups and positions in the data set."""
+        """Add what `watch` saw of images of these classes, halves, random groups and positions in
+        the data set."""
         for kind, of in seen.items():
             self.profiles[kind].update(of.values, labels, halves, groups)
             self.fill[kind].update(of.totals, len(labels))
@@ -178,9 +212,14 @@ class Biographies:
 
 
 def watch_all(
-    models: Mapping[str, VisionTransformer], data: Samples, reading: Reading, top: int, seed: int = 0
+    models: Mapping[str, VisionTransformer],
+    data: Samples,
+    reading: LoaderOptions,
+    top: int,
+    seed: int = 0,
 ) -> dict[str, Biographies]:
-    """One pass over the images for all models; the halves and groups of the images are drawn from `seed`.
+    """One pass over the images for all models; the halves and groups of the images are drawn from
+    `seed`.
 
     Raises
     ------
@@ -189,27 +228,38 @@ def watch_all(
     """
     places = spread(len(data), reading.limit)
     if len(places) < HALVES:
-        raise UserError(f"the images are divided into halves: at least 2 are needed, got {len(places)}")
-    seen = {name: Biographies(Probe(model), len(data.classes), top) for name, model in models.items()}
+        raise UserError(
+            f"the images are divided into halves: at least 2 are needed, got {len(places)}"
+        )
+    seen = {
+        name: Biographies(Probe(model), len(data.classes), top) for name, model in models.items()
+    }
     lots = torch.zeros(len(data), dtype=torch.int64)
     lots[places] = torch.from_numpy(np.random.default_rng(seed).permutation(len(places)))
-    loader, geometries = reading.loader(data, models, "biography")
+    loader, geometries = reading.loader(data, models, "selectivity")
     for batch in loader:
         for name, of in seen.items():
             parts = run_in_halves(
-                lambda part, p=of.probe, g=geometries[name]: (part, watch(p, part.views[g][0])), batch
+                lambda part, p=of.probe, g=geometries[name]: (part, watch(p, part.views[g][0])),
+                batch,
             )
             for part, units in parts:
                 lot = lots[part.index]
-                of.update(units, part.labels, lot % HALVES, lot // HALVES % len(data.classes), part.index)
+                of.update(
+                    units, part.labels, lot % HALVES, lot // HALVES % len(data.classes), part.index
+                )
     return seen
 
 
 def sheet(
-    images: Sequence[Sequence[int]], patches: Sequence[Sequence[int]], grid: tuple[int, int], data: Samples,
+    images: Sequence[Sequence[int]],
+    patches: Sequence[Sequence[int]],
+    grid: tuple[int, int],
+    data: Samples,
     geometry: Geometry,
-) -> np.ndarray:  # fmt: skip
-    """Pixels ``(height, width, 3)`` uint8 of rows of images, by their numbers, a frame around one patch of each.
+) -> np.ndarray:
+    """Pixels ``(height, width, 3)`` uint8 of rows of images, by their numbers, a frame around one
+    patch of each.
 
     An image of number -1 is left out.
     """
@@ -227,10 +277,13 @@ def sheet(
 
 
 def _frame(view: np.ndarray, patch: tuple[int, int], grid: tuple[int, int]) -> None:
-    """Draw a frame around a patch ``(row, column)`` of an image ``(height, width, 3)``, into its neighbours' pixels."""
+    """Draw a frame around a patch ``(row, column)`` of an image ``(height, width, 3)``, into its
+    neighbours' pixels."""
     size, width = (view.shape[0] // grid[0], view.shape[1] // grid[1]), max(1, view.shape[0] // 64)
     begins = [place * side for place, side in zip(patch, size, strict=True)]
-    outer = tuple(slice(max(0, b - width), b + side + width) for b, side in zip(begins, size, strict=True))
+    outer = tuple(
+        slice(max(0, b - width), b + side + width) for b, side in zip(begins, size, strict=True)
+    )
     inner = tuple(slice(b, b + side) for b, side in zip(begins, size, strict=True))
     kept = view[inner].copy()
     view[outer] = _FRAME
@@ -249,17 +302,20 @@ class Effects:
 
     Attributes
     ----------
-    change : `Moments` ``(2, T + 1, V)`` of accuracy, and of the true class's logit less the mean logit: ablated at
-        step 1, ..., T, and at every step.
+    change : `Moments` ``(2, T + 1, V)`` of accuracy, and of the true class's logit less the mean
+        logit: ablated at step 1, ..., T, and at every step.
     hits : `Moments` ``(1,)``, accuracy of the model as it is.
     """
 
-    def __init__(self, seen: Biographies, units: Sequence[tuple[str, int]], classes: Tensor, zero: bool) -> None:
+    def __init__(
+        self, seen: Biographies, units: Sequence[tuple[str, int]], classes: Tensor, zero: bool
+    ) -> None:
         self.probe, self.classes = seen.probe, classes
         device = next(self.probe.model.parameters()).device
         sizes = {"neuron": self.probe.num_neurons, "head": self.probe.num_heads}
         self.keep = {
-            kind: torch.ones(len(units), size, dtype=torch.bool, device=device) for kind, size in sizes.items()
+            kind: torch.ones(len(units), size, dtype=torch.bool, device=device)
+            for kind, size in sizes.items()
         }
         for v, (kind, unit) in enumerate(units):
             self.keep[kind][v, unit] = False
@@ -289,14 +345,19 @@ class Effects:
 
 
 def ablate_all(
-    seen: Mapping[str, Biographies], units: Mapping[str, Sequence[tuple[str, int]]],
-    models: Mapping[str, VisionTransformer], data: Samples, reading: Reading, zero: bool,
-) -> dict[str, Effects]:  # fmt: skip
+    seen: Mapping[str, Biographies],
+    units: Mapping[str, Sequence[tuple[str, int]]],
+    models: Mapping[str, VisionTransformer],
+    data: Samples,
+    reading: LoaderOptions,
+    zero: bool,
+) -> dict[str, Effects]:
     """The effects of every model's units, in one pass over the images."""
     effects = {
-        name: Effects(of, units[name], label_map(data, models[name]), zero) for name, of in seen.items()
-    }  # fmt: skip
-    loader, geometries = reading.loader(data, models, "biography, ablation")
+        name: Effects(of, units[name], label_map(data, models[name]), zero)
+        for name, of in seen.items()
+    }
+    loader, geometries = reading.loader(data, models, "selectivity, ablation")
     for batch in loader:
         for name, of in effects.items():
             run_in_halves(lambda part, of=of, g=geometries[name]: of.update(part, g), batch)
@@ -306,7 +367,8 @@ def ablate_all(
 def ablations(
     probe: Probe, images: Tensor, keep: Mapping[str, Tensor], fill: Mapping[str, Tensor] | None
 ) -> Iterator[Tensor]:
-    """Answers with units ablated, all variants of a step in one batch that starts at the state before it.
+    """Answers with units ablated, all variants of a step in one batch that starts at the state
+    before it.
 
     Parameters
     ----------
@@ -314,9 +376,8 @@ def ablations(
     keep : kind -> ``(V, U)`` bool, the units each variant keeps.
     fill : kind -> ``(T, N, ...)`` what the others become; None for zero.
 
-    Yields
-    ------
-    Logits ``(V, B, C)``: nothing ablated (V = 1), then ablated at step 1, ..., T, then at every step.
+    Yields ------ Logits ``(V, B, C)``: nothing ablated (V = 1), then ablated at step 1, ..., T,
+    then at every step.
     """
     states = [embed(probe.model, images.to(next(probe.model.parameters()).device))]
     for _ in probe.model.blocks:
@@ -329,9 +390,12 @@ def ablations(
 
 
 def _ablated(
-    probe: Probe, before: State, steps: list[int] | range, keep: Mapping[str, Tensor],
+    probe: Probe,
+    before: State,
+    steps: list[int] | range,
+    keep: Mapping[str, Tensor],
     fill: Mapping[str, Tensor] | None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Logits ``(V, B, C)`` of a run that goes on from `before`, its units ablated at `steps`."""
     edits = {
         (SITES_OF_UNITS[kind], t): ablate(kept, None if fill is None else fill[kind][t - 1])

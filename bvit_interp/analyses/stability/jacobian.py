@@ -1,11 +1,14 @@
-"""The Jacobian of a step at a batch of states, by its products alone: singular values, eigenvalues, exponents.
+"""The Jacobian of a step at a batch of states, by its products alone: singular values, eigenvalues,
+exponents.
 
-Attention does not mix images, so one product of the batch is the product of every image's own Jacobian. Products with
-the transpose are one backward pass; products with the Jacobian are a backward pass through that one (Townsend, 2017,
-"A new trick for calculating Jacobian vector products"), so both reuse one graph. Largest singular values by Golub &
-Kahan's (1965) bidiagonalisation, the spectral radius by Arnoldi's (1951) iteration, both reorthogonalised in full and
-with the residual of what they give; exponents along a trajectory by Benettin et al. (1980). All in float64, on a view
-of the model that owns its weights: Krylov vectors of float32 would depend on how images are batched.
+Attention does not mix images, so one product of the batch is the product of every image's own
+Jacobian. Products with the transpose are one backward pass; products with the Jacobian are a
+backward pass through that one (Townsend, 2017, "A new trick for calculating Jacobian vector
+products"), so both reuse one graph. Largest singular values by Golub & Kahan's (1965)
+bidiagonalisation, the spectral radius by Arnoldi's (1951) iteration, both reorthogonalised in full
+and with the residual of what they give; exponents along a trajectory by Benettin et al. (1980). All
+in float64, on a view of the model that owns its weights: Krylov vectors of float32 would depend on
+how images are batched.
 """
 
 from __future__ import annotations
@@ -40,7 +43,8 @@ class Linearised:
 
     Parameters
     ----------
-    step : a differentiable map of states that does not mix images; twice differentiable, so no fused attention.
+    step : a differentiable map of states that does not mix images; twice differentiable, so no
+        fused attention.
     state : where; the graph of the step is kept as long as this object lives.
 
     Attributes
@@ -53,7 +57,9 @@ class Linearised:
             self._at = state.detach().clone().requires_grad_()
             self._after = step(self._at)
             self._dummy = torch.zeros_like(self._after, requires_grad=True)
-            (self._pulled,) = torch.autograd.grad(self._after, self._at, self._dummy, create_graph=True)
+            (self._pulled,) = torch.autograd.grad(
+                self._after, self._at, self._dummy, create_graph=True
+            )
         self.output = self._after.detach()
 
     def __call__(self, tangent: Tensor) -> Tensor:
@@ -85,26 +91,35 @@ class Chain:
 # ---- models ------------------------------------------------------------------------------------------
 
 
-def differentiable(model: VisionTransformer, steps: int, permuted: int | None = None) -> VisionTransformer:
-    """The model's steps in float64 with weights of their own, without fused attention, every gradient let through.
+def differentiable(
+    model: VisionTransformer, steps: int, permuted: int | None = None
+) -> VisionTransformer:
+    """The model's steps in float64 with weights of their own, without fused attention, every
+    gradient let through.
 
     Parameters
     ----------
     model : left as it is.
     steps : as `run_on` takes them.
-    permuted : the seed of a null: the entries of every weight matrix of the blocks' linear layers in random order, so
-        with their moments and nothing else; steps that share a block share the order.
+    permuted : the seed of a null: the entries of every weight matrix of the blocks' linear layers
+        in random order, so with their moments and nothing else; steps that share a block share the
+        order.
     """
     view = run_on(model, steps)
     of_blocks = {
         id(matrix)
-        for module in view.blocks.modules() if isinstance(module, nn.Linear)
-        for matrix in module.parameters(recurse=False) if matrix.ndim == 2
-    }  # fmt: skip
+        for module in view.blocks.modules()
+        if isinstance(module, nn.Linear)
+        for matrix in module.parameters(recurse=False)
+        if matrix.ndim == 2
+    }
     rng = np.random.default_rng(permuted)
     copies: dict[int, Any] = {}
     for module in view.modules():
-        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+        for name, tensor in [
+            *module.named_parameters(recurse=False),
+            *module.named_buffers(recurse=False),
+        ]:
             if id(tensor) not in copies:
                 copy = tensor.detach().double() if tensor.is_floating_point() else tensor
                 if permuted is not None and id(tensor) in of_blocks:
@@ -116,12 +131,15 @@ def differentiable(model: VisionTransformer, steps: int, permuted: int | None = 
         if hasattr(module, "fused_attn"):
             module.__dict__["fused_attn"] = False  # has no second derivative
         if isinstance(module, MemoryBlock):
-            module.memory = replace(module.memory, gradient="full")  # what training stopped is part of the map
+            module.memory = replace(
+                module.memory, gradient="full"
+            )  # what training stopped is part of the map
     return view
 
 
 def pack(view: VisionTransformer, state: State) -> Tensor:
-    """All that the steps to come depend on, as tokens: z, and of a model with a memory z and m, ``(B, 2 N, D)``."""
+    """All that the steps to come depend on, as tokens: z, and of a model with a memory z and m,
+    ``(B, 2 N, D)``."""
     if not isinstance(view.blocks[0], MemoryBlock):
         return state.tokens
     memory = torch.zeros_like(state.tokens) if state.memory is None else state.memory
@@ -132,7 +150,11 @@ def step_map(view: VisionTransformer, before: int) -> Callable[[Tensor], Tensor]
     """The step after step `before` as a map of packed states."""
 
     def step(packed: Tensor) -> Tensor:
-        parts = packed.chunk(2, dim=1) if isinstance(view.blocks[before], MemoryBlock) else (packed, None)
+        parts = (
+            packed.chunk(2, dim=1)
+            if isinstance(view.blocks[before], MemoryBlock)
+            else (packed, None)
+        )
         return pack(view, advance(view, State(parts[0], before, parts[1])))
 
     return step
@@ -148,8 +170,11 @@ def along(view: VisionTransformer, state: State) -> Iterator[Linearised]:
 
 
 def seeded_normal(index: Tensor, shape: Sequence[int], *seeds: int) -> Tensor:
-    """Standard normal numbers ``(B, *shape)`` float64 of the images at places `index`, the same in any batch."""
-    drawn = [np.random.default_rng((*seeds, int(place))).standard_normal(tuple(shape)) for place in index]
+    """Standard normal numbers ``(B, *shape)`` float64 of the images at places `index`, the same in
+    any batch."""
+    drawn = [
+        np.random.default_rng((*seeds, int(place))).standard_normal(tuple(shape)) for place in index
+    ]
     return torch.from_numpy(np.stack(drawn)).to(index.device)
 
 
@@ -163,7 +188,8 @@ class Singular:
     Attributes
     ----------
     values : ``(B, k)``, largest first.
-    residuals : ``||J^T u - s v|| / s`` of each, ``(B, k)``; a singular value lies within this share of the estimate.
+    residuals : ``||J^T u - s v|| / s`` of each, ``(B, k)``; a singular value lies within this share
+        of the estimate.
     left, right : the unit vectors u and v of the first, ``(B, N, D)``.
     """
 
@@ -174,7 +200,8 @@ class Singular:
 
 
 def largest_singular(operator: Operator, start: Tensor, count: int, iterations: int) -> Singular:
-    """The `count` largest singular values by `iterations` products with J and as many with its transpose.
+    """The `count` largest singular values by `iterations` products with J and as many with its
+    transpose.
 
     As one vector is iterated, a value that J has twice is found once.
 
@@ -194,8 +221,13 @@ def largest_singular(operator: Operator, start: Tensor, count: int, iterations: 
         right[:, j + 1], betas[:, j] = _unit(_without(image, right[:, : j + 1])[0], alphas[:, 0])
     p, values, q = torch.linalg.svd(alphas.diag_embed() + betas[:, :-1].diag_embed(1))
     residuals = (betas[:, -1:] * p[:, -1]).abs() / values
-    u, v = torch.einsum("bm,bmn->bn", p[:, :, 0], left), torch.einsum("bm,bmn->bn", q[:, 0], right[:, :-1])
-    return Singular(values[:, :count], residuals[:, :count], u.unflatten(1, shape), v.unflatten(1, shape))
+    u, v = (
+        torch.einsum("bm,bmn->bn", p[:, :, 0], left),
+        torch.einsum("bm,bmn->bn", q[:, 0], right[:, :-1]),
+    )
+    return Singular(
+        values[:, :count], residuals[:, :count], u.unflatten(1, shape), v.unflatten(1, shape)
+    )
 
 
 @dataclass(frozen=True)
@@ -206,8 +238,9 @@ class Leading:
     ----------
     radius : its modulus, ``(B,)``.
     rotates : whether it is one of a complex pair, ``(B,)`` bool.
-    residual : ``||J y - l y|| / |l|`` of its unit Ritz vector, ``(B,)``; l is exact for a matrix that differs from J by
-        this share of |l|, which for a matrix far from normal need not bound the error of l.
+    residual : ``||J y - l y|| / |l|`` of its unit Ritz vector, ``(B,)``; l is exact for a matrix
+        that differs from J by this share of |l|, which for a matrix far from normal need not bound
+        the error of l.
     """
 
     radius: Tensor
@@ -216,7 +249,8 @@ class Leading:
 
 
 def spectral_radius(operator: Operator, start: Tensor, iterations: int) -> Leading:
-    """The spectral radius by `iterations` products with J; `start` ``(B, N, D)``, a random vector an image."""
+    """The spectral radius by `iterations` products with J; `start` ``(B, N, D)``, a random vector
+    an image."""
     shape, basis = start.shape[1:], start.new_zeros(len(start), iterations + 1, start[0].numel())
     hessenberg = start.new_zeros(len(start), iterations + 1, iterations)
     basis[:, 0], _ = _unit(start.flatten(1))
@@ -230,13 +264,15 @@ def spectral_radius(operator: Operator, start: Tensor, iterations: int) -> Leadi
     leading, last = values.gather(1, first)[:, 0], vectors[:, -1].gather(1, first)[:, 0]
     radius = leading.abs().to(start.device)
     return Leading(
-        radius, (leading.imag.abs() > 1e-9 * leading.abs()).to(start.device),
+        radius,
+        (leading.imag.abs() > 1e-9 * leading.abs()).to(start.device),
         below * last.abs().to(start.device) / radius,
-    )  # fmt: skip
+    )
 
 
 def orthonormal(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Orthonormal vectors ``(B, k, N, D)`` of the same span, and log |R_ii| ``(B, k)`` of the QR decomposition."""
+    """Orthonormal vectors ``(B, k, N, D)`` of the same span, and log |R_ii| ``(B, k)`` of the QR
+    decomposition."""
     q, r = torch.linalg.qr(vectors.flatten(2).mT)
     return q.mT.unflatten(2, vectors.shape[2:]), r.diagonal(dim1=1, dim2=2).abs().log()
 
@@ -249,8 +285,9 @@ def transported(operator: Operator, vectors: Tensor) -> Tensor:
 def gains(operator: Operator, probes: Tensor, kinds: Sequence[slice]) -> Tensor:
     """How much of a perturbation of tokens of one kind comes out in tokens of another.
 
-    ``||P_b J P_a v|| / ||P_a v||`` of random v, root mean square over an image's probes: for isotropic v the Frobenius
-    norm of the block of J over the root of its columns. 1 within a kind and 0 between kinds for the identity.
+    ``||P_b J P_a v|| / ||P_a v||`` of random v, root mean square over an image's probes: for
+    isotropic v the Frobenius norm of the block of J over the root of its columns. 1 within a kind
+    and 0 between kinds for the identity.
 
     Parameters
     ----------
@@ -267,23 +304,34 @@ def gains(operator: Operator, probes: Tensor, kinds: Sequence[slice]) -> Tensor:
         inside[:, :, source] = probes[:, :, source]
         size = inside.square().sum((1, 2, 3))
         after = transported(operator, inside)
-        found.append(torch.stack([after[:, :, kind].square().sum((1, 2, 3)) / size for kind in kinds], dim=1))
+        found.append(
+            torch.stack([after[:, :, kind].square().sum((1, 2, 3)) / size for kind in kinds], dim=1)
+        )
     return torch.stack(found, dim=1).sqrt()
 
 
 def shares(vector: Tensor, kinds: Sequence[slice]) -> Tensor:
     """Shares ``(B, kinds)`` of the energy of ``(B, N, D)`` that lie in the tokens of each kind."""
     energy = vector.square().sum(-1)
-    return torch.stack([energy[:, kind].sum(1) for kind in kinds], dim=1) / energy.sum(1, keepdim=True)
+    return torch.stack([energy[:, kind].sum(1) for kind in kinds], dim=1) / energy.sum(
+        1, keepdim=True
+    )
 
 
 # ---- a whole run -------------------------------------------------------------------------------------
 
 
 def of_run(
-    view: VisionTransformer, state: State, index: Tensor, kinds: Sequence[slice], at: Sequence[int], horizon: int,
-    leading: int, iterations: int, seed: int,
-) -> dict[str, Tensor]:  # fmt: skip
+    view: VisionTransformer,
+    state: State,
+    index: Tensor,
+    kinds: Sequence[slice],
+    at: Sequence[int],
+    horizon: int,
+    leading: int,
+    iterations: int,
+    seed: int,
+) -> dict[str, Tensor]:
     """What the analysis `stability` asks of the Jacobians of a run of S steps.
 
     Parameters
@@ -295,12 +343,11 @@ def of_run(
     at : the P steps whose own Jacobian is looked at.
     horizon : the steps T of `ftle`.
 
-    Returns
-    -------
-    Per image: `singular` (and `singular_residual`) ``(B, P, leading)``, `radius` (`radius_residual`), `rotates`
-    ``(B, P)``, `input_share`, `output_share` ``(B, P, K)``, `gain` ``(B, P, K, K)``, `state_growth` ``(B, S)``,
-    `tangent_share` ``(B, S, K)``, `exponent`, `exponent_relative` ``(B, S, leading)``, `ftle` (`ftle_residual`),
-    `ftle_relative` ``(B, 1, leading)``.
+    Returns ------- Per image: `singular` (and `singular_residual`) ``(B, P, leading)``, `radius`
+    (`radius_residual`), `rotates` ``(B, P)``, `input_share`, `output_share` ``(B, P, K)``, `gain`
+    ``(B, P, K, K)``, `state_growth` ``(B, S)``, `tangent_share` ``(B, S, K)``, `exponent`,
+    `exponent_relative` ``(B, S, leading)``, `ftle` (`ftle_residual`), `ftle_relative` ``(B, 1,
+    leading)``.
     """
     packed, index = finite(pack(view, state)), index.to(state.tokens.device)
     start, probe = seeded_normal(index, (2, *packed.shape[1:]), seed, 0).unbind(1)
@@ -311,8 +358,10 @@ def of_run(
         sizes.append(size(finite(step.output)))
         tangents, stretch = orthonormal(transported(step, tangents))
         of_step = {
-            "stretch": stretch, "tangent_share": shares(tangents[:, 0], kinds), "state_growth": sizes[t] / sizes[t - 1],
-        }  # fmt: skip
+            "stretch": stretch,
+            "tangent_share": shares(tangents[:, 0], kinds),
+            "state_growth": sizes[t] / sizes[t - 1],
+        }
         if t in at:
             of_step |= _of_step(step, start, probe, kinds, leading, iterations)
         for statistic, values in of_step.items():
@@ -326,23 +375,34 @@ def of_run(
     growth = stacked["state_growth"].log().cumsum(1)[..., None] / elapsed
     ftle = worst.values.log()[:, None] / horizon
     return stacked | {
-        "exponent": exponents, "exponent_relative": exponents - growth,
-        "ftle": ftle, "ftle_relative": ftle - growth[:, horizon - 1 : horizon],
+        "exponent": exponents,
+        "exponent_relative": exponents - growth,
+        "ftle": ftle,
+        "ftle_relative": ftle - growth[:, horizon - 1 : horizon],
         "ftle_residual": worst.residuals[:, None],
-    }  # fmt: skip
+    }
 
 
 def _of_step(
-    step: Operator, start: Tensor, probe: Tensor, kinds: Sequence[slice], leading: int, iterations: int
+    step: Operator,
+    start: Tensor,
+    probe: Tensor,
+    kinds: Sequence[slice],
+    leading: int,
+    iterations: int,
 ) -> dict[str, Tensor]:
     singular = largest_singular(step, start, leading, iterations)
     radius = spectral_radius(step, start, 2 * iterations)
     return {
-        "singular": singular.values, "singular_residual": singular.residuals,
-        "input_share": shares(singular.right, kinds), "output_share": shares(singular.left, kinds),
-        "radius": radius.radius, "radius_residual": radius.residual, "rotates": radius.rotates.double(),
+        "singular": singular.values,
+        "singular_residual": singular.residuals,
+        "input_share": shares(singular.right, kinds),
+        "output_share": shares(singular.left, kinds),
+        "radius": radius.radius,
+        "radius_residual": radius.residual,
+        "rotates": radius.rotates.double(),
         "gain": gains(step, probe[:, None], kinds),
-    }  # fmt: skip
+    }
 
 
 def size(states: Tensor) -> Tensor:
@@ -361,8 +421,9 @@ def finite(states: Tensor) -> Tensor:
 
 
 def _without(vector: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """The part of ``(B, n)`` orthogonal to an orthonormal basis ``(B, m, n)``, and the coordinates ``(B, m)`` of the
-    other; taken twice against rounding (Kahan's "twice is enough"; Parlett, 1980)."""
+    """The part of ``(B, n)`` orthogonal to an orthonormal basis ``(B, m, n)``, and the coordinates
+    ``(B, m)`` of the other; taken twice against rounding (Kahan's "twice is enough"; Parlett,
+    1980)."""
     total = vector.new_zeros(basis.shape[:2])
     for _ in range(2):
         coordinates = torch.einsum("bmn,bn->bm", basis, vector)
@@ -371,7 +432,8 @@ def _without(vector: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _unit(vector: Tensor, scale: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
-    """The vector ``(B, n)`` at length 1, and its length ``(B,)``; both 0 where that is only rounding of `scale`."""
+    """The vector ``(B, n)`` at length 1, and its length ``(B,)``; both 0 where that is only
+    rounding of `scale`."""
     length = vector.norm(dim=1)
     there = length > 1e-12 * torch.as_tensor(scale)
     return vector * torch.where(there, 1 / length, 0.0)[:, None], torch.where(there, length, 0.0)

@@ -1,27 +1,34 @@
-"""Which step is a shared weight's gradient for, do the steps agree, and does that tell which weights to prune?
+"""Which step is a shared weight's gradient for, do the steps agree, and does that tell which
+weights to prune?
 
-A weight applied T times has the gradient dL/dW = sum_t g_t, one term a step: exact, and read off a copy of the model
-whose steps share nothing. Ours; not in bViT (arXiv 2605.10661), which asks the same of masks. L is the mean
-cross-entropy. A row is one value of one `statistic`, of one `part` of the block:
+A weight applied T times has the gradient dL/dW = sum_t g_t, one term a step: exact, and read off a
+copy of the model whose steps share nothing. Ours; not in bViT (arXiv 2605.10661), which asks the
+same of masks. L is the mean cross-entropy. A row is one value of one `statistic`, of one `part` of
+the block:
 
-- `norm` ||g_t||, `share` of the squared norms of all steps, `taylor` share of the first-order importance, the sum of
-  |w g_t| of the full gradient (Molchanov et al., 2017, arXiv 1611.06440; 2019, arXiv 1906.10771); of heads too;
-- `owner`, the share of weights (heads, neurons) whose g_t^2 is largest at step t; `owner_agreement`, how many weights
-  have the same owner in two halves of the images; `entropy` of a weight's g_t^2 over its steps, over log T;
-- `cosine` of two steps' terms, conflict where negative (Yu et al., 2020, arXiv 2001.06782); `cosine_apart`, the same
-  from different images, where a step with itself is the ceiling; `sum_ratio` ||sum_t g_t||^2 / sum_t ||g_t||^2, 1 for
-  terms at right angles, T for equal ones;
-- `accuracy` when the least important weights of all four matrices are set to zero, nothing retrained, and `gain` over
-  another method. Masks are made of one half of the images and scored on the other, and the other way round.
+- `norm` ||g_t||, `share` of the squared norms of all steps, `taylor` share of the first-order
+  importance, the sum of |w g_t| of the full gradient (Molchanov et al., 2017, arXiv 1611.06440;
+  2019, arXiv 1906.10771); of heads too;
+- `owner`, the share of weights (heads, neurons) whose g_t^2 is largest at step t;
+  `owner_agreement`, how many weights have the same owner in two halves of the images; `entropy` of
+  a weight's g_t^2 over its steps, over log T;
+- `cosine` of two steps' terms, conflict where negative (Yu et al., 2020, arXiv 2001.06782);
+  `cosine_apart`, the same from different images, where a step with itself is the ceiling;
+  `sum_ratio` ||sum_t g_t||^2 / sum_t ||g_t||^2, 1 for terms at right angles, T for equal ones;
+- `accuracy` when the least important weights of all four matrices are set to zero, nothing
+  retrained, and `gain` over another method. Masks are made of one half of the images and scored on
+  the other, and the other way round.
 
-In a stacked ViT nothing is shared: norms by depth and pruning remain, taylor alone of the importances. A time
-embedding's row is one step's own and left out; a memory's inner updates belong to their step. Intervals: a jackknife
-over folds of images. `null`: terms with their weights in random order, or see `COLUMNS`. Several --ckpt: a training.
+In a stacked ViT nothing is shared: norms by depth and pruning remain, taylor alone of the
+importances. A time embedding's row is one step's own and left out; a memory's inner updates belong
+to their step. Intervals: a jackknife over folds of images. `null`: terms with their weights in
+random order, or see `COLUMNS`. Several --ckpt: a training.
 
-Cost: a forward and a backward in float64 an image, and a forward an image, method and sparsity: 640 images of 32 px, a
-bViT and a ViT of width 128 and five sparsities took 4.5 min of one core. Computed, not measured: 1000 ImageNet images,
-bViT-B: 1e14 FLOPs in float64, by default 8e14 in float32; minutes on a GPU, beside 5.4 GB of sums of folds.
-Expected: nothing is known; independent random terms would have cosine 0 and sum ratio 1.
+Cost: a forward and a backward in float64 an image, and a forward an image, method and sparsity: 640
+images of 32 px, a bViT and a ViT of width 128 and five sparsities took 4.5 min of one core.
+Computed, not measured: 1000 ImageNet images, bViT-B: 1e14 FLOPs in float64, by default 8e14 in
+float32; minutes on a GPU, beside 5.4 GB of sums of folds. Expected: nothing is known; independent
+random terms would have cosine 0 and sum ratio 1.
 """
 
 from __future__ import annotations
@@ -29,83 +36,23 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any
 
-from bvit_interp.data.reading import Reading
+import numpy as np
+import pandas as pd
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from bvit_interp.analyses.step_attribution import COLUMNS, Config
+from bvit_interp.analyses.step_attribution import gradients as probe
+from bvit_interp.analyses.step_attribution.gradients import StepGradients, Untied, kept
+from bvit_interp.data.labels import label_map
+from bvit_interp.data.loader import Batch, run_in_halves
+from bvit_interp.data.samples import Samples, spread
 from bvit_interp.errors import UserError
-
-if TYPE_CHECKING:
-    import numpy as np
-    import pandas as pd
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from timm.models.vision_transformer import VisionTransformer
-    from torch import Tensor
-
-    from bvit_interp.data.loader import Batch
-    from bvit_interp.data.samples import Samples
-    from bvit_interp.probes.gradients import StepGradients, Untied
-
-Method = Literal["magnitude", "taylor", "stepwise", "step_max", "random", "own_masks", "shifted_masks"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config(Reading):
-    """Options of the step attribution."""
-
-    folds: int = 8
-    """Parts of the images that intervals are over; even. Half of them make masks, the other half scores them."""
-    methods: tuple[Method, ...] = get_args(Method)
-    """How to choose weights: magnitude |w|, taylor |w sum_t g_t|, stepwise sum_t |w g_t|, step_max max_t |w g_t|,
-    random (null); where steps share, own_masks a mask a step by |w g_t|, shifted_masks by the next step's (null)."""
-    sparsities: tuple[float, ...] = (0.25, 0.5, 0.75)
-    """Shares of the weights of all block matrices together (of each step's, for masks of steps) set to zero, 0..1."""
-    seed: int = 0
-    """Of the folds, of the random order of weights and of random pruning."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.folds not in range(4, 17, 2):
-            raise UserError(f"folds must be even, 4 to 16, got {self.folds}")
-        if set(self.methods) - set(get_args(Method)) or len(set(self.methods)) < len(self.methods):
-            allowed = ", ".join(get_args(Method))
-            raise UserError(f"methods must be of {allowed}, each once, got {', '.join(map(str, self.methods))!r}")
-        if len(set(self.sparsities)) < len(self.sparsities) or not all(0 < share < 1 for share in self.sparsities):
-            raise UserError(f"sparsities must be between 0 and 1, each once, got {self.sparsities}")
-
-    def headline(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """What is said of all weights together, and accuracies at the middle sparsity."""
-        whole = frame["statistic"].isin(["entropy", "owner_agreement", "sum_ratio"]) & (frame["part"] == "all")
-        middle = sorted({0.0, *self.sparsities})[(len(self.sparsities) + 1) // 2]
-        pruned = (frame["statistic"] == "accuracy") & frame["sparsity"].isin([0.0, middle])
-        return frame[whole | pruned].dropna(axis=1, how="all")
-
-
-COLUMNS = {
-    "model": "checkpoint",
-    "statistic": "norm, share, taylor, owner, owner_agreement, entropy, cosine, cosine_apart, sum_ratio, accuracy or"
-    " gain",
-    "part": "q, k, v, proj, fc1, fc2, vectors (biases and norms), all, head (rows of q, k, v and columns of proj) or"
-    " neuron (a row of fc1 and a column of fc2)",
-    "unit": "the head or neuron, from 0; none for all of them: a mean, of owner a share of them",
-    "block": "stored block, from 0; none where all are taken together",
-    "step": "step t; of a neuron's entropy, its owner",
-    "other_step": "step of the other term of a cosine",
-    "method": "of accuracy and gain, how weights were chosen: none, or a method of the options",
-    "against": "of a gain, the method compared with",
-    "sparsity": "share of the weights set to zero, 0..1",
-    "trained_steps": "steps T of the model; of a stack, its blocks",
-    "value": "the value: norm in nats a unit of weight, cosine -1..1, gain a difference of accuracies,"
-    " sum_ratio 0..T, others 0..1; a head's or neuron's squares are summed first",
-    "low": "lower end of the 95 % interval: jackknife over folds; of accuracy Wilson's, of gain normal over images",
-    "high": "upper end of it",
-    "null": "null: terms with weights in random order (cosine: mean of all orders); of a part's share and taylor 1/T;"
-    " of norm, that by choice of images alone; of owner_agreement, independent owners; of accuracy and"
-    " gain, random weights; of own_masks, shifted_masks; of none and random, the most frequent class",
-    "null_high": "of a cosine, the null's 97.5 % point; its 2.5 % point is as far on the other side of null",
-    "n": "images",
-}
+from bvit_interp.metrics import wilson_interval
+from bvit_interp.metrics.streaming.reducers import Rows
 
 
 def measure(models: Mapping[str, VisionTransformer], data: Samples, config: Config) -> pd.DataFrame:
@@ -113,21 +60,17 @@ def measure(models: Mapping[str, VisionTransformer], data: Samples, config: Conf
 
     Parameters
     ----------
-    models : name -> model; all see each image in one pass, and pruned in a second. Their weights are not written.
+    models : name -> model; all see each image in one pass, and pruned in a second. Their weights
+        are not written.
     data : labelled images, of the models' classes; at least as many as folds.
     """
-    import pandas as pd
-    import torch
-
-    from bvit_interp.data.labels import label_map
-    from bvit_interp.data.loader import run_in_halves
-    from bvit_interp.probes.gradients import StepGradients, Untied
-
     classes = {name: label_map(data, model) for name, model in models.items()}
     folds = _folds(data, config)
     copies = {name: Untied(model, torch.float64) for name, model in models.items()}
     sums = {
-        name: StepGradients(config.folds, len(of.layout.blocks), of.weights.shape[1]).to(of.weights.device)
+        name: StepGradients(config.folds, len(of.layout.blocks), of.weights.shape[1]).to(
+            of.weights.device
+        )
         for name, of in copies.items()
     }
     loader, geometries = config.loader(data, models, "step-attribution gradients")
@@ -135,7 +78,9 @@ def measure(models: Mapping[str, VisionTransformer], data: Samples, config: Conf
         for (fold, of_fold), (name, of) in itertools.product(_split(batch, folds), copies.items()):
 
             def run(part: Batch, name: str = name, of: Untied = of) -> tuple[Tensor, int]:
-                return of.gradients(part.views[geometries[name]][0], classes[name][part.labels]), len(part)
+                return of.gradients(
+                    part.views[geometries[name]][0], classes[name][part.labels]
+                ), len(part)
 
             for terms, images in run_in_halves(run, of_fold):
                 sums[name].update(fold, terms, images)
@@ -152,71 +97,100 @@ def measure(models: Mapping[str, VisionTransformer], data: Samples, config: Conf
 
 
 def _folds(data: Samples, config: Config) -> dict[int, int]:
-    """The fold of every image by its place in the data set, in a random order: data sets are sorted by class."""
-    import numpy as np
-
-    from bvit_interp.data.samples import spread
-
+    """The fold of every image by its place in the data set, in a random order: data sets are sorted
+    by class."""
     places = spread(len(data), config.limit)
     if len(places) < config.folds:
-        raise UserError(f"{config.folds} folds of images need at least as many images, got {len(places)}")
+        raise UserError(
+            f"{config.folds} folds of images need at least as many images, got {len(places)}"
+        )
     order = np.random.default_rng(config.seed).permutation(len(places))
     return {place: int(i) % config.folds for place, i in zip(places, order, strict=True)}
 
 
 def _split(batch: Batch, folds: Mapping[int, int]) -> Iterator[tuple[int, Batch]]:
     """The images of each fold (or half) in the batch."""
-    from bvit_interp.data.loader import Batch
-
     of_image = [folds[int(place)] for place in batch.index]
     for fold in sorted(set(of_image)):
         rows = [i for i, own in enumerate(of_image) if own == fold]
         views = {geometry: (images[rows], None) for geometry, (images, _) in batch.views.items()}
-        yield fold, Batch(batch.index[rows], batch.labels[rows], views, [batch.names[i] for i in rows])
+        yield (
+            fold,
+            Batch(batch.index[rows], batch.labels[rows], views, [batch.names[i] for i in rows]),
+        )
 
 
 _AXES = {  # of the measures of probes.gradients.describe
-    "norm": "step part", "share": "step part", "taylor": "step part", "head_share": "step head",
-    "head_taylor": "step head", "owner": "step part", "cosine": "step other_step part",
-    "cosine_apart": "step other_step part", "entropy": "block part", "head_entropy": "block head",
-    "neuron_entropy": "block neuron", "owner_agreement": "block part", "sum_ratio": "block part",
-}  # fmt: skip
+    "norm": "step part",
+    "share": "step part",
+    "taylor": "step part",
+    "head_share": "step head",
+    "head_taylor": "step head",
+    "owner": "step part",
+    "cosine": "step other_step part",
+    "cosine_apart": "step other_step part",
+    "entropy": "block part",
+    "head_entropy": "block head",
+    "neuron_entropy": "block neuron",
+    "owner_agreement": "block part",
+    "sum_ratio": "block part",
+}
 
 
-def _gradient_rows(name: str, of: Untied, sums: StepGradients, config: Config) -> list[dict[str, Any]]:
+def _gradient_rows(
+    name: str, of: Untied, sums: StepGradients, config: Config
+) -> list[dict[str, Any]]:
     """All that is said of the terms, with intervals and nulls."""
-    import torch
-
-    from bvit_interp.probes import gradients as probe
-
     layout, (total, count) = of.layout, sums.compute()
 
     def described(halves: Tensor, images: Tensor) -> dict[str, Tensor]:
-        return {key: value.cpu() for key, value in probe.describe(halves, images, of.weights, layout).items()}
+        return {
+            key: value.cpu()
+            for key, value in probe.describe(halves, images, of.weights, layout).items()
+        }
 
     halves, images = probe.halves_of(total, count)
-    found, null = described(halves, images), described(probe.shuffled(halves, layout, config.seed), images)
+    found, null = (
+        described(halves, images),
+        described(probe.shuffled(halves, layout, config.seed), images),
+    )
     without = [described(*probe.halves_of(total, count, fold)) for fold in range(config.folds)]
     half = {key: probe.jackknife(torch.stack([each[key] for each in without])) for key in found}
     chance, spread = (each.cpu() for each in probe.shuffled_cosine(total.sum(0), layout))
     equal = torch.full_like(found["share"], 1 / len(layout.blocks))
     null |= {
-        "norm": probe.noise_norm(total, count, layout).cpu(), "share": equal, "taylor": equal, "cosine": chance,
-        "cosine_apart": chance, "owner_agreement": found.get("agreement_null", equal),
-    }  # fmt: skip
+        "norm": probe.noise_norm(total, count, layout).cpu(),
+        "share": equal,
+        "taylor": equal,
+        "cosine": chance,
+        "cosine_apart": chance,
+        "owner_agreement": found.get("agreement_null", equal),
+    }
 
     def row(key: str, place: tuple[int, ...], **keys: Any) -> dict[str, Any]:
         value, error = float(found[key][place]), float(half[key][place])
-        band = {"null_high": float((chance + 1.96 * spread)[place])} if key.startswith("cosine") else {}
+        band = (
+            {"null_high": float((chance + 1.96 * spread)[place])}
+            if key.startswith("cosine")
+            else {}
+        )
         return {
-            "model": name, **keys, "value": value, "low": value - error, "high": value + error,
-            "null": float(null[key][place]), **band, "n": int(count.sum()),
-        }  # fmt: skip
+            "model": name,
+            **keys,
+            "value": value,
+            "low": value - error,
+            "high": value + error,
+            "null": float(null[key][place]),
+            **band,
+            "n": int(count.sum()),
+        }
 
     parts = [*probe.PARTS, *probe.UNITS]
     rows = []
     for key, axes in _AXES.items():
-        for place in (~found[key].isnan()).nonzero().tolist() if key in found else ():  # nan: a block of one step
+        for place in (
+            (~found[key].isnan()).nonzero().tolist() if key in found else ()
+        ):  # nan: a block of one step
             at = dict(zip(axes.split(), place, strict=True))
             if at.get("other_step", math.inf) < at.get("step", 0) + (key == "cosine"):
                 continue  # symmetric, and a term with itself
@@ -224,7 +198,9 @@ def _gradient_rows(name: str, of: Untied, sums: StepGradients, config: Config) -
             keys["block"] = layout.blocks[at["step"]] if "step" in at else at["block"]
             keys |= {axis: at[axis] + 1 for axis in ("step", "other_step") if axis in at}
             unit = axes.split()[-1]
-            keys |= {"part": parts[at[unit]]} if unit == "part" else {"part": unit, "unit": at[unit]}
+            keys |= (
+                {"part": parts[at[unit]]} if unit == "part" else {"part": unit, "unit": at[unit]}
+            )
             if unit == "neuron":
                 own = layout.groups[at["block"]]
                 keys["step"] = own[int(found["neuron_share"][own, at[unit]].argmax())] + 1
@@ -234,12 +210,12 @@ def _gradient_rows(name: str, of: Untied, sums: StepGradients, config: Config) -
 
 def _ranks(of: Untied, sums: StepGradients, config: Config) -> dict[str, list[Tensor]]:
     """The order of the weights that each half of the images makes, by method."""
-    from bvit_interp.probes import gradients as probe
-
     (halves, _), tied = probe.halves_of(*sums.compute()), max(map(len, of.layout.groups)) > 1
     methods = [method for method in config.methods if tied or method not in probe.OF_SHARED]
     order = (of.weights, of.layout, config.seed)
-    return {method: [probe.ranking(method, terms, *order) for terms in halves] for method in methods}
+    return {
+        method: [probe.ranking(method, terms, *order) for terms in halves] for method in methods
+    }
 
 
 def _units(ranks: Mapping[str, Any], config: Config) -> list[tuple[str, float]]:
@@ -248,28 +224,36 @@ def _units(ranks: Mapping[str, Any], config: Config) -> list[tuple[str, float]]:
 
 
 def _hits(
-    models: Mapping[str, VisionTransformer], data: Samples, config: Config, folds: Mapping[int, int],
-    classes: Mapping[str, Tensor], ranks: Mapping[str, Mapping[str, list[Tensor]]],
-) -> dict[str, np.ndarray]:  # fmt: skip
-    """Which images each pruned model gets right ``(n, units)``, and their classes in a last column; an image is scored
-    under the masks that the half it is not in made."""
-    import torch
-
-    from bvit_interp.data.loader import run_in_halves
-    from bvit_interp.probes.gradients import Untied, kept
-    from bvit_interp.probes.reducers import Rows
-
-    copies, rows = {name: Untied(model) for name, model in models.items()}, {name: Rows() for name in models}
+    models: Mapping[str, VisionTransformer],
+    data: Samples,
+    config: Config,
+    folds: Mapping[int, int],
+    classes: Mapping[str, Tensor],
+    ranks: Mapping[str, Mapping[str, list[Tensor]]],
+) -> dict[str, np.ndarray]:
+    """Which images each pruned model gets right ``(n, units)``, and their classes in a last column;
+    an image is scored under the masks that the half it is not in made."""
+    copies, rows = (
+        {name: Untied(model) for name, model in models.items()},
+        {name: Rows() for name in models},
+    )
     halves = {place: fold % 2 for place, fold in folds.items()}
     loader, geometries = config.loader(data, models, "step-attribution pruning")
     for batch in loader:
         for (half, of_half), (name, of) in itertools.product(_split(batch, halves), copies.items()):
 
-            def run(part: Batch, name: str = name, of: Untied = of, half: int = half) -> tuple[Tensor, Tensor]:
-                images, wanted = part.views[geometries[name]][0].to(of.weights), classes[name][part.labels]
+            def run(
+                part: Batch, name: str = name, of: Untied = of, half: int = half
+            ) -> tuple[Tensor, Tensor]:
+                images, wanted = (
+                    part.views[geometries[name]][0].to(of.weights),
+                    classes[name][part.labels],
+                )
                 found = []
                 for method, sparsity in _units(ranks[name], config):
-                    of.keep(kept(ranks[name][method][1 - half], method, sparsity) if sparsity else None)
+                    of.keep(
+                        kept(ranks[name][method][1 - half], method, sparsity) if sparsity else None
+                    )
                     found.append(of.view(images).argmax(-1).cpu() == wanted)
                 return part.index, torch.stack([*found, wanted], dim=1)
 
@@ -279,12 +263,11 @@ def _hits(
     return {name: each.compute()[1].numpy() for name, each in rows.items()}
 
 
-def _pruning_rows(name: str, units: list[tuple[str, float]], found: np.ndarray) -> list[dict[str, Any]]:
-    """Accuracy of each unit, and what each method gains over magnitude and over the summed gradient."""
-    import numpy as np
-
-    from bvit_interp.metrics import wilson_interval
-
+def _pruning_rows(
+    name: str, units: list[tuple[str, float]], found: np.ndarray
+) -> list[dict[str, Any]]:
+    """Accuracy of each unit, and what each method gains over magnitude and over the summed
+    gradient."""
     hits, n = dict(zip(units, found[:, :-1].T, strict=True)), len(found)
     chance = np.bincount(found[:, -1].astype(int)).max() / n
     accuracy = {unit: float(of.mean()) for unit, of in hits.items()}
@@ -292,109 +275,43 @@ def _pruning_rows(name: str, units: list[tuple[str, float]], found: np.ndarray) 
     for (method, sparsity), right in hits.items():
         base = {"model": name, "part": "all", "method": method, "sparsity": sparsity, "n": n}
         low, high = wilson_interval(float(right.sum()), n)
-        control = accuracy.get(("shifted_masks" if method == "own_masks" else "random", sparsity), math.nan)
+        control = accuracy.get(
+            ("shifted_masks" if method == "own_masks" else "random", sparsity), math.nan
+        )
         null = chance if method in ("none", "random") else control
-        scored = {"statistic": "accuracy", "value": accuracy[method, sparsity], "low": low, "high": high, "null": null}
+        scored = {
+            "statistic": "accuracy",
+            "value": accuracy[method, sparsity],
+            "low": low,
+            "high": high,
+            "null": null,
+        }
         rows.append(base | scored)
         for against in ("magnitude", "taylor"):
             if against == method or (against, sparsity) not in hits:
                 continue
             over = right - hits[against, sparsity]
             gain, error = float(over.mean()), 1.96 * float(over.std(ddof=1)) / math.sqrt(n)
-            rows.append({
-                **base, "statistic": "gain", "against": against, "value": gain, "low": gain - error,
-                "high": gain + error, "null": control - accuracy[against, sparsity],
-            })  # fmt: skip
+            rows.append(
+                {
+                    **base,
+                    "statistic": "gain",
+                    "against": against,
+                    "value": gain,
+                    "low": gain - error,
+                    "high": gain + error,
+                    "null": control - accuracy[against, sparsity],
+                }
+            )
     return rows
 
 
-_TITLES = {
-    "magnitude": "$|w|$", "taylor": r"$|w\,\Sigma_t g_t|$", "stepwise": r"$\Sigma_t |w g_t|$",
-    "step_max": r"$\max_t |w g_t|$", "own_masks": r"a mask a step: $|w g_t|$", "random": "random weights",
-    "shifted_masks": "masks of the next step",
-}  # fmt: skip
-_DASHES = {"random": "-", "shifted_masks": "--"}  # of nulls
-
-
-def plot(frame: pd.DataFrame) -> Figure:
-    """Shares by step, cosines and owners of the first model whose steps share; norms and pruning of all."""
-    from bvit_interp import plotting
-
-    names = list(dict.fromkeys(frame["model"]))
-    own = next(iter(frame["model"][frame["statistic"] == "cosine"]), names[0])
-    figure, axes = plotting.canvas(columns=3, rows=math.ceil((4 + len(names)) / 3), width=4.6, height=3.7)
-    others = {f"{name}: all": (name, "all") for name in names if name != own}
-    of = dict([*frame[frame["part"] != "head"].groupby("statistic")])
-    lines = {part: (own, part) for part in ("all", "q", "k", "v", "proj", "fc1", "fc2")} | others
-    _by_step(axes.flat[0], of["share"], lines, {"all": "all steps equal"})
-    axes.flat[0].set(title=f"share of squared gradient: {own}", yscale="log", ylim=(None, 20))
-    whole = {name: (name, "all") for name in names}
-    _by_step(axes.flat[3], of["norm"], whole, {name: f"{name}: by choice of images" for name in names})
-    axes.flat[3].set(title="norm of the gradient, all of the block", yscale="log")
-    if "cosine" in of:
-        _cosines(figure, axes.flat[1], frame[(frame["model"] == own) & (frame["part"] == "all")])
-        lines = {"weights": (own, "all"), "neurons": (own, "neuron")}
-        _by_step(axes.flat[2], of["owner"], lines, {unit: f"{unit}, terms shuffled" for unit in lines})
-        axes.flat[2].set(title="owner: share with their largest $g_t^2$ at the step", ylim=(0, None))
-    for ax, name in zip(axes.flat[4:], names, strict=False):
-        _curves(ax, frame[(frame["model"] == name) & (frame["statistic"] == "accuracy")])
-        ax.set_title(f"pruned, not retrained: {name}")
-    for ax in axes.flat:
-        ax.title.set_fontsize(10)
-        ax.set_visible(ax.has_data())
-    return figure
-
-
-def _line(ax: Axes, x: str, rows: pd.DataFrame, label: str, style: Mapping[str, Any]) -> None:
-    """A line with its interval."""
-    ax.plot(rows[x], rows["value"], **style, label=label)
-    ax.fill_between(rows[x], rows["low"], rows["high"], color=style["color"], alpha=0.12, linewidth=0)
-
-
-def _by_step(ax: Axes, rows: pd.DataFrame, lines: Mapping[str, tuple[str, str]], nulls: Mapping[str, str]) -> None:
-    """Labelled lines of a model's part against step, some with their null."""
-    from bvit_interp import plotting
-
-    for i, (label, (name, part)) in enumerate(lines.items()):
-        line, style = rows[(rows["model"] == name) & (rows["part"] == part)], plotting.line_style(i)
-        _line(ax, "step", line, label, style)
-        if label in nulls:
-            ax.plot(line["step"], line["null"], **plotting.NULL, linestyle=style["linestyle"], label=nulls[label])
-    plotting.step_axis(ax, rows["step"])
-    ax.legend(frameon=False, fontsize=8, ncols=2 if len(lines) > 4 else 1)
-
-
-def _cosines(figure: Figure, ax: Axes, whole: pd.DataFrame) -> None:
-    """Cosines of the whole terms: above the diagonal of the same images, on and below it of different ones."""
-    from bvit_interp import plotting
-
-    above, below = (
-        whole[whole["statistic"] == statistic].pivot(index="step", columns="other_step", values="value")
-        for statistic in ("cosine", "cosine_apart")
+def summary(frame: pd.DataFrame) -> pd.DataFrame:
+    """What is said of all weights together, and accuracies at the middle sparsity."""
+    whole = frame["statistic"].isin(["entropy", "owner_agreement", "sum_ratio"]) & (
+        frame["part"] == "all"
     )
-    values = below.T.combine_first(above).astype(float).round(2) + 0.0  # no -0.00
-    null = whole["null"].abs() + (whole["null_high"] - whole["null"])
-    steps = values.columns.astype(int).tolist()
-    plotting.heat_map(figure, ax, values.to_numpy(), steps, steps, "cosine")
-    ax.set_title(
-        f"cosine of two steps' terms (null within {null.max():.2g})\nlower left: of different images", fontsize=9
-    )
-    ax.set(xlabel="step", ylabel="step")
-
-
-def _curves(ax: Axes, scored: pd.DataFrame) -> None:
-    """Accuracy against the share of weights set to zero, by method."""
-    import pandas as pd
-
-    from bvit_interp import plotting
-
-    whole = scored[scored["method"] == "none"]
-    for i, (method, label) in enumerate(_TITLES.items()):
-        rows, null = scored[scored["method"] == method], {**plotting.NULL, "linestyle": _DASHES.get(method)}
-        style = null if method in _DASHES else plotting.line_style(i)
-        if len(rows):
-            _line(ax, "sparsity", pd.concat([whole, rows]), label, style)
-    ax.axhline(whole["null"].iloc[0], **plotting.NULL, linestyle=":", label="most frequent class")
-    ax.set(xlabel="share of matrix weights set to zero", ylabel="accuracy on the other half", ylim=(0, 1.4))
-    ax.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
-    ax.legend(frameon=False, fontsize=8, ncols=2, loc="upper left")
+    sparsities = sorted({0.0, *frame["sparsity"].dropna()})
+    middle = sparsities[len(sparsities) // 2]
+    pruned = (frame["statistic"] == "accuracy") & frame["sparsity"].isin([0.0, middle])
+    return frame[whole | pruned].dropna(axis=1, how="all")

@@ -1,4 +1,5 @@
-"""The states of one token of every image, kept as they are: for what cannot stream, such as an embedding.
+"""The states of one token of every image, kept as they are: for what cannot stream, such as an
+embedding.
 
 n images x T steps x D numbers of four bytes: 10,000 images of bViT-B at 12 steps are 0.37 GB.
 """
@@ -23,9 +24,8 @@ class StateTable(Metric):
     ----------
     steps, width : T and D.
 
-    Returns
-    -------
-    ``compute``: positions ``(n,)`` int64, labels ``(n,)`` int64 and states ``(n, T, D)`` float32, sorted by position.
+    Returns ------- ``compute``: positions ``(n,)`` int64, labels ``(n,)`` int64 and states ``(n, T,
+    D)`` float32, sorted by position.
     """
 
     full_state_update = False
@@ -43,7 +43,9 @@ class StateTable(Metric):
     def update(self, index: Tensor, labels: Tensor, states: Tensor) -> None:
         """Add positions ``(B,)``, labels ``(B,)`` and states ``(B, T, D)``."""
         if tuple(states.shape) != (len(index), *self.shape):
-            raise UserError(f"states must be (B, T, D) = {(len(index), *self.shape)}, got {tuple(states.shape)}")
+            raise UserError(
+                f"states must be (B, T, D) = {(len(index), *self.shape)}, got {tuple(states.shape)}"
+            )
         if not torch.isfinite(states).all():
             raise UserError("activations hold NaN or infinite values")
         self.index.append(index.to(self.device))
@@ -58,7 +60,8 @@ class StateTable(Metric):
         return index[order].numpy(), labels[order].numpy(), states[order].numpy()
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
-        """Before every gather: a process without images takes part with none, in the others' dtypes."""
+        """Before every gather: a process without images takes part with none, in the others'
+        dtypes."""
         if not len(self.index):
             for name, dtype in self.dtypes.items():
                 setattr(self, name, [torch.empty(0, dtype=dtype, device=self.device)])

@@ -1,7 +1,8 @@
-"""How the head's answer changes from step to step: entropy, the true class's rank, flips, agreement.
+"""How the head's answer changes from step to step: entropy, the true class's rank, flips,
+agreement.
 
-The logit lens of a transformer (nostalgebraist, 2020, "interpreting GPT: the logit lens") with the model's own norm and
-head, streamed over the images.
+The logit lens of a transformer (nostalgebraist, 2020, "interpreting GPT: the logit lens") with the
+model's own norm and head, streamed over the images.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ class Answers(Metric):
     ``compute``: float64 tensors ``(T,)``, step 1 first:
 
     - ``entropy`` of the softmax, mean over images, nats;
-    - ``true_rank`` of the label among the logits, 1 for the largest, ties at their mean; mean over images;
+    - ``true_rank`` of the label among the logits, 1 for the largest, ties at their mean; mean over
+      images;
     - ``agreement`` share of images with the reference step's answer, 0..1; nan without one;
     - ``flips`` share of images whose answer differs from the step before's, 0..1; nan at step 1;
-    - ``flips_null`` the same if the answers of the two steps were drawn independently, each as often as it is given:
-      ``1 - sum_c p_{t-1}(c) p_t(c)``; nan at step 1.
+    - ``flips_null`` the same if the answers of the two steps were drawn independently, each as
+      often as it is given: ``1 - sum_c p_{t-1}(c) p_t(c)``; nan at step 1.
     """
 
     full_state_update = False
@@ -46,9 +48,13 @@ class Answers(Metric):
         super().__init__()
         self.reference = reference
         for name, shape in (
-            ("n", ()), ("entropy", (steps,)), ("rank", (steps,)), ("flipped", (steps,)), ("agreed", (steps,)),
+            ("n", ()),
+            ("entropy", (steps,)),
+            ("rank", (steps,)),
+            ("flipped", (steps,)),
+            ("agreed", (steps,)),
             ("given", (steps, num_classes)),
-        ):  # fmt: skip
+        ):
             self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
@@ -74,7 +80,9 @@ class Answers(Metric):
         return {
             "entropy": self.entropy / self.n,
             "true_rank": self.rank / self.n,
-            "agreement": self.agreed / self.n if self.reference is not None else none.expand(len(self.rank)),
+            "agreement": self.agreed / self.n
+            if self.reference is not None
+            else none.expand(len(self.rank)),
             "flips": torch.cat([none, self.flipped[1:] / self.n]),
             "flips_null": torch.cat([none, 1 - (shares[1:] * shares[:-1]).sum(-1)]),
         }

@@ -1,4 +1,5 @@
-"""Means over images: with their intervals, and of how maps correlate within an image and between images.
+"""Means over images: with their intervals, and of how maps correlate within an image and between
+images.
 
 Each is a `torchmetrics.Metric` of sums in float64: constant memory, any number of processes.
 """
@@ -19,10 +20,8 @@ class Moments(Metric):
     ----------
     *shape : of the numbers of one image.
 
-    Returns
-    -------
-    ``compute``: `value`, `low`, `high` (mean, and mean -+ 1.96 standard errors over images; nan below two images)
-    and `n` images that count, each of `shape`.
+    Returns ------- ``compute``: `value`, `low`, `high` (mean, and mean -+ 1.96 standard errors over
+    images; nan below two images) and `n` images that count, each of `shape`.
     """
 
     full_state_update = False
@@ -56,16 +55,15 @@ class Moments(Metric):
 class MapPairs(Metric):
     """How the maps of every two (step, head) correlate: in one image, and between different images.
 
-    The second mean is over all ordered pairs of different images, exactly and in constant memory: the sum of all
-    inner products is the inner product of the sums.
+    The second mean is over all ordered pairs of different images, exactly and in constant memory:
+    the sum of all inner products is the inner product of the sums.
 
     Parameters
     ----------
     steps, heads, places : T, H and patches P of the maps.
 
-    Returns
-    -------
-    ``compute``: `same_image` and `other_images`, each ``(T, H, T, H)``; nan where no pair of maps varies.
+    Returns ------- ``compute``: `same_image` and `other_images`, each ``(T, H, T, H)``; nan where
+    no pair of maps varies.
     """
 
     full_state_update = False
@@ -78,7 +76,12 @@ class MapPairs(Metric):
         super().__init__()
         self.steps, self.heads = steps, heads
         m = steps * heads
-        for name, shape in (("cross", (m, m)), ("pairs", (m, m)), ("maps", (m, places)), ("seen", (m,))):
+        for name, shape in (
+            ("cross", (m, m)),
+            ("pairs", (m, m)),
+            ("maps", (m, places)),
+            ("seen", (m,)),
+        ):
             self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, maps: Tensor) -> None:

@@ -1,7 +1,7 @@
 """Streaming statistics of activations: constant memory, any number of processes.
 
-Each is a `torchmetrics.Metric` whose `update` takes activations ``(B, T, ...)`` (and labels where named), so
-that `Probe.collect` and torchmetrics' own metrics mix. Sums are kept in float64.
+Each is a `torchmetrics.Metric` whose `update` takes activations ``(B, T, ...)`` (and labels where
+named), so that `Probe.collect` and torchmetrics' own metrics mix. Sums are kept in float64.
 """
 
 from __future__ import annotations
@@ -41,14 +41,18 @@ class MeanByClass(Metric):
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.num_classes = num_classes
-        self.add_state("total", torch.zeros(num_classes, 1, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state(
+            "total", torch.zeros(num_classes, 1, dtype=torch.float64), dist_reduce_fx="sum"
+        )
         self.add_state("count", torch.zeros(num_classes, dtype=torch.float64), dist_reduce_fx="sum")
         self.shape: tuple[int, ...] | None = None
 
     def update(self, values: Tensor, labels: Tensor) -> None:
         """Add a batch: values ``(B, T, ...)``, labels ``(B,)``."""
         if labels.min() < 0 or labels.max() >= self.num_classes:
-            raise UserError(f"labels must be 0..{self.num_classes - 1}, got {labels.min()}..{labels.max()}")
+            raise UserError(
+                f"labels must be 0..{self.num_classes - 1}, got {labels.min()}..{labels.max()}"
+            )
         flat = _finite(values).flatten(1)
         if self.shape is None:
             self.shape = tuple(values.shape[1:])
@@ -82,8 +86,12 @@ class Gram(Metric):
 
     def __init__(self, steps: int, width: int) -> None:
         super().__init__()
-        self.add_state("gram", torch.zeros(steps, width, width, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("total", torch.zeros(steps, width, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state(
+            "gram", torch.zeros(steps, width, width, dtype=torch.float64), dist_reduce_fx="sum"
+        )
+        self.add_state(
+            "total", torch.zeros(steps, width, dtype=torch.float64), dist_reduce_fx="sum"
+        )
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, values: Tensor) -> None:
@@ -94,7 +102,8 @@ class Gram(Metric):
         self.count += values.shape[0]
 
     def compute(self) -> dict[str, Tensor]:
-        """`gram` = X^T X ``(T, D, D)``, `centred` = the same about the mean, `count` = rows of X."""
+        """`gram` = X^T X ``(T, D, D)``, `centred` = the same about the mean, `count` = rows of
+        X."""
         mean = self.total / self.count
         return {
             "gram": self.gram,
@@ -132,7 +141,8 @@ class Rows(Metric):
         return index[order].cpu(), rows.reshape(len(index), -1 if len(index) else 0)[order].cpu()
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
-        """Before every gather: a process without rows takes part with none, in the others' dtypes."""
+        """Before every gather: a process without rows takes part with none, in the others'
+        dtypes."""
         if not len(self.index):
             self.index = [torch.empty(0, dtype=torch.int64, device=self.device)]
             self.rows = [torch.empty(0, dtype=torch.float64, device=self.device)]

@@ -1,7 +1,7 @@
 """How well logits answer: accuracy, cross-entropy and calibration, streamed.
 
-One `torchmetrics.Metric` for analyses and for training alike; it needs no Probe. Calibration is Guo et al.'s, "On
-Calibration of Modern Neural Networks" (ICML 2017, https://arxiv.org/abs/1706.04599).
+One `torchmetrics.Metric` for analyses and for training alike; it needs no Probe. Calibration is Guo
+et al.'s, "On Calibration of Modern Neural Networks" (ICML 2017, https://arxiv.org/abs/1706.04599).
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ TOP = 5
 
 
 class Classification(Metric):
-    """Scores of a classifier: counts in int64 and sums in float64, constant memory, any number of processes.
+    """Scores of a classifier: counts in int64 and sums in float64, constant memory, any number of
+    processes.
 
     Parameters
     ----------
@@ -30,17 +31,21 @@ class Classification(Metric):
     -------
     ``compute``: a dict of floats, the counts ints and the bins tuples of M:
 
-    - ``n`` images; ``top1``, ``top5`` shares classified right, 0..1 (top5 is nan for fewer than 5 classes);
-    - ``loss`` mean cross-entropy, nats; ``confidence`` mean of the largest softmax probability, 0..1;
+    - ``n`` images; ``top1``, ``top5`` shares classified right, 0..1 (top5 is nan for fewer than 5
+      classes);
+    - ``loss`` mean cross-entropy, nats; ``confidence`` mean of the largest softmax probability,
+      0..1;
     - ``calibration_error`` = sum_m (n_m / n) abs(accuracy_m - confidence_m) over the bins m, 0..1;
-    - ``chance``, ``chance5``, the nulls: share of the most frequent class, of the five most frequent, 0..1;
-    - ``bin_n``, ``bin_confidence``, ``bin_accuracy``: images, mean confidence and accuracy of each bin
-      ``((m - 1) / M, m / M]``; nan for the last two of an empty one.
+    - ``chance``, ``chance5``, the nulls: share of the most frequent class, of the five most
+      frequent, 0..1;
+    - ``bin_n``, ``bin_confidence``, ``bin_accuracy``: images, mean confidence and accuracy of each
+      bin ``((m - 1) / M, m / M]``; nan for the last two of an empty one.
 
     Raises
     ------
     UserError
-        For logits of another shape or holding NaN or infinite values, labels out of range, and no images at all.
+        For logits of another shape or holding NaN or infinite values, labels out of range, and no
+        images at all.
     """
 
     full_state_update = False
@@ -55,10 +60,13 @@ class Classification(Metric):
         super().__init__()
         self.num_classes, self.bins = num_classes, bins
         for name, shape, dtype in (
-            ("loss", (), torch.float64), ("top5", (), torch.int64), ("classes", (num_classes,), torch.int64),
-            ("bin_n", (bins,), torch.int64), ("bin_hits", (bins,), torch.int64),
+            ("loss", (), torch.float64),
+            ("top5", (), torch.int64),
+            ("classes", (num_classes,), torch.int64),
+            ("bin_n", (bins,), torch.int64),
+            ("bin_hits", (bins,), torch.int64),
             ("bin_confidence", (bins,), torch.float64),
-        ):  # fmt: skip
+        ):
             self.add_state(name, torch.zeros(shape, dtype=dtype), dist_reduce_fx="sum")
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
@@ -104,4 +112,6 @@ class Classification(Metric):
         if not torch.isfinite(logits).all():
             raise UserError("logits hold NaN or infinite values")
         if len(labels) and (labels.min() < 0 or labels.max() >= self.num_classes):
-            raise UserError(f"labels must be 0..{self.num_classes - 1}, got {labels.min()}..{labels.max()}")
+            raise UserError(
+                f"labels must be 0..{self.num_classes - 1}, got {labels.min()}..{labels.max()}"
+            )

@@ -1,4 +1,5 @@
-"""The images that make each neuron of each step fire most, and where: a streamed list of constant length."""
+"""The images that make each neuron of each step fire most, and where: a streamed list of constant
+length."""
 
 from __future__ import annotations
 
@@ -21,11 +22,9 @@ class TopList(Metric):
     steps, neurons : T, F.
     k : entries kept.
 
-    Returns
-    -------
-    ``compute``: values ``(T, F, k)`` float64, largest first, images and patches ``(T, F, k)`` int64; where fewer than
-    k images were seen, -inf, -1 and -1. Of equal values the image of the lower number comes first, whichever process
-    saw it.
+    Returns ------- ``compute``: values ``(T, F, k)`` float64, largest first, images and patches
+    ``(T, F, k)`` int64; where fewer than k images were seen, -inf, -1 and -1. Of equal values the
+    image of the lower number comes first, whichever process saw it.
 
     Raises
     ------
@@ -42,7 +41,9 @@ class TopList(Metric):
             raise UserError(f"a list needs at least one entry, got {k}")
         self.k = k
         empty = torch.tensor([-torch.inf, -1, -1], dtype=torch.float64)
-        self.add_state("best", empty.repeat(steps, neurons, k, 1), dist_reduce_fx=partial(_merged, k=k))
+        self.add_state(
+            "best", empty.repeat(steps, neurons, k, 1), dist_reduce_fx=partial(_merged, k=k)
+        )
 
     def update(self, values: Tensor, patches: Tensor, index: Tensor) -> None:
         """Add a batch: values and patches ``(B, T, F)``, numbers of the images ``(B,)``."""

@@ -1,9 +1,10 @@
 """Early exits trained: all at once, on CLS states that the frozen model computes once.
 
-Appendix B of bViT (arXiv 2605.10661), eq. 10: with the correctly (P) and the wrongly (N) classified images of a batch
-and the confidence c = max softmax, ``L_e = CE + 1 / (|P| |N|) sum_{i in P} sum_{j in N} sigma((c_j - c_i) / tau)``, the
-second term zero where P or N is empty; the loss is the mean over exits. Printed: Adam, 50 epochs. Ours, where the paper
-is silent: learning rate 1e-3 to zero by a cosine, batches of 256, tau = 1, exits after steps 6, 8 and 10.
+Appendix B of bViT (arXiv 2605.10661), eq. 10: with the correctly (P) and the wrongly (N) classified
+images of a batch and the confidence c = max softmax, ``L_e = CE + 1 / (|P| |N|) sum_{i in P} sum_{j
+in N} sigma((c_j - c_i) / tau)``, the second term zero where P or N is empty; the loss is the mean
+over exits. Printed: Adam, 50 epochs. Ours, where the paper is silent: learning rate 1e-3 to zero by
+a cosine, batches of 256, tau = 1, exits after steps 6, 8 and 10.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from tqdm import tqdm
 from bvit_interp import results
 from bvit_interp.data.labels import label_map
 from bvit_interp.data.loader import run_in_halves
-from bvit_interp.data.reading import Reading
+from bvit_interp.data.options import LoaderOptions
 from bvit_interp.data.samples import Samples
 from bvit_interp.errors import UserError
+from bvit_interp.metrics.streaming.reducers import Rows
 from bvit_interp.models.exits import FILE, Exits, check_exits
 from bvit_interp.models.stepping import advance, embed
 from bvit_interp.models.unroll import unroll
-from bvit_interp.probes.reducers import Rows
-from bvit_interp.training.feed import fingerprint
+from bvit_interp.training.loop.feed import fingerprint
 
 Loss = Literal["ce", "ce-auroc"]
 HISTORY, STATES = "exits_history.csv", "exits_states.pt"
@@ -43,13 +44,14 @@ COLUMNS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan(Reading):
+class Plan(LoaderOptions):
     """How exits are trained."""
 
     exits: tuple[int, ...] = (6, 8, 10)
     """Steps after which an exit reads CLS; the model's own head answers after the last one."""
     loss: Loss = "ce-auroc"
-    """ce, or ce-auroc: with the term that parts the confidences of right and wrong answers (eq. 10)."""
+    """ce, or ce-auroc: with the term that parts the confidences of right and wrong answers (eq.
+    10)."""
     temperature: float = 1.0
     """tau of that term; the paper has none (1); less makes its gradient sharper."""
     epochs: int = 50
@@ -73,14 +75,16 @@ class Plan(Reading):
                 raise UserError(f"{name} must be > 0 and below 1e6, got {getattr(self, name)}")
 
 
-def train(model: VisionTransformer, data: Samples, plan: Plan, out: Path, overwrite: bool = False) -> Exits:
+def train(
+    model: VisionTransformer, data: Samples, plan: Plan, out: Path, overwrite: bool = False
+) -> Exits:
     """Train exits for a frozen model and write `exits.safetensors` and their history to `out`.
 
     Parameters
     ----------
     model : not changed.
-    data : labelled training images; each is run once, without augmentation. The states are kept in `out` until the
-        exits are written, so that a killed run does not compute them again.
+    data : labelled training images; each is run once, without augmentation. The states are kept in
+        `out` until the exits are written, so that a killed run does not compute them again.
     out : the folder.
     """
     steps = check_exits(plan.exits, model)
@@ -89,7 +93,9 @@ def train(model: VisionTransformer, data: Samples, plan: Plan, out: Path, overwr
     states, labels = cached_states(model, data, steps, plan, out)
     if len(labels.unique()) < 2:
         raise UserError("the training images are all of one class: nothing to tell apart")
-    exits, history = fit(states, labels, steps, model.num_classes, plan, str(next(model.parameters()).device))
+    exits, history = fit(
+        states, labels, steps, model.num_classes, plan, str(next(model.parameters()).device)
+    )
     if results.rank_and_world()[0] == 0:
         exits.save(out / FILE, model, {"plan": asdict(plan), "images": len(labels)})
         results.write_table(history, out / HISTORY)
@@ -99,12 +105,16 @@ def train(model: VisionTransformer, data: Samples, plan: Plan, out: Path, overwr
 
 def cached_states(
     model: VisionTransformer, data: Samples, steps: tuple[int, ...], plan: Plan, out: Path
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """CLS after each of `steps` ``(n, E, D)`` float32, and the model's labels ``(n,)``; from `out` if there."""
+) -> tuple[Tensor, Tensor]:
+    """CLS after each of `steps` ``(n, E, D)`` float32, and the model's labels ``(n,)``; from `out`
+    if there."""
     about = {
-        "weights": results.weights_hash(model), "steps": list(steps), "data": fingerprint(data), "limit": plan.limit,
+        "weights": results.weights_hash(model),
+        "steps": list(steps),
+        "data": fingerprint(data),
+        "limit": plan.limit,
         "resize": plan.resize,
-    }  # fmt: skip
+    }
     path = out / STATES
     if path.is_file():
         found = torch.load(path, map_location="cpu", weights_only=True)
@@ -120,7 +130,9 @@ def cached_states(
             state = advance(view, state)
             if state.step in steps:
                 kept.append(state.tokens[:, 0])
-        return part.index, torch.cat([torch.stack(kept, 1).flatten(1).cpu(), classes[part.labels][:, None]], 1)
+        return part.index, torch.cat(
+            [torch.stack(kept, 1).flatten(1).cpu(), classes[part.labels][:, None]], 1
+        )
 
     with torch.inference_mode():
         for batch in loader:
@@ -135,15 +147,23 @@ def cached_states(
 
 
 def fit(
-    states: Tensor, labels: Tensor, steps: tuple[int, ...], classes: int, plan: Plan, device: str = "cpu"
-) -> tuple[Exits, pd.DataFrame]:  # fmt: skip
-    """Exits fitted to states ``(n, E, D)`` and labels ``(n,)``, and a row of `COLUMNS` for every epoch and exit."""
+    states: Tensor,
+    labels: Tensor,
+    steps: tuple[int, ...],
+    classes: int,
+    plan: Plan,
+    device: str = "cpu",
+) -> tuple[Exits, pd.DataFrame]:
+    """Exits fitted to states ``(n, E, D)`` and labels ``(n,)``, and a row of `COLUMNS` for every
+    epoch and exit."""
     exits = Exits(steps, states.shape[-1], classes).to(device)
     adam = torch.optim.Adam(exits.parameters(), lr=plan.lr)
     each = -(-len(labels) // plan.images_at_once)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(adam, T_max=plan.epochs * each)
     generator, rows = torch.Generator().manual_seed(plan.seed), list[Mapping[str, Any]]()
-    for epoch in tqdm(range(1, plan.epochs + 1), desc="exits", disable=results.rank_and_world()[0] > 0):
+    for epoch in tqdm(
+        range(1, plan.epochs + 1), desc="exits", disable=results.rank_and_world()[0] > 0
+    ):
         hits, total = torch.zeros(len(steps)), 0.0
         for chosen in torch.randperm(len(labels), generator=generator).split(plan.images_at_once):
             target, logits = labels[chosen].to(device), exits(states[chosen].to(device))
@@ -156,7 +176,12 @@ def fit(
             total += loss.item() * len(chosen)
         found = {"all": hits.mean()} | dict(zip(map(str, steps), hits, strict=True))
         rows += [
-            {"epoch": epoch, "loss": total / len(labels), "exit": step, "top1": float(n) / len(labels)}
+            {
+                "epoch": epoch,
+                "loss": total / len(labels),
+                "exit": step,
+                "top1": float(n) / len(labels),
+            }
             for step, n in found.items()
         ]
     return exits.eval(), pd.DataFrame(rows)[list(COLUMNS)]
@@ -173,9 +198,11 @@ def objective(logits: Tensor, labels: Tensor, plan: Plan) -> Tensor:
 
 
 def parting(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
-    """The second term of eq. 10 for one exit: how often a wrong answer is surer than a right one, made smooth.
+    """The second term of eq. 10 for one exit: how often a wrong answer is surer than a right one,
+    made smooth.
 
-    Which images are right has no gradient; their confidences do. Zero where all answers are right, or all wrong.
+    Which images are right has no gradient; their confidences do. Zero where all answers are right,
+    or all wrong.
     """
     right = (logits.argmax(-1) == labels).detach()
     confidence = logits.softmax(-1).amax(-1)

@@ -1,9 +1,11 @@
-"""Transfer to another data set: probe, time embedding, low-rank or full tuning, in one table with its nulls.
+"""Transfer to another data set: probe, time embedding, low-rank or full tuning, in one table with
+its nulls.
 
-Section 4.3, Table 4 and appendix H of bViT (arXiv 2605.10661). Printed: AdamW, cross-entropy, 40 epochs, batches of 128
-for CIFAR and 64 else, linear warm-up over 5 epochs and a cosine, a new linear head, rank 8, three runs. Ours, where the
-paper is silent: learning rates and weight decays (`DEFAULTS`), alpha 16, the warm-up's share of shorter runs (an
-eighth), no augmentation, no clipping; and beyond it the steps at which an adapter is active.
+Section 4.3, Table 4 and appendix H of bViT (arXiv 2605.10661). Printed: AdamW, cross-entropy, 40
+epochs, batches of 128 for CIFAR and 64 else, linear warm-up over 5 epochs and a cosine, a new
+linear head, rank 8, three runs. Ours, where the paper is silent: learning rates and weight decays
+(`DEFAULTS`), alpha 16, the warm-up's share of shorter runs (an eighth), no augmentation, no
+clipping; and beyond it the steps at which an adapter is active.
 """
 
 from __future__ import annotations
@@ -26,25 +28,29 @@ from torch import Tensor
 from bvit_interp import results
 from bvit_interp.data.geometry import Geometry
 from bvit_interp.data.loader import Loader, run_in_halves
-from bvit_interp.data.reading import Reading
+from bvit_interp.data.options import LoaderOptions
 from bvit_interp.data.samples import Samples
 from bvit_interp.errors import UserError, choices
 from bvit_interp.metrics import wilson_interval
+from bvit_interp.metrics.streaming.reducers import Rows
+from bvit_interp.metrics.streaming.scores import Classification
 from bvit_interp.models import checkpoint
 from bvit_interp.models.adapters import FILE, PLACES, Adapted, Mode, Spec
 from bvit_interp.models.unroll import is_unrolled
-from bvit_interp.probes.reducers import Rows
-from bvit_interp.probes.scores import Classification
-from bvit_interp.training import feed, tuning
-from bvit_interp.training.feed import Share
-from bvit_interp.training.recipe import Recipe
-from bvit_interp.training.subsets import Pool
-from bvit_interp.training.tuning import STATE
+from bvit_interp.training.adapting import tuning
+from bvit_interp.training.adapting.tuning import STATE
+from bvit_interp.training.loop import feed
+from bvit_interp.training.loop.feed import Share
+from bvit_interp.training.loop.recipe import Recipe
+from bvit_interp.training.pruning.subsets import Pool
 
 DEFAULTS = {
-    "probe": (1e-3, 0.0, 1e-4), "te": (1e-3, 1e-5, 0.01), "full": (1e-4, 1e-6, 0.05), "lora-qv": (1e-3, 1e-5, 0.01),
+    "probe": (1e-3, 0.0, 1e-4),
+    "te": (1e-3, 1e-5, 0.01),
+    "full": (1e-4, 1e-6, 0.05),
+    "lora-qv": (1e-3, 1e-5, 0.01),
     "lora-ffn": (1e-3, 1e-5, 0.01),
-}  # fmt: skip
+}
 """Mode -> learning rate, the least one, weight decay."""
 COLUMNS = {
     "model": "checkpoint the transfer starts from",
@@ -73,11 +79,12 @@ TABLE = "transfer.csv"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan(Reading):
+class Plan(LoaderOptions):
     """How a model is adapted; `limit` is of the test images."""
 
     mode: tuple[Mode, ...] = ("probe",)
-    """probe (a new head), te (and a time embedding), full (all weights), lora-qv, lora-ffn; one or several."""
+    """probe (a new head), te (and a time embedding), full (all weights), lora-qv, lora-ffn; one or
+    several."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Runs of each mode."""
     epochs: int = 40
@@ -89,7 +96,8 @@ class Plan(Reading):
     min_lr: float | None = None
     """At the end of the cosine; by default 1e-5, of full tuning 1e-6, of a probe 0."""
     weight_decay: float | None = None
-    """By default 0.01, of full tuning 0.05, of a probe 1e-4; norms, biases and embeddings are free of it."""
+    """By default 0.01, of full tuning 0.05, of a probe 1e-4; norms, biases and embeddings are free
+    of it."""
     rank: int = 8
     """Rank of a low-rank update."""
     alpha: float = 16.0
@@ -99,7 +107,8 @@ class Plan(Reading):
     steps: tuple[int, ...] = ()
     """A low-rank update is active at these steps only; by default at all."""
     sweep_steps: bool = False
-    """Low-rank modes run with an update at all steps, at none (head and norm alone) and at every single one."""
+    """Low-rank modes run with an update at all steps, at none (head and norm alone) and at every
+    single one."""
     random_baseline: bool = False
     """A probe of the same architecture with random weights too: the null of a trained backbone."""
     limit_train: int | None = None
@@ -124,7 +133,9 @@ class Plan(Reading):
         if self.autocast not in get_args(Literal["off", "bf16"]):
             raise UserError(f"autocast must be off or bf16, got {self.autocast!r}")
         if (self.steps or self.sweep_steps) and not set(self.mode) & set(PLACES):
-            raise UserError(f"steps are chosen for {' and '.join(PLACES)}, not for {', '.join(self.mode)}")
+            raise UserError(
+                f"steps are chosen for {' and '.join(PLACES)}, not for {', '.join(self.mode)}"
+            )
         if self.steps and self.sweep_steps:
             raise UserError("give steps or sweep-steps, not both")
         if any(seed < 0 for seed in self.seeds):
@@ -132,8 +143,21 @@ class Plan(Reading):
 
     def options(self) -> dict[str, Any]:
         """What all rows of a table share; what differs between rows is a column."""
-        own = ("limit", "resize", "skip_corrupt", "train_batch", "lr", "min_lr", "weight_decay", "alpha")
-        return {key: value for key, value in asdict(self).items() if key in (*own, "train_final_norm", "autocast")}
+        own = (
+            "limit",
+            "resize",
+            "skip_corrupt",
+            "train_batch",
+            "lr",
+            "min_lr",
+            "weight_decay",
+            "alpha",
+        )
+        return {
+            key: value
+            for key, value in asdict(self).items()
+            if key in (*own, "train_final_norm", "autocast")
+        }
 
     def specs(self, model: VisionTransformer) -> list[Spec]:
         """What is trained, mode after mode; everything is checked before the first run."""
@@ -154,14 +178,26 @@ class Plan(Reading):
         """The schedule and the feed of one run."""
         lr, min_lr, decay = (
             default if given is None else given
-            for given, default in zip((self.lr, self.min_lr, self.weight_decay), DEFAULTS[mode], strict=True)
+            for given, default in zip(
+                (self.lr, self.min_lr, self.weight_decay), DEFAULTS[mode], strict=True
+            )
         )
         batch = min(self.train_batch or (128 if data.startswith("cifar") else 64), images)
         return Recipe(
-            model={"name": mode}, data=data, epochs=self.epochs, batch_size=batch, lr=lr, min_lr=min_lr,
-            warmup_epochs=self.epochs / 8, weight_decay=decay, clip=None, autocast=self.autocast, seed=seed,
-            workers=self.workers, skip_corrupt=self.skip_corrupt,
-        )  # fmt: skip
+            model={"name": mode},
+            data=data,
+            epochs=self.epochs,
+            batch_size=batch,
+            lr=lr,
+            min_lr=min_lr,
+            warmup_epochs=self.epochs / 8,
+            weight_decay=decay,
+            clip=None,
+            autocast=self.autocast,
+            seed=seed,
+            workers=self.workers,
+            skip_corrupt=self.skip_corrupt,
+        )
 
 
 class Chosen:
@@ -183,9 +219,12 @@ class Chosen:
 
 
 def chosen(samples: Samples, limit: int | None) -> Chosen:
-    """The training images; a set of one class, or with a class that has none of them, is refused."""
+    """The training images; a set of one class, or with a class that has none of them, is
+    refused."""
     if len(samples.classes) < 2:
-        raise UserError(f"the data set has one class ({choices(samples.classes)}): nothing to tell apart")
+        raise UserError(
+            f"the data set has one class ({choices(samples.classes)}): nothing to tell apart"
+        )
     pool = Pool(samples, samples.classes, limit)
     counts = np.bincount(pool.labels, minlength=len(samples.classes))
     if empty := [name for name, n in zip(samples.classes, counts, strict=True) if not n]:
@@ -197,7 +236,9 @@ def chosen(samples: Samples, limit: int | None) -> Chosen:
 def places_of(test: Samples, classes: tuple[str, ...]) -> Tensor:
     """The trained class of every class of the test set, ``(classes,)`` int64, by name."""
     if unknown := [name for name in test.classes if name not in classes]:
-        raise UserError(f"the training images lack {len(unknown)} classes of the test set: {choices(unknown)}")
+        raise UserError(
+            f"the training images lack {len(unknown)} classes of the test set: {choices(unknown)}"
+        )
     return torch.tensor([classes.index(name) for name in test.classes])
 
 
@@ -214,10 +255,19 @@ class Transfer:
     """
 
     def __init__(
-        self, name: str, model: VisionTransformer, data: str, train: Samples, test: Samples, plan: Plan, out: Path
-    ) -> None:  # fmt: skip
+        self,
+        name: str,
+        model: VisionTransformer,
+        data: str,
+        train: Samples,
+        test: Samples,
+        plan: Plan,
+        out: Path,
+    ) -> None:
         if is_unrolled(model):
-            raise UserError("transfer starts from a model's own weights, not from an unroll or masked view of it")
+            raise UserError(
+                "transfer starts from a model's own weights, not from an unroll or masked view of it"
+            )
         self.name, self.model, self.data, self.plan, self.out = name, model, data, plan, out
         self.rank, self.world = results.rank_and_world()
         self.specs = plan.specs(model)
@@ -226,9 +276,13 @@ class Transfer:
         self.places = places_of(test, self.classes)
         self.device = next(model.parameters()).device
         self.keys = {
-            "model": name, "data": data, "weights": results.weights_hash(model), "images": feed.fingerprint(self.train),
-            "epochs": plan.epochs, "train_images": len(self.train),
-        }  # fmt: skip
+            "model": name,
+            "data": data,
+            "weights": results.weights_hash(model),
+            "images": feed.fingerprint(self.train),
+            "epochs": plan.epochs,
+            "train_images": len(self.train),
+        }
         self._features: dict[int | None, tuple[Share, Share, float]] = {}
 
     def runs(self) -> Iterator[tuple[dict[str, Any], Spec, int]]:
@@ -239,17 +293,27 @@ class Transfer:
                 rank = {"rank": spec.rank if spec.mode in PLACES else 0, "seed": seed}
                 yield self.keys | own | rank, spec, seed
             if self.plan.random_baseline:
-                null = {"backbone": "random", "mode": "probe", "steps": "none", "rank": 0, "seed": seed}
+                null = {
+                    "backbone": "random",
+                    "mode": "probe",
+                    "steps": "none",
+                    "rank": 0,
+                    "seed": seed,
+                }
                 yield self.keys | null, Spec(mode="probe"), seed
 
     def run(self, keys: dict[str, Any], spec: Spec, seed: int, merge: bool) -> dict[str, Any]:
         """One run: trained, scored, saved; a row of `COLUMNS`."""
         random = keys["backbone"] == "random"
-        adapted = Adapted(tuning.untrained(self.model, seed) if random else self.model, spec, self.classes, seed)
+        adapted = Adapted(
+            tuning.untrained(self.model, seed) if random else self.model, spec, self.classes, seed
+        )
         folder = self.out / _slug(keys)
         recipe = self.plan.recipe(spec.mode, seed, self.data, len(self.train))
         if recipe.batch_size % self.world:
-            raise UserError(f"train-batch {recipe.batch_size} is not divisible by {self.world} processes")
+            raise UserError(
+                f"train-batch {recipe.batch_size} is not divisible by {self.world} processes"
+            )
         if spec.mode == "probe":
             loss, scores, exact = self._probe(adapted, recipe, seed if random else None)
         else:
@@ -262,25 +326,49 @@ class Transfer:
                 checkpoint.save(adapted.merged(), folder / "merged", card, {**keys, **accuracy})
         low, high = wilson_interval(round(scores["top1"] * scores["n"]), scores["n"])
         values = {
-            "trainable": adapted.count(), "head": adapted.head_count(), "train_loss": loss, "accuracy": scores["top1"],
-            "low": low, "high": high, "n": scores["n"], "chance": scores["chance"], "exact": exact,
-        }  # fmt: skip
+            "trainable": adapted.count(),
+            "head": adapted.head_count(),
+            "train_loss": loss,
+            "accuracy": scores["top1"],
+            "low": low,
+            "high": high,
+            "n": scores["n"],
+            "chance": scores["chance"],
+            "exact": exact,
+        }
         return {column: ({**keys, **values})[column] for column in COLUMNS}
 
-    def _probe(self, adapted: Adapted, recipe: Recipe, random: int | None) -> tuple[float, dict[str, Any], float]:
-        """A head fitted to what the frozen backbone gives, computed once; loss, scores and the exact solver's."""
+    def _probe(
+        self, adapted: Adapted, recipe: Recipe, random: int | None
+    ) -> tuple[float, dict[str, Any], float]:
+        """A head fitted to what the frozen backbone gives, computed once; loss, scores and the
+        exact solver's."""
         train, test, exact = self.features(random, adapted)
         head, kind = adapted.model.head, adapted.model
-        loss = tuning.fit(head, adapted, lambda epoch: tuning.shares(train, recipe, epoch), len(self.train), recipe)
-        if hasattr(kind, "head_dist"):  # the mean of two equal heads is one head of the mean of both tokens
+        loss = tuning.fit(
+            head,
+            adapted,
+            lambda epoch: tuning.shares(train, recipe, epoch),
+            len(self.train),
+            recipe,
+        )
+        if hasattr(
+            kind, "head_dist"
+        ):  # the mean of two equal heads is one head of the mean of both tokens
             kind.head_dist.load_state_dict(head.state_dict())
         own = slice(self.rank, None, self.world)
         with torch.inference_mode():
             return loss, self._score([(head(test[0][own]), test[1][own])]), exact
 
-    def _tune(self, adapted: Adapted, recipe: Recipe, keys: dict[str, Any], path: Path) -> tuple[float, dict[str, Any]]:
-        """The model itself trained on images, from the state in `path` if one is there; loss and scores."""
-        geometry, pin = Geometry.of(self.model, self.train, self.plan.resize), self.device.type == "cuda"
+    def _tune(
+        self, adapted: Adapted, recipe: Recipe, keys: dict[str, Any], path: Path
+    ) -> tuple[float, dict[str, Any]]:
+        """The model itself trained on images, from the state in `path` if one is there; loss and
+        scores."""
+        geometry, pin = (
+            Geometry.of(self.model, self.train, self.plan.resize),
+            self.device.type == "cuda",
+        )
 
         def batches(epoch: int) -> Iterator[Share]:
             of = feed.Epoch(recipe, self.train, lambda image, _: geometry(image)[0], epoch)
@@ -297,14 +385,17 @@ class Transfer:
         return metric.compute()
 
     def features(self, seed: int | None, adapted: Adapted) -> tuple[Share, Share, float]:
-        """What the head reads of all training and test images, and the exact solver's accuracy; once a backbone."""
+        """What the head reads of all training and test images, and the exact solver's accuracy;
+        once a backbone."""
         if seed not in self._features:
             train = self._run_once(adapted.model, self.train, torch.arange(len(self.classes)), None)
             test = self._run_once(adapted.model, self.test, self.places, self.plan.limit)
             self._features[seed] = (train, test, tuning.exact_accuracy(train, test))
         return self._features[seed]
 
-    def _run_once(self, model: VisionTransformer, samples: Samples, places: Tensor, limit: int | None) -> Share:
+    def _run_once(
+        self, model: VisionTransformer, samples: Samples, places: Tensor, limit: int | None
+    ) -> Share:
         rows, geometry = Rows(), Geometry.of(model, self.train, self.plan.resize)
 
         def run(part: Any) -> tuple[Tensor, Tensor]:
@@ -324,30 +415,46 @@ class Transfer:
         geometry = Geometry.of(self.model, self.train, self.plan.resize)
         for batch in self._loader(self.test, geometry, self.plan.limit, "test"):
             with torch.inference_mode():
-                parts = run_in_halves(lambda part: view(part.views[geometry][0].to(self.device)), batch)
-            yield torch.cat(parts), self.places[batch.labels].to(self.device)  # not within: the mode would leak
+                parts = run_in_halves(
+                    lambda part: view(part.views[geometry][0].to(self.device)), batch
+                )
+            yield (
+                torch.cat(parts),
+                self.places[batch.labels].to(self.device),
+            )  # not within: the mode would leak
 
-    def _loader(self, samples: Samples, geometry: Geometry, limit: int | None, progress: str) -> Loader:
+    def _loader(
+        self, samples: Samples, geometry: Geometry, limit: int | None, progress: str
+    ) -> Loader:
         plan = self.plan
         return Loader(
-            samples, [geometry], plan.batch_size, limit=limit, workers=plan.workers, skip_corrupt=plan.skip_corrupt,
+            samples,
+            [geometry],
+            plan.batch_size,
+            limit=limit,
+            workers=plan.workers,
+            skip_corrupt=plan.skip_corrupt,
             progress=progress,
-        )  # fmt: skip
+        )
 
 
 def run(transfer: Transfer, *, overwrite: bool = False, merge: bool = False) -> pd.DataFrame:
-    """Train and score what the table lacks, and return it, a row of `COLUMNS` a run; it is written after each.
+    """Train and score what the table lacks, and return it, a row of `COLUMNS` a run; it is written
+    after each.
 
     Parameters
     ----------
     transfer : what is adapted to what.
-    overwrite : start the table again. Without, one in the folder goes on: rows of other models, data sets, modes, seeds
-        and steps are kept beside the new ones, and a run that was killed goes on after its last epoch.
+    overwrite : start the table again. Without, one in the folder goes on: rows of other models,
+        data sets, modes, seeds and steps are kept beside the new ones, and a run that was killed
+        goes on after its last epoch.
     merge : write each adapted model as an ordinary checkpoint folder too.
     """
     table = results.Table(transfer.out / TABLE, transfer.plan.options(), overwrite)
     for spec in transfer.specs if merge else ():
-        Adapted(transfer.model, spec, transfer.classes).check_merges()  # before the first run, not after it
+        Adapted(
+            transfer.model, spec, transfer.classes
+        ).check_merges()  # before the first run, not after it
     for keys, _, _ in transfer.runs() if overwrite and transfer.rank == 0 else ():
         (transfer.out / _slug(keys) / STATE).unlink(missing_ok=True)
     if transfer.world > 1:
@@ -361,7 +468,8 @@ def run(transfer: Transfer, *, overwrite: bool = False, merge: bool = False) -> 
 
 
 def summary(frame: pd.DataFrame) -> pd.DataFrame:
-    """Mean and standard deviation (of n - 1) over the seeds, a row for each choice of the other keys."""
+    """Mean and standard deviation (of n - 1) over the seeds, a row for each choice of the other
+    keys."""
     keys = [key for key in KEYS if key != "seed"]
     grouped = frame.groupby(keys, sort=False)
     table = grouped["accuracy"].agg(["mean", "std", "count"])
@@ -376,7 +484,11 @@ def _steps_text(spec: Spec) -> str:
         return "none" if spec.mode == "probe" else "all"
     if spec.steps is None:
         return "all"
-    return f"step{'s' * (len(spec.steps) > 1)} {' '.join(map(str, spec.steps))}" if spec.steps else "none"
+    return (
+        f"step{'s' * (len(spec.steps) > 1)} {' '.join(map(str, spec.steps))}"
+        if spec.steps
+        else "none"
+    )
 
 
 def _slug(keys: dict[str, Any]) -> str:

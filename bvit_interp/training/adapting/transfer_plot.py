@@ -1,26 +1,33 @@
-"""The figure of a transfer: accuracy against what was trained, and the steps at which an adapter works."""
+"""The figure of a transfer: accuracy against what was trained, and the steps at which an adapter
+works."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bvit_interp import plotting
 
 _MODES = {
-    "probe": "probe", "te": "time\nembedding", "lora-qv": "LoRA\nq, v", "lora-ffn": "LoRA\nFFN", "full": "all\nweights",
-}  # fmt: skip
+    "probe": "probe",
+    "te": "time\nembedding",
+    "lora-qv": "LoRA\nq, v",
+    "lora-ffn": "LoRA\nFFN",
+    "full": "all\nweights",
+}
 _ALONE = r"^step (\d+)$"
 
 
 def plot(frame: pd.DataFrame) -> Figure:
-    """A row a data set: modes beside each other, and single-step adapters where there are any. Means over seeds, bars
-    of one standard deviation, of one seed its 95 % interval over images; nulls are grey."""
-    from bvit_interp import plotting
-
-    frame = frame.assign(series=_series(frame), step=frame["steps"].str.extract(_ALONE)[0].astype(float))
+    """A row a data set: modes beside each other, and single-step adapters where there are any.
+    Means over seeds, bars of one standard deviation, of one seed its 95 % interval over images;
+    nulls are grey."""
+    frame = frame.assign(
+        series=_series(frame), step=frame["steps"].str.extract(_ALONE)[0].astype(float)
+    )
     sets, swept = list(frame["data"].unique()), frame["step"].notna().any()
     figure, axes = plotting.canvas(columns=2 if swept else 1, rows=len(sets), width=5.6, height=4.0)
     for row, data in zip(axes, sets, strict=True):
@@ -34,19 +41,22 @@ def plot(frame: pd.DataFrame) -> Figure:
 
 
 def _series(frame: pd.DataFrame) -> pd.Series:
-    """The model, with what differs of rank, epochs and images; a mode without a rank goes with the least."""
+    """The model, with what differs of rank, epochs and images; a mode without a rank goes with the
+    least."""
     ranks = frame["rank"].where(frame["rank"] > 0)
     ranks = ranks.fillna(ranks.min()).fillna(0).astype(int)
     names = frame["model"].astype(str)
-    for values, word in ((ranks, "rank {}"), (frame["epochs"], "{} epochs"), (frame["train_images"], "{:,} images")):
+    for values, word in (
+        (ranks, "rank {}"),
+        (frame["epochs"], "{} epochs"),
+        (frame["train_images"], "{:,} images"),
+    ):
         if (values.groupby(frame["data"]).nunique() > 1).any():
             names = names + ", " + values.map(word.format)
     return names
 
 
 def _modes(ax: Axes, frame: pd.DataFrame) -> None:
-    from bvit_interp import plotting
-
     whole = frame[(frame["steps"] == "all") | (frame["mode"] == "probe")]
     trained = whole[whole["backbone"] == "trained"]
     modes = [mode for mode in _MODES if (trained["mode"] == mode).any()]
@@ -60,24 +70,44 @@ def _modes(ax: Axes, frame: pd.DataFrame) -> None:
         label = f"{series}, {_seeds(found['count'])}"
         ax.errorbar(places, found["mean"], yerr=_bars(found), capsize=3, label=label, **style)
         for place, (mode, mean) in zip(places, found["mean"].items(), strict=True):
-            if trained.loc[trained["mode"] == mode, "series"].nunique() == 1:  # else numbers would overlap
-                ax.annotate(f"{mean:.3f}", (place, mean), textcoords="offset points", xytext=(10, -3), fontsize=8)
+            if (
+                trained.loc[trained["mode"] == mode, "series"].nunique() == 1
+            ):  # else numbers would overlap
+                ax.annotate(
+                    f"{mean:.3f}",
+                    (place, mean),
+                    textcoords="offset points",
+                    xytext=(10, -3),
+                    fontsize=8,
+                )
         exact = own["exact"].mean()
         if exact == exact:
-            said = "probe, exact solver" if "exact" not in "".join(ax.get_legend_handles_labels()[1]) else None
-            ax.plot([places[list(found.index).index("probe")]], [exact], "_k", markersize=15, label=said)
+            said = (
+                "probe, exact solver"
+                if "exact" not in "".join(ax.get_legend_handles_labels()[1])
+                else None
+            )
+            ax.plot(
+                [places[list(found.index).index("probe")]], [exact], "_k", markersize=15, label=said
+            )
     _nulls(ax, frame)
     counts = [trained.loc[trained["mode"] == mode, "trainable"].unique() for mode in modes]
-    labels = [f"{_MODES[mode]}\n{' / '.join(map(_short, of))}" for mode, of in zip(modes, counts, strict=True)]
+    labels = [
+        f"{_MODES[mode]}\n{' / '.join(map(_short, of))}"
+        for mode, of in zip(modes, counts, strict=True)
+    ]
     ax.set_xticks(range(len(modes)), labels)
-    ax.set(xlabel="trained beside the head", ylabel="test accuracy", ylim=(0, 1.02), xlim=(-0.5, len(modes) - 0.3))
+    ax.set(
+        xlabel="trained beside the head",
+        ylabel="test accuracy",
+        ylim=(0, 1.02),
+        xlim=(-0.5, len(modes) - 0.3),
+    )
     _legend(ax)
 
 
 def _steps(ax: Axes, frame: pd.DataFrame) -> None:
     """Adapters at a single step each, and apart from them the same at no step and at all."""
-    from bvit_interp import plotting
-
     last = frame["step"].max()
     if last != last:
         ax.set_axis_off()
@@ -100,8 +130,6 @@ def _steps(ax: Axes, frame: pd.DataFrame) -> None:
 
 
 def _nulls(ax: Axes, frame: pd.DataFrame) -> None:
-    from bvit_interp import plotting
-
     random = frame.loc[frame["backbone"] == "random", "accuracy"]
     if len(random):
         ax.axhline(random.mean(), **plotting.NULL, linestyle="--", label="probe of random weights")
@@ -114,14 +142,22 @@ def _legend(ax: Axes) -> None:
 
 
 def _over_seeds(frame: pd.DataFrame, key: str) -> pd.DataFrame:
-    """Mean, deviation and number of seeds, and the interval over images, which counts for a single seed."""
-    accuracy = {"mean": ("accuracy", "mean"), "std": ("accuracy", "std"), "count": ("accuracy", "count")}
+    """Mean, deviation and number of seeds, and the interval over images, which counts for a single
+    seed."""
+    accuracy = {
+        "mean": ("accuracy", "mean"),
+        "std": ("accuracy", "std"),
+        "count": ("accuracy", "count"),
+    }
     return frame.groupby(key).agg(**accuracy, low=("low", "mean"), high=("high", "mean"))
 
 
 def _bars(found: pd.DataFrame) -> list[pd.Series]:
     """Below and above the mean: the deviation over seeds, of one seed the interval over images."""
-    return [found["std"].fillna(side) for side in (found["mean"] - found["low"], found["high"] - found["mean"])]
+    return [
+        found["std"].fillna(side)
+        for side in (found["mean"] - found["low"], found["high"] - found["mean"])
+    ]
 
 
 def _seeds(counts: pd.Series) -> str:

@@ -1,7 +1,9 @@
-"""The loop of a transfer: AdamW on what an adapter trains, a run that survives being killed, and the probe's checks.
+"""The loop of a transfer: AdamW on what an adapter trains, a run that survives being killed, and
+the probe's checks.
 
-A run's state is written after every epoch, whole or not at all, and every draw is a function of (seed, epoch), so that
-a run killed at any moment ends with the same weights (`bvit_interp.training.supervised` does the same).
+A run's state is written after every epoch, whole or not at all, and every draw is a function of
+(seed, epoch), so that a run killed at any moment ends with the same weights
+(`bvit_interp.training.loop.supervised` does the same).
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -26,20 +30,26 @@ from bvit_interp import results
 from bvit_interp.data.samples import first_line
 from bvit_interp.errors import UserError
 from bvit_interp.models.adapters import Adapted
-from bvit_interp.training import start
-from bvit_interp.training.draws import drawn_for
-from bvit_interp.training.feed import Share
-from bvit_interp.training.recipe import Recipe
+from bvit_interp.training.loop import build as start
+from bvit_interp.training.loop.draws import drawn_for
+from bvit_interp.training.loop.feed import Share
+from bvit_interp.training.loop.recipe import Recipe
 
 STATE = "state.pt"
 _log = logging.getLogger(__name__)
 
 
 def fit(
-    forward: Callable[[Tensor], Tensor], adapted: Adapted, batches: Callable[[int], Iterable[Share]], images: int,
-    recipe: Recipe, path: Path | None = None, about: Mapping[str, Any] | None = None,
-) -> float:  # fmt: skip
-    """Train what `adapted` trains, or go on from the state in `path`; returns the last epoch's mean loss, nats.
+    forward: Callable[[Tensor], Tensor],
+    adapted: Adapted,
+    batches: Callable[[int], Iterable[Share]],
+    images: int,
+    recipe: Recipe,
+    path: Path | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> float:
+    """Train what `adapted` trains, or go on from the state in `path`; returns the last epoch's mean
+    loss, nats.
 
     Parameters
     ----------
@@ -58,7 +68,9 @@ def fit(
     steps = images // recipe.batch_size
     optimizer = _optimizer(adapted, recipe)
     schedule = start.schedule(optimizer, recipe, steps)
-    done, mean = (0, math.nan) if path is None else _resumed(path, dict(about or {}), adapted, optimizer)
+    done, mean = (
+        (0, math.nan) if path is None else _resumed(path, dict(about or {}), adapted, optimizer)
+    )
     with tqdm(total=recipe.epochs, initial=done, desc=name, unit="epoch", disable=rank > 0) as bar:
         for epoch in range(done, recipe.epochs):
             total = torch.zeros((), device=device)
@@ -105,9 +117,19 @@ def _optimizer(adapted: Adapted, recipe: Recipe) -> torch.optim.AdamW:
 
 
 def _keep(
-    path: Path, about: dict[str, Any], adapted: Adapted, optimizer: torch.optim.Optimizer, done: int, loss: float
-) -> None:  # fmt: skip
-    state = {"about": about, "trained": dict(adapted.trained), "optimizer": optimizer.state_dict(), "done": done}
+    path: Path,
+    about: dict[str, Any],
+    adapted: Adapted,
+    optimizer: torch.optim.Optimizer,
+    done: int,
+    loss: float,
+) -> None:
+    state = {
+        "about": about,
+        "trained": dict(adapted.trained),
+        "optimizer": optimizer.state_dict(),
+        "done": done,
+    }
     try:
         with results.replacing(path) as temporary:
             torch.save({**state, "loss": loss}, temporary)
@@ -117,8 +139,9 @@ def _keep(
 
 def _resumed(
     path: Path, about: dict[str, Any], adapted: Adapted, optimizer: torch.optim.Optimizer
-) -> tuple[int, float]:  # fmt: skip
-    """Epochs done and their last loss, the trained tensors and the moments taken up; (0, nan) without a state."""
+) -> tuple[int, float]:
+    """Epochs done and their last loss, the trained tensors and the moments taken up; (0, nan)
+    without a state."""
     if not path.is_file():
         return 0, math.nan
     try:
@@ -130,32 +153,41 @@ def _resumed(
                     tensor.copy_(state["trained"][name])
             optimizer.load_state_dict(state["optimizer"])
             return int(state["done"]), float(state["loss"])
-    except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError, ... as the damage is
-        raise UserError(f"{path}: not the whole state of a run ({first_line(error)}); delete it") from error
+    except (
+        Exception
+    ) as error:  # torch raises UnpicklingError, RuntimeError, EOFError, ... as the damage is
+        raise UserError(
+            f"{path}: not the whole state of a run ({first_line(error)}); delete it"
+        ) from error
     differing = [
-        f"{key}: {found.get(key)!r} there, {about[key]!r} now" for key in about if found.get(key) != about[key]
+        f"{key}: {found.get(key)!r} there, {about[key]!r} now"
+        for key in about
+        if found.get(key) != about[key]
     ]
-    raise UserError(f"{path} is of another run ({'; '.join(differing)}); give another --out or --overwrite")
+    raise UserError(
+        f"{path} is of another run ({'; '.join(differing)}); give another --out or --overwrite"
+    )
 
 
 def shares(pairs: Share, recipe: Recipe, epoch: int) -> Iterator[Share]:
-    """The batches of an epoch over features ``(n, D)`` and labels ``(n,)``, in the order in which `feed.Epoch` shows
-    the images; each process gets all of them."""
+    """The batches of an epoch over features ``(n, D)`` and labels ``(n,)``, in the order in which
+    `feed.Epoch` shows the images; each process gets all of them."""
     features, labels = pairs
-    order = torch.from_numpy(np.random.default_rng([recipe.seed, epoch]).permutation(len(labels))).to(labels.device)
+    order = torch.from_numpy(
+        np.random.default_rng([recipe.seed, epoch]).permutation(len(labels))
+    ).to(labels.device)
     for place in range(0, len(labels) - recipe.batch_size + 1, recipe.batch_size):
         own = order[place : place + recipe.batch_size]
         yield features[own], labels[own]
 
 
 def exact_accuracy(train: Share, test: Share) -> float:
-    """Test accuracy of multinomial logistic regression solved to its optimum (L-BFGS, L2 with C = 1) on features.
+    """Test accuracy of multinomial logistic regression solved to its optimum (L-BFGS, L2 with C =
+    1) on features.
 
-    A cross-check of the probe: one far below it has not converged; one above it gained by stopping early.
+    A cross-check of the probe: one far below it has not converged; one above it gained by stopping
+    early.
     """
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-
     solver = LogisticRegression(C=1.0, max_iter=2000)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
@@ -166,7 +198,8 @@ def exact_accuracy(train: Share, test: Share) -> float:
 
 
 def untrained(model: VisionTransformer, seed: int) -> VisionTransformer:
-    """The same architecture with fresh weights, drawn as when the model is made; frozen features of it are a null."""
+    """The same architecture with fresh weights, drawn as when the model is made; frozen features of
+    it are a null."""
     twin = copy.deepcopy(model)
     with drawn_for(seed), torch.no_grad():
         for module in twin.modules():

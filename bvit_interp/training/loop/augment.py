@@ -1,7 +1,9 @@
-"""How training images vary: crop, flip, RandAugment, erasing, and Mixup or CutMix, on batches and on any device.
+"""How training images vary: crop, flip, RandAugment, erasing, and Mixup or CutMix, on batches and
+on any device.
 
-The order is the paper's (arXiv 2605.10661, section 3.3): crop, flip, RandAugment, normalise, Random Erasing. Every
-image has its own draw: a row of uniform numbers (`draws.Draws`), a function of the seed, the epoch and the image.
+The order is the paper's (arXiv 2605.10661, section 3.3): crop, flip, RandAugment, normalise, Random
+Erasing. Every image has its own draw: a row of uniform numbers (`draws.Draws`), a function of the
+seed, the epoch and the image.
 """
 
 from __future__ import annotations
@@ -16,11 +18,14 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from bvit_interp.errors import UserError
-from bvit_interp.training import crops, randaugment
-from bvit_interp.training.draws import sent
-from bvit_interp.training.recipe import Recipe
+from bvit_interp.training.loop import crops, randaugment
+from bvit_interp.training.loop.draws import sent
+from bvit_interp.training.loop.recipe import Recipe
 
-_ERASED = (0.02, 0.33)  # share of the area that Random Erasing takes, and ratios of its sides, as torchvision's
+_ERASED = (
+    0.02,
+    0.33,
+)  # share of the area that Random Erasing takes, and ratios of its sides, as torchvision's
 _ERASED_RATIO = (0.3, 3.3)
 _ERASING = 1 + 2 * crops.TRIES + 2  # numbers it takes: whether, areas, ratios, a place
 _MIXING = 4  # which, the share, the centre of the box
@@ -50,7 +55,9 @@ class Augmentation:
         high, wide = model.patch_embed.img_size
         self.size: tuple[int, int] = (high, wide)
         self.crop, self.flip, self.erase = recipe.crop, recipe.flip, recipe.erase
-        self.mean, self.std = (torch.tensor(cfg[key]).view(3, 1, 1) * 255 for key in ("mean", "std"))
+        self.mean, self.std = (
+            torch.tensor(cfg[key]).view(3, 1, 1) * 255 for key in ("mean", "std")
+        )
         self.randaugment: randaugment.RandAugment | None = None
         if recipe.randaugment == "torchvision":
             self.randaugment = randaugment.torchvisions()
@@ -62,7 +69,8 @@ class Augmentation:
         self.width = self._mixing + _MIXING
 
     def __call__(self, images: Tensor, draws: np.ndarray) -> Tensor:
-        """Augmented and normalised images ``(B, 3, *size)`` float32 of ``(B, 3, H, W)`` uint8, on the same device.
+        """Augmented and normalised images ``(B, 3, *size)`` float32 of ``(B, 3, H, W)`` uint8, on
+        the same device.
 
         Parameters
         ----------
@@ -85,7 +93,8 @@ class Augmentation:
         return crops.cut(images, _BOXES[self.crop](draws, size), flips, self.size)
 
     def coloured(self, images: Tensor, draws: np.ndarray) -> Tensor:
-        """What follows the crop: RandAugment, normalisation and erasing, ``(B, 3, *size)`` uint8 to float32."""
+        """What follows the crop: RandAugment, normalisation and erasing, ``(B, 3, *size)`` uint8 to
+        float32."""
         if self.randaugment is not None:
             images = self.randaugment(images, draws[:, crops.WIDTH :])
         mean, std = (part.to(images.device, non_blocking=True) for part in (self.mean, self.std))
@@ -107,17 +116,22 @@ def other_size(found: tuple[int, ...], wanted: tuple[int, int]) -> str:
 
 
 def erased_boxes(draws: np.ndarray, probability: float, size: tuple[int, int]) -> np.ndarray:
-    """Boxes of torchvision's `RandomErasing`, top, left, height and width ``(B, 4)``; empty where nothing is erased."""
+    """Boxes of torchvision's `RandomErasing`, top, left, height and width ``(B, 4)``; empty where
+    nothing is erased."""
     high, wide = size
     low, up = _ERASED
     area = high * wide * (low + (up - low) * draws[:, 1 : 1 + crops.TRIES])
     low, up = np.log(_ERASED_RATIO)
     ratio = np.exp(low + (up - low) * draws[:, 1 + crops.TRIES : 1 + 2 * crops.TRIES])
-    heights, widths = (np.rint(np.sqrt(part)).astype(np.int64) for part in (area * ratio, area / ratio))
+    heights, widths = (
+        np.rint(np.sqrt(part)).astype(np.int64) for part in (area * ratio, area / ratio)
+    )
     fits = (heights < high) & (widths < wide)
     chosen = fits.argmax(1)[:, None]
     taken = (draws[:, 0] < probability) & fits.any(1)
-    height, width = (np.take_along_axis(sides, chosen, 1)[:, 0] * taken for sides in (heights, widths))
+    height, width = (
+        np.take_along_axis(sides, chosen, 1)[:, 0] * taken for sides in (heights, widths)
+    )
     place = draws[:, 1 + 2 * crops.TRIES : 3 + 2 * crops.TRIES]
     top, left = (
         (place[:, i] * (side - own + 1)).astype(np.int64)
@@ -129,18 +143,22 @@ def erased_boxes(draws: np.ndarray, probability: float, size: tuple[int, int]) -
 def _inside(boxes: np.ndarray, size: tuple[int, int], device: torch.device) -> Tensor:
     """Which pixels lie in their image's box, ``(B, 1, H, W)`` bool."""
     given = sent(boxes, device)[:, None, None, :]
-    rows, columns = torch.arange(size[0], device=device)[:, None], torch.arange(size[1], device=device)
+    rows, columns = (
+        torch.arange(size[0], device=device)[:, None],
+        torch.arange(size[1], device=device),
+    )
     top, left, height, width = given.unbind(-1)
     vertical = (rows >= top[..., None]) & (rows < (top + height)[..., None])
     return vertical & (columns >= left[..., None]) & (columns < (left + width)[..., None])
 
 
 class Mixing:
-    """Mixup or CutMix of a batch with itself in reverse order; one of the two and its share drawn for each image.
+    """Mixup or CutMix of a batch with itself in reverse order; one of the two and its share drawn
+    for each image.
 
-    Zhang et al. 2018 (arXiv 1710.09412), Yun et al. 2019 (arXiv 1905.04899), with the arithmetic of timm's
-    ``Mixup(mode="elem")``: with both alphas each of the two is as likely, a box is clipped at the border, and the
-    share is that of the pixels.
+    Zhang et al. 2018 (arXiv 1710.09412), Yun et al. 2019 (arXiv 1905.04899), with the arithmetic of
+    timm's ``Mixup(mode="elem")``: with both alphas each of the two is as likely, a box is clipped
+    at the border, and the share is that of the pixels.
 
     Parameters
     ----------
@@ -165,7 +183,8 @@ class Mixing:
     def __call__(
         self, images: Tensor, labels: Tensor, draws: np.ndarray, batch: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Images ``(B, 3, H, W)`` and targets: ``(B, classes)`` soft and smoothed if anything is mixed, else labels.
+        """Images ``(B, 3, H, W)`` and targets: ``(B, classes)`` soft and smoothed if anything is
+        mixed, else labels.
 
         Parameters
         ----------
@@ -192,7 +211,9 @@ class Mixing:
         weight = own[:, None, None, None] * ~_inside(boxes, (high, wide), device)
         mixed = _reversed(images, batch).lerp(images, weight)
         kept = sent(share.astype(np.float32), device)[:, None]
-        targets = F.one_hot(labels, self.classes) * (1 - self.smoothing) + self.smoothing / self.classes
+        targets = (
+            F.one_hot(labels, self.classes) * (1 - self.smoothing) + self.smoothing / self.classes
+        )
         return mixed, _reversed(targets, batch).lerp(targets, kept)
 
 

@@ -1,4 +1,5 @@
-"""Where a training run starts: the recipe's model before its first step, and its optimiser and learning rate."""
+"""Where a training run starts: the recipe's model before its first step, and its optimiser and
+learning rate."""
 
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ from bvit_interp.data.samples import Samples
 from bvit_interp.errors import UserError, choices
 from bvit_interp.models import checkpoint
 from bvit_interp.models.bvit import BViT
-from bvit_interp.training.draws import drawn_for
-from bvit_interp.training.recipe import Recipe
+from bvit_interp.training.loop.draws import drawn_for
+from bvit_interp.training.loop.recipe import Recipe
 
 
 def make_model(recipe: Recipe, samples: Samples) -> BViT:
@@ -26,7 +27,14 @@ def make_model(recipe: Recipe, samples: Samples) -> BViT:
             if recipe.positions == "sincos":
                 grid = build_sincos2d_pos_embed(list(model.patch_embed.grid_size), model.embed_dim)
                 model.pos_embed.data[0, -len(grid) :] = grid
-        except (TypeError, ValueError, AssertionError, RuntimeError, LookupError, ArithmeticError) as error:
+        except (
+            TypeError,
+            ValueError,
+            AssertionError,
+            RuntimeError,
+            LookupError,
+            ArithmeticError,
+        ) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             given = ", ".join(f"{key}={value}" for key, value in arguments.items())
             raise UserError(f"recipe: cannot make the model {name} ({given}): {reason}") from error
@@ -43,7 +51,9 @@ def make_model(recipe: Recipe, samples: Samples) -> BViT:
         raise UserError(f"recipe: patches of {patch} do not tile {size} pixels")
     if recipe.init is not None:
         _start_from(recipe.init, model)
-    if samples.native_size is not None or recipe.crop != "random-resized":  # the whole image is trained on
+    if (
+        samples.native_size is not None or recipe.crop != "random-resized"
+    ):  # the whole image is trained on
         model.pretrained_cfg |= {"crop_pct": 1.0}
     model.pretrained_cfg |= {"label_names": list(samples.classes)}
     return model
@@ -62,25 +72,34 @@ def _start_from(init: str, model: BViT) -> None:
 
 
 def schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int) -> CosineLRScheduler:
-    """Linear warm-up and cosine: the learning rate is a function of the step, or of the epoch, alone."""
+    """Linear warm-up and cosine: the learning rate is a function of the step, or of the epoch,
+    alone."""
     unit = 1 if recipe.schedule == "epoch" else steps
     warmup = round(recipe.warmup_epochs * unit)
     return CosineLRScheduler(
-        optimizer, t_initial=max(recipe.epochs * unit - warmup, 1), lr_min=recipe.min_lr, warmup_t=warmup,
-        warmup_lr_init=recipe.lr * recipe.warmup_factor, warmup_prefix=True, t_in_epochs=recipe.schedule == "epoch",
-    )  # fmt: skip
+        optimizer,
+        t_initial=max(recipe.epochs * unit - warmup, 1),
+        lr_min=recipe.min_lr,
+        warmup_t=warmup,
+        warmup_lr_init=recipe.lr * recipe.warmup_factor,
+        warmup_prefix=True,
+        t_in_epochs=recipe.schedule == "epoch",
+    )
 
 
 def optimizer(model: BViT, recipe: Recipe) -> torch.optim.AdamW:
     """AdamW; unless `decay_all`, norms, biases, tokens and positions are free of weight decay."""
     groups = [{"params": list(model.parameters()), "weight_decay": recipe.weight_decay}]
     if not recipe.decay_all:
-        free = model.no_weight_decay()  # given by name: the third argument changed between timm's versions
+        free = (
+            model.no_weight_decay()
+        )  # given by name: the third argument changed between timm's versions
         groups = param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=free)
     on_gpu = next(model.parameters()).is_cuda
     return torch.optim.AdamW(groups, lr=recipe.lr, fused=True, capturable=on_gpu)
 
 
 def ema_decay(recipe: Recipe, total_steps: int) -> float:
-    """The recipe's, or that of the paper's horizon in a run of this length (20,000 of 375,300 steps there)."""
+    """The recipe's, or that of the paper's horizon in a run of this length (20,000 of 375,300 steps
+    there)."""
     return 1 - 1 / max(0.053 * total_steps, 1) if recipe.ema is None else recipe.ema

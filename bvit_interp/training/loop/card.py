@@ -1,4 +1,5 @@
-"""The model card of a training run: what the model is, how it was made, what it scores and is good for."""
+"""The model card of a training run: what the model is, how it was made, what it scores and is good
+for."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import pandas as pd
 
 from bvit_interp.models import cost
 from bvit_interp.models.bvit import BViT
-from bvit_interp.training.recipe import Recipe
+from bvit_interp.training.loop.recipe import Recipe
 
 _ABOUT = {
     "digits-s": "scenes made on the fly; the test scenes' handwritten digits and photographs are never trained on. The "
@@ -22,15 +23,25 @@ _ABOUT = {
 }
 
 
-def write(folder: Path, model: BViT, recipe: Recipe, history: pd.DataFrame, made: dict[str, Any]) -> str:
-    """The card's text, from the last scored epoch of `history` and what `results.provenance` says of the run."""
+def write(
+    folder: Path, model: BViT, recipe: Recipe, history: pd.DataFrame, made: dict[str, Any]
+) -> str:
+    """The card's text, from the last scored epoch of `history` and what `results.provenance` says
+    of the run."""
     last = history.dropna(subset="top1").iloc[-1]
     name, data = folder.resolve().name, recipe.data.partition(":")[0]
-    settings = ", ".join(f"{key} {value}" for key, value in recipe.identity().items() if key not in ("model", "data"))
+    settings = ", ".join(
+        f"{key} {value}"
+        for key, value in recipe.resume_key().items()
+        if key not in ("model", "data")
+    )
     arguments = ", ".join(f"{key} {value}" for key, value in recipe.model.items() if key != "name")
     versions = ", ".join(f"{library} {version}" for library, version in made["versions"].items())
     gflops = cost.flops(model, count_attention=False) / 1e9
-    raw, averaged = _scores(last, "top1", "top5", "test_loss"), _scores(last, "ema_top1", "ema_top5", "ema_loss")
+    raw, averaged = (
+        _scores(last, "top1", "top5", "test_loss"),
+        _scores(last, "ema_top1", "ema_top5", "ema_loss"),
+    )
     return f"""# {name}
 
 {recipe.model["name"]} ({arguments}): {cost.parameters(model):,} parameters, {gflops:.2f} GFLOPs an image
@@ -49,5 +60,7 @@ without attention products.
 
 
 def _scores(row: pd.Series, top1: str, top5: str, loss: str) -> str:
-    among_five = "" if math.isnan(row[top5]) else f"top-5 {100 * row[top5]:.2f} %, "  # fewer than five classes
+    among_five = (
+        "" if math.isnan(row[top5]) else f"top-5 {100 * row[top5]:.2f} %, "
+    )  # fewer than five classes
     return f"{100 * row[top1]:.2f} % ({among_five}cross-entropy {row[loss]:.3f})"

@@ -1,9 +1,11 @@
-"""Crop, flip and resize of a batch on any device: each image has its own box, and two small matrices.
+"""Crop, flip and resize of a batch on any device: each image has its own box, and two small
+matrices.
 
-A separable resize is a matrix for each axis: ``out = rows @ image @ columns.T``. Its weights are those of Pillow's and
-torch's antialiased bilinear filter inside the box, so an image cut here is that of
-``torchvision.transforms.v2.functional.resized_crop`` up to the rounding of a grey level. A CPU gains nothing
-from whole batches: it takes torch's own filter image by image where anything is resized, which is six times as fast.
+A separable resize is a matrix for each axis: ``out = rows @ image @ columns.T``. Its weights are
+those of Pillow's and torch's antialiased bilinear filter inside the box, so an image cut here is
+that of ``torchvision.transforms.v2.functional.resized_crop`` up to the rounding of a grey level. A
+CPU gains nothing from whole batches: it takes torch's own filter image by image where anything is
+resized, which is six times as fast.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bvit_interp.training.draws import sent
+from bvit_interp.training.loop.draws import sent
 
 TRIES = 10  # boxes drawn until one lies inside the image, as torchvision does
 WIDTH = 2 * TRIES + 3  # random numbers that a crop takes: areas, ratios, two places, a flip
@@ -24,8 +26,8 @@ RATIO = (3 / 4, 4 / 3)
 def random_boxes(draws: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Boxes of torchvision's `RandomResizedCrop`, ``(B, 4)`` int64: top, left, height, width.
 
-    Area uniform in `AREA`, ratio log-uniform in `RATIO`; where none of `TRIES` fits, the largest centred box of an
-    allowed ratio.
+    Area uniform in `AREA`, ratio log-uniform in `RATIO`; where none of `TRIES` fits, the largest
+    centred box of an allowed ratio.
 
     Parameters
     ----------
@@ -36,12 +38,18 @@ def random_boxes(draws: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     area = high * wide * (AREA[0] + (AREA[1] - AREA[0]) * draws[:, :TRIES])
     low, up = np.log(RATIO)
     ratio = np.exp(low + (up - low) * draws[:, TRIES : 2 * TRIES])
-    widths, heights = (np.rint(np.sqrt(part)).astype(np.int64) for part in (area * ratio, area / ratio))
+    widths, heights = (
+        np.rint(np.sqrt(part)).astype(np.int64) for part in (area * ratio, area / ratio)
+    )
     fits = (widths > 0) & (widths <= wide) & (heights > 0) & (heights <= high)
     chosen = fits.argmax(1)[:, None]
     height, width = (np.take_along_axis(sides, chosen, 1)[:, 0] for sides in (heights, widths))
     within = wide / high
-    fallback = (round(wide / RATIO[0]), wide) if within < RATIO[0] else (high, round(high * min(within, RATIO[1])))
+    fallback = (
+        (round(wide / RATIO[0]), wide)
+        if within < RATIO[0]
+        else (high, round(high * min(within, RATIO[1])))
+    )
     none = ~fits.any(1)
     height, width = np.where(none, fallback[0], height), np.where(none, fallback[1], width)
     places = draws[:, 2 * TRIES : 2 * TRIES + 2]
@@ -51,7 +59,8 @@ def random_boxes(draws: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def padded_boxes(draws: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Boxes of the images' own size that reach up to an eighth of the height beyond them, ``(B, 4)`` int64."""
+    """Boxes of the images' own size that reach up to an eighth of the height beyond them, ``(B,
+    4)`` int64."""
     pad = size[0] // 8
     corner = (draws[:, 2 * TRIES : 2 * TRIES + 2] * (2 * pad + 1)).astype(np.int64) - pad
     return np.concatenate([corner, np.broadcast_to(size, corner.shape)], 1)
@@ -85,12 +94,17 @@ def cut(images: Tensor, boxes: np.ndarray, flips: np.ndarray, size: tuple[int, i
     return _multiplied(images, boxes, flips, size)
 
 
-def _filtered(images: Tensor, boxes: np.ndarray, flips: np.ndarray, size: tuple[int, int]) -> Tensor:
+def _filtered(
+    images: Tensor, boxes: np.ndarray, flips: np.ndarray, size: tuple[int, int]
+) -> Tensor:
     """One image after the other, by torch's filter; boxes lie inside the images."""
     small = torch.cat(
         [
             F.interpolate(
-                image[None, :, top : top + height, left : left + width], size, mode="bilinear", antialias=True
+                image[None, :, top : top + height, left : left + width],
+                size,
+                mode="bilinear",
+                antialias=True,
             )
             for image, (top, left, height, width) in zip(images, boxes.tolist(), strict=True)
         ]
@@ -99,7 +113,9 @@ def _filtered(images: Tensor, boxes: np.ndarray, flips: np.ndarray, size: tuple[
     return torch.where(mirrored, small.flip(3), small)
 
 
-def _multiplied(images: Tensor, boxes: np.ndarray, flips: np.ndarray, size: tuple[int, int]) -> Tensor:
+def _multiplied(
+    images: Tensor, boxes: np.ndarray, flips: np.ndarray, size: tuple[int, int]
+) -> Tensor:
     """All at once, by two matrices an image; what lies beyond an image is black."""
     (high, wide), device = images.shape[2:], images.device
     upright = not flips.any()
@@ -119,9 +135,14 @@ def _multiplied(images: Tensor, boxes: np.ndarray, flips: np.ndarray, size: tupl
     return small.add_(0.5).clamp_(0, 255).to(torch.uint8)
 
 
-def _weights(begin: np.ndarray, length: np.ndarray, out: int, pixels: range, device: torch.device) -> Tensor:
-    """What each of `out` pixels takes from source pixels `pixels` on one axis, ``(B, out, pixels)`` float32."""
-    starts, lengths = (sent(part.astype(np.float32), device)[:, None, None] for part in (begin, length))
+def _weights(
+    begin: np.ndarray, length: np.ndarray, out: int, pixels: range, device: torch.device
+) -> Tensor:
+    """What each of `out` pixels takes from source pixels `pixels` on one axis, ``(B, out, pixels)``
+    float32."""
+    starts, lengths = (
+        sent(part.astype(np.float32), device)[:, None, None] for part in (begin, length)
+    )
     scale = lengths / out
     centres = starts + (torch.arange(out, device=device)[:, None] + 0.5) * scale
     centre_of = torch.arange(pixels.start, pixels.stop, device=device) + 0.5

@@ -1,8 +1,8 @@
 """What a run minimises: cross-entropy, and with a teacher hard distillation.
 
-DeiT (Touvron et al. 2021, https://arxiv.org/abs/2012.12877; appendix C of the paper): half the loss is the class head's
-against the label, half the distillation head's against the teacher's decision on the same, augmented and mixed, image.
-Labels are smoothed in the first half only.
+DeiT (Touvron et al. 2021, https://arxiv.org/abs/2012.12877; appendix C of the paper): half the loss
+is the class head's against the label, half the distillation head's against the teacher's decision
+on the same, augmented and mixed, image. Labels are smoothed in the first half only.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ import torch
 import torch.nn.functional as F
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
+from torchvision import models
 
 from bvit_interp.errors import CheckpointError, UserError, choices
 from bvit_interp.models import checkpoint
 from bvit_interp.models.bvit import BViT
-from bvit_interp.training.recipe import Recipe
+from bvit_interp.training.loop.recipe import Recipe
 
 Output = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 Objective = Callable[[Output, torch.Tensor, torch.Tensor], torch.Tensor]
-"""Output of the model, targets (labels ``(B,)`` or soft ``(B, C)``) and images -> mean loss, nats."""
+"""Output of the model, targets (labels ``(B,)`` or soft ``(B, C)``) and images -> mean loss,
+nats."""
 
 
 def objective(recipe: Recipe, model: BViT, device: str) -> Objective:
@@ -31,11 +33,14 @@ def objective(recipe: Recipe, model: BViT, device: str) -> Objective:
     Raises
     ------
     UserError
-        A teacher without a distilled model or with other classes, or a distilled model without a teacher.
+        A teacher without a distilled model or with other classes, or a distilled model without a
+        teacher.
     """
 
     def supervised(logits: Output, target: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-        smoothing = recipe.label_smoothing if target.ndim == 1 else 0.0  # soft targets come smoothed
+        smoothing = (
+            recipe.label_smoothing if target.ndim == 1 else 0.0
+        )  # soft targets come smoothed
         return F.cross_entropy(logits.float(), target, label_smoothing=smoothing)
 
     distilled = hasattr(model, "set_distilled_training")
@@ -52,7 +57,9 @@ def objective(recipe: Recipe, model: BViT, device: str) -> Objective:
     def distillation(logits: Output, target: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
         from_label, from_teacher = logits
         decided = teacher(images)
-        return 0.5 * supervised(from_label, target, images) + 0.5 * F.cross_entropy(from_teacher.float(), decided)
+        return 0.5 * supervised(from_label, target, images) + 0.5 * F.cross_entropy(
+            from_teacher.float(), decided
+        )
 
     return distillation
 
@@ -62,8 +69,8 @@ class Teacher(nn.Module):
 
     Parameters
     ----------
-    spec : a checkpoint as `checkpoint.load` takes it, timm:NAME of any kind of model, or torchvision:NAME, each with
-        its own weights.
+    spec : a checkpoint as `checkpoint.load` takes it, timm:NAME of any kind of model, or
+        torchvision:NAME, each with its own weights.
     student : for the normalisation and number of classes.
     """
 
@@ -83,12 +90,18 @@ class Teacher(nn.Module):
             try:
                 classes = self.model(torch.zeros(1, student.in_chans, height, width)).shape[1]
             except (RuntimeError, AssertionError, AttributeError, TypeError, IndexError) as error:
-                raise UserError(f"recipe: the teacher {spec} does not classify {height} x {width} pixels") from error
+                raise UserError(
+                    f"recipe: the teacher {spec} does not classify {height} x {width} pixels"
+                ) from error
         if classes != student.num_classes:
-            raise UserError(f"recipe: the teacher {spec} has {classes} classes, the model {student.num_classes}")
+            raise UserError(
+                f"recipe: the teacher {spec} has {classes} classes, the model {student.num_classes}"
+            )
         names = cfg.get("label_names")
         if names and list(names) != checkpoint.class_names(student):
-            raise UserError(f"recipe: the teacher {spec} names its classes otherwise: {choices(names)}")
+            raise UserError(
+                f"recipe: the teacher {spec} names its classes otherwise: {choices(names)}"
+            )
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -99,8 +112,6 @@ class Teacher(nn.Module):
 def _open(spec: str) -> nn.Module:
     kind, _, name = spec.partition(":")
     if kind == "torchvision":
-        from torchvision import models
-
         if name not in models.list_models():
             raise UserError(f"recipe: torchvision has no model {name!r}")
         return _fetched(spec, lambda: models.get_model(name, weights="DEFAULT"))
@@ -113,4 +124,6 @@ def _fetched(spec: str, make: Callable[[], nn.Module]) -> nn.Module:
     try:
         return make()
     except (OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{spec}: weights could not be had ({str(error).partition(chr(10))[0]})") from error
+        raise CheckpointError(
+            f"{spec}: weights could not be had ({str(error).partition(chr(10))[0]})"
+        ) from error

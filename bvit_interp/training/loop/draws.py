@@ -1,4 +1,5 @@
-"""Random numbers that are a function of what they are drawn for, never of how far a process has come.
+"""Random numbers that are a function of what they are drawn for, never of how far a process has
+come.
 
 A run that was killed goes on with the same images, on any number of workers and on any device.
 """
@@ -16,7 +17,8 @@ import torch
 class Draws:
     """A table of uniform random numbers of which any row can be had without the others.
 
-    Row r of the table of one `key` is the same whether it is taken alone, by a worker, or with all rows at once.
+    Row r of the table of one `key` is the same whether it is taken alone, by a worker, or with all
+    rows at once.
 
     Parameters
     ----------
@@ -41,7 +43,8 @@ class Draws:
 
 @contextmanager
 def drawn_for(*numbers: int) -> Iterator[None]:
-    """Inside, Python's, numpy's and torch's random numbers depend on `numbers` alone; outside nothing changes.
+    """Inside, Python's, numpy's and torch's random numbers depend on `numbers` alone; outside
+    nothing changes.
 
     A GPU's generator is seeded too and not put back: nothing else draws from it in training.
     """

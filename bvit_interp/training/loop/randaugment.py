@@ -1,10 +1,12 @@
-"""RandAugment of a whole batch on any device, each image with its own operations (Cubuk et al. 2020, arXiv 1909.13719).
+"""RandAugment of a whole batch on any device, each image with its own operations (Cubuk et al.
+2020, arXiv 1909.13719).
 
-Two sets of operations and strengths: torchvision's ``RandAugment(2, 9)`` and timm's words, as ``rand-m9-mstd0.5-inc1``.
-Every operation is the arithmetic of Pillow's, on which both are built, and of one of four kinds: a new place for each
-pixel (shear, translate, rotate), a table of 256 values for each channel (brightness, contrast, posterize, solarize,
-autocontrast, equalize, invert), a share of the image's grey, or of its smoothed self. What images of a batch drew the
-same kind is done at once. Where timm draws between bilinear and bicubic interpolation, it is bilinear here.
+Two sets of operations and strengths: torchvision's ``RandAugment(2, 9)`` and timm's words, as
+``rand-m9-mstd0.5-inc1``. Every operation is the arithmetic of Pillow's, on which both are built,
+and of one of four kinds: a new place for each pixel (shear, translate, rotate), a table of 256
+values for each channel (brightness, contrast, posterize, solarize, autocontrast, equalize, invert),
+a share of the image's grey, or of its smoothed self. What images of a batch drew the same kind is
+done at once. Where timm draws between bilinear and bicubic interpolation, it is bilinear here.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from scipy.special import ndtri
 from torch import Tensor
 
 from bvit_interp.errors import UserError
-from bvit_interp.training.draws import sent
+from bvit_interp.training.loop.draws import sent
 
 DRAWN = 4  # random numbers that an operation takes: which, whether, its strength, its sign
 _WORDS = re.compile(r"rand(-((m|n|mmax|inc)\d+|(p|mstd)\d+(\.\d+)?))*")
@@ -41,7 +43,8 @@ _TABLES = (
     "Invert",
 )
 Magnitude = Callable[[np.ndarray, np.ndarray, tuple[int, int]], np.ndarray]
-"""Strengths ``(n,)`` on the set's scale, signs ``(n,)`` of 1 or -1, height and width -> what Pillow is given."""
+"""Strengths ``(n,)`` on the set's scale, signs ``(n,)`` of 1 or -1, height and width -> what Pillow
+is given."""
 
 
 def _whole(values: np.ndarray) -> np.ndarray:
@@ -135,7 +138,9 @@ class RandAugment:
             which, whether, strength, sign = draws[:, DRAWN * i : DRAWN * (i + 1)].T
             drawn = (which * len(names)).astype(np.int64)
             drawn[whether >= self.probability] = -1
-            self._operate(images, names, drawn, self._strengths(strength), np.where(sign < 0.5, -1.0, 1.0))
+            self._operate(
+                images, names, drawn, self._strengths(strength), np.where(sign < 0.5, -1.0, 1.0)
+            )
         return images
 
     def _strengths(self, uniform: np.ndarray) -> np.ndarray:
@@ -147,7 +152,12 @@ class RandAugment:
         return np.clip(self.strength + self.deviation * normal, 0, self.largest)
 
     def _operate(
-        self, images: Tensor, names: list[str], drawn: np.ndarray, strengths: np.ndarray, signs: np.ndarray
+        self,
+        images: Tensor,
+        names: list[str],
+        drawn: np.ndarray,
+        strengths: np.ndarray,
+        signs: np.ndarray,
     ) -> None:
         """One operation on each image, in place."""
         size = (images.shape[2], images.shape[3])
@@ -169,7 +179,13 @@ class RandAugment:
 def torchvisions() -> RandAugment:
     """torchvision's ``RandAugment(num_ops=2, magnitude=9)``, which fills with black."""
     return RandAugment(
-        space=_TORCHVISION, operations=2, probability=1.0, strength=9 / 30, deviation=0.0, largest=1.0, fill=(0, 0, 0)
+        space=_TORCHVISION,
+        operations=2,
+        probability=1.0,
+        strength=9 / 30,
+        deviation=0.0,
+        largest=1.0,
+        fill=(0, 0, 0),
     )
 
 
@@ -199,14 +215,18 @@ def timms(words: str, fill: tuple[int, int, int]) -> RandAugment:
     )
 
 
-def apply(images: Tensor, names: list[str], magnitudes: np.ndarray, fill: tuple[int, int, int]) -> Tensor:
+def apply(
+    images: Tensor, names: list[str], magnitudes: np.ndarray, fill: tuple[int, int, int]
+) -> Tensor:
     """One operation on each image, all of one kind, ``(n, 3, H, W)`` uint8.
 
     Parameters
     ----------
     images : ``(n, 3, H, W)`` uint8.
-    names : an operation for each image; all move pixels, all are tables, or all are one of Color and Sharpness.
-    magnitudes : what Pillow is given: degrees, pixels, a slope, a factor, bits or a threshold, ``(n,)``.
+    names : an operation for each image; all move pixels, all are tables, or all are one of Color
+        and Sharpness.
+    magnitudes : what Pillow is given: degrees, pixels, a slope, a factor, bits or a threshold,
+        ``(n,)``.
     fill : what comes in from beyond the image, per channel.
     """
     if names[0] in _MOVES:
@@ -214,17 +234,27 @@ def apply(images: Tensor, names: list[str], magnitudes: np.ndarray, fill: tuple[
     amount = sent(magnitudes.astype(np.float32), images.device)
     if names[0] in _TABLES:
         tables = _tables(images, names, amount)
-        return tables.flatten(0, 1).gather(1, images.flatten(0, 1).flatten(1).long()).view_as(images)
+        return (
+            tables.flatten(0, 1).gather(1, images.flatten(0, 1).flatten(1).long()).view_as(images)
+        )
     other = _grey(images)[:, None] if names[0] == "Color" else _smooth(images)
     return _blend(other, images, amount[:, None, None, None])
 
 
-def _moved(images: Tensor, names: list[str], magnitudes: np.ndarray, fill: tuple[int, int, int]) -> Tensor:
-    """Shear, translate, rotate: pixel (x, y) of the result is taken from a x + b y + c, d x + e y + f."""
+def _moved(
+    images: Tensor, names: list[str], magnitudes: np.ndarray, fill: tuple[int, int, int]
+) -> Tensor:
+    """Shear, translate, rotate: pixel (x, y) of the result is taken from a x + b y + c, d x + e y +
+    f."""
     high, wide = images.shape[2:]
     matrices = np.zeros((len(names), 2, 3), np.float32)
     matrices[:, 0, 0] = matrices[:, 1, 1] = 1
-    for name, place in (("ShearX", (0, 1)), ("ShearY", (1, 0)), ("TranslateX", (0, 2)), ("TranslateY", (1, 2))):
+    for name, place in (
+        ("ShearX", (0, 1)),
+        ("ShearY", (1, 0)),
+        ("TranslateX", (0, 2)),
+        ("TranslateY", (1, 2)),
+    ):
         own = np.array([other == name for other in names])
         matrices[own, place[0], place[1]] = magnitudes[own]
     own = np.array([other == "Rotate" for other in names])
@@ -239,7 +269,9 @@ def _moved(images: Tensor, names: list[str], magnitudes: np.ndarray, fill: tuple
     columns, rows = torch.arange(wide, device=device) + 0.5, torch.arange(high, device=device) + 0.5
     # places in the source in pixels, (n, 2, H, W): x, then y
     places = (
-        given[:, :, 0, None, None] * columns + given[:, :, 1, None, None] * rows[:, None] + given[:, :, 2, None, None]
+        given[:, :, 0, None, None] * columns
+        + given[:, :, 1, None, None] * rows[:, None]
+        + given[:, :, 2, None, None]
     )
     sides = sent(np.array([wide, high], np.float32), device).view(2, 1, 1)
     inside = ((places >= 0) & (places < sides)).all(1, keepdim=True)
@@ -278,7 +310,10 @@ def _table(name: str, images: Tensor, at: Tensor, values: Tensor) -> Tensor:
     if name == "Invert":
         return (255 - values).to(torch.uint8)
     if name == "AutoContrast":
-        low, high = (part.float()[..., None] for part in (images.flatten(2).amin(2), images.flatten(2).amax(2)))
+        low, high = (
+            part.float()[..., None]
+            for part in (images.flatten(2).amin(2), images.flatten(2).amax(2))
+        )
         scale = 255 / (high - low).clamp(min=1)
         # the small number keeps whole results whole where the two products round differently
         stretched = (values * scale - low * scale + 1e-4).floor().clamp(0, 255)
@@ -291,7 +326,9 @@ def _table(name: str, images: Tensor, at: Tensor, values: Tensor) -> Tensor:
 def _equalized(images: Tensor, values: Tensor) -> Tensor:
     """Pillow's histogram equalisation."""
     flat = images.flatten(0, 1).flatten(1).long()
-    counts = torch.zeros(len(flat), 256, device=images.device).scatter_add_(1, flat, torch.ones_like(flat).float())
+    counts = torch.zeros(len(flat), 256, device=images.device).scatter_add_(
+        1, flat, torch.ones_like(flat).float()
+    )
     last = counts.gather(1, flat.amax(1, keepdim=True))  # how often the brightest value occurs
     step = ((counts.sum(1, keepdim=True) - last) / 255).floor()
     before = counts.cumsum(1) - counts

@@ -1,4 +1,5 @@
-"""A recipe: everything a training run is made of, as a small YAML file shipped beside this module."""
+"""A recipe: everything a training run is made of, as a small YAML file shipped beside this
+module."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ import yaml
 from bvit_interp.errors import UserError, choices
 
 FOLDER = Path(__file__).parent / "recipes"
-_NOT_OF_A_MODEL = {  # arguments of timm's factory that would load weights or make another kind of model
+# arguments of timm's factory that would load weights or make another kind of model
+_NOT_OF_A_MODEL = {
     "pretrained",
     "pretrained_cfg",
     "pretrained_cfg_overlay",
@@ -56,9 +58,11 @@ class Recipe:
     data: str
     """Data set of the catalog, NAME or NAME:PATH."""
     init: str | None = None
-    """Checkpoint to start from; what it lacks (a time embedding, registers) starts at its own beginning."""
+    """Checkpoint to start from; what it lacks (a time embedding, registers) starts at its own
+    beginning."""
     teacher: str | None = None
-    """Distil from it (DeiT, hard labels): a checkpoint, timm:NAME or torchvision:NAME; needs a distilled model."""
+    """Distil from it (DeiT, hard labels): a checkpoint, timm:NAME or torchvision:NAME; needs a
+    distilled model."""
     epochs: int
     """Passes over the training images."""
     images_per_epoch: int | None = None
@@ -86,11 +90,13 @@ class Recipe:
     decay_all: bool = False
     """Decay every tensor; by default norms, biases, tokens and positions are free of it."""
     crop: str = "none"
-    """none, padded (by an eighth, then cut at random) or random-resized (area 0.08..1, ratio 3/4..4/3)."""
+    """none, padded (by an eighth, then cut at random) or random-resized (area 0.08..1, ratio
+    3/4..4/3)."""
     flip: bool = False
     """Mirror half of the images."""
     randaugment: str | None = None
-    """torchvision (RandAugment, 2 operations of magnitude 9) or timm's words, as rand-m9-mstd0.5-inc1."""
+    """torchvision (RandAugment, 2 operations of magnitude 9) or timm's words, as
+    rand-m9-mstd0.5-inc1."""
     erase: float = 0.0
     """Probability of Random Erasing, 0..1."""
     mixup: float = 0.0
@@ -100,15 +106,18 @@ class Recipe:
     label_smoothing: float = 0.0
     """Share of each label spread over all classes."""
     ema: float | None = None
-    """Decay of the averaged weights; by default a horizon of 5.3 % of the steps, the paper's share of its run."""
+    """Decay of the averaged weights; by default a horizon of 5.3 % of the steps, the paper's share
+    of its run."""
     clip: float | None = 1.0
     """Largest norm of the gradient; null does not clip."""
     positions: str = "random"
-    """How the learned positions start: random (timm's, std 0.02) or sincos (2-D sines and cosines of amplitude 1)."""
+    """How the learned positions start: random (timm's, std 0.02) or sincos (2-D sines and cosines
+    of amplitude 1)."""
     autocast: str = "auto"
     """bf16, off, or auto: what a short trial on the device shows to be faster."""
     patch_drop_until: float = 1.0
-    """Share of the epochs in which `model.patch_drop_rate` holds, 0..1; afterwards no patch is left out."""
+    """Share of the epochs in which `model.patch_drop_rate` holds, 0..1; afterwards no patch is left
+    out."""
     compile: bool = False
     """Compile the blocks (needs a C++ compiler on a CPU)."""
     grad_checkpointing: bool = False
@@ -126,13 +135,17 @@ class Recipe:
         if "name" not in self.model:
             raise UserError("recipe: model needs a name")
         if loaded := sorted(_NOT_OF_A_MODEL & self.model.keys()):
-            raise UserError(f"recipe: the model does not take {choices(loaded)}; weights come from init")
+            raise UserError(
+                f"recipe: the model does not take {choices(loaded)}; weights come from init"
+            )
         for name in ("epochs", "images_per_epoch", "batch_size", "accumulate", "score_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"recipe: {name} must be >= 1, got {value}")
         if self.images_per_epoch is not None and self.images_per_epoch < self.batch_size:
-            raise UserError(f"recipe: an epoch of {self.images_per_epoch} images is less than a batch")
+            raise UserError(
+                f"recipe: an epoch of {self.images_per_epoch} images is less than a batch"
+            )
         for name in ("erase", "label_smoothing", "warmup_factor", "ema", "patch_drop_until"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
@@ -146,27 +159,45 @@ class Recipe:
         if self.ema == 1:
             raise UserError("recipe: ema must be less than 1: averaged weights would never move")
         if self.warmup_epochs and self.warmup_epochs >= self.epochs:
-            raise UserError(f"recipe: warmup_epochs {self.warmup_epochs} must be less than epochs {self.epochs}")
+            raise UserError(
+                f"recipe: warmup_epochs {self.warmup_epochs} must be less than epochs {self.epochs}"
+            )
         if self.schedule == "epoch" and self.warmup_epochs % 1:
-            raise UserError(f"recipe: schedule epoch needs whole warmup_epochs, got {self.warmup_epochs}")
+            raise UserError(
+                f"recipe: schedule epoch needs whole warmup_epochs, got {self.warmup_epochs}"
+            )
         for name, allowed in _WORDS.items():
             if getattr(self, name) not in allowed:
-                raise UserError(f"recipe: {name} must be {choices(allowed)}, got {getattr(self, name)!r}")
+                raise UserError(
+                    f"recipe: {name} must be {choices(allowed)}, got {getattr(self, name)!r}"
+                )
 
-    def identity(self) -> dict[str, Any]:
+    def resume_key(self) -> dict[str, Any]:
         """The settings that the weights depend on: those a run must share to be continued."""
-        settings = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("workers", "score_every")}
+        settings = {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.name not in ("workers", "score_every")
+        }
         return settings | {"data": self.data.partition(":")[0]}
 
     def patch_drop(self, epoch: float) -> float:
         """Share of the patches that epoch `epoch` (from 0) leaves out of each image."""
         rate = float(self.model.get("patch_drop_rate") or 0.0)
-        return rate if self.patch_drop_until == 1 or epoch < round(self.patch_drop_until * self.epochs) else 0.0
+        return (
+            rate
+            if self.patch_drop_until == 1 or epoch < round(self.patch_drop_until * self.epochs)
+            else 0.0
+        )
 
     def hardness(self, epoch: int) -> float:
-        """Share of photographs and distractors in epoch `epoch` (from 0): 0 easy .. 1 the data set."""
+        """Share of photographs and distractors in epoch `epoch` (from 0): 0 easy .. 1 the data
+        set."""
         past_easy = epoch - self.easy_epochs
-        return min(max(past_easy / self.fade_epochs if self.fade_epochs else float(past_easy >= 0), 0.0), 1.0)
+        return min(
+            max(past_easy / self.fade_epochs if self.fade_epochs else float(past_easy >= 0), 0.0),
+            1.0,
+        )
 
 
 def available() -> list[str]:
@@ -179,7 +210,8 @@ def read(name: str, settings: Sequence[str] = (), data: str | None = None) -> Re
 
     Parameters
     ----------
-    name : a shipped recipe or a YAML file; a recipe that `extends` another changes only what it names.
+    name : a shipped recipe or a YAML file; a recipe that `extends` another changes only what it
+        names.
     settings : ``key=value``, and ``model.key=value`` for the model's arguments.
     data : data set in place of the recipe's.
     """
@@ -195,8 +227,12 @@ def read(name: str, settings: Sequence[str] = (), data: str | None = None) -> Re
             raise UserError(f"--set {key}: not YAML: {value!r}") from None
     known = [f.name for f in fields(Recipe)]
     if unknown := sorted({str(key) for key in content} - set(known)):
-        raise UserError(f"recipe {name}: unknown setting {choices(unknown)}; settings: {choices(known, 20)}")
-    if missing := [f.name for f in fields(Recipe) if f.default is MISSING and f.name not in content]:
+        raise UserError(
+            f"recipe {name}: unknown setting {choices(unknown)}; settings: {choices(known, 20)}"
+        )
+    if missing := [
+        f.name for f in fields(Recipe) if f.default is MISSING and f.name not in content
+    ]:
         raise UserError(f"recipe {name}: {choices(missing)} must be given")
     return Recipe(**{key: _typed(name, key, value) for key, value in content.items()})
 
@@ -211,14 +247,19 @@ _EXPECTED = {
 
 
 def _typed(recipe: str, key: str, value: Any) -> Any:
-    """A setting read from YAML in its field's type; YAML 1.1 takes 1e-3 for text and off for false."""
+    """A setting read from YAML in its field's type; YAML 1.1 takes 1e-3 for text and off for
+    false."""
     kind = get_type_hints(Recipe)[key]
     optional = get_origin(kind) is UnionType
     if optional:
         kind = next(part for part in get_args(kind) if part is not NoneType)
     if optional and value is None:
         return value
-    if kind in (int, float) and isinstance(value, int | float | str) and not isinstance(value, bool):
+    if (
+        kind in (int, float)
+        and isinstance(value, int | float | str)
+        and not isinstance(value, bool)
+    ):
         try:
             number = float(value)
         except (ValueError, OverflowError):

@@ -16,8 +16,8 @@ from bvit_interp.data.loader import Loader
 from bvit_interp.data.samples import Samples
 from bvit_interp.errors import UserError
 from bvit_interp.models.bvit import BViT
-from bvit_interp.training import feed
-from bvit_interp.training.recipe import Recipe
+from bvit_interp.training.loop import feed
+from bvit_interp.training.loop.recipe import Recipe
 
 _KEPT_BYTES = 4 * 2**30  # test images kept as the model sees them
 
@@ -33,7 +33,9 @@ class Test:
     workers, device : how and where the images are read.
     """
 
-    def __init__(self, samples: Samples, geometry: Geometry, places: torch.Tensor, workers: int, device: str) -> None:
+    def __init__(
+        self, samples: Samples, geometry: Geometry, places: torch.Tensor, workers: int, device: str
+    ) -> None:
         self.places, self.device = places, device
         self.loader = Loader(samples, [geometry], batch_size=250, workers=workers)
         self.fits = 12 * len(self.loader.index) * math.prod(geometry.size) <= _KEPT_BYTES
@@ -72,11 +74,19 @@ def test_images(trained: Samples, model: BViT, recipe: Recipe, device: str) -> T
         If they are the images it is trained on, or of other classes.
     """
     samples = open_samples(recipe.data)
-    place, own = ([getattr(kind, name, None) for name in ("root", "split")] for kind in (samples, trained))
+    place, own = (
+        [getattr(kind, name, None) for name in ("root", "split")] for kind in (samples, trained)
+    )
     if place == own:
         raise UserError(f"recipe: {recipe.data} has nothing to score on beside its training images")
     places, geometry = label_map(samples, model), Geometry.of(model, samples)
-    key = feed.fingerprint(samples), geometry, tuple(places.tolist()), device, results.rank_and_world()
+    key = (
+        feed.fingerprint(samples),
+        geometry,
+        tuple(places.tolist()),
+        device,
+        results.rank_and_world(),
+    )
     if (found := _TESTS.get(key)) is None:
         found = _TESTS[key] = Test(samples, geometry, places, feed.readers(recipe, device), device)
     return found

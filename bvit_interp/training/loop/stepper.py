@@ -1,4 +1,5 @@
-"""One optimiser step; on a GPU captured once in a CUDA graph and replayed, so that the host never holds it up."""
+"""One optimiser step; on a GPU captured once in a CUDA graph and replayed, so that the host never
+holds it up."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ import torch
 from timm.layers import PatchDropout
 from torch import Tensor, nn
 
-from bvit_interp.training.draws import drawn_for
-from bvit_interp.training.recipe import Recipe
+from bvit_interp.training.loop.draws import drawn_for
+from bvit_interp.training.loop.recipe import Recipe
 
 _EAGER = 3  # steps taken before one is captured: kernels are chosen, memory and moments allocated
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -20,10 +21,11 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class GivenPatchDropout(PatchDropout):
-    """timm's `PatchDropout` on noise that is drawn before the forward pass, for steps that are captured.
+    """timm's `PatchDropout` on noise that is drawn before the forward pass, for steps that are
+    captured.
 
-    A captured step would draw by a seed at an address that all graphs of a process share, so runs side by side would
-    take each other's.
+    A captured step would draw by a seed at an address that all graphs of a process share, so runs
+    side by side would take each other's.
 
     Parameters
     ----------
@@ -43,7 +45,8 @@ class GivenPatchDropout(PatchDropout):
         self.noise.normal_(generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Keep each image's patches of the smallest noise, ``(b, tokens, D)``; the parts of a batch come in turn."""
+        """Keep each image's patches of the smallest noise, ``(b, tokens, D)``; the parts of a batch
+        come in turn."""
         if not self.training or not self.prob:
             return x
         assert self.noise is not None
@@ -59,9 +62,10 @@ class GivenPatchDropout(PatchDropout):
 class Stepper:
     """Forward, backward, clipping and AdamW.
 
-    On one GPU the fourth step is captured with all its kernels, at fixed addresses; later ones are replays. What
-    changes between steps comes in from outside: images, targets, the learning rate and the noise by which patches are
-    left out. Several processes and CPUs take every step one call at a time.
+    On one GPU the fourth step is captured with all its kernels, at fixed addresses; later ones are
+    replays. What changes between steps comes in from outside: images, targets, the learning rate
+    and the noise by which patches are left out. Several processes and CPUs take every step one call
+    at a time.
 
     Parameters
     ----------
@@ -69,7 +73,8 @@ class Stepper:
     model : whose parameters are trained.
     optimizer : with `capturable` groups where steps are captured.
     loss : of a part of a batch.
-    unshared : a context in which gradients are not yet shared among processes, for all parts but the last.
+    unshared : a context in which gradients are not yet shared among processes, for all parts but
+        the last.
     captures : whether steps are captured.
     noisy : modules whose noise is drawn before every step.
     """
@@ -110,7 +115,9 @@ class Stepper:
         Loss and norm of the gradient before clipping, on the device.
         """
         if self.noisy:
-            seed = int(np.random.SeedSequence(drawn).generate_state(1, np.uint64)[0] >> np.uint64(1))
+            seed = int(
+                np.random.SeedSequence(drawn).generate_state(1, np.uint64)[0] >> np.uint64(1)
+            )
             self._generator = self._generator or torch.Generator(images.device)
             self._generator.manual_seed(seed)
             for module in self.noisy:
@@ -122,7 +129,13 @@ class Stepper:
             return self._taken_once(images, targets)
 
     def _taken_once(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        parts = list(zip(images.chunk(self.recipe.accumulate), targets.chunk(self.recipe.accumulate), strict=True))
+        parts = list(
+            zip(
+                images.chunk(self.recipe.accumulate),
+                targets.chunk(self.recipe.accumulate),
+                strict=True,
+            )
+        )
         total = torch.zeros((), device=images.device)
         for i, (pixels, target) in enumerate(parts):
             with nullcontext() if i + 1 == len(parts) else self.unshared():

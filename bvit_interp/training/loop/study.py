@@ -1,8 +1,10 @@
-"""A study: one recipe trained at several points of a grid and with several seeds, into one tidy table.
+"""A study: one recipe trained at several points of a grid and with several seeds, into one tidy
+table.
 
-Fig. 2 (width, steps, heads) and Table 2 (blocks) of the paper (arXiv 2605.10661), at the scale of CIFAR-10 or digits-s.
-A study is a YAML file, as those beside this module: a recipe, settings for all runs, and points that change some of
-them. It goes on where it stopped, also in the middle of a run.
+Fig. 2 (width, steps, heads) and Table 2 (blocks) of the paper (arXiv 2605.10661), at the scale of
+CIFAR-10 or digits-s. A study is a YAML file, as those beside this module: a recipe, settings for
+all runs, and points that change some of them. It goes on where it stopped, also in the middle of a
+run.
 """
 
 from __future__ import annotations
@@ -20,9 +22,10 @@ from bvit_interp.errors import UserError, choices
 from bvit_interp.models import cost
 from bvit_interp.models.bvit import BViT
 from bvit_interp.results import Table, read_table
-from bvit_interp.training import feed, start, supervised
-from bvit_interp.training import recipe as recipes
-from bvit_interp.training.trainer import HISTORY
+from bvit_interp.training.loop import build as start
+from bvit_interp.training.loop import feed, supervised
+from bvit_interp.training.loop import recipe as recipes
+from bvit_interp.training.loop.trainer import HISTORY
 
 FOLDER = Path(__file__).parent / "studies"
 COLUMNS = {
@@ -67,7 +70,9 @@ class Study:
     def __post_init__(self) -> None:
         own = {"seed", "series"}.union(*self.points)
         if taken := [setting for setting in self.settings if setting.partition("=")[0] in own]:
-            raise UserError(f"study {self.name}: its points and seeds set {choices(sorted(own))}; not {choices(taken)}")
+            raise UserError(
+                f"study {self.name}: its points and seeds set {choices(sorted(own))}; not {choices(taken)}"
+            )
 
     def runs(self, seeds: tuple[int, ...]) -> list[tuple[str, int, recipes.Recipe]]:
         """Series, seed and full recipe of every run, the first seed of all points first."""
@@ -87,8 +92,9 @@ def available() -> list[str]:
 
 def read(
     name: str, recipe: str | None = None, settings: tuple[str, ...] = (), data: str | None = None
-) -> Study:  # fmt: skip
-    """A shipped study or a .yaml file of one, with another recipe or further settings for all its runs."""
+) -> Study:
+    """A shipped study or a .yaml file of one, with another recipe or further settings for all its
+    runs."""
     path = Path(name) if name.endswith(".yaml") else FOLDER / f"{name}.yaml"
     if not path.is_file():
         raise UserError(f"no study {name!r}; studies: {choices(available())}, or a .yaml file")
@@ -100,16 +106,25 @@ def read(
     if varied not in _SHAPE:
         raise UserError(f"{path}: varies must be one of {', '.join(_SHAPE)}, got {varied!r}")
     return Study(
-        name=varied, recipe=recipe or content["recipe"], points=tuple(content["points"]),
-        settings=(*(content["settings"] if recipe is None else ()), *settings), data=data,
-    )  # fmt: skip
+        name=varied,
+        recipe=recipe or content["recipe"],
+        points=tuple(content["points"]),
+        settings=(*(content["settings"] if recipe is None else ()), *settings),
+        data=data,
+    )
 
 
 def run(
-    study: Study, seeds: tuple[int, ...], out: Path, device: str = "cpu", *, overwrite: bool = False,
+    study: Study,
+    seeds: tuple[int, ...],
+    out: Path,
+    device: str = "cpu",
+    *,
+    overwrite: bool = False,
     save_minutes: float = 2.0,
-) -> pd.DataFrame:  # fmt: skip
-    """Train what is missing and return the table, a row of `COLUMNS` a run; it is written after each.
+) -> pd.DataFrame:
+    """Train what is missing and return the table, a row of `COLUMNS` a run; it is written after
+    each.
 
     Parameters
     ----------
@@ -124,38 +139,55 @@ def run(
     if not plans:
         raise UserError("a study needs at least one seed")
     samples = open_samples(plans[0][2].data, "train")
-    abouts = [_about(start.make_model(plan, samples)) for _, _, plan in plans]  # one that cannot be built stops at once
+    abouts = [
+        _about(start.make_model(plan, samples)) for _, _, plan in plans
+    ]  # one that cannot be built stops at once
     options = {"study": study.name, "recipe": _shared(plans), "images": feed.fingerprint(samples)}
     table = Table(out / f"study_{study.name}.csv", options, overwrite)
     for (series, seed, plan), about in zip(plans, abouts, strict=True):
-        keys = {"study": study.name, "series": series, **{key: about[key] for key in _SHAPE}, "seed": seed}
+        keys = {
+            "study": study.name,
+            "series": series,
+            **{key: about[key] for key in _SHAPE},
+            "seed": seed,
+        }
         if table.has(**keys):
             continue
         slug = re.sub(r"\W+", "-", "-".join(str(value) for value in keys.values())).lower()
         supervised.train(plan, out / slug, device, overwrite=overwrite, save_minutes=save_minutes)
         history = read_table(out / slug / HISTORY)
         if not len(history) or not {*_SCORES} <= {*history.columns}:
-            raise UserError(f"{out / slug / HISTORY}: not the history of a run; --overwrite starts again")
+            raise UserError(
+                f"{out / slug / HISTORY}: not the history of a run; --overwrite starts again"
+            )
         scores = {name: float(history[name].iloc[-1]) for name in _SCORES}
         table.append({**keys, **about, "epochs": plan.epochs, **scores})
     return pd.DataFrame(table.rows)[list(COLUMNS)]
 
 
 def _shared(plans: list[tuple[str, int, recipes.Recipe]]) -> dict[str, Any]:
-    """The settings that all runs have in common; the model's as one text, so that one more or less is seen too."""
-    settings = [plan.identity() | plan.model for _, _, plan in plans]
+    """The settings that all runs have in common; the model's as one text, so that one more or less
+    is seen too."""
+    settings = [plan.resume_key() | plan.model for _, _, plan in plans]
     common = {
-        key: value for key, value in settings[0].items()
+        key: value
+        for key, value in settings[0].items()
         if key != "seed" and all(key in other and other[key] == value for other in settings)
-    }  # fmt: skip
+    }
     model = [f"{key}={common.pop(key)}" for key in sorted(plans[0][2].model) if key in common]
-    return {key: value for key, value in common.items() if key != "model"} | {"model": ", ".join(model)}
+    return {key: value for key, value in common.items() if key != "model"} | {
+        "model": ", ".join(model)
+    }
 
 
 def _about(model: BViT) -> dict[str, Any]:
     """The columns that the model alone decides."""
     stored = list(model.blocks.children())
     return {
-        "width": model.embed_dim, "heads": stored[0].attn.num_heads, "blocks": len(stored), "steps": len(model.blocks),
-        "parameters": cost.parameters(model), "gflops": cost.flops(model, count_attention=False) / 1e9,
-    }  # fmt: skip
+        "width": model.embed_dim,
+        "heads": stored[0].attn.num_heads,
+        "blocks": len(stored),
+        "steps": len(model.blocks),
+        "parameters": cost.parameters(model),
+        "gflops": cost.flops(model, count_attention=False) / 1e9,
+    }

@@ -17,9 +17,9 @@ from bvit_interp.errors import MissingExtra, UserError, choices
 from bvit_interp.models.bvit import BViT
 from bvit_interp.models.masks import FILE as MASKS
 from bvit_interp.models.masks import Masks
-from bvit_interp.training.recipe import Recipe
-from bvit_interp.training.run import STATE
-from bvit_interp.training.trainer import WRITTEN, Trainer
+from bvit_interp.training.loop.recipe import Recipe
+from bvit_interp.training.loop.state import STATE
+from bvit_interp.training.loop.trainer import WRITTEN, Trainer
 
 
 def train(
@@ -33,19 +33,23 @@ def train(
     masks: Masks | None = None,
     minutes: float | None = None,
 ) -> BViT:
-    """Train the recipe's model, or go on where a run in `out` stopped, and leave a checkpoint folder there.
+    """Train the recipe's model, or go on where a run in `out` stopped, and leave a checkpoint
+    folder there.
 
     Parameters
     ----------
     recipe : what to train, on what and how.
-    out : the folder: `model.safetensors`, `ema.safetensors`, `config.json`, `README.md`, `history.csv` with `COLUMNS`,
-        and `state.pt` to resume from; with `masks` also `masks.safetensors`, for `FOLDER@masked`.
+    out : the folder: `model.safetensors`, `ema.safetensors`, `config.json`, `README.md`,
+        `history.csv` with `COLUMNS`, and `state.pt` to resume from; with `masks` also
+        `masks.safetensors`, for `FOLDER@masked`.
     device : of this process.
     overwrite : start again where a run in `out` would be resumed.
     tensorboard : log the history's columns for TensorBoard too, in `out`.
     save_minutes : time between two states.
-    masks : one for every step (`models.masks`), active in training and in all scores; blocks are then not compiled.
-    minutes : stop after so many, between two steps, with a state to go on from; by default train to the end.
+    masks : one for every step (`models.masks`), active in training and in all scores; blocks are
+        then not compiled.
+    minutes : stop after so many, between two steps, with a state to go on from; by default train to
+        the end.
 
     Returns
     -------
@@ -54,8 +58,8 @@ def train(
     Raises
     ------
     UserError
-        A recipe that does not fit its data, a folder with other things or the state of another recipe, a loss that is
-        not finite, too little GPU memory.
+        A recipe that does not fit its data, a folder with other things or the state of another
+        recipe, a loss that is not finite, too little GPU memory.
     """
     (model,) = train_all(
         [(recipe, out)],
@@ -79,10 +83,11 @@ def train_all(
     masks: Masks | None = None,
     minutes: float | None = None,
 ) -> list[BViT]:
-    """Train several recipes side by side, a step of each in turn; on a GPU each has a stream of its own.
+    """Train several recipes side by side, a step of each in turn; on a GPU each has a stream of its
+    own.
 
-    Small models leave most of a GPU idle: the steps of several overlap there. Runs on the same images share them. Each
-    run is what it would be alone.
+    Small models leave most of a GPU idle: the steps of several overlap there. Runs on the same
+    images share them. Each run is what it would be alone.
 
     Parameters
     ----------
@@ -90,11 +95,18 @@ def train_all(
     """
     folders = [out.resolve() for _, out in plans]
     if twice := sorted({str(folder) for folder in folders if folders.count(folder) > 1}):
-        raise UserError(f"two runs in one folder: {choices(twice)}; give recipe files of different names")
-    runs = [_Running(recipe, out, device, overwrite, tensorboard, save_minutes, masks) for recipe, out in plans]
+        raise UserError(
+            f"two runs in one folder: {choices(twice)}; give recipe files of different names"
+        )
+    runs = [
+        _Running(recipe, out, device, overwrite, tensorboard, save_minutes, masks)
+        for recipe, out in plans
+    ]
     for run in runs:  # all of them are made, so nothing is touched where one cannot be
         run.begin(overwrite)
-    until = math.inf if minutes is None else time.monotonic() + 60 * minutes  # reading the images does not count
+    until = (
+        math.inf if minutes is None else time.monotonic() + 60 * minutes
+    )  # reading the images does not count
     first, names = runs[0].trainer.first, ", ".join(out.name for _, out in plans)
     with tqdm(
         total=sum(run.trainer.total for run in runs),
@@ -139,7 +151,9 @@ class _Running:
         results.check_folder(out)
         there = [name for name in (*WRITTEN, MASKS) if (out / name).exists()]
         if there and STATE not in there and not overwrite:
-            raise UserError(f"{out} holds {choices(there)} and no run to go on with: give another --out or --overwrite")
+            raise UserError(
+                f"{out} holds {choices(there)} and no run to go on with: give another --out or --overwrite"
+            )
         self.stream = torch.cuda.Stream(device) if torch.device(device).type == "cuda" else None
         with torch.cuda.stream(self.stream):
             self.trainer = trainer = Trainer(recipe, out, device, save_minutes, masks)
@@ -171,7 +185,9 @@ class _Running:
             with torch.cuda.stream(self.stream):
                 return next(steps, self) is not self
         except torch.OutOfMemoryError:
-            raise UserError("out of GPU memory: set accumulate=2 (or more), or grad_checkpointing=true") from None
+            raise UserError(
+                "out of GPU memory: set accumulate=2 (or more), or grad_checkpointing=true"
+            ) from None
 
     def finished(self) -> BViT:
         """The model as it is now, with what a folder holds at the end of a run."""

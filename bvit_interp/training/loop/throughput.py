@@ -1,7 +1,9 @@
-"""What the machine can do and what a training run makes of it: precision, and model FLOPs utilisation.
+"""What the machine can do and what a training run makes of it: precision, and model FLOPs
+utilisation.
 
-MFU (Chowdhery et al., "PaLM", 2022, appendix B) is the FLOPs the model needs, three times its forward pass, attention
-products included, over what the hardware does in that time. The peak is measured, not read from a data sheet.
+MFU (Chowdhery et al., "PaLM", 2022, appendix B) is the FLOPs the model needs, three times its
+forward pass, attention products included, over what the hardware does in that time. The peak is
+measured, not read from a data sheet.
 """
 
 from __future__ import annotations
@@ -37,10 +39,11 @@ def peak_flops(device: str, dtype: torch.dtype) -> float:
 
 
 def precision(wanted: str, device: str) -> str:
-    """bf16 or off: as `wanted`; for "auto" bf16 if a short trial on this device shows it to be a tenth faster.
+    """bf16 or off: as `wanted`; for "auto" bf16 if a short trial on this device shows it to be a
+    tenth faster.
 
-    Processes with or without bf16 units differ by a factor of twenty, and their names do not tell. Under torchrun the
-    first process decides for all.
+    Processes with or without bf16 units differ by a factor of twenty, and their names do not tell.
+    Under torchrun the first process decides for all.
     """
     if wanted != "auto":
         return wanted
@@ -52,7 +55,8 @@ def precision(wanted: str, device: str) -> str:
 
 @lru_cache
 def _faster(kind: str) -> str:
-    """The trial: forward and backward of a block, three times each; the best counts, and a GPU needs a large one."""
+    """The trial: forward and backward of a block, three times each; the best counts, and a GPU
+    needs a large one."""
     batch, tokens, width = (8, 65, 128) if kind == "cpu" else (64, 197, 768)
     with torch.random.fork_rng(devices=[]):
         block: Any = Block(dim=width, num_heads=width // 64, attn_drop=0.0).to(kind)
@@ -70,13 +74,16 @@ def _faster(kind: str) -> str:
             _wait(kind)
             times.append(time.perf_counter() - began)
         best[word] = min(times[1:])
-    return "bf16" if best["bf16"] < 0.9 * best["off"] else "off"  # where they are level, float32 always
+    return (
+        "bf16" if best["bf16"] < 0.9 * best["off"] else "off"
+    )  # where they are level, float32 always
 
 
 def fuses(device: str, precise: str, shape: tuple[int, int, int, int]) -> bool:
     """Whether torch's fused attention trains faster than the written-out one, forward and backward.
 
-    On a CPU its bf16 backward is several times slower. On a GPU it is tried: short sequences fill its blocks badly.
+    On a CPU its bf16 backward is several times slower. On a GPU it is tried: short sequences fill
+    its blocks badly.
 
     Parameters
     ----------
@@ -111,15 +118,19 @@ def _fuses(device: str, precise: str, shape: tuple[int, int, int, int]) -> bool:
     return best[0] <= best[1]
 
 
-def utilisation(model: VisionTransformer, images_per_second: float, device: str, dtype: torch.dtype) -> float:
-    """MFU of training at `images_per_second` on one device, 0..1; dropped patches are not counted."""
+def utilisation(
+    model: VisionTransformer, images_per_second: float, device: str, dtype: torch.dtype
+) -> float:
+    """MFU of training at `images_per_second` on one device, 0..1; dropped patches are not
+    counted."""
     kept = 1 - getattr(model.patch_drop, "prob", 0.0)
     needed = BACKWARD * cost.flops(model, count_attention=True) * images_per_second
     return kept * needed / peak_flops(device, dtype)
 
 
 def peak_memory(device: str) -> float:
-    """Most memory the process held so far, GB: of the GPU, or of the machine where it trains on the CPU."""
+    """Most memory the process held so far, GB: of the GPU, or of the machine where it trains on the
+    CPU."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

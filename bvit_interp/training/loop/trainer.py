@@ -1,8 +1,10 @@
-"""One training run from step to step: data, model, loss and schedule around a `Run`, scores and checkpoints.
+"""One training run from step to step: data, model, loss and schedule around a `Run`, scores and
+checkpoints.
 
-Everything a run has become lies in `state.pt`, written whole or not at all; everything it will draw is a function of
-(seed, epoch, image), so a run killed at any moment and started again ends with the very same weights. Recipe:
-section 3.3 of the paper (arXiv 2605.10661); optimiser, schedule and EMA are torch's and timm's.
+Everything a run has become lies in `state.pt`, written whole or not at all; everything it will draw
+is a function of (seed, epoch, image), so a run killed at any moment and started again ends with the
+very same weights. Recipe: section 3.3 of the paper (arXiv 2605.10661); optimiser, schedule and EMA
+are torch's and timm's.
 """
 
 from __future__ import annotations
@@ -29,18 +31,25 @@ from tqdm import tqdm
 from bvit_interp import results
 from bvit_interp.data.catalog import open_samples
 from bvit_interp.errors import UserError, choices
+from bvit_interp.metrics.streaming.scores import Classification
 from bvit_interp.models import checkpoint, cost
 from bvit_interp.models.bvit import BViT
 from bvit_interp.models.masks import FILE as MASKS
 from bvit_interp.models.masks import Masks, masked
-from bvit_interp.probes.scores import Classification
-from bvit_interp.training import card, feed, start
-from bvit_interp.training.distill import objective
-from bvit_interp.training.recipe import Recipe
-from bvit_interp.training.run import STATE, Run
-from bvit_interp.training.scoring import test_images
-from bvit_interp.training.stepper import GivenPatchDropout, Stepper
-from bvit_interp.training.throughput import fuses, peak_flops, peak_memory, precision, utilisation
+from bvit_interp.training.loop import build as start
+from bvit_interp.training.loop import card, feed
+from bvit_interp.training.loop.distill import objective
+from bvit_interp.training.loop.recipe import Recipe
+from bvit_interp.training.loop.scoring import test_images
+from bvit_interp.training.loop.state import STATE, Run
+from bvit_interp.training.loop.stepper import GivenPatchDropout, Stepper
+from bvit_interp.training.loop.throughput import (
+    fuses,
+    peak_flops,
+    peak_memory,
+    precision,
+    utilisation,
+)
 
 COLUMNS = {
     "epoch": "passes done, from 1",
@@ -71,7 +80,14 @@ _LOOK = 10.0  # seconds between two looks on a GPU at least: each waits for it
 class Trainer:
     """A recipe made ready to run: data, model, loss and schedule around a `Run`."""
 
-    def __init__(self, recipe: Recipe, out: Path, device: str, save_minutes: float, masks: Masks | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        out: Path,
+        device: str,
+        save_minutes: float,
+        masks: Masks | None = None,
+    ) -> None:
         self.recipe, self.out, self.device, self.save_minutes = recipe, out, device, save_minutes
         self.masks, self.under = masks, None if masks is None else masks.fingerprint()
         self.rank, self.world = results.rank_and_world()
@@ -85,22 +101,34 @@ class Trainer:
         self.total = recipe.epochs * self.steps
         self._check(model)
         self.test = test_images(self.samples, model, recipe, device)
-        cost.flops(model, count_attention=True)  # what the history needs must be known before an epoch is spent
-        self.scored = copy.deepcopy(model).requires_grad_(False).eval()  # neither compiled nor its attention changed
-        decay, warmup = start.ema_decay(recipe, self.total), round(recipe.warmup_epochs * self.steps)
+        cost.flops(
+            model, count_attention=True
+        )  # what the history needs must be known before an epoch is spent
+        self.scored = (
+            copy.deepcopy(model).requires_grad_(False).eval()
+        )  # neither compiled nor its attention changed
+        decay, warmup = (
+            start.ema_decay(recipe, self.total),
+            round(recipe.warmup_epochs * self.steps),
+        )
         ema = ModelEmaV3(model, decay=decay, update_after_step=warmup)
-        self.run = Run(model, ema, start.optimizer(model, recipe), precision=precision(recipe.autocast, device))
+        self.run = Run(
+            model, ema, start.optimizer(model, recipe), precision=precision(recipe.autocast, device)
+        )
         peak_flops(device, self._dtype())  # measured while nothing else runs
         self.schedule = start.schedule(self.run.optimizer, recipe, self.steps)
         self.objective = objective(recipe, model, device)
         self.feed = feed.Feed(recipe, self.samples, model, device)  # late: it may read all images
         if self.test.fits:
             self.test.read()  # an image that cannot be read must be known before an epoch is spent
-        self.pending: list[tuple[torch.Tensor, torch.Tensor]] = []  # losses and norms not yet looked at
+        self.pending: list[
+            tuple[torch.Tensor, torch.Tensor]
+        ] = []  # losses and norms not yet looked at
         self.began = self.last_saved = time.monotonic()
 
     def epoch(self, bar: tqdm) -> Iterator[None]:
-        """Train to the end of the current epoch, yielding after every step; score, and write the checkpoint."""
+        """Train to the end of the current epoch, yielding after every step; score, and write the
+        checkpoint."""
         run, recipe = self.run, self.recipe
         number, first = divmod(run.done, self.steps)
         self.forward.train()
@@ -114,7 +142,9 @@ class Trainer:
             run.done += 1
             bar.update()
             at_end = run.done % self.steps == 0
-            alone = self.world == 1  # several processes look at the same steps, whatever their clocks say
+            alone = (
+                self.world == 1
+            )  # several processes look at the same steps, whatever their clocks say
             waits = alone and self.device != "cpu" and time.monotonic() - looked < _LOOK
             if at_end or (len(pending) >= _CHECKED_EVERY and not waits):
                 self._account(pending, number)
@@ -154,22 +184,27 @@ class Trainer:
         run, table = self.run, pd.DataFrame(self.run.history)[list(COLUMNS)]
         made = results.provenance({})
         last = {column: value for column, value in run.history[-1].items() if not math.isnan(value)}
-        text = card.write(self.out, run.model, replace(self.recipe, autocast=run.precision), table, made)
+        text = card.write(
+            self.out, run.model, replace(self.recipe, autocast=run.precision), table, made
+        )
         if self.masks is not None:
             text += _UNDER_MASKS.format(folder=self.out)
         checkpoint.save(
             run.model,
             self.out,
             card=text,
-            about={"recipe": self.recipe.identity(), "precision": run.precision, **last},
+            about={"recipe": self.recipe.resume_key(), "precision": run.precision, **last},
             ema=run.ema.module.state_dict(),
         )
         if self.masks is not None:
             self.masks.save(self.out / MASKS, run.model)
         results.write_table(table, self.out / HISTORY)
 
-    def _step(self, images: torch.Tensor, targets: torch.Tensor, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """One optimiser step; returns this process's loss and the gradient's norm, both still on the device."""
+    def _step(
+        self, images: torch.Tensor, targets: torch.Tensor, epoch: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One optimiser step; returns this process's loss and the gradient's norm, both still on
+        the device."""
         run = self.run
         result = self.step(images, targets, self.recipe.seed, epoch, run.done, self.rank)
         run.average()
@@ -181,7 +216,9 @@ class Trainer:
 
     def _drop(self, rate: float) -> None:
         """Leave out this share of the patches from now on."""
-        trained = getattr(self.forward, "module", self.forward)  # under DDP; with masks an unroll of the model
+        trained = getattr(
+            self.forward, "module", self.forward
+        )  # under DDP; with masks an unroll of the model
         for drop in (self.run.model.patch_drop, trained.patch_drop):
             if getattr(drop, "prob", 0.0) != rate:
                 drop.prob = rate
@@ -190,7 +227,8 @@ class Trainer:
     def _account(self, pending: list[tuple[torch.Tensor, torch.Tensor]], epoch: int) -> None:
         """Add losses and norms to the epoch's sums; stop if one is not finite.
 
-        Both are those of all processes: all of them stop at the same place, and any can go on from the first's state.
+        Both are those of all processes: all of them stop at the same place, and any can go on from
+        the first's state.
         """
         loss_of, norm_of = (torch.stack(column) for column in zip(*pending, strict=True))
         if self.world > 1:
@@ -222,7 +260,9 @@ class Trainer:
             "memory": peak_memory(self.device),
             "mfu": utilisation(run.model, per_second / self.world, self.device, self._dtype()),
         }
-        run.history.append({column: float(row.get(column, math.nan)) for column in COLUMNS} | {"epoch": epoch + 1})
+        run.history.append(
+            {column: float(row.get(column, math.nan)) for column in COLUMNS} | {"epoch": epoch + 1}
+        )
         run.loss = run.norm = run.seconds = 0.0
         if self.first and scored:
             self.write()
@@ -230,12 +270,16 @@ class Trainer:
             self.save()
 
     def score(self) -> dict[str, float]:
-        """Test scores of the raw and the averaged weights, in full precision and one pass over the images."""
+        """Test scores of the raw and the averaged weights, in full precision and one pass over the
+        images."""
         self.scored.load_state_dict(self.run.model.state_dict())
         models: dict[str, nn.Module] = {"raw": self.scored, "ema": self.run.ema.module}
         if self.masks is not None:
             models = {name: masked(model, self.masks, baked=True) for name, model in models.items()}
-        metrics = {name: Classification(model.num_classes).to(self.device) for name, model in models.items()}
+        metrics = {
+            name: Classification(model.num_classes).to(self.device)
+            for name, model in models.items()
+        }
         with torch.inference_mode():
             for images, labels in self.test:
                 for name, model in models.items():
@@ -261,29 +305,54 @@ class Trainer:
     def _check(self, model: BViT) -> None:
         size, shares = self.recipe.batch_size, self.world * self.recipe.accumulate
         if size % shares:
-            raise UserError(f"recipe: batch_size {size} is not divisible by {shares} (processes x accumulate)")
+            raise UserError(
+                f"recipe: batch_size {size} is not divisible by {shares} (processes x accumulate)"
+            )
         if self.recipe.compile and self.device == "cpu" and not any(map(shutil.which, _COMPILERS)):
-            raise UserError(f"recipe: compile needs a C++ compiler ({choices(_COMPILERS)}); set compile=false")
+            raise UserError(
+                f"recipe: compile needs a C++ compiler ({choices(_COMPILERS)}); set compile=false"
+            )
         if not self.steps:
-            raise UserError(f"recipe: an epoch of {len(self.samples)} images is less than a batch of {size}")
+            raise UserError(
+                f"recipe: an epoch of {len(self.samples)} images is less than a batch of {size}"
+            )
         if self.masks is not None:
-            masked(model, self.masks)  # masks that do not fit are refused before anything is written
+            masked(
+                model, self.masks
+            )  # masks that do not fit are refused before anything is written
 
     def _dtype(self) -> torch.dtype:
         return torch.float32 if self.run.precision == "off" else torch.bfloat16
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.run.precision != "off")
+        return torch.autocast(
+            torch.device(self.device).type, torch.bfloat16, enabled=self.run.precision != "off"
+        )
 
     @cached_property
     def step(self) -> Stepper:
         """An optimiser step on images and targets."""
-        noisy = [module for module in self.forward.modules() if isinstance(module, GivenPatchDropout)]
-        unshared = self.forward.no_sync if isinstance(self.forward, DistributedDataParallel) else nullcontext
-        return Stepper(self.recipe, self.run.model, self.run.optimizer, self._loss, unshared, self._captures(), noisy)
+        noisy = [
+            module for module in self.forward.modules() if isinstance(module, GivenPatchDropout)
+        ]
+        unshared = (
+            self.forward.no_sync
+            if isinstance(self.forward, DistributedDataParallel)
+            else nullcontext
+        )
+        return Stepper(
+            self.recipe,
+            self.run.model,
+            self.run.optimizer,
+            self._loss,
+            unshared,
+            self._captures(),
+            noisy,
+        )
 
     def _captures(self) -> bool:
-        """Whether steps are captured in a CUDA graph: not what several processes share, nor what is recomputed."""
+        """Whether steps are captured in a CUDA graph: not what several processes share, nor what is
+        recomputed."""
         on_gpu = torch.device(self.device).type == "cuda"
         return on_gpu and self.world == 1 and not self.recipe.grad_checkpointing
 
@@ -291,27 +360,35 @@ class Trainer:
     def forward(self) -> nn.Module:
         """The model as it is trained, made once its precision is known.
 
-        It is masked, its blocks are compiled, activations recomputed, gradients shared, as asked. Masked blocks are not
-        compiled: each step's is another one, and the twelve would be compiled one by one.
+        It is masked, its blocks are compiled, activations recomputed, gradients shared, as asked.
+        Masked blocks are not compiled: each step's is another one, and the twelve would be compiled
+        one by one.
         """
         model = self.run.model
         trained = model if self.masks is None else masked(model, self.masks)
         blocks = list(trained.blocks.children())
         trained.set_grad_checkpointing(self.recipe.grad_checkpointing)
-        tokens = model.num_prefix_tokens + round(model.patch_embed.num_patches * (1 - self.recipe.patch_drop(0)))
+        tokens = model.num_prefix_tokens + round(
+            model.patch_embed.num_patches * (1 - self.recipe.patch_drop(0))
+        )
         attention = blocks[0].attn
         share = self.recipe.batch_size // self.world // self.recipe.accumulate
         shape = (share, attention.num_heads, tokens, attention.head_dim)
         for block in blocks:
             block.attn.fused_attn = fuses(self.device, self.run.precision, shape)
         if self._captures() and isinstance(trained.patch_drop, PatchDropout):
-            trained.patch_drop = GivenPatchDropout(trained.patch_drop, trained.patch_embed.num_patches)
+            trained.patch_drop = GivenPatchDropout(
+                trained.patch_drop, trained.patch_embed.num_patches
+            )
         if self.recipe.compile and self.masks is None:
-            # blocks of one shape share what is compiled, also those of several runs; each shape counts
+            # blocks of one shape share what is compiled, also those of several runs; each shape
+            # counts
             torch._dynamo.config.recompile_limit = 64
             for block in blocks:
                 block.compile(dynamic=False)
         if self.world == 1:
             return trained
         on = None if self.device == "cpu" else [torch.device(self.device)]
-        return DistributedDataParallel(trained, device_ids=on, static_graph=self.recipe.accumulate == 1)
+        return DistributedDataParallel(
+            trained, device_ids=on, static_graph=self.recipe.accumulate == 1
+        )

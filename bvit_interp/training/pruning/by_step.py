@@ -1,13 +1,15 @@
 """Pruning with a mask for every step: which weights of the one block does each step keep?
 
-Appendix G of the paper (arXiv 2605.10661) after Routing the Lottery (arXiv 2601.22141). A round trains the model from
-its first weights under the masks so far, trains a graft for every step (`graft.py`), and takes from each step's mask
-the share `rate` of its active weights that are smallest in its graft; then the weights go back to the first ones. After
-p prunings a mask keeps 0.8^p of the block's weights (Table 7). Ours: ranking over the four matrices of a step together
-(only so can a layer be emptied, as the paper reports), one more training after the last pruning, so that every mask
-has its accuracy, and the two baselines, from the same first weights:
+Appendix G of the paper (arXiv 2605.10661) after Routing the Lottery (arXiv 2601.22141). A round
+trains the model from its first weights under the masks so far, trains a graft for every step
+(`graft.py`), and takes from each step's mask the share `rate` of its active weights that are
+smallest in its graft; then the weights go back to the first ones. After p prunings a mask keeps
+0.8^p of the block's weights (Table 7). Ours: ranking over the four matrices of a step together
+(only so can a layer be emptied, as the paper reports), one more training after the last pruning, so
+that every mask has its accuracy, and the two baselines, from the same first weights:
 
-- ``magnitude``: one mask for all steps, by the trained weights themselves (Frankle & Carbin 2019, arXiv 1803.03635);
+- ``magnitude``: one mask for all steps, by the trained weights themselves (Frankle & Carbin 2019,
+  arXiv 1803.03635);
 - ``random``: masks drawn for every step on its own, of the same density and nested over the rounds.
 """
 
@@ -34,11 +36,13 @@ from bvit_interp.errors import UserError, choices
 from bvit_interp.models import checkpoint
 from bvit_interp.models.bvit import BViT
 from bvit_interp.models.masks import PLACES, Masks, full
-from bvit_interp.training import feed, graft, start, supervised
-from bvit_interp.training.draws import drawn_for
-from bvit_interp.training.recipe import Recipe
-from bvit_interp.training.run import STATE
-from bvit_interp.training.trainer import HISTORY
+from bvit_interp.training.loop import build as start
+from bvit_interp.training.loop import feed, supervised
+from bvit_interp.training.loop.draws import drawn_for
+from bvit_interp.training.loop.recipe import Recipe
+from bvit_interp.training.loop.state import STATE
+from bvit_interp.training.loop.trainer import HISTORY
+from bvit_interp.training.pruning import grafts as graft
 
 _log = logging.getLogger(__name__)
 METHODS = ("rtl", "magnitude", "random")
@@ -63,13 +67,20 @@ COLUMNS = {
     "epochs": "of the training",
     "seed": "of the recipe",
 }
-_SCORES = {"top1": "top1", "ema_top1": "ema_top1", "test_loss": "test_loss", "ema_loss": "ema_loss",
-           "train_loss": "loss", "chance": "chance"}  # fmt: skip
+_SCORES = {
+    "top1": "top1",
+    "ema_top1": "ema_top1",
+    "test_loss": "test_loss",
+    "ema_loss": "ema_loss",
+    "train_loss": "loss",
+    "chance": "chance",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pruning:
-    """How often and what is pruned. The paper: 30 prunings, 200 epochs a training (the recipe's), 100 a graft."""
+    """How often and what is pruned. The paper: 30 prunings, 200 epochs a training (the recipe's),
+    100 a graft."""
 
     rounds: int = 4
     """Prunings; one more training follows (paper: 30)."""
@@ -78,7 +89,8 @@ class Pruning:
     rate: float = 0.2
     """Share of a step's active weights that a pruning takes, between 0 and 1."""
     ranking: str = "global"
-    """Smallest weights of a step over its four matrices together (global) or in each of them (layer)."""
+    """Smallest weights of a step over its four matrices together (global) or in each of them
+    (layer)."""
     methods: tuple[str, ...] = METHODS
     """rtl, and the baselines magnitude and random."""
 
@@ -90,11 +102,19 @@ class Pruning:
             raise UserError(f"rate must be between 0 and 1, got {self.rate}")
         if self.ranking not in RANKINGS:
             raise UserError(f"ranking must be {choices(RANKINGS)}, got {self.ranking!r}")
-        if not self.methods or set(self.methods) - {*METHODS} or len(set(self.methods)) < len(self.methods):
-            raise UserError(f"methods must be of {choices(METHODS)}, each once, got {choices(self.methods) or 'none'}")
+        if (
+            not self.methods
+            or set(self.methods) - {*METHODS}
+            or len(set(self.methods)) < len(self.methods)
+        ):
+            raise UserError(
+                f"methods must be of {choices(METHODS)}, each once, got {choices(self.methods) or 'none'}"
+            )
 
 
-def smallest_off(masks: Masks, weights: Mapping[str, Tensor], rate: float, ranking: str = "global") -> Masks:
+def smallest_off(
+    masks: Masks, weights: Mapping[str, Tensor], rate: float, ranking: str = "global"
+) -> Masks:
     """The masks without the share `rate` of each one's active weights that are smallest.
 
     Parameters
@@ -113,24 +133,32 @@ def smallest_off(masks: Masks, weights: Mapping[str, Tensor], rate: float, ranki
             places = active.nonzero().squeeze(1)
             order = size[places].argsort(stable=True)  # equal ones: the first goes first
             active[places[order[: len(places) - round(len(places) * (1 - rate))]]] = False
-            for name, part in zip(group, active.split([pruned[name][k].numel() for name in group]), strict=True):
+            for name, part in zip(
+                group, active.split([pruned[name][k].numel() for name in group]), strict=True
+            ):
                 pruned[name][k] = part.view_as(pruned[name][k])
     return Masks(pruned, masks.blocks)
 
 
 def run(
-    recipe: Recipe, pruning: Pruning, out: Path, device: str = "cpu", *, overwrite: bool = False,
+    recipe: Recipe,
+    pruning: Pruning,
+    out: Path,
+    device: str = "cpu",
+    *,
+    overwrite: bool = False,
     save_minutes: float = 2.0,
-) -> pd.DataFrame:  # fmt: skip
-    """Prune by every method, or go on where this stopped, and return the table, a row of `COLUMNS` a round.
+) -> pd.DataFrame:
+    """Prune by every method, or go on where this stopped, and return the table, a row of `COLUMNS`
+    a round.
 
     Parameters
     ----------
     recipe : of each round's training; its model is a bViT of one block without a memory.
     pruning : how often, how much, by what.
-    out : folder of ``rounds.csv`` and of ``METHOD/round-NN``: a checkpoint with its masks, opened as
-        ``METHOD/round-NN@masked``, ``pruned.safetensors`` (the masks of the next round, over the first weights) and
-        for rtl ``grafts.csv`` (`graft.COLUMNS`).
+    out : folder of ``rounds.csv`` and of ``METHOD/round-NN``: a checkpoint with its masks, opened
+        as ``METHOD/round-NN@masked``, ``pruned.safetensors`` (the masks of the next round, over the
+        first weights) and for rtl ``grafts.csv`` (`graft.COLUMNS`).
     device, save_minutes : as in `supervised.train`.
     overwrite : start again; the rounds in `out` are removed.
 
@@ -144,9 +172,12 @@ def run(
     init = start.make_model(recipe, samples)
     graft.check(init)
     options = {
-        "recipe": recipe.identity(), "rate": pruning.rate, "ranking": pruning.ranking,
-        "graft_epochs": pruning.graft_epochs, "images": feed.fingerprint(samples),
-    }  # fmt: skip
+        "recipe": recipe.resume_key(),
+        "rate": pruning.rate,
+        "ranking": pruning.ranking,
+        "graft_epochs": pruning.graft_epochs,
+        "images": feed.fingerprint(samples),
+    }
     table = _table(out, options, overwrite)
     n = len(open_samples(recipe.data))
     for method in pruning.methods:
@@ -163,25 +194,53 @@ def run(
                 scores = {**_scores(folder), "n": n, "epochs": recipe.epochs, "seed": recipe.seed}
                 table.append({"method": method, "round": number, **about, **scores})
             if results.rank_and_world()[0] == 0 and number > 1:
-                (folder / STATE).unlink(missing_ok=True)  # four times the weights, and nothing goes on from it
+                (folder / STATE).unlink(
+                    missing_ok=True
+                )  # four times the weights, and nothing goes on from it
             if number <= pruning.rounds:
-                masks = _next(method, recipe, pruning, init, masks, samples, folder, number, device, save_minutes)
+                masks = _next(
+                    method,
+                    recipe,
+                    pruning,
+                    init,
+                    masks,
+                    samples,
+                    folder,
+                    number,
+                    device,
+                    save_minutes,
+                )
     return pd.DataFrame(table.rows)[list(COLUMNS)]
 
 
 def _next(
-    method: str, recipe: Recipe, pruning: Pruning, init: BViT, masks: Masks, samples: Samples, folder: Path,
-    number: int, device: str, save_minutes: float,
-) -> Masks:  # fmt: skip
+    method: str,
+    recipe: Recipe,
+    pruning: Pruning,
+    init: BViT,
+    masks: Masks,
+    samples: Samples,
+    folder: Path,
+    number: int,
+    device: str,
+    save_minutes: float,
+) -> Masks:
     """The masks of the round after `number`: those in its folder, or made now and kept there."""
     first = results.rank_and_world()[0] == 0
     if not (folder / PRUNED).is_file():
         if method == "rtl":
             main = checkpoint.load(f"{folder}@masked")
             weights, losses = graft.train(
-                recipe, pruning.graft_epochs, init, main, masks, samples, folder / GRAFTS, device,
+                recipe,
+                pruning.graft_epochs,
+                init,
+                main,
+                masks,
+                samples,
+                folder / GRAFTS,
+                device,
                 save_minutes=save_minutes,
-            )  # fmt: skip
+            )
             if first:
                 results.write_table(losses, folder / LOSSES)
         elif method == "magnitude":
@@ -201,7 +260,10 @@ def _next(
 def _trained(model: Any, masks: Masks) -> dict[str, Tensor]:
     """The trained weights, the same for every mask: masks that were equal stay so."""
     block = next(model.blocks.children())
-    return {name: block.get_submodule(place).weight.detach().expand_as(masks[name]) for name, place in PLACES.items()}
+    return {
+        name: block.get_submodule(place).weight.detach().expand_as(masks[name])
+        for name, place in PLACES.items()
+    }
 
 
 def _drawn(seed: int, number: int, masks: Masks) -> dict[str, Tensor]:
@@ -214,7 +276,12 @@ def _about(masks: Masks, prunings: int, rate: float) -> dict[str, Any]:
     """The columns that the masks decide."""
     union, weights = masks.union(), sum(mask[0].numel() for mask in masks.values())
     kept = {name: float(mask.double().mean()) for name, mask in union.items()}
-    empty = [f"{name}[{t}]" for t in range(1, masks.count + 1) for name, mask in masks.items() if not mask[t - 1].any()]
+    empty = [
+        f"{name}[{t}]"
+        for t in range(1, masks.count + 1)
+        for name, mask in masks.items()
+        if not mask[t - 1].any()
+    ]
     return {
         "prunings": prunings,
         "expected": 1 - (1 - rate) ** prunings,
@@ -243,16 +310,22 @@ def _table(out: Path, options: Mapping[str, Any], overwrite: bool) -> results.Ta
             shutil.rmtree(folder)
     if world > 1:
         dist.barrier()
-    done = [f"{folder.parent.name}/{folder.name}" for folder in rounds if (folder / PRUNED).is_file()]
+    done = [
+        f"{folder.parent.name}/{folder.name}" for folder in rounds if (folder / PRUNED).is_file()
+    ]
     if done and not (out / TABLE).exists():
-        raise UserError(f"{out} holds the pruned {choices(done)} and no {TABLE}: give another --out or --overwrite")
+        raise UserError(
+            f"{out} holds the pruned {choices(done)} and no {TABLE}: give another --out or --overwrite"
+        )
     return results.Table(out / TABLE, options, overwrite)
 
 
 def _share_first_round(folder: Path, table: results.Table) -> None:
     """The first round is without masks and so the same for all methods: copy that of another."""
     others = [folder.parents[1] / method / folder.name for method in METHODS]
-    finished = [other for other in others if table.has(method=other.parent.name, round=1) and other.is_dir()]
+    finished = [
+        other for other in others if table.has(method=other.parent.name, round=1) and other.is_dir()
+    ]
     if finished and not folder.exists() and results.rank_and_world()[0] == 0:
         for left in folder.parent.glob(f".{folder.name}.*.partial"):
             shutil.rmtree(left)  # by a process killed while it copied

@@ -1,10 +1,12 @@
-"""Grafts: for every step a fresh copy of the block, trained alone within a frozen model, to tell what the step needs.
+"""Grafts: for every step a fresh copy of the block, trained alone within a frozen model, to tell
+what the step needs.
 
-The inner loop of the pruning of appendix G.3 (arXiv 2605.10661): graft t starts from the first weights under the masks
-of step t and learns what is asked of step t while the trained model does all others. The T grafts do not see each
-other, so they are one computation: the model runs once up to every step, and what the grafts make of it goes through
-the later steps together, as one batch that grows by a graft a step: T (T - 1) / 2 frozen steps for what T runs one
-after the other need T (T - 1) for. Biases and norms of a graft learn too; embeddings, head and a time embedding are the
+The inner loop of the pruning of appendix G.3 (arXiv 2605.10661): graft t starts from the first
+weights under the masks of step t and learns what is asked of step t while the trained model does
+all others. The T grafts do not see each other, so they are one computation: the model runs once up
+to every step, and what the grafts make of it goes through the later steps together, as one batch
+that grows by a graft a step: T (T - 1) / 2 frozen steps for what T runs one after the other need T
+(T - 1) for. Biases and norms of a graft learn too; embeddings, head and a time embedding are the
 frozen model's (our reading).
 """
 
@@ -32,11 +34,12 @@ from bvit_interp.models import stepping
 from bvit_interp.models.bvit import BViT
 from bvit_interp.models.masks import PLACES, Masks, put_on
 from bvit_interp.models.unroll import unroll
-from bvit_interp.training import feed, start
-from bvit_interp.training.distill import objective
-from bvit_interp.training.draws import drawn_for
-from bvit_interp.training.recipe import Recipe
-from bvit_interp.training.throughput import precision
+from bvit_interp.training.loop import build as start
+from bvit_interp.training.loop import feed
+from bvit_interp.training.loop.distill import objective
+from bvit_interp.training.loop.draws import drawn_for
+from bvit_interp.training.loop.recipe import Recipe
+from bvit_interp.training.loop.throughput import precision
 
 COLUMNS = {
     "epoch": "passes done, from 1",
@@ -70,12 +73,19 @@ class Grafts(nn.ModuleList):
     def weights(self) -> dict[str, Tensor]:
         """The matrices of all grafts, component -> ``(T, *shape)``, with what their masks hide."""
         return {
-            name: torch.stack([g.get_submodule(place).parametrizations.weight.original.detach().cpu() for g in self])
+            name: torch.stack(
+                [
+                    g.get_submodule(place).parametrizations.weight.original.detach().cpu()
+                    for g in self
+                ]
+            )
             for name, place in PLACES.items()
         }
 
 
-def answers(main: VisionTransformer, grafts: nn.ModuleList, images: Tensor, *, recompute: bool = False) -> Tensor:
+def answers(
+    main: VisionTransformer, grafts: nn.ModuleList, images: Tensor, *, recompute: bool = False
+) -> Tensor:
     """Logits ``(T, B, classes)``: in row t step t is graft t, the other steps are those of `main`.
 
     Parameters
@@ -113,7 +123,8 @@ def train(
 
     Parameters
     ----------
-    recipe : that of the trained model: its optimiser, augmentation and, over `epochs`, its schedule.
+    recipe : that of the trained model: its optimiser, augmentation and, over `epochs`, its
+        schedule.
     epochs : passes over the training images, G.
     init, main, masks : as in `Grafts`; `main` is frozen here.
     samples : the training images; the epochs drawn are those after the recipe's own.
@@ -146,11 +157,17 @@ def train(
                 for _ in training.steps_of_epoch():
                     bar.update()
                     at_end = training.done % training.steps == 0
-                    if not at_end and time.monotonic() - saved > 60 * save_minutes and training.finite():
+                    if (
+                        not at_end
+                        and time.monotonic() - saved > 60 * save_minutes
+                        and training.finite()
+                    ):
                         training.save()
                         saved = time.monotonic()
             except torch.OutOfMemoryError:
-                raise UserError("out of GPU memory: set accumulate=2 (or more), or grad_checkpointing=true") from None
+                raise UserError(
+                    "out of GPU memory: set accumulate=2 (or more), or grad_checkpointing=true"
+                ) from None
             training.close_epoch()
             training.save()
     return training.grafts.weights(), pd.DataFrame(training.history, columns=list(COLUMNS))
@@ -170,21 +187,28 @@ class _Training:
         state: Path,
         device: str,
     ) -> None:
-        self.recipe, self.samples, self.state, self.device = shortened(recipe, epochs), samples, state, device
+        self.recipe, self.samples, self.state, self.device = (
+            shortened(recipe, epochs),
+            samples,
+            state,
+            device,
+        )
         self.offset = recipe.epochs
         if hasattr(main.patch_drop, "prob"):
             main.patch_drop.prob = recipe.patch_drop(self.offset)
         self.rank, self.world = results.rank_and_world()
         self.first = self.rank == 0
         self.identity = {
-            "recipe": recipe.identity(),
+            "recipe": recipe.resume_key(),
             "epochs": epochs,
             "masks": masks.fingerprint(),
             "main": results.weights_hash(main),
             "init": results.weights_hash(init),
             "data": feed.fingerprint(samples),
         }
-        self.main = main.requires_grad_(False).to(device).train()  # patches are left out as the recipe says
+        self.main = (
+            main.requires_grad_(False).to(device).train()
+        )  # patches are left out as the recipe says
         self.grafts = Grafts(init, self.main, masks).to(device).train()
         self.precision = precision(recipe.autocast, device)
         self._choose_attention()
@@ -194,7 +218,9 @@ class _Training:
         self.total, self.done = epochs * self.steps, 0
         self.schedule = start.schedule(self.optimizer, self.recipe, self.steps)
         self.objective = objective(recipe, init, device)
-        self.losses = torch.zeros(len(self.grafts), device=device)  # sums over the steps of the epoch
+        self.losses = torch.zeros(
+            len(self.grafts), device=device
+        )  # sums over the steps of the epoch
         self.history: list[dict[str, float]] = []
 
     def _choose_attention(self) -> None:
@@ -214,7 +240,9 @@ class _Training:
 
     def _step(self, images: Tensor, targets: Tensor, epoch: int) -> None:
         recipe = self.recipe
-        parts = list(zip(images.chunk(recipe.accumulate), targets.chunk(recipe.accumulate), strict=True))
+        parts = list(
+            zip(images.chunk(recipe.accumulate), targets.chunk(recipe.accumulate), strict=True)
+        )
         with drawn_for(recipe.seed, epoch, self.done, self.rank, 1):
             for pixels, target in parts:
                 losses = self._losses(pixels, target) / len(parts)
@@ -225,7 +253,10 @@ class _Training:
                 assert parameter.grad is not None
                 dist.all_reduce(parameter.grad)
                 parameter.grad.div_(self.world)
-        norms = [nn.utils.clip_grad_norm_(graft.parameters(), recipe.clip or math.inf) for graft in self.grafts]
+        norms = [
+            nn.utils.clip_grad_norm_(graft.parameters(), recipe.clip or math.inf)
+            for graft in self.grafts
+        ]
         self.losses += 0 * torch.stack(norms)  # NaN from here on if a gradient is not finite
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -234,7 +265,9 @@ class _Training:
         """The loss of each graft ``(T,)``."""
         on = self.precision != "off"
         with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=on):
-            logits = answers(self.main, self.grafts, images, recompute=self.recipe.grad_checkpointing)
+            logits = answers(
+                self.main, self.grafts, images, recompute=self.recipe.grad_checkpointing
+            )
             return torch.stack([self.objective(own, target, images) for own in logits])
 
     def _trained(self) -> list[nn.Parameter]:
@@ -276,7 +309,9 @@ class _Training:
             with results.replacing(self.state) as temporary:
                 torch.save(content, temporary)
         except (OSError, RuntimeError) as error:  # torch raises RuntimeError where the disk is full
-            raise UserError(f"{self.state}: the state cannot be written ({first_line(error)})") from error
+            raise UserError(
+                f"{self.state}: the state cannot be written ({first_line(error)})"
+            ) from error
 
     def resume(self) -> None:
         """Take up the state, if there is one; that of other grafts is refused."""
@@ -286,15 +321,27 @@ class _Training:
             return
         try:
             content = torch.load(self.state, map_location="cpu", weights_only=True)
-            differing = [key for key, value in self.identity.items() if content["identity"].get(key) != value]
-        except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError, ... as the damage is
-            raise UserError(f"{self.state}: not the whole state of grafts ({first_line(error)}); remove it") from error
+            differing = [
+                key for key, value in self.identity.items() if content["identity"].get(key) != value
+            ]
+        except (
+            Exception
+        ) as error:  # torch raises UnpicklingError, RuntimeError, EOFError, ... as the damage is
+            raise UserError(
+                f"{self.state}: not the whole state of grafts ({first_line(error)}); remove it"
+            ) from error
         if differing:
-            raise UserError(f"{self.state} is of other grafts (other {', '.join(differing)}); --overwrite starts again")
+            raise UserError(
+                f"{self.state} is of other grafts (other {', '.join(differing)}); --overwrite starts again"
+            )
         self.grafts.load_state_dict(content["grafts"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.losses.copy_(content["losses"])
-        self.done, self.history, self.precision = content["done"], content["history"], content["precision"]
+        self.done, self.history, self.precision = (
+            content["done"],
+            content["history"],
+            content["precision"],
+        )
         self._choose_attention()
 
 
@@ -311,5 +358,13 @@ def check(model: BViT) -> None:
     stored = list(model.blocks.children())
     memory, distilled = hasattr(stored[0], "memory"), hasattr(model, "head_dist")
     if len(stored) > 1 or memory or distilled:
-        own = "a memory" if memory else "a distillation token" if distilled else f"{len(stored)} blocks"
-        raise UserError(f"recipe: masks of steps are learned for a bViT of one block without a memory, this has {own}")
+        own = (
+            "a memory"
+            if memory
+            else "a distillation token"
+            if distilled
+            else f"{len(stored)} blocks"
+        )
+        raise UserError(
+            f"recipe: masks of steps are learned for a bViT of one block without a memory, this has {own}"
+        )

@@ -1,4 +1,5 @@
-"""Parts of a data set, each to get a subnetwork of its own: classes, clusters of features, or a user's column."""
+"""Parts of a data set, each to get a subnetwork of its own: classes, clusters of features, or a
+user's column."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from sklearn.cluster import HDBSCAN, KMeans
 
 from bvit_interp.data.geometry import Geometry
 from bvit_interp.data.samples import Samples, spread
@@ -33,7 +35,8 @@ class Pool:
     ----------
     samples : the split.
     classes : classes that take part; a label is a place in them.
-    limit : take this many images, spread over the split, before those of other classes are left out; None for all.
+    limit : take this many images, spread over the split, before those of other classes are left
+        out; None for all.
 
     Attributes
     ----------
@@ -47,7 +50,9 @@ class Pool:
             raise UserError(f"no class {choices(unknown)}; classes: {choices(samples.classes)}")
         self._kept: dict[int, np.ndarray] = {}
         index = np.array(spread(len(samples), limit), dtype=np.int64)
-        place = np.array([self.classes.index(c) if c in self.classes else -1 for c in samples.classes])
+        place = np.array(
+            [self.classes.index(c) if c in self.classes else -1 for c in samples.classes]
+        )
         labels = place[np.array([self._label(i) for i in index.tolist()], dtype=np.int64)]
         self.index, self.labels = index[labels >= 0], labels[labels >= 0]
 
@@ -60,7 +65,8 @@ class Pool:
         return self._kept[i] if i in self._kept else self.samples.read(i)[0]
 
     def _label(self, i: int) -> int:
-        """Label of image i of the split, undecoded where the set lists labels; small images are then kept."""
+        """Label of image i of the split, undecoded where the set lists labels; small images are
+        then kept."""
         if (labels := getattr(self.samples, "labels", None)) is not None:
             return int(labels[i])
         if (files := getattr(self.samples, "files", None)) is not None:
@@ -79,7 +85,8 @@ class Part:
     ----------
     name : of the class, cluster or environment.
     own : places of its images in the pool.
-    others : images to tell them from, for a class; empty for a subset on which all classes are told apart.
+    others : images to tell them from, for a class; empty for a subset on which all classes are told
+        apart.
     output : the class that is told from the others, or None.
     """
 
@@ -91,7 +98,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Partition:
-    """All parts, and which of them answers for each test image: ``(n,)``, -1 where a class decides (all answer)."""
+    """All parts, and which of them answers for each test image: ``(n,)``, -1 where a class decides
+    (all answer)."""
 
     parts: tuple[Part, ...]
     of_train: np.ndarray
@@ -110,16 +118,21 @@ def by_class(train: Pool, test: Pool) -> Partition:
         own = train.labels == k
         for pool, kind in ((train, "training"), (test, "test")):
             if not (pool.labels == k).any():
-                raise DataError(f"class {name} has no {kind} image among the {len(pool)} that take part")
+                raise DataError(
+                    f"class {name} has no {kind} image among the {len(pool)} that take part"
+                )
         parts.append(Part(name, own.nonzero()[0], (~own).nonzero()[0], k))
     return Partition(_several(parts), train.labels, np.full(len(test), -1))
 
 
 def by_column(train: Pool, test: Pool, source: str) -> Partition:
-    """A part for every value of ``FILE.csv:COLUMN``; the file has a row of `split`, `index` and COLUMN an image."""
+    """A part for every value of ``FILE.csv:COLUMN``; the file has a row of `split`, `index` and
+    COLUMN an image."""
     file, colon, column = source.rpartition(":")
     if not colon or not Path(file).is_file():
-        raise UserError(f"--by column needs FILE.csv:COLUMN of a file that is there, got {source!r}")
+        raise UserError(
+            f"--by column needs FILE.csv:COLUMN of a file that is there, got {source!r}"
+        )
     try:
         frame = pd.read_csv(file, dtype={column: str})
     except ValueError as error:
@@ -148,19 +161,20 @@ def by_column(train: Pool, test: Pool, source: str) -> Partition:
 def by_cluster(
     train: Pool, test: Pool, features: str, algorithm: str, clusters: int, seed: int, device: str
 ) -> Partition:
-    """A part for every cluster of the features of a model; test images and HDBSCAN's noise go to the nearest centre.
+    """A part for every cluster of the features of a model; test images and HDBSCAN's noise go to
+    the nearest centre.
 
     Parameters
     ----------
     train, test : images.
-    features : checkpoint, as `models.checkpoint.load` takes it; the features are the last step's CLS, normalised.
+    features : checkpoint, as `models.checkpoint.load` takes it; the features are the last step's
+        CLS, normalised.
     algorithm : kmeans or hdbscan (Campello et al. 2013).
-    clusters : how many (kmeans); HDBSCAN finds out, with at least a 2 * `clusters`-th of the images in each.
+    clusters : how many (kmeans); HDBSCAN finds out, with at least a 2 * `clusters`-th of the images
+        in each.
     seed : of kmeans.
     device : of the model.
     """
-    from sklearn.cluster import HDBSCAN, KMeans
-
     seen, unseen = (_features(pool, features, device) for pool in (train, test))
     if clusters < 2 or clusters > len(train):
         raise UserError(f"clusters must be in 2..{len(train)}, the training images, got {clusters}")
@@ -168,10 +182,16 @@ def by_cluster(
         centres = KMeans(clusters, n_init=10, random_state=seed).fit(seen).cluster_centers_
     else:
         least = max(len(train) // (2 * clusters), 2)
-        centres = HDBSCAN(min_cluster_size=least, store_centers="centroid", copy=True).fit(seen).centroids_
+        centres = (
+            HDBSCAN(min_cluster_size=least, store_centers="centroid", copy=True)
+            .fit(seen)
+            .centroids_
+        )
         _log.info("HDBSCAN found %d clusters of at least %d images", len(centres), least)
         if not len(centres):
-            raise UserError(f"HDBSCAN found no cluster of {least} images: more --clusters, or --algorithm kmeans")
+            raise UserError(
+                f"HDBSCAN found no cluster of {least} images: more --clusters, or --algorithm kmeans"
+            )
     found = [np.square(x[:, None] - centres).sum(-1).argmin(1).astype(str) for x in (seen, unseen)]
     return _by_value(*found, names=[str(k) for k in range(len(centres))])
 
@@ -180,11 +200,21 @@ def table(partition: Partition, train: Pool, test: Pool) -> pd.DataFrame:
     """Which image is in which part, a row of `COLUMNS` an image; `by_column` reads it back."""
     names = [part.name for part in partition.parts]
     rows = []
-    for split, pool, own in ((SPLITS[0], train, partition.of_train), (SPLITS[1], test, partition.of_test)):
+    for split, pool, own in (
+        (SPLITS[0], train, partition.of_train),
+        (SPLITS[1], test, partition.of_test),
+    ):
         own = np.where(own < 0, pool.labels, own)
         labels = [pool.classes[label] for label in pool.labels]
         rows.append(
-            pd.DataFrame({"split": split, "index": pool.index, "label": labels, "subset": [names[k] for k in own]})
+            pd.DataFrame(
+                {
+                    "split": split,
+                    "index": pool.index,
+                    "label": labels,
+                    "subset": [names[k] for k in own],
+                }
+            )
         )
     return pd.concat(rows, ignore_index=True)[list(COLUMNS)]
 
@@ -201,7 +231,9 @@ def _by_value(train: np.ndarray, test: np.ndarray, names: list[str]) -> Partitio
             raise DataError(f"subset {name} has no test image")
         parts.append(Part(name, own, np.arange(0)))
     place = {name: k for k, name in enumerate(names)}
-    return Partition(_several(parts), *(np.array([place[value] for value in own]) for own in (train, test)))
+    return Partition(
+        _several(parts), *(np.array([place[value] for value in own]) for own in (train, test))
+    )
 
 
 def _several(parts: list[Part]) -> tuple[Part, ...]:
@@ -217,7 +249,9 @@ def _features(pool: Pool, spec: str, device: str) -> np.ndarray:
     found = []
     with torch.inference_mode():
         for begin in range(0, len(pool), 64):
-            images = torch.stack([view(pool.read(i))[0] for i in range(begin, min(begin + 64, len(pool)))])
+            images = torch.stack(
+                [view(pool.read(i))[0] for i in range(begin, min(begin + 64, len(pool)))]
+            )
             tokens = model.forward_features(images.to(device))
             found.append((tokens[:, 0] if model.has_class_token else tokens.mean(1)).double().cpu())
     return torch.cat(found).numpy()

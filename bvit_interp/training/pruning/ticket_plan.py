@@ -15,7 +15,8 @@ BY = ("class", "class-step", "cluster", "column")
 
 @dataclass(frozen=True, kw_only=True)
 class Tickets:
-    """What is pruned, how far and beside what. The paper: 10 epochs a round and 10 of retraining."""
+    """What is pruned, how far and beside what. The paper: 10 epochs a round and 10 of
+    retraining."""
 
     by: str = "class"
     """class, class-step (a mask a class and step of a bViT), cluster or column."""
@@ -36,8 +37,8 @@ class Tickets:
     iterations: int = 60
     """Steps of a subset's training before a pruning, T of Algorithm 1."""
     rewind: int = 0
-    """Steps of ordinary training on all classes before the first weights are taken (Frankle et al. 2020, arXiv
-    1912.05671); the paper takes them untrained."""
+    """Steps of ordinary training on all classes before the first weights are taken (Frankle et al.
+    2020, arXiv 1912.05671); the paper takes them untrained."""
     retrain_epochs: int = 3
     """Passes of retraining over the largest subset."""
     methods: tuple[str, ...] = METHODS
@@ -57,7 +58,9 @@ class Tickets:
         if self.algorithm not in ("kmeans", "hdbscan"):
             raise UserError(f"algorithm must be kmeans or hdbscan, got {self.algorithm!r}")
         if not self.sparsity or any(not 0 <= s < 1 for s in self.sparsity):
-            raise UserError(f"sparsity must be in 0..1, below 1, got {choices(self.sparsity) or 'none'}")
+            raise UserError(
+                f"sparsity must be in 0..1, below 1, got {choices(self.sparsity) or 'none'}"
+            )
         if not 0 < self.rate < 1:
             raise UserError(f"rate must be between 0 and 1, got {self.rate}")
         for name in ("iterations", "retrain_epochs"):
@@ -65,20 +68,29 @@ class Tickets:
                 raise UserError(f"{name.replace('_', '-')} must be >= 1, got {getattr(self, name)}")
         if self.rewind < 0:
             raise UserError(f"rewind must be >= 0, got {self.rewind}")
-        if not self.methods or set(self.methods) - {*METHODS} or len(set(self.methods)) < len(self.methods):
-            raise UserError(f"methods must be of {choices(METHODS)}, each once, got {choices(self.methods) or 'none'}")
+        if (
+            not self.methods
+            or set(self.methods) - {*METHODS}
+            or len(set(self.methods)) < len(self.methods)
+        ):
+            raise UserError(
+                f"methods must be of {choices(METHODS)}, each once, got {choices(self.methods) or 'none'}"
+            )
 
-    def identity(self) -> dict[str, Any]:
+    def resume_key(self) -> dict[str, Any]:
         """What every row depends on; methods may be added later."""
         return {k: v for k, v in asdict(self).items() if k not in ("methods", "tolerance")}
 
 
 def schedule(targets: Sequence[float], rate: float) -> list[tuple[float, bool]]:
-    """Sparsity after each round, and whether it is a target; equal ratios lead from one target to the next."""
+    """Sparsity after each round, and whether it is a target; equal ratios lead from one target to
+    the next."""
     rounds, density = [(0.0, True)] if 0 in targets else [], 1.0
     for target in sorted({*targets} - {0}):
         ratio = (1 - target) / density
         count = max(math.ceil(math.log(ratio) / math.log(1 - rate) - 1e-9), 1)
-        rounds += [(1 - density * ratio ** (i / count), False) for i in range(1, count)] + [(target, True)]
+        rounds += [(1 - density * ratio ** (i / count), False) for i in range(1, count)] + [
+            (target, True)
+        ]
         density = 1 - target
     return rounds

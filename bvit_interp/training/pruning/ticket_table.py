@@ -1,4 +1,5 @@
-"""What subnetworks' masks and answers say: how alike the masks are, how large, and how right the answers."""
+"""What subnetworks' masks and answers say: how alike the masks are, how large, and how right the
+answers."""
 
 from __future__ import annotations
 
@@ -44,8 +45,11 @@ KEYS = ("method", "by", "subset", "layer", "round")
 SCORES = ("recall", "precision", "balanced_accuracy")
 
 
-def mask_rows(masks: Masks, rows: int, names: Sequence[str], *, separate: bool = False) -> list[dict[str, Any]]:
-    """The columns that masks decide: a row a subset and one of all, for each layer, `ALL` and the `MEAN` of them.
+def mask_rows(
+    masks: Masks, rows: int, names: Sequence[str], *, separate: bool = False
+) -> list[dict[str, Any]]:
+    """The columns that masks decide: a row a subset and one of all, for each layer, `ALL` and the
+    `MEAN` of them.
 
     Parameters
     ----------
@@ -55,7 +59,9 @@ def mask_rows(masks: Masks, rows: int, names: Sequence[str], *, separate: bool =
     separate : each subset's weights are in a model of its own.
     """
     count = len(names)
-    weights = {name.removesuffix(".weight"): mask.view(count, rows, -1) for name, mask in masks.items()}
+    weights = {
+        name.removesuffix(".weight"): mask.view(count, rows, -1) for name, mask in masks.items()
+    }
     layers = {
         f"{name}[{r + 1}]" if rows > 1 else name: (bits[:, r : r + 1], _beside(bits)[:, r])
         for name, bits in weights.items()
@@ -67,9 +73,10 @@ def mask_rows(masks: Masks, rows: int, names: Sequence[str], *, separate: bool =
         kept = bits.any(1).sum(1)
         parts = [bits] if label != ALL else [own for own, _ in layers.values()]
         alike = {
-            "similarity": _others(jaccard(bits.flatten(1))), "null_similarity": _others(expected(parts)),
+            "similarity": _others(jaccard(bits.flatten(1))),
+            "null_similarity": _others(expected(parts)),
             "step_similarity": beside,
-        }  # fmt: skip
+        }
         holes = [int((~own.flatten(1).any(1)).sum()) for own in parts]
         if label != ALL and not holes[0]:
             full.append(alike)
@@ -78,12 +85,24 @@ def mask_rows(masks: Masks, rows: int, names: Sequence[str], *, separate: bool =
         for k, name in enumerate([*names, ALL]):
             of_all = k == count
             parameters = stored if of_all else int(kept[k])
-            found.append({
-                "subset": name, "layer": label, "sparsity": float(pruned.mean() if of_all else pruned[k]),
-                "parameters": parameters, "ratio": parameters / bits.shape[-1],
-                **{column: float(own.nanmean() if of_all else own[k]) for column, own in alike.items()},
-                **({"empty": sum(hole > 0 for hole in holes) if label == ALL else holes[0]} if of_all else {}),
-            })  # fmt: skip
+            found.append(
+                {
+                    "subset": name,
+                    "layer": label,
+                    "sparsity": float(pruned.mean() if of_all else pruned[k]),
+                    "parameters": parameters,
+                    "ratio": parameters / bits.shape[-1],
+                    **{
+                        column: float(own.nanmean() if of_all else own[k])
+                        for column, own in alike.items()
+                    },
+                    **(
+                        {"empty": sum(hole > 0 for hole in holes) if label == ALL else holes[0]}
+                        if of_all
+                        else {}
+                    ),
+                }
+            )
     for k, name in enumerate([*names, ALL]):
         row: dict[str, Any] = {"subset": name, "layer": MEAN}
         for column in full[0] if full else ():
@@ -94,9 +113,11 @@ def mask_rows(masks: Masks, rows: int, names: Sequence[str], *, separate: bool =
 
 
 def expected(layers: Sequence[Tensor]) -> Tensor:
-    """Jaccard overlap ``(K, K)`` of masks that are independent in each layer, where they have the layer's densities.
+    """Jaccard overlap ``(K, K)`` of masks that are independent in each layer, where they have the
+    layer's densities.
 
-    Of one layer, ``q_i q_j / (q_i + q_j - q_i q_j)``; of several, expected intersection over expected union.
+    Of one layer, ``q_i q_j / (q_i + q_j - q_i q_j)``; of several, expected intersection over
+    expected union.
     """
     both, either = torch.zeros(()).double(), torch.zeros(()).double()
     for bits in layers:
@@ -112,11 +133,15 @@ def empty_layers(masks: Masks, rows: int, names: Sequence[str]) -> list[str]:
     for weight, mask in masks.items():
         for place in (~mask.flatten(1).any(1)).nonzero().flatten().tolist():
             k, r = divmod(place, rows)
-            found.append(f"{weight.removesuffix('.weight')}{f'[{r + 1}]' if rows > 1 else ''} for {names[k]}")
+            found.append(
+                f"{weight.removesuffix('.weight')}{f'[{r + 1}]' if rows > 1 else ''} for {names[k]}"
+            )
     return found
 
 
-def score_rows(said: Tensor, truth: Tensor, of_image: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
+def score_rows(
+    said: Tensor, truth: Tensor, of_image: np.ndarray, names: Sequence[str]
+) -> list[dict[str, Any]]:
     """`SCORES` for each subset and all, on the natural distribution of the test images.
 
     Parameters
@@ -130,20 +155,29 @@ def score_rows(said: Tensor, truth: Tensor, of_image: np.ndarray, names: Sequenc
     scores = torch.stack(one_vs_rest(said, truth))
     for k, name in enumerate(names):
         own = torch.from_numpy(of_image == k)
-        mine = scores[:, k] if by_class else torch.stack(one_vs_rest(said[own], truth[own])).nanmean(1)
-        found.append({"subset": name, "layer": ALL, "n": len(said) if by_class else int(own.sum())} | _named(mine))
+        mine = (
+            scores[:, k] if by_class else torch.stack(one_vs_rest(said[own], truth[own])).nanmean(1)
+        )
+        found.append(
+            {"subset": name, "layer": ALL, "n": len(said) if by_class else int(own.sum())}
+            | _named(mine)
+        )
     return [*found, {"subset": ALL, "layer": ALL, "n": len(said)} | _named(scores.nanmean(1))]
 
 
 def with_collapse(frame: pd.DataFrame, tolerance: float) -> pd.DataFrame:
-    """The table with `rise` and `collapsed`: does the layers' mean overlap go up along the rounds, without labels?
+    """The table with `rise` and `collapsed`: does the layers' mean overlap go up along the rounds,
+    without labels?
 
-    The paper sees overlap rise sharply with or just before the loss of accuracy (at 70-80 % sparsity); independent
-    masks overlap ever less. Ours: collapse begins at the first round whose overlap is more than `tolerance` above its
-    least so far. Layers that are empty for a subset are not in the mean.
+    The paper sees overlap rise sharply with or just before the loss of accuracy (at 70-80 %
+    sparsity); independent masks overlap ever less. Ours: collapse begins at the first round whose
+    overlap is more than `tolerance` above its least so far. Layers that are empty for a subset are
+    not in the mean.
     """
     frame = frame.assign(rise=np.nan, collapsed=np.nan)
-    chosen = frame[(frame["layer"] == MEAN) & (frame["subset"] == ALL) & frame["similarity"].notna()]
+    chosen = frame[
+        (frame["layer"] == MEAN) & (frame["subset"] == ALL) & frame["similarity"].notna()
+    ]
     for _, own in chosen.sort_values("round").groupby("method"):
         rise = own["similarity"] - own["similarity"].cummin()
         frame.loc[own.index, "rise"] = rise
@@ -161,5 +195,6 @@ def _others(matrix: Tensor) -> Tensor:
 
 
 def _beside(bits: Tensor) -> Tensor:
-    """Mean overlap of each step's mask with the subset's other steps: bool ``(K, R, W)`` -> ``(K, R)``."""
+    """Mean overlap of each step's mask with the subset's other steps: bool ``(K, R, W)`` -> ``(K,
+    R)``."""
     return torch.stack([_others(jaccard(own)) for own in bits])

@@ -1,4 +1,5 @@
-"""Ablated runs against whole runs with a hook written by hand; the analysis of variance against its textbook form."""
+"""Ablated runs against whole runs with a hook written by hand; the analysis of variance against its
+textbook form."""
 
 from __future__ import annotations
 
@@ -9,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from bvit_interp.analyses.ablation.effects import ANSWERS, Ablator, steps_and_units
 from bvit_interp.errors import UserError
 from bvit_interp.models.unroll import unroll
-from bvit_interp.probes.effects import ANSWERS, Ablator, steps_and_units
 from bvit_interp.probes.probe import Probe
 
 MODULES = {"z": "attn.proj", "mlp_post": "mlp.fc2"}
@@ -19,7 +20,8 @@ LABELS = torch.tensor([3, 1, 4, 1])
 
 
 def whole_run(model, images, site, channels, span, fill):
-    """Logits with the channels of a site's flat activation ``(B, N, D or F)`` replaced by those of fill(step)."""
+    """Logits with the channels of a site's flat activation ``(B, N, D or F)`` replaced by those of
+    fill(step)."""
     view = unroll(model)
     for t in range(span[0], span[1] + 1):
 
@@ -37,10 +39,14 @@ def said(clean, ablated, labels):
     rows = []
     for old, new, label in zip(clean.double(), ablated.double(), labels, strict=True):
         p, q = old.softmax(0), new.softmax(0)
-        rows.append([
-            float(new.argmax() == label) - float(old.argmax() == label), float(new[label] - old[label]),
-            float((q[label] / p[label]).log()), float((p * (p / q).log()).sum()),
-        ])  # fmt: skip
+        rows.append(
+            [
+                float(new.argmax() == label) - float(old.argmax() == label),
+                float(new[label] - old[label]),
+                float((q[label] / p[label]).log()),
+                float((p * (p / q).log()).sum()),
+            ]
+        )
     return np.array(rows)
 
 
@@ -62,12 +68,16 @@ def test_effects_are_whole_runs_with_a_hook(any_model, images):
         channels = [("z", list(range(h * width, (h + 1) * width))) for h in range(heads)] + [
             ("z", order[:width].tolist())
         ]
-        bounds = [-(-ablator.probe.num_neurons * g // 3) for g in range(4)]  # three runs of neighbours
+        bounds = [
+            -(-ablator.probe.num_neurons * g // 3) for g in range(4)
+        ]  # three runs of neighbours
         channels += [("mlp_post", list(range(*pair))) for pair in itertools.pairwise(bounds)]
         assert effects.shape == (4, 3, len(channels), len(spans), len(ANSWERS))
         clean = any_model(images)
         for (u, (site, which)), (s, span), (m, method) in itertools.product(
-            enumerate(channels[heads - 1 : heads + 2], start=heads - 1), enumerate(spans), enumerate(methods)
+            enumerate(channels[heads - 1 : heads + 2], start=heads - 1),
+            enumerate(spans),
+            enumerate(methods),
         ):
             fill = {
                 "zero": None,
@@ -75,7 +85,9 @@ def test_effects_are_whole_runs_with_a_hook(any_model, images):
                 "resample": lambda t, site=site: given[site, t].flatten(2),
             }[method]
             expected = said(clean, whole_run(any_model, images, site, which, span, fill), LABELS)
-            np.testing.assert_allclose(effects[:, m, u, s], expected, atol=2e-4, err_msg=f"{method} {u} {span}")
+            np.testing.assert_allclose(
+                effects[:, m, u, s], expected, atol=2e-4, err_msg=f"{method} {u} {span}"
+            )
         assert effects[..., 3].abs().amin(0).max() > 1e-4
 
 
@@ -83,8 +95,10 @@ def test_variants_that_do_not_fit_at_once_are_run_in_turn(tiny, images, monkeypa
     ablator = Ablator(tiny, groups=0)
     with torch.inference_mode():
         whole = ablator.effects(images, LABELS, ["zero"], [(3, 12)])
-        monkeypatch.setattr("bvit_interp.probes.effects._BYTES_OF_A_RUN", 1)
-        torch.testing.assert_close(ablator.effects(images, LABELS, ["zero"], [(3, 12)]), whole, rtol=1e-4, atol=1e-5)
+        monkeypatch.setattr("bvit_interp.analyses.ablation.effects._BYTES_OF_A_RUN", 1)
+        torch.testing.assert_close(
+            ablator.effects(images, LABELS, ["zero"], [(3, 12)]), whole, rtol=1e-4, atol=1e-5
+        )
 
 
 def test_one_head_is_its_own_null(make, images):
@@ -100,7 +114,7 @@ def test_what_cannot_be_done_is_refused(tiny, images, monkeypatch):
     nn.init.constant_(tiny.head.weight, torch.nan)
     with pytest.raises(UserError, match="logits hold NaN"), torch.inference_mode():
         Ablator(tiny, groups=0).effects(images, LABELS, ["zero"], [(12, 12)])
-    monkeypatch.setattr("bvit_interp.probes.effects._BYTES_OF_MEANS", 1)
+    monkeypatch.setattr("bvit_interp.analyses.ablation.effects._BYTES_OF_MEANS", 1)
     with pytest.raises(UserError, match="means of every step"):
         Ablator(tiny, groups=0).site_means()
 
@@ -116,7 +130,9 @@ def test_shares_without_noise_are_those_of_the_textbook():
     of_steps = 3 * ((table.mean(1) - table.mean()) ** 2).sum()
     of_units = 5 * ((table.mean(0) - table.mean()) ** 2).sum()
     both = sum(
-        (table[t, u] - table[t].mean() - table[:, u].mean() + table.mean()) ** 2 for t in range(5) for u in range(3)
+        (table[t, u] - table[t].mean() - table[:, u].mean() + table.mean()) ** 2
+        for t in range(5)
+        for u in range(3)
     )
     for name, expected in (("steps", of_steps), ("units", of_units), ("both", both)):
         row = found[f"variance_{name}"]
@@ -135,8 +151,12 @@ def test_nulls_are_means_over_all_shuffles():
         shares.append(3 * ((shuffled.mean(0) - shuffled.mean()) ** 2).sum() / total)
     units = found["variance_units"]
     assert units["null"] == pytest.approx(np.mean(shares))
-    assert found["variance_both"]["null"] == pytest.approx(1 - found["variance_steps"]["value"] - units["null"])
-    across = steps_and_units(*same_in_all_folds(table.T))["variance_units"]  # steps within units are units within steps
+    assert found["variance_both"]["null"] == pytest.approx(
+        1 - found["variance_steps"]["value"] - units["null"]
+    )
+    across = steps_and_units(*same_in_all_folds(table.T))[
+        "variance_units"
+    ]  # steps within units are units within steps
     assert found["variance_steps"]["null"] == pytest.approx(across["null"])
     assert found["variance_steps"]["value"] == pytest.approx(across["value"])
 
@@ -191,7 +211,11 @@ def test_noise_that_a_unit_has_at_all_steps_is_not_reliable():
     rng, below = np.random.default_rng(5), 0
     for seed in range(200):  # no unit differs; half the noise of a fold is the unit's at every step
         folds = rng.normal(size=(10, 12, 4)) + rng.normal(size=(10, 1, 4))
-        below += steps_and_units(folds, np.full(10, 8), seed, draws=99)["reliability"]["p_value"] <= 0.05
+        below += (
+            steps_and_units(folds, np.full(10, 8), seed, draws=99)["reliability"]["p_value"] <= 0.05
+        )
     assert below <= 22  # 10 are expected, 22 are four standard deviations more
     folds += np.array([0.0, 1.0, 2.0, 3.0])
-    assert steps_and_units(folds, np.full(10, 8), draws=99)["reliability"]["p_value"] == pytest.approx(0.01)
+    assert steps_and_units(folds, np.full(10, 8), draws=99)["reliability"][
+        "p_value"
+    ] == pytest.approx(0.01)

@@ -1,4 +1,5 @@
-"""Effects of ablation against whole runs with a hook, image by image; any batches, any model, its table and figure."""
+"""Effects of ablation against whole runs with a hook, image by image; any batches, any model, its
+table and figure."""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ SHORT = {"groups": 2, "images": 6}
 def batch_of(model, data, places):
     geometry = Geometry.of(model, data)
     scenes = [data.read(i) for i in places]
-    return torch.stack([geometry(image, None)[0] for image, _, _ in scenes]), torch.tensor([s[1] for s in scenes])
+    return torch.stack([geometry(image, None)[0] for image, _, _ in scenes]), torch.tensor(
+        [s[1] for s in scenes]
+    )
 
 
 def log_prob(logits, labels):
@@ -32,7 +35,8 @@ def log_prob(logits, labels):
 
 
 def with_head(model, images, head, steps, fill):
-    """Logits with one head of each step of `steps` replaced by fill(step), ``(B, N, E)`` or of less axes."""
+    """Logits with one head of each step of `steps` replaced by fill(step), ``(B, N, E)`` or of less
+    axes."""
     view = unroll(model)
     width = model.embed_dim // model.blocks[0].attn.num_heads
     for t in steps:
@@ -61,11 +65,16 @@ def three(make):
 def test_every_scope_and_method_against_runs_with_a_hook(three, digits):
     frame = measure({"m": three}, digits, Config(limit=12, images=6, groups=0))
     images, labels = batch_of(three, digits, spread(60, 6))
-    others, _ = batch_of(three, digits, np.roll(spread(60, 6), -3))  # the partner is half the images on
+    others, _ = batch_of(
+        three, digits, np.roll(spread(60, 6), -3)
+    )  # the partner is half the images on
     many, _ = batch_of(three, digits, spread(60, 12))
     with torch.inference_mode():
         clean = log_prob(three(images), labels)
-        means = {t: z.mean(0) for t, z in enumerate(Probe(three).record(many, "z")["z"].unbind(1), start=1)}
+        means = {
+            t: z.mean(0)
+            for t, z in enumerate(Probe(three).record(many, "z")["z"].unbind(1), start=1)
+        }
         given = dict(enumerate(Probe(three).record(others, "z")["z"].unbind(1), start=1))
         for method, head in (("zero", 0), ("mean", 1), ("resample", 1)):
             fill = {
@@ -76,9 +85,13 @@ def test_every_scope_and_method_against_runs_with_a_hook(three, digits):
             of_head = rows(frame, method=method, unit=head, answer="log_prob", kind="head")
             single = []
             for statistic, step, steps in [
-                ("each", 1, [1]), ("each", 2, [2]), ("each", 3, [3]), ("from", 2, [2, 3]), ("from", 1, [1, 2, 3]),
+                ("each", 1, [1]),
+                ("each", 2, [2]),
+                ("each", 3, [3]),
+                ("from", 2, [2, 3]),
+                ("from", 1, [1, 2, 3]),
                 ("all", None, [1, 2, 3]),
-            ]:  # fmt: skip
+            ]:
                 change = log_prob(with_head(three, images, head, steps, fill), labels) - clean
                 found = rows(of_head, statistic=statistic)
                 found = found[found["step"].isna()] if step is None else rows(found, step=step)
@@ -101,30 +114,48 @@ def test_the_null_of_a_head_is_random_channels_and_of_a_group_the_mean_group(thr
     images, labels = batch_of(three, digits, spread(60, 6))
     chosen = torch.randperm(32, generator=torch.Generator().manual_seed(3))[:16]
     view = unroll(three)
-    view.blocks[1].attn.proj.register_forward_pre_hook(lambda _, args: (args[0].index_fill(-1, chosen, 0.0),))
+    view.blocks[1].attn.proj.register_forward_pre_hook(
+        lambda _, args: (args[0].index_fill(-1, chosen, 0.0),)
+    )
     with torch.inference_mode():
         change = log_prob(view(images), labels) - log_prob(three(images), labels)
     at_two = rows(frame, answer="log_prob", statistic="each", step=2)
-    assert rows(at_two, kind="head")["null"].tolist() == pytest.approx([change.mean()] * 2, rel=1e-4)
+    assert rows(at_two, kind="head")["null"].tolist() == pytest.approx(
+        [change.mean()] * 2, rel=1e-4
+    )
     groups = rows(at_two, kind="neurons")
     assert groups["null"].tolist() == pytest.approx([groups["value"].mean()] * 2)
     assert groups["unit"].tolist() == [0, 1]
 
 
 def test_the_table_of_single_steps_parts_as_written_down(three, digits):
-    frame = measure({"m": three}, digits, Config(images=20, groups=0, methods=("zero",), scopes=("each",)))
-    each = rows(frame, answer="kl", statistic="each").pivot(index="step", columns="unit", values="value").to_numpy()
+    frame = measure(
+        {"m": three}, digits, Config(images=20, groups=0, methods=("zero",), scopes=("each",))
+    )
+    each = (
+        rows(frame, answer="kl", statistic="each")
+        .pivot(index="step", columns="unit", values="value")
+        .to_numpy()
+    )
     images, _ = batch_of(three, digits, spread(60, 20))
     with torch.inference_mode():
         clean = three(images).double().log_softmax(-1)
-        ablated = [[with_head(three, images, head, [t], lambda t: 0.0) for head in range(2)] for t in (1, 2, 3)]
-        away = [[clean - logits.double().log_softmax(-1) for logits in of_step] for of_step in ablated]
+        ablated = [
+            [with_head(three, images, head, [t], lambda t: 0.0) for head in range(2)]
+            for t in (1, 2, 3)
+        ]
+        away = [
+            [clean - logits.double().log_softmax(-1) for logits in of_step] for of_step in ablated
+        ]
         changes = np.array(
             [[(clean.exp() * each).sum(-1).numpy() for each in of_step] for of_step in away]
         )  # (T, U, n)
     np.testing.assert_allclose(each, changes.mean(-1), rtol=1e-3, atol=1e-6)
     within = changes - changes.mean(1, keepdims=True)
-    even, odd = (np.concatenate([within[..., k::10] for k in range(first, 10, 2)], -1).mean(-1) for first in (0, 1))
+    even, odd = (
+        np.concatenate([within[..., k::10] for k in range(first, 10, 2)], -1).mean(-1)
+        for first in (0, 1)
+    )
     found = frame[frame["answer"] == "kl"].set_index("statistic")
     expected = np.corrcoef(even.ravel(), odd.ravel())[0, 1]
     assert found.loc["reliability", "value"] == pytest.approx(expected, rel=1e-3)
@@ -139,7 +170,9 @@ def test_the_table_of_single_steps_parts_as_written_down(three, digits):
     shares = found.loc[["variance_steps", "variance_units", "variance_both"]]
     assert shares["value"].sum() == pytest.approx(1)
     assert (shares["low"] < shares["high"]).all()
-    assert found.loc["variance_units", "null"] == pytest.approx((1 - found.loc["variance_steps", "value"]) / 3)
+    assert found.loc["variance_units", "null"] == pytest.approx(
+        (1 - found.loc["variance_steps", "value"]) / 3
+    )
 
 
 def test_any_model(any_model, digits):
@@ -160,10 +193,14 @@ def test_batches_of_any_size_give_the_same_table(three, stacked, digits):
     config = {"limit": 9, "images": 7, "groups": 2}
     models = {"a": three, "b": stacked}
     whole = measure(models, digits, Config(**config))
-    pd.testing.assert_frame_equal(measure(models, digits, Config(**config, batch_size=3)), whole, rtol=1e-6, atol=3e-6)
+    pd.testing.assert_frame_equal(
+        measure(models, digits, Config(**config, batch_size=3)), whole, rtol=1e-6, atol=3e-6
+    )
     assert whole.groupby("model", sort=False).size().index.tolist() == ["a", "b"]
     alone = measure({"b": stacked}, digits, Config(**config))
-    pd.testing.assert_frame_equal(whole[whole["model"] == "b"].reset_index(drop=True), alone, atol=1e-5)
+    pd.testing.assert_frame_equal(
+        whole[whole["model"] == "b"].reset_index(drop=True), alone, atol=1e-5
+    )
 
 
 def test_out_of_memory_halves_the_batch_and_counts_no_image_twice(three, digits, monkeypatch):
@@ -173,7 +210,9 @@ def test_out_of_memory_halves_the_batch_and_counts_no_image_twice(three, digits,
 
     def fail_late(self, x, pre_logits=False):
         calls.append(len(x))
-        if len(x) > 12 or (len(x) == 8 and calls.count(8) in (1, 3)):  # the first is in the pass for the means
+        if len(x) > 12 or (
+            len(x) == 8 and calls.count(8) in (1, 3)
+        ):  # the first is in the pass for the means
             raise torch.OutOfMemoryError
         return head(self, x, pre_logits)
 
@@ -197,15 +236,21 @@ def test_columns_headline_and_figure_from_the_csv_alone(three, stacked, digits):
     assert list(frame) == list(COLUMNS)
     shown = config.headline(frame)
     assert len(shown) == 2 * 3 * 4 + 2 + stacked.blocks[0].attn.num_heads
-    least = shown[(shown["statistic"] == "each") & (shown["model"] == "a")].set_index("unit")["value"]
+    least = shown[(shown["statistic"] == "each") & (shown["model"] == "a")].set_index("unit")[
+        "value"
+    ]
     mean = rows(frame, model="a", method="mean", kind="head", answer="log_prob", statistic="each")
     assert least.to_dict() == mean.groupby("unit")["value"].min().to_dict()
     figure = plot(pd.read_csv(io.StringIO(frame.to_csv(index=False))))
     titles = [ax.get_title() for ax in figure.axes if ax.get_title()]
     assert titles == [
-        "a: log-probability, at one step", "b: log-probability, at one step", "a: KL, a head at one step",
-        "b: KL, a head at one step", "log-probability, a head from the step on", "log-probability, a unit at all steps",
-    ]  # fmt: skip
+        "a: log-probability, at one step",
+        "b: log-probability, at one step",
+        "a: KL, a head at one step",
+        "b: KL, a head at one step",
+        "log-probability, a head from the step on",
+        "log-probability, a unit at all steps",
+    ]
     profile = next(ax for ax in figure.axes if ax.get_title() == "a: KL, a head at one step")
     kl = rows(frame, model="a", method="mean", kind="head", answer="kl", statistic="each")
     np.testing.assert_allclose(profile.lines[1].get_ydata(), rows(kl, unit=1)["value"])
@@ -233,7 +278,10 @@ def test_images_are_at_most_the_limit(three, digits):
 def test_bad_input(three, digits):
     with pytest.raises(UserError, match="images must be >= 1, got 0"):
         Config(images=0)
-    with pytest.raises(UserError, match="methods must be one or more of zero, mean, resample, each once, got 'median'"):
+    with pytest.raises(
+        UserError,
+        match="methods must be one or more of zero, mean, resample, each once, got 'median'",
+    ):
         Config(methods=("median",))
     with pytest.raises(UserError, match="scopes must be one or more of each, from, all"):
         Config(scopes=())

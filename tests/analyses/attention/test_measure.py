@@ -1,4 +1,5 @@
-"""The table against loops over images with numpy's correlation, stacks of copies, and nulls in closed form."""
+"""The table against loops over images with numpy's correlation, stacks of copies, and nulls in
+closed form."""
 
 from __future__ import annotations
 
@@ -28,11 +29,15 @@ def batch_of(model, data):
 def patterns_of(model, data):
     """``(n, T, H, N, N)`` float64."""
     probe = Probe(model)
-    return probe.run(batch_of(model, data), "pattern")[1]["pattern"].detach().double().numpy(), probe
+    return probe.run(batch_of(model, data), "pattern")[1][
+        "pattern"
+    ].detach().double().numpy(), probe
 
 
 def row(frame, statistic, step, head="mean", other=None):
-    found = frame[(frame["statistic"] == statistic) & (frame["step"] == step) & (frame["head"] == str(head))]
+    found = frame[
+        (frame["statistic"] == statistic) & (frame["step"] == step) & (frame["head"] == str(head))
+    ]
     found = found[found["other_step"].isna() if other is None else found["other_step"] == other]
     assert len(found) == 1
     return found.iloc[0]
@@ -49,7 +54,10 @@ def test_single_step_rows_in_a_loop(any_model, digits):
         found = row(frame, "entropy", t + 1, head)
         assert found["value"] == pytest.approx(each.mean(), rel=1e-5)
         low, high = stats.norm.interval(0.95, each.mean(), stats.sem(each))
-        assert (found["low"], found["high"]) == (pytest.approx(low, rel=1e-5), pytest.approx(high, rel=1e-5))
+        assert (found["low"], found["high"]) == (
+            pytest.approx(low, rel=1e-5),
+            pytest.approx(high, rel=1e-5),
+        )
         assert (found["null"], found["n"]) == (pytest.approx(math.log(tokens)), len(digits))
         share = row(frame, "entropy_share", t + 1, head)
         assert share["null"] == 1
@@ -58,7 +66,9 @@ def test_single_step_rows_in_a_loop(any_model, digits):
         )
         kept = row(frame, "cls_on_patches", t + 1, head)
         each = cls[..., probe.num_prefix_tokens :].sum(-1)[:, t]
-        assert kept["value"] == pytest.approx((each if head == "mean" else each[:, head]).mean(), rel=1e-5)
+        assert kept["value"] == pytest.approx(
+            (each if head == "mean" else each[:, head]).mean(), rel=1e-5
+        )
         assert kept["null"] == 16 / tokens
     distance, share = row(frame, "distance", 2), row(frame, "distance_share", 2)
     assert share["value"] == pytest.approx(distance["value"] / math.hypot(4, 4))
@@ -84,16 +94,22 @@ def test_agreement_and_its_nulls_in_a_loop(any_model, digits):
             found = row(frame, "agreement", s + 1, h, t + 1)
             assert found["value"] == pytest.approx(own[:, h].mean(), abs=1e-5)
             assert found["shuffled"] == pytest.approx(shuffled[h], abs=1e-5)
-            different = [table[a, b] for a in range(heads) for b in range(heads) if a != b and h in (a, b)]
+            different = [
+                table[a, b] for a in range(heads) for b in range(heads) if a != b and h in (a, b)
+            ]
             assert found["null"] == pytest.approx(np.mean(different), abs=1e-5)
             assert math.isnan(found["p_value"])
         found = row(frame, "agreement", s + 1, "mean", t + 1)
         assert found["value"] == pytest.approx(own.mean(), abs=1e-5)
         half = 1.959964 * stats.sem(own.mean(1))
         assert found["high"] - found["low"] == pytest.approx(2 * half, rel=1e-3, abs=1e-6)
-        assert found["null"] == pytest.approx((table.sum() - np.trace(table)) / (heads * (heads - 1)), abs=1e-5)
+        assert found["null"] == pytest.approx(
+            (table.sum() - np.trace(table)) / (heads * (heads - 1)), abs=1e-5
+        )
         assert found["shuffled"] == pytest.approx(shuffled.mean(), abs=1e-5)
-        totals = [sum(table[h, p[h]] for h in range(heads)) for p in itertools.permutations(range(heads))]
+        totals = [
+            sum(table[h, p[h]] for h in range(heads)) for p in itertools.permutations(range(heads))
+        ]
         assert found["p_value"] == np.mean([total >= totals[0] - 1e-12 for total in totals])
     pairs = frame[(frame["statistic"] == "agreement") & (frame["head"] == "mean")]
     assert len(pairs) == steps * (steps - 1) / 2
@@ -110,11 +126,15 @@ def test_rollout_rows(any_model, digits):
         every = np.corrcoef(raw[:, t], rolled[:, t])[:n, n:]
         found = row(frame, "rollout_agreement", t + 1)
         assert found["value"] == pytest.approx(np.trace(every) / n, abs=1e-5)
-        assert found["shuffled"] == pytest.approx((every.sum() - np.trace(every)) / (n * (n - 1)), abs=1e-5)
+        assert found["shuffled"] == pytest.approx(
+            (every.sum() - np.trace(every)) / (n * (n - 1)), abs=1e-5
+        )
     assert row(frame, "rollout_agreement", 1)["value"] == pytest.approx(1)
     cls = 0.5 * patterns[:, 0].mean(1)[:, 0]
     cls[:, 0] += 0.5
-    assert row(frame, "rollout_entropy", 1)["value"] == pytest.approx(-(cls * np.log(cls)).sum(-1).mean(), rel=1e-5)
+    assert row(frame, "rollout_entropy", 1)["value"] == pytest.approx(
+        -(cls * np.log(cls)).sum(-1).mean(), rel=1e-5
+    )
 
 
 def test_uniform_attention_is_its_nulls_and_its_maps_agree_with_nothing(any_model, digits):
@@ -136,11 +156,16 @@ def test_uniform_attention_is_its_nulls_and_its_maps_agree_with_nothing(any_mode
 
 def test_a_stack_of_copies_is_the_bvit(tiny, make, digits):
     stack = make(name="vit_rms_small_patch16_224", seed=3)
-    weights = {f"blocks.{t}.{k}": v for t in range(12) for k, v in tiny.blocks[0].state_dict().items()}
+    weights = {
+        f"blocks.{t}.{k}": v for t in range(12) for k, v in tiny.blocks[0].state_dict().items()
+    }
     others = {k: v for k, v in tiny.state_dict().items() if not k.startswith("blocks.")}
     stack.load_state_dict({**others, **weights})
     frame = measure({"m": tiny, "stack": stack}, digits, Config(limit=12))
-    one, two = (frame[frame["model"] == name].drop(columns="model").reset_index(drop=True) for name in ("m", "stack"))
+    one, two = (
+        frame[frame["model"] == name].drop(columns="model").reset_index(drop=True)
+        for name in ("m", "stack")
+    )
     pd.testing.assert_frame_equal(one, two, check_exact=True)
 
 
@@ -170,7 +195,9 @@ def test_heads_of_a_bvit_keep_their_number_and_shuffled_ones_do_not(make, digits
 
 
 def test_one_head_has_no_other_and_registers_are_counted(make, tiny_reg4, digits):
-    frame = measure({"one": make(num_heads=1, num_steps=2), "r": tiny_reg4}, digits, Config(limit=5))
+    frame = measure(
+        {"one": make(num_heads=1, num_steps=2), "r": tiny_reg4}, digits, Config(limit=5)
+    )
     agreement = frame[(frame["model"] == "one") & (frame["statistic"] == "agreement")]
     assert agreement["value"].notna().all()
     assert agreement[["null", "p_value"]].isna().all(axis=None)
@@ -224,11 +251,18 @@ def test_columns_and_figure_from_the_csv_alone(tiny, tiny_reg4, digits, tmp_path
         assert len(figure.subfigs) == 3 + 2  # lines, masses, agreement, a strip a model
         entropy, distance = figure.subfigs[0].axes
         expected = frame[(frame["model"] == "a") & (frame["head"] == "mean")].set_index("statistic")
-        np.testing.assert_allclose(entropy.lines[0].get_ydata(), expected.loc["entropy_share", "value"])
-        np.testing.assert_allclose(distance.lines[0].get_ydata(), expected.loc["distance_share", "value"])
+        np.testing.assert_allclose(
+            entropy.lines[0].get_ydata(), expected.loc["entropy_share", "value"]
+        )
+        np.testing.assert_allclose(
+            distance.lines[0].get_ydata(), expected.loc["distance_share", "value"]
+        )
         shown = figure.subfigs[2].axes[0].images[0].get_array()
         first = expected.loc["agreement"].iloc[0]
-        assert (shown[0, 1], shown[1, 0]) == (pytest.approx(first["value"]), pytest.approx(first["null"]))
+        assert (shown[0, 1], shown[1, 0]) == (
+            pytest.approx(first["value"]),
+            pytest.approx(first["null"]),
+        )
     with np.load(frame["path"].iloc[0]) as kept:
         assert kept["maps"].shape == (3, 12, 4, 4, 4)
         assert kept["index"].tolist() == [0, 20, 40]

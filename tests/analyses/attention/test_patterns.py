@@ -1,4 +1,5 @@
-"""Patterns made by chosen q and k, the forward written by hand, and rollout in a plain numpy loop."""
+"""Patterns made by chosen q and k, the forward written by hand, and rollout in a plain numpy
+loop."""
 
 from __future__ import annotations
 
@@ -10,11 +11,18 @@ import pytest
 import torch
 from torch import nn
 
+from bvit_interp.analyses.attention import patterns as attending
+from bvit_interp.analyses.attention.patterns import (
+    attend,
+    example_maps,
+    statistics,
+    token_groups,
+    uniform,
+)
 from bvit_interp.data.digits import DigitScenes
 from bvit_interp.data.geometry import Geometry
 from bvit_interp.errors import DataError, UserError
-from bvit_interp.probes import attending, saliency
-from bvit_interp.probes.attending import attend, example_maps, statistics, token_groups, uniform
+from bvit_interp.probes import saliency
 from bvit_interp.probes.probe import Probe
 
 
@@ -23,7 +31,9 @@ class Chosen(nn.Module):
 
     def __init__(self, q, k):
         super().__init__()
-        self.register_buffer("fused", torch.stack([q, k, torch.zeros_like(q)]).permute(1, 0, 2, 3).flatten(1))
+        self.register_buffer(
+            "fused", torch.stack([q, k, torch.zeros_like(q)]).permute(1, 0, 2, 3).flatten(1)
+        )
 
     def forward(self, x):
         return self.fused.expand(len(x), -1, -1)
@@ -38,7 +48,10 @@ def statistics_by_hand(pattern, probe):
     """Loops over queries of one image's ``(H, N, N)``: the definitions read aloud."""
     first = probe.num_prefix_tokens
     cls = pattern[:, 0]
-    found = {"entropy": -(cls * np.log(cls)).sum(-1), "patches_on_cls": pattern[:, first:, 0].mean(-1)}
+    found = {
+        "entropy": -(cls * np.log(cls)).sum(-1),
+        "patches_on_cls": pattern[:, first:, 0].mean(-1),
+    }
     found |= {f"cls_on_{kind}": cls[:, rows].sum(-1) for kind, rows in token_groups(probe).items()}
     found["distance"] = np.zeros(len(pattern))
     places = [(row, col) for row in range(probe.grid[0]) for col in range(probe.grid[1])]
@@ -50,7 +63,8 @@ def statistics_by_hand(pattern, probe):
 
 
 def test_patterns_of_chosen_q_and_k(tiny, images):
-    """Four heads: uniform; each token on itself; all on CLS; all on the patch of the upper left corner."""
+    """Four heads: uniform; each token on itself; all on CLS; all on the patch of the upper left
+    corner."""
     angle = 2 * math.pi * torch.arange(17) / 17
     q, k = torch.zeros(17, 4, 8), torch.zeros(17, 4, 8)
     q[:, 1, :2] = k[:, 1, :2] = 60 * torch.stack([angle.cos(), angle.sin()], -1)
@@ -68,7 +82,9 @@ def test_patterns_of_chosen_q_and_k(tiny, images):
     }
     assert set(expected) == set(found.statistics) == set(statistics(Probe(tiny)))
     for name, values in expected.items():
-        np.testing.assert_allclose(found.statistics[name], np.tile(values, (4, 12, 1)), atol=2e-6, err_msg=name)
+        np.testing.assert_allclose(
+            found.statistics[name], np.tile(values, (4, 12, 1)), atol=2e-6, err_msg=name
+        )
     corner = found.maps[0, 0, 3]
     assert corner[0] == pytest.approx(1)
     # CLS row of the first rollout: half on itself, half the mean of (1/17, 1, 1, 0)
@@ -87,7 +103,9 @@ def test_against_the_forward_written_by_hand(tiny, tiny_reg4, images, by_hand):
                 expected = statistics_by_hand(site["pattern"][image].double().numpy(), probe)
                 assert set(expected) == set(found.statistics)
                 for name, values in expected.items():
-                    np.testing.assert_allclose(found.statistics[name][image, t], values, rtol=2e-4, atol=1e-6)
+                    np.testing.assert_allclose(
+                        found.statistics[name][image, t], values, rtol=2e-4, atol=1e-6
+                    )
 
 
 def test_every_kind_of_model(any_model, images):
@@ -96,7 +114,9 @@ def test_every_kind_of_model(any_model, images):
     patterns = probe.run(images, "pattern")[1]["pattern"].detach().double().numpy()
     for t in range(probe.num_steps):
         for name, values in statistics_by_hand(patterns[1, t], probe).items():
-            np.testing.assert_allclose(found.statistics[name][1, t], values, rtol=1e-4, atol=1e-6, err_msg=name)
+            np.testing.assert_allclose(
+                found.statistics[name][1, t], values, rtol=1e-4, atol=1e-6, err_msg=name
+            )
     np.testing.assert_allclose(found.maps, saliency.attention(probe, images), atol=1e-6)
     groups = token_groups(probe)
     total = sum(found.statistics[f"cls_on_{kind}"] for kind in groups)
@@ -123,7 +143,9 @@ def test_the_output_is_untouched_and_fused_attention_stays_on(any_model, images,
     outputs, calls = [], []
     fused = torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(
-        torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: (calls.append(1), fused(*a, **k))[1]
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda *a, **k: (calls.append(1), fused(*a, **k))[1],
     )
     with probe.model.register_forward_hook(lambda _, __, output: outputs.append(output)):
         attend(probe, images)
@@ -147,7 +169,8 @@ def test_one_pattern_at_a_time(tiny, images, monkeypatch):
 
 
 def test_uniform_attention_is_its_null(any_model, images):
-    """q and k of zeros: every statistic equals `uniform`, and so does the entropy of the rollout."""
+    """q and k of zeros: every statistic equals `uniform`, and so does the entropy of the
+    rollout."""
     width = any_model.embed_dim
     with torch.no_grad():
         for block in any_model.blocks.children():
@@ -168,7 +191,11 @@ def test_the_distance_of_uniform_attention_in_closed_form(make):
     probe = Probe(make(img_size=(24, 40)))
     rows, cols = probe.grid
     assert (rows, cols) == (3, 5)
-    total = sum((rows - abs(dr)) * (cols - abs(dc)) * math.hypot(dr, dc) for dr in range(-2, 3) for dc in range(-4, 5))
+    total = sum(
+        (rows - abs(dr)) * (cols - abs(dc)) * math.hypot(dr, dc)
+        for dr in range(-2, 3)
+        for dc in range(-4, 5)
+    )
     assert uniform(probe, "distance") == pytest.approx(total / (rows * cols) ** 2)
 
 
@@ -187,7 +214,9 @@ def test_examples(tiny, monkeypatch):
     assert found["index"].tolist() == [5, 2]
     np.testing.assert_allclose(found["image"][1], digits.read(2)[0], atol=1)
     pixels = torch.stack([geometry(digits.read(i)[0])[0] for i in (5, 2)])
-    np.testing.assert_allclose(found["maps"].reshape(2, 12, 4, 16), saliency.attention(probe, pixels), atol=1e-6)
+    np.testing.assert_allclose(
+        found["maps"].reshape(2, 12, 4, 16), saliency.attention(probe, pixels), atol=1e-6
+    )
     read = digits.read
 
     def torn(i):

@@ -1,4 +1,5 @@
-"""Gates against surgery on the weights, slopes against finite differences, choices against tables on paper."""
+"""Gates against surgery on the weights, slopes against finite differences, choices against tables
+on paper."""
 
 from __future__ import annotations
 
@@ -8,12 +9,20 @@ import itertools
 import pytest
 import torch
 
+from bvit_interp.analyses.circuits import gates as circuit
+from bvit_interp.analyses.circuits.gates import (
+    Fit,
+    Gates,
+    Judged,
+    best,
+    best_of_step,
+    best_same,
+    divergence,
+)
 from bvit_interp.data.geometry import Geometry
 from bvit_interp.data.loader import Batch
 from bvit_interp.errors import UserError
 from bvit_interp.models.unroll import unroll
-from bvit_interp.probes import circuit
-from bvit_interp.probes.circuit import Fit, Gates, Judged, best, best_of_step, best_same, divergence
 
 GEOMETRY = Geometry((32, 32), 32, (0.5,) * 3, (0.5,) * 3, "bilinear")
 
@@ -21,7 +30,12 @@ GEOMETRY = Geometry((32, 32), 32, (0.5,) * 3, (0.5,) * 3, "bilinear")
 def fit_of(gates, images, mean=True, size=2):
     parts = torch.arange(len(images)).split(size)
     batches = [
-        Batch(index, torch.zeros(len(index), dtype=torch.int64), {GEOMETRY: (images[index], None)}, ["i"] * len(index))
+        Batch(
+            index,
+            torch.zeros(len(index), dtype=torch.int64),
+            {GEOMETRY: (images[index], None)},
+            ["i"] * len(index),
+        )
         for index in parts
     ]
     return Fit(gates, batches, GEOMETRY, mean)
@@ -79,9 +93,13 @@ def test_closed_gates_give_the_mean_over_the_fit_images(any_model, images):
                     new[:, :, unit] = clean[address.site, address.step].mean(0)[:, unit]
             return new
 
-        with gates.probe.edit({(site, t): by_hand for site in sites for t in range(1, gates.steps + 1)}):
+        with gates.probe.edit(
+            {(site, t): by_hand for site in sites for t in range(1, gates.steps + 1)}
+        ):
             expected = gates.probe(images)
-        torch.testing.assert_close(gates.logits(images, keep.float())[0], expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            gates.logits(images, keep.float())[0], expected, rtol=1e-3, atol=1e-4
+        )
 
 
 def test_open_gates_are_the_model(any_model, images):
@@ -89,7 +107,9 @@ def test_open_gates_are_the_model(any_model, images):
     fit_of(gates, images)
     with torch.no_grad():
         logits = gates.logits(images, torch.ones(2, gates.steps, gates.units))
-        torch.testing.assert_close(logits, any_model(images).expand_as(logits), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            logits, any_model(images).expand_as(logits), rtol=1e-5, atol=1e-5
+        )
 
 
 def test_slopes_are_finite_differences(make, images):
@@ -105,8 +125,12 @@ def test_slopes_are_finite_differences(make, images):
             for share in (1 + 1e-5, 1 - 1e-5):
                 shares = torch.ones(3, 6, dtype=torch.float64)
                 shares[t, unit] = share
-                ends.append(scaled(model, shares, 2)(images).log_softmax(-1)[torch.arange(4), answers])
-            assert torch.allclose((ends[0] - ends[1]) / 2e-5, found[:, t, unit].double(), rtol=1e-3, atol=1e-6)
+                ends.append(
+                    scaled(model, shares, 2)(images).log_softmax(-1)[torch.arange(4), answers]
+                )
+            assert torch.allclose(
+                (ends[0] - ends[1]) / 2e-5, found[:, t, unit].double(), rtol=1e-3, atol=1e-6
+            )
 
 
 def test_scores_are_means_of_absolute_slopes_however_they_are_batched(tiny, images):
@@ -114,7 +138,9 @@ def test_scores_are_means_of_absolute_slopes_however_they_are_batched(tiny, imag
     fit = fit_of(gates, images, mean=False)
     each = torch.cat([gates.slopes(image[None]) for image in images])
     torch.testing.assert_close(fit.slopes, each.double().abs().mean(0), rtol=1e-4, atol=1e-7)
-    torch.testing.assert_close(fit_of(gates, images, mean=False, size=3).slopes, fit.slopes, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(
+        fit_of(gates, images, mean=False, size=3).slopes, fit.slopes, rtol=1e-4, atol=1e-7
+    )
     assert fit.count == 4
     assert all(p.grad is None for p in tiny.parameters())
 
@@ -142,8 +168,12 @@ def test_learning_descends_and_stays_above_the_best_of_all_masks(make, images):
     fit.slopes = -fit.slopes  # from the least important units
     start = fit.loss(gates.by_kind(lambda scores: best(scores, 0.5), fit.slopes))
     end = fit.loss(gates.by_kind(lambda scores: best(scores, 0.5), fit.learned(0.5, False, 40)))
-    heads = [[float(i in chosen) for i in range(8)] for chosen in itertools.combinations(range(8), 4)]
-    neurons = [[float(i in chosen) for i in range(4)] for chosen in itertools.combinations(range(4), 2)]
+    heads = [
+        [float(i in chosen) for i in range(8)] for chosen in itertools.combinations(range(8), 4)
+    ]
+    neurons = [
+        [float(i in chosen) for i in range(4)] for chosen in itertools.combinations(range(4), 2)
+    ]
     masks = [
         torch.cat([torch.tensor(h).reshape(2, 4), torch.tensor(n).reshape(2, 2)], 1)
         for h, n in itertools.product(heads, neurons)
@@ -159,7 +189,10 @@ def test_learning_descends_and_stays_above_the_best_of_all_masks(make, images):
 def test_learned_gates_of_all_steps_are_the_same_at_every_step(make, images):
     fit = fit_of(Gates(make(num_steps=2), 2), images)
     scores = fit.learned(0.5, True, 2)
-    start, end = (fit.loss(fit.gates.by_kind(lambda of: best_same(of, 0.5), of)) for of in (fit.slopes, scores))
+    start, end = (
+        fit.loss(fit.gates.by_kind(lambda of: best_same(of, 0.5), of))
+        for of in (fit.slopes, scores)
+    )
     assert end <= start
     assert torch.equal(scores[0], scores[1])
     assert torch.equal(scores, fit.learned(0.5, True, 2))  # no random number
@@ -168,11 +201,15 @@ def test_learned_gates_of_all_steps_are_the_same_at_every_step(make, images):
 def test_best_gates_on_paper():
     scores = torch.tensor([[5.0, 1.0, 3.0], [4.0, 2.0, 0.0]])
     assert best(scores, 0.5).tolist() == [[True, False, True], [True, False, False]]
-    # sums 9, 3, 3: unit 0 at both steps; the third gate goes to unit 1 (the first of equals) at the first step
+    # sums 9, 3, 3: unit 0 at both steps; the third gate goes to unit 1 (the first of equals) at the
+    # first step
     assert best_same(scores, 0.5).tolist() == [[True, True, False], [True, False, False]]
     like = torch.tensor([[True, False, False], [True, True, False]])
     assert best_of_step(scores, like).tolist() == [[True, False, False], [True, True, False]]
-    assert best_of_step(scores.flip(0), like).tolist() == [[True, False, False], [True, False, True]]
+    assert best_of_step(scores.flip(0), like).tolist() == [
+        [True, False, False],
+        [True, False, True],
+    ]
     assert best(torch.zeros(2, 3), 0.34).tolist() == [[True, True, False], [False] * 3]
 
 
@@ -190,14 +227,22 @@ def test_conditions_have_the_counts_they_say(tiny, images):
     found = circuit.conditions(fit, "gradient", 0.4, 1, 3, seed=0)
     own = found["per-step"][0]
     assert {name: len(masks) for name, masks in found.items()} == {
-        "per-step": 1, "even": 1, "all-steps": 1, "shuffled": 3, "shuffled-units": 3, "random": 3,
-        "even-random": 3, "same-random": 3,
-    }  # fmt: skip
+        "per-step": 1,
+        "even": 1,
+        "all-steps": 1,
+        "shuffled": 3,
+        "shuffled-units": 3,
+        "random": 3,
+        "even-random": 3,
+        "same-random": 3,
+    }
     for units in gates.kinds.values():
         total = round(0.4 * own[:, units].numel())
         assert all((mask[:, units].sum() == total) for masks in found.values() for mask in masks)
         for name in ("shuffled-units", "random"):
-            assert all(torch.equal(mask[:, units].sum(1), own[:, units].sum(1)) for mask in found[name])
+            assert all(
+                torch.equal(mask[:, units].sum(1), own[:, units].sum(1)) for mask in found[name]
+            )
         for mask in (*found["even"], *found["even-random"]):
             assert torch.equal(mask[:, units].sum(1), found["all-steps"][0][:, units].sum(1))
         for mask in (found["all-steps"][0], *found["same-random"]):
@@ -209,8 +254,12 @@ def test_conditions_have_the_counts_they_say(tiny, images):
     for mask in found["shuffled"]:
         assert sorted(map(tuple, mask.tolist())) == sorted(rows)
     assert not torch.equal(found["same-random"][0], found["same-random"][1])
-    assert torch.equal(circuit.conditions(fit, "gradient", 0.4, 1, 3, seed=0)["random"], found["random"])
-    assert not torch.equal(circuit.conditions(fit, "gradient", 0.4, 1, 3, seed=1)["random"], found["random"])
+    assert torch.equal(
+        circuit.conditions(fit, "gradient", 0.4, 1, 3, seed=0)["random"], found["random"]
+    )
+    assert not torch.equal(
+        circuit.conditions(fit, "gradient", 0.4, 1, 3, seed=1)["random"], found["random"]
+    )
 
 
 def test_no_step_keeps_its_place():
@@ -227,12 +276,14 @@ def test_overlap_on_paper():
     gates = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 0], [1, 1, 1, 1]]).bool()
     # pairs: 1/3, 2/4, 2/4
     torch.testing.assert_close(
-        circuit.overlaps(gates), torch.tensor([(1 / 3 + 1 / 2) / 2, (1 / 3 + 1 / 2) / 2, 1 / 2], dtype=torch.float64)
+        circuit.overlaps(gates),
+        torch.tensor([(1 / 3 + 1 / 2) / 2, (1 / 3 + 1 / 2) / 2, 1 / 2], dtype=torch.float64),
     )
 
 
 def test_nulls_of_the_structure_against_all_placements():
-    """Two of four gates at each of two steps: overlap 0, 1/3 or 1 with probability 1/6, 4/6, 1/6."""
+    """Two of four gates at each of two steps: overlap 0, 1/3 or 1 with probability 1/6, 4/6,
+    1/6."""
     gates = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0]]).bool()
     found = circuit.structure(gates, 3000, seed=0)
     assert found["kept"].tolist() == [0.5, 0.5]
@@ -256,7 +307,9 @@ def test_judged_against_a_loop_over_images():
     found = judged.compute()
     p = whole.double().softmax(-1)
     kl = torch.stack([(p * (p.log() - v.double().softmax(-1).log())).sum(-1) for v in gated])
-    torch.testing.assert_close(found["kl"]["value"], torch.stack([kl[0].mean(), kl[1].mean(), kl[2:].mean()]))
+    torch.testing.assert_close(
+        found["kl"]["value"], torch.stack([kl[0].mean(), kl[1].mean(), kl[2:].mean()])
+    )
     differences = kl[2:].mean(0) - kl[0]
     half = 1.959963984540054 * differences.std() / 7**0.5
     assert float(found["excess"]["low"][2]) == pytest.approx(float(differences.mean() - half))

@@ -21,7 +21,9 @@ SMALL = {"fractions": (0.5,), "groups": 4, "fit_images": 6, "draws": 1}
 def batch_of(model, data, places):
     geometry = Geometry.of(model, data)
     scenes = [data.read(i) for i in places]
-    return torch.stack([geometry(image, None)[0] for image, _, _ in scenes]), torch.tensor([s[1] for s in scenes])
+    return torch.stack([geometry(image, None)[0] for image, _, _ in scenes]), torch.tensor(
+        [s[1] for s in scenes]
+    )
 
 
 def of_models(frame):
@@ -40,7 +42,8 @@ def gates_of(frame, steps):
 
 @pytest.mark.parametrize("ablation", ["mean", "zero"])
 def test_the_circuit_applied_by_hand(any_model, digits, ablation):
-    """KL, accuracy and interval of the circuit in the table, by edits written here on the images that are judged."""
+    """KL, accuracy and interval of the circuit in the table, by edits written here on the images
+    that are judged."""
     config = Config(**SMALL, limit=8, ablation=ablation)
     frame = measure({"m": any_model}, digits, config)
     probe = Probe(any_model)
@@ -51,7 +54,9 @@ def test_the_circuit_applied_by_hand(any_model, digits, ablation):
     images, labels = batch_of(any_model, digits, places)
 
     def by_hand(activation, address):
-        filled = clean[address.site, address.step].mean(0) if ablation == "mean" else torch.zeros(())
+        filled = (
+            clean[address.site, address.step].mean(0) if ablation == "mean" else torch.zeros(())
+        )
         keep = heads[address.step - 1]
         if address.site == "mlp_post":
             keep = np.repeat(neurons[address.step - 1], probe.num_neurons // 4)
@@ -61,7 +66,13 @@ def test_the_circuit_applied_by_hand(any_model, digits, ablation):
 
     with torch.no_grad():
         _, clean = probe.run(fit, ["z", "mlp_post"])
-        with probe.edit({(site, t): by_hand for site in ("z", "mlp_post") for t in range(1, probe.num_steps + 1)}):
+        with probe.edit(
+            {
+                (site, t): by_hand
+                for site in ("z", "mlp_post")
+                for t in range(1, probe.num_steps + 1)
+            }
+        ):
             gated = probe(images).double().log_softmax(-1)
         whole = any_model(images).double().log_softmax(-1)
     kl = (whole.exp() * (whole - gated)).sum(-1)
@@ -76,15 +87,23 @@ def test_the_circuit_applied_by_hand(any_model, digits, ablation):
 
 
 def test_fractions_conditions_and_their_counts(tiny, stacked, digits):
-    frame = measure({"a": tiny, "b": stacked}, digits, Config(**SMALL | {"fractions": (0.3, 0.7)}, limit=5))
+    frame = measure(
+        {"a": tiny, "b": stacked}, digits, Config(**SMALL | {"fractions": (0.3, 0.7)}, limit=5)
+    )
     assert list(frame) == list(COLUMNS)
     for (name, fraction), part in frame[frame["fraction"] < 1].groupby(["model", "fraction"]):
         model = {"a": tiny, "b": stacked}[name]
         steps = len(model.blocks)
         assert of_models(part).index.tolist() == [
-            "per-step", "even", "all-steps", "shuffled", "shuffled-units", "random", "even-random",
+            "per-step",
+            "even",
+            "all-steps",
+            "shuffled",
+            "shuffled-units",
+            "random",
+            "even-random",
             "same-random",
-        ]  # fmt: skip
+        ]
         for kind, table in zip(("head", "neuron"), gates_of(part, steps), strict=True):
             np.testing.assert_allclose(part[part["kind"] == kind]["kept"], table.mean(1))
             assert table.sum() == round(fraction * table.size)
@@ -94,17 +113,23 @@ def test_fractions_conditions_and_their_counts(tiny, stacked, digits):
 def test_excess_is_the_difference_to_the_circuit(tiny, digits):
     rows = of_models(measure({"m": tiny}, digits, Config(**SMALL | {"draws": 2}, limit=9)))
     others = rows.drop(index=["full", "per-step"])
-    np.testing.assert_allclose(others["excess"], others["kl"] - rows.loc["per-step", "kl"], atol=1e-9)
+    np.testing.assert_allclose(
+        others["excess"], others["kl"] - rows.loc["per-step", "kl"], atol=1e-9
+    )
     assert rows.loc[["full", "per-step"], "excess"].isna().all()
     assert (others["kl_least"] <= others["kl"] + 1e-12).all()
     assert (others["kl_most"] >= others["kl"] - 1e-12).all()
-    assert (others.loc[["shuffled", "random"], "kl_most"] > others.loc[["shuffled", "random"], "kl_least"]).all()
+    assert (
+        others.loc[["shuffled", "random"], "kl_most"]
+        > others.loc[["shuffled", "random"], "kl_least"]
+    ).all()
     labels = [digits.read(i * 60 // 9)[1] for i in range(9)]
     assert (rows["chance"] == np.bincount(labels).max() / 9).all()
 
 
 def test_the_unit_that_answers_is_found(make, digits):
-    """Only head 2 of step 3 and one group of step 2 reach the residual: at one gate a kind, these stay open."""
+    """Only head 2 of step 3 and one group of step 2 reach the residual: at one gate a kind, these
+    stay open."""
     model = make(name="vit_tiny_patch16_224", depth=3)
     with torch.no_grad():
         for t, block in enumerate(model.blocks):
@@ -136,7 +161,7 @@ def test_batches_and_order_of_models_change_nothing(tiny, stacked, digits):
 
 def test_out_of_memory_halves_the_batch(tiny, digits, monkeypatch):
     whole = measure({"m": tiny}, digits, Config(**SMALL, limit=12))
-    from bvit_interp.probes.circuit import Gates
+    from bvit_interp.analyses.circuits.gates import Gates
 
     run = Gates.logits
 
@@ -146,7 +171,9 @@ def test_out_of_memory_halves_the_batch(tiny, digits, monkeypatch):
         return run(self, images, keep)
 
     monkeypatch.setattr(Gates, "logits", fail)
-    pd.testing.assert_frame_equal(measure({"m": tiny}, digits, Config(**SMALL, limit=12)), whole, rtol=1e-6, atol=1e-6)
+    pd.testing.assert_frame_equal(
+        measure({"m": tiny}, digits, Config(**SMALL, limit=12)), whole, rtol=1e-6, atol=1e-6
+    )
 
 
 def test_all_images_are_either_fit_or_judged(tiny):
@@ -163,7 +190,7 @@ def test_all_images_are_either_fit_or_judged(tiny):
 def test_a_sweep_continues_where_it_stopped(tiny, digits, tmp_path, monkeypatch):
     config = Config(**SMALL | {"fractions": (0.3, 0.7)}, limit=5)
     whole = measure({"m": tiny}, digits, config)
-    path, options = tmp_path / "circuits.csv", {"config": config.identity()}
+    path, options = tmp_path / "circuits.csv", {"config": config.resume_key()}
     table = results.Table(path, options)
     append, written = table.append, []
 
@@ -194,13 +221,21 @@ def test_the_model_comes_back_as_it_was(tiny_te, digits, watched_models):
 
 
 def test_figure_and_summary_from_the_csv_alone(tiny, stacked, digits, tmp_path):
-    config = Config(**SMALL | {"fractions": (0.3, 0.7)}, limit=6, methods=("gradient", "learned"), epochs=1)
+    config = Config(
+        **SMALL | {"fractions": (0.3, 0.7)}, limit=6, methods=("gradient", "learned"), epochs=1
+    )
     results.write_table(measure({"a": tiny, "b": stacked}, digits, config), tmp_path / "c.csv")
     frame = results.read_table(tmp_path / "c.csv")
     axes = plot(frame).axes
-    rows = frame[(frame["model"] == "a") & (frame["method"] == "learned") & (frame["condition"] == "shuffled")]
+    rows = frame[
+        (frame["model"] == "a")
+        & (frame["method"] == "learned")
+        & (frame["condition"] == "shuffled")
+    ]
     drawn = {line.get_label(): line for line in axes[0].lines}
-    np.testing.assert_allclose(drawn["circuit of another step"].get_ydata(), rows.sort_values("fraction")["kl"])
+    np.testing.assert_allclose(
+        drawn["circuit of another step"].get_ydata(), rows.sort_values("fraction")["kl"]
+    )
     raster = axes[3].images[0].get_array()
     assert raster.shape == (8, 12)
     assert raster.sum() == round(0.7 * 48) * 2
@@ -213,7 +248,10 @@ def test_bad_input(tiny, digits):
     for given, message in (
         ({"fractions": (0.5, 1.0)}, "fractions must be between 0 and 1"),
         ({"fractions": ()}, "fractions must be"),
-        ({"methods": ("gradient", "gradient")}, "methods must be one or more of gradient, learned, each once"),
+        (
+            {"methods": ("gradient", "gradient")},
+            "methods must be one or more of gradient, learned, each once",
+        ),
         ({"ablation": "resample"}, "ablation must be mean or zero, got 'resample'"),
         ({"fit_images": 0}, "fit-images must be >= 1, got 0"),
         ({"draws": 0}, "draws must be >= 1, got 0"),
@@ -238,7 +276,9 @@ def test_nan_and_images_that_cannot_be_read(tiny, digits, monkeypatch):
     monkeypatch.setattr(DigitScenes, "read", corrupt)
     with pytest.raises(DataError, match="cannot be read"):
         measure({"m": tiny}, digits, Config(**SMALL | {"fit_images": 20}, limit=20))
-    frame = measure({"m": tiny}, digits, Config(**SMALL | {"fit_images": 20}, limit=20, skip_corrupt=True))
+    frame = measure(
+        {"m": tiny}, digits, Config(**SMALL | {"fit_images": 20}, limit=20, skip_corrupt=True)
+    )
     assert (of_models(frame)["n"] < 20).all()
     assert (frame[frame["kind"] == "head"]["n"] < 20).all()
     monkeypatch.undo()

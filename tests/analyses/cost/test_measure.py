@@ -1,4 +1,5 @@
-"""Counts against the paper's tables and layers written out; times against a clock that is made to tick."""
+"""Counts against the paper's tables and layers written out; times against a clock that is made to
+tick."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ def counts(name, **kwargs):
     ("name", "arguments", "millions", "gflops"),
     [
         # Table 1
-        ("bvit_small_patch16_224", {}, 2.5, 8.5), ("bvit_base_patch16_224", {}, 8.6, 33.7),
+        ("bvit_small_patch16_224", {}, 2.5, 8.5),
+        ("bvit_base_patch16_224", {}, 8.6, 33.7),
         ("bvit_large_patch16_224", {}, 14.6, 119.3),
         # Table 2: blocks x steps at width 384
         ("bvit_small_patch16_224", {"num_blocks": 2, "num_steps": 6}, 4.3, 8.5),
@@ -36,9 +38,10 @@ def counts(name, **kwargs):
         ("bvit_small_patch16_224", {"num_blocks": 6, "num_steps": 2}, 11.4, 8.5),
         ("vit_rms_small_patch16_224", {}, 22.0, 8.5),
         # Table 6
-        ("bvit_base_fl_patch16_224", {}, 8.6, 134.1), ("bvit_base_sc_patch16_224", {}, 8.6, 33.7),
+        ("bvit_base_fl_patch16_224", {}, 8.6, 134.1),
+        ("bvit_base_sc_patch16_224", {}, 8.6, 33.7),
     ],
-)  # fmt: skip
+)
 def test_the_numbers_the_paper_prints(name, arguments, millions, gflops):
     found = counts(name, **arguments)
     assert round(found["parameters"] / 1e6, 1) == millions
@@ -53,14 +56,18 @@ def test_parts_of_bvit_b_written_out():
     assert (found["norm"], found["head"]) == (width, 1000 * width + 1000)
     assert found["backbone"] == 7_829_760  # "7.8M", Table 4
     assert counts("vit_rms_base_patch16_224")["backbone"] == 85_779_456  # "85.8M"
-    assert found["gflops_attention"] - found["gflops"] == pytest.approx(12 * 4 * 197**2 * width / 1e9)
+    assert found["gflops_attention"] - found["gflops"] == pytest.approx(
+        12 * 4 * 197**2 * width / 1e9
+    )
     assert counts("bvit_base_te_patch16_224")["blocks"] - found["blocks"] == 12 * width  # "9K"
     assert counts("bvit_base_reg4_patch16_224")["embedding"] - found["embedding"] == 4 * width
 
 
 def test_every_kind_of_model_and_its_parts_add_up(any_model, digits):
     before = {name: tensor.clone() for name, tensor in any_model.state_dict().items()}
-    frame = measure({"m": any_model, "unrolled": unroll(any_model)}, digits, Config(runs=2, batch_size=2))
+    frame = measure(
+        {"m": any_model, "unrolled": unroll(any_model)}, digits, Config(runs=2, batch_size=2)
+    )
     assert list(frame) == list(COLUMNS)
     for _, row in frame.iterrows():
         assert row["embedding"] + row["blocks"] + row["norm"] + row["head"] == row["parameters"]
@@ -76,7 +83,8 @@ def test_every_kind_of_model_and_its_parts_add_up(any_model, digits):
 
 
 def test_models_take_turns_and_times_are_of_the_clock(tiny, stacked, digits, monkeypatch):
-    """A clock that stands still but in a forward pass: the r-th of `a` takes r ms, of `b` 10 + r ms, a batch 100 ms."""
+    """A clock that stands still but in a forward pass: the r-th of `a` takes r ms, of `b` 10 + r
+    ms, a batch 100 ms."""
     clock, order = [0.0], []
     ticks = {id(tiny): itertools.count(), id(stacked): itertools.count(10)}
 
@@ -86,19 +94,26 @@ def test_models_take_turns_and_times_are_of_the_clock(tiny, stacked, digits, mon
 
     monkeypatch.setattr(cost.time, "perf_counter", lambda: clock[0])
     with tiny.register_forward_hook(tick), stacked.register_forward_hook(tick):
-        frame = measure({"a": tiny, "b": stacked}, digits, Config(runs=5, batch_size=8)).set_index("model")
+        frame = measure({"a": tiny, "b": stacked}, digits, Config(runs=5, batch_size=8)).set_index(
+            "model"
+        )
     singles = [model for model, images in order if images == 1]
     assert singles == [id(tiny), id(stacked)] * (3 + 5)  # three turns to warm up
     # timed: 3 4 5 6 7 and 13 14 15 16 17 ms
-    assert frame.loc["a", ["latency_low", "latency_ms", "latency_high"]].tolist() == pytest.approx([4, 5, 6])
-    assert frame.loc["b", ["latency_low", "latency_ms", "latency_high"]].tolist() == pytest.approx([14, 15, 16])
+    assert frame.loc["a", ["latency_low", "latency_ms", "latency_high"]].tolist() == pytest.approx(
+        [4, 5, 6]
+    )
+    assert frame.loc["b", ["latency_low", "latency_ms", "latency_high"]].tolist() == pytest.approx(
+        [14, 15, 16]
+    )
     assert frame["latency_ratio"].tolist() == pytest.approx([1, 15 / 5])
     assert frame["throughput"].tolist() == pytest.approx([80, 80])
     assert frame["runs"].tolist() == [5, 5]
 
 
 def test_the_ratio_is_of_the_same_turn(tiny, stacked, digits, monkeypatch):
-    """A machine that slows down tenfold half way: the ratio is 2 in every turn, that of the medians is not."""
+    """A machine that slows down tenfold half way: the ratio is 2 in every turn, that of the medians
+    is not."""
     clock, turn = [0.0], itertools.count()
     speed = [1] * 6 + [10] * 3 + [1] * 100
 
@@ -115,7 +130,9 @@ def test_the_ratio_is_of_the_same_turn(tiny, stacked, digits, monkeypatch):
 def test_another_type_and_training_mode_leave_the_model_as_it_was(tiny, digits):
     seen = []
     tiny.train()
-    with tiny.head.register_forward_hook(lambda module, args, out: seen.append((out.dtype, module.training))):
+    with tiny.head.register_forward_hook(
+        lambda module, args, out: seen.append((out.dtype, module.training))
+    ):
         frame = measure({"m": tiny}, digits, Config(runs=1, batch_size=2, dtype="bfloat16"))
     assert set(seen) == {(torch.bfloat16, False)}
     assert frame["dtype"].item() == "bfloat16"
@@ -134,7 +151,9 @@ def test_flops_that_are_not_known_and_the_figure_from_the_csv_alone(tiny, make, 
     assert frame["parameters"][1] == sum(p.numel() for p in pooled.parameters())
     figure = plot(pd.read_csv(io.StringIO(frame.to_csv(index=False))))
     parameters, flops, latency, _ = figure.axes
-    np.testing.assert_allclose([bar.get_width() for bar in parameters.patches], frame["parameters"] / 1e6)
+    np.testing.assert_allclose(
+        [bar.get_width() for bar in parameters.patches], frame["parameters"] / 1e6
+    )
     np.testing.assert_allclose(latency.patches[1].get_width(), frame["latency_ms"][1])
     assert [text.get_text() for text in flops.texts][1] == "not known"
 
@@ -152,7 +171,9 @@ def test_bad_input(tiny, digits, monkeypatch):
 def test_memory_on_a_gpu(tiny, digits, monkeypatch):
     model = tiny.cuda()
     weights = sum(p.numel() * 4 for p in model.parameters()) / 1e9
-    small, large = (measure({"m": model}, digits, Config(runs=3, batch_size=b)).iloc[0] for b in (1, 512))
+    small, large = (
+        measure({"m": model}, digits, Config(runs=3, batch_size=b)).iloc[0] for b in (1, 512)
+    )
     assert weights < small["peak_memory"] < large["peak_memory"]
     assert torch.cuda.get_device_name() in small["device"]
 

@@ -1,4 +1,5 @@
-"""Dynamics of real models against the states of timm's own extraction, and verdicts of maps known on paper."""
+"""Dynamics of real models against the states of timm's own extraction, and verdicts of maps known
+on paper."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ def values_of(frame, statistic, tokens):
 
 
 def test_against_the_states_themselves(any_model, digits):
-    """Every statistic computed here from the tokens of a forward pass, 15 steps of a bViT, all of a stack."""
+    """Every statistic computed here from the tokens of a forward pass, 15 steps of a bViT, all of a
+    stack."""
     data = type(digits)("test", length=12)
     frame = measure({"m": any_model}, data, Config(steps=15, batch_size=5))
     view = run_on(any_model, 15)
@@ -66,21 +68,29 @@ def test_against_the_states_themselves(any_model, digits):
             values_of(frame, "step_size", kind)["value"], (size / length[:, :-1]).mean(0), rtol=1e-4
         )
         cosine = (update[:, 1:] * update[:, :-1]).sum(-1) / size[:, 1:] / size[:, :-1]
-        np.testing.assert_allclose(values_of(frame, "cosine", kind)["value"], cosine.mean(0), atol=1e-4)
+        np.testing.assert_allclose(
+            values_of(frame, "cosine", kind)["value"], cosine.mean(0), atol=1e-4
+        )
         for statistic, s in (("to_trained", trained), ("to_last", steps)):
             apart = np.linalg.norm(z - z[:, s : s + 1], axis=-1) / length[:, s : s + 1]
-            np.testing.assert_allclose(values_of(frame, statistic, kind)["value"], apart.mean(0), atol=1e-4)
+            np.testing.assert_allclose(
+                values_of(frame, statistic, kind)["value"], apart.mean(0), atol=1e-4
+            )
     cls = states[:, 1:, 0]
     ratio = []
     for t in range(steps):
         eigenvalues = np.linalg.eigvalsh(np.cov(cls[:, t].T)).clip(min=0)
         ratio.append(eigenvalues.sum() ** 2 / (eigenvalues**2).sum())
-    np.testing.assert_allclose(values_of(frame, "participation_ratio", "cls")["value"], ratio, rtol=1e-4)
+    np.testing.assert_allclose(
+        values_of(frame, "participation_ratio", "cls")["value"], ratio, rtol=1e-4
+    )
     cka = frame[frame["statistic"] == "cka"].set_index(["step", "other_step"])["value"]
     assert len(cka) == trained * (trained + 1) // 2
     for (step, other), value in cka.items():
         x, y = (cls[:, t - 1] - cls[:, t - 1].mean(0) for t in (step, other))
-        expected = (np.linalg.norm(x.T @ y) ** 2) / np.linalg.norm(x.T @ x) / np.linalg.norm(y.T @ y)
+        expected = (
+            (np.linalg.norm(x.T @ y) ** 2) / np.linalg.norm(x.T @ x) / np.linalg.norm(y.T @ y)
+        )
         assert value == pytest.approx(expected, rel=1e-4)
 
 
@@ -93,7 +103,9 @@ def moving(model, monkeypatch, rule):
 def verdict(model, data, **options):
     frame = measure({"m": model}, data, Config(limit=4, pair_steps=(1,), **options))
     return {
-        statistic: frame[(frame["statistic"] == statistic) & (frame["tokens"] == "cls")]["value"].item()
+        statistic: frame[(frame["statistic"] == statistic) & (frame["tokens"] == "cls")][
+            "value"
+        ].item()
         for statistic in ("period", "period_direction")
     }
 
@@ -130,10 +142,13 @@ def test_no_verdict_without_steps_past_the_trained(tiny, stacked, digits):
 
 
 def test_pairs_between_models(tiny, tiny_te, stacked, digits):
-    """A model beside its unroll has CKA 1 at equal steps; a stack's blocks are compared with a bViT's steps."""
+    """A model beside its unroll has CKA 1 at equal steps; a stack's blocks are compared with a
+    bViT's steps."""
     models = {"a": tiny, "same": unroll(tiny), "stack": stacked}
     frame = measure(models, digits, Config(steps=12, pair_steps=(1, 3, 12)))
-    cka = frame[frame["statistic"] == "cka"].set_index(["model", "step", "other_model", "other_step"])
+    cka = frame[frame["statistic"] == "cka"].set_index(
+        ["model", "step", "other_model", "other_step"]
+    )
     assert len(cka) == 8 * 9 // 2  # 3 + 3 + 2 states
     for t in (1, 3, 12):
         assert cka.loc["a", t, "same", t]["value"] == pytest.approx(1)
@@ -147,11 +162,15 @@ def test_pairs_between_models(tiny, tiny_te, stacked, digits):
 def test_a_stack_of_copies_moves_as_the_recurrent_model(make, tiny, digits):
     copies = make(name="vit_rms_small_patch16_224")
     state = tiny.state_dict()
-    copies.load_state_dict({
-        key: state[f"blocks.0.{key.split('.', 2)[2]}" if key.startswith("blocks.") else key]
-        for key in copies.state_dict()
-    })  # fmt: skip
-    one, other = (measure({"m": model}, digits, Config(steps=12, limit=20)) for model in (tiny, copies))
+    copies.load_state_dict(
+        {
+            key: state[f"blocks.0.{key.split('.', 2)[2]}" if key.startswith("blocks.") else key]
+            for key in copies.state_dict()
+        }
+    )
+    one, other = (
+        measure({"m": model}, digits, Config(steps=12, limit=20)) for model in (tiny, copies)
+    )
     pd.testing.assert_frame_equal(one, other, rtol=1e-4, atol=1e-6)
 
 
@@ -161,37 +180,51 @@ def test_several_models_alone_and_together_and_in_parts(tiny, stacked, digits, m
     alone = measure({"b": stacked}, digits, config)
     moved = every["other_model"].isna()
     pd.testing.assert_frame_equal(
-        every[(every["model"] == "b") & moved].reset_index(drop=True), alone[alone["other_model"].isna()]
+        every[(every["model"] == "b") & moved].reset_index(drop=True),
+        alone[alone["other_model"].isna()],
     )
-    monkeypatch.setattr(dynamics, "_BYTES_OF_STATES", 4 * 21 * 17 * 32 * 3)  # three images at a time
-    pd.testing.assert_frame_equal(measure({"a": tiny, "b": stacked}, digits, config), every, rtol=1e-5, atol=1e-7)
+    monkeypatch.setattr(
+        dynamics, "_BYTES_OF_STATES", 4 * 21 * 17 * 32 * 3
+    )  # three images at a time
+    pd.testing.assert_frame_equal(
+        measure({"a": tiny, "b": stacked}, digits, config), every, rtol=1e-5, atol=1e-7
+    )
 
 
 def test_columns_and_figure_from_the_csv_alone(tiny, tiny_distilled, stacked, digits):
-    frame = measure({"a": tiny, "b": stacked, "c": tiny_distilled}, digits, Config(steps=24, limit=20))
+    frame = measure(
+        {"a": tiny, "b": stacked, "c": tiny_distilled}, digits, Config(steps=24, limit=20)
+    )
     assert list(frame) == list(COLUMNS)
     figure = plot(pd.read_csv(io.StringIO(frame.to_csv(index=False))))
     by_title = {ax.get_title(): ax for ax in figure.axes}
     drawn = by_title["CLS: relative step size"].lines[0].get_ydata()
-    np.testing.assert_allclose(drawn, values_of(frame[frame["model"] == "a"], "step_size", "cls")["value"])
+    np.testing.assert_allclose(
+        drawn, values_of(frame[frame["model"] == "a"], "step_size", "cls")["value"]
+    )
     assert "distillation: norm of a token" in by_title
     plot(measure({"b": stacked}, digits, Config(limit=5)))  # nothing past T
 
 
 def test_bad_input(tiny, make, digits):
     for options, message in (
-        ({"steps": 0}, "steps must be >= 1, got 0"), ({"tolerance": 0.0}, "tolerance must be between 0 and 1, got 0.0"),
+        ({"steps": 0}, "steps must be >= 1, got 0"),
+        ({"tolerance": 0.0}, "tolerance must be between 0 and 1, got 0.0"),
         ({"state": "reg"}, "state must be cls or patches, got 'reg'"),
         ({"pair_steps": (0,)}, "pair-steps must be >= 1"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(UserError, match=message):
             Config(**options)
-    with pytest.raises(UserError, match=r"pair-steps \[13\] are past the trained steps; steps: 1..12"):
+    with pytest.raises(
+        UserError, match=r"pair-steps \[13\] are past the trained steps; steps: 1..12"
+    ):
         measure({"m": tiny}, digits, Config(pair_steps=(1, 13)))
     without = make(name="vit_tiny_patch16_224", depth=3, class_token=False, global_pool="avg")
     with pytest.raises(UserError, match="no CLS token"):
         measure({"m": without}, digits, Config(limit=4))
-    assert set(measure({"m": without}, digits, Config(limit=4, state="patches"))["tokens"]) == {"patches"}
+    assert set(measure({"m": without}, digits, Config(limit=4, state="patches"))["tokens"]) == {
+        "patches"
+    }
     with torch.no_grad():
         tiny.pos_embed[0, 0, 0] = torch.nan
     with pytest.raises(UserError, match="NaN or infinite"):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from bvit_interp.analyses.dynamics.motion import Motion, period, window
 from bvit_interp.errors import UserError
-from bvit_interp.probes.motion import Motion, period, window
 
 
 def rolled_out(start, matrix, steps):
@@ -31,18 +31,27 @@ def drawn(seed, *shape):
 
 
 def test_a_contraction():
-    """z_t = z_0 / 2^t: every step is half of where it starts, in a straight line, and z_S is close to z_T."""
-    measures = found(rolled_out(drawn(0, 5, 3), torch.eye(3, dtype=torch.float64) / 2, 10), trained=4)
+    """z_t = z_0 / 2^t: every step is half of where it starts, in a straight line, and z_S is close
+    to z_T."""
+    measures = found(
+        rolled_out(drawn(0, 5, 3), torch.eye(3, dtype=torch.float64) / 2, 10), trained=4
+    )
     np.testing.assert_allclose(measures["step_size"]["value"], 0.5)
     np.testing.assert_allclose(measures["cosine"]["value"], 1.0)
-    np.testing.assert_allclose(measures["to_trained"]["value"], [abs(2.0 ** (4 - t) - 1) for t in range(11)])
-    np.testing.assert_allclose(measures["to_last"]["value"], [2.0 ** (10 - t) - 1 for t in range(11)])
+    np.testing.assert_allclose(
+        measures["to_trained"]["value"], [abs(2.0 ** (4 - t) - 1) for t in range(11)]
+    )
+    np.testing.assert_allclose(
+        measures["to_last"]["value"], [2.0 ** (10 - t) - 1 for t in range(11)]
+    )
     np.testing.assert_allclose(measures["direction"]["value"], 0, atol=1e-7)
     norm = measures["norm"]["value"]
     np.testing.assert_allclose(norm[1:] / norm[:-1], 0.5)
     # w = 2 steps, 9 and 10, in units of z_4: (2^-5 - 2^-4) and (2^-6 - 2^-5) at lag 1
     assert measures["return"]["other"].tolist() == [9, 8]
-    np.testing.assert_allclose(measures["return"]["value"], [(2**-5 + 2**-6) / 2, (3 * 2**-5 + 3 * 2**-6) / 2])
+    np.testing.assert_allclose(
+        measures["return"]["value"], [(2**-5 + 2**-6) / 2, (3 * 2**-5 + 3 * 2**-6) / 2]
+    )
 
 
 def test_a_rotation_by_a_quarter_comes_back_after_four_steps():
@@ -56,7 +65,9 @@ def test_a_rotation_by_a_quarter_comes_back_after_four_steps():
     spread = measures["step_size"]["high"] - measures["step_size"]["low"]
     np.testing.assert_allclose(spread, 0, atol=1e-7)
     np.testing.assert_allclose(measures["direction"]["value"], root)
-    np.testing.assert_allclose(measures["return_direction"]["value"], measures["return"]["value"], atol=1e-7)
+    np.testing.assert_allclose(
+        measures["return_direction"]["value"], measures["return"]["value"], atol=1e-7
+    )
     assert period(measures["return"]["value"], 0.01) == 0  # at most half the window of five lags
 
 
@@ -69,7 +80,9 @@ def test_a_drift_at_constant_speed():
     np.testing.assert_allclose(measures["step_size"]["value"][1:], [1 / t for t in range(1, 7)])
     np.testing.assert_allclose(measures["cosine"]["value"], 1.0)
     assert measures["return"]["value"].size == 0
-    assert np.isnan(measures["norm"]["low"]).all()  # one image has no interval, and no other image for a null
+    assert np.isnan(
+        measures["norm"]["low"]
+    ).all()  # one image has no interval, and no other image for a null
     assert np.isnan(measures["step_size"]["null"]).all()
 
 
@@ -105,14 +118,20 @@ def test_against_numpy_on_all_images(parts):
         np.testing.assert_allclose(measures[name]["value"], values.mean(1), atol=1e-7)
         half = 1.959963984540054 * values.std(1, ddof=1) / math.sqrt(n)
         np.testing.assert_allclose(measures[name]["high"], values.mean(1) + half, atol=1e-7)
-        np.testing.assert_allclose(measures[name]["null"], [of_others(*place) for place in places], atol=1e-7)
+        np.testing.assert_allclose(
+            measures[name]["null"], [of_others(*place) for place in places], atol=1e-7
+        )
     updates = np.diff(z, axis=1)
     unit = updates / np.linalg.norm(updates, axis=-1, keepdims=True)
-    np.testing.assert_allclose(measures["cosine"]["value"], (unit[:, 1:] * unit[:, :-1]).sum(-1).mean(0), atol=1e-12)
+    np.testing.assert_allclose(
+        measures["cosine"]["value"], (unit[:, 1:] * unit[:, :-1]).sum(-1).mean(0), atol=1e-12
+    )
     products = np.einsum("itd,jtd->tij", updates[:, 1:], updates[:, :-1])
     others = products[:, ~np.eye(n, dtype=bool)].mean(1)
     length = np.sqrt((updates**2).sum(-1).mean(0))
-    np.testing.assert_allclose(measures["cosine"]["null"], others / length[1:] / length[:-1], atol=1e-12)
+    np.testing.assert_allclose(
+        measures["cosine"]["null"], others / length[1:] / length[:-1], atol=1e-12
+    )
     rms = np.sqrt((z**2).sum(-1) / tokens)
     np.testing.assert_allclose(measures["norm"]["value"], rms.mean(0))
     lags = [np.mean([apart(t, t - p, trained) for t in (8, 9)]) for p in (1, 2)]
@@ -120,7 +139,9 @@ def test_against_numpy_on_all_images(parts):
     unit = z / np.linalg.norm(z, axis=-1, keepdims=True)
     chords = np.linalg.norm(unit[:, 1:] - unit[:, :-1], axis=-1)
     np.testing.assert_allclose(measures["direction"]["value"], chords.mean(0))
-    lags = [np.mean(np.linalg.norm(unit[:, [8, 9]] - unit[:, [8 - p, 9 - p]], axis=-1)) for p in (1, 2)]
+    lags = [
+        np.mean(np.linalg.norm(unit[:, [8, 9]] - unit[:, [8 - p, 9 - p]], axis=-1)) for p in (1, 2)
+    ]
     np.testing.assert_allclose(measures["return_direction"]["value"], lags)
     assert measures["return"]["step"].tolist() == [9, 9]
 
@@ -136,12 +157,19 @@ def test_images_that_move_alike_have_the_null_of_their_own():
 @pytest.mark.parametrize(
     ("returns", "expected"),
     [
-        ([0.001] * 6, 1), ([0.5, 0.001] * 3, 2), ([0.5, 0.5, 0.001] * 2, 3), ([0.005, 0.009, 0.013, 0.017], 0),
-        ([0.5, 0.001, 0.5, 0.5], 0), ([0.5, 0.5, 0.5, 0.001], 0), ([0.001], 0), ([], 0),
+        ([0.001] * 6, 1),
+        ([0.5, 0.001] * 3, 2),
+        ([0.5, 0.5, 0.001] * 2, 3),
+        ([0.005, 0.009, 0.013, 0.017], 0),
+        ([0.5, 0.001, 0.5, 0.5], 0),
+        ([0.5, 0.5, 0.5, 0.001], 0),
+        ([0.001], 0),
+        ([], 0),
     ],
-)  # fmt: skip
+)
 def test_the_verdict(returns, expected):
-    """Rest, two cycles, a slow drift, a lag that does not recur, one too long for the window, and no window."""
+    """Rest, two cycles, a slow drift, a lag that does not recur, one too long for the window, and
+    no window."""
     assert period(returns, 0.01) == expected
 
 
@@ -159,5 +187,8 @@ def test_bad_states():
     with pytest.raises(UserError, match="NaN or infinite"):
         metric.update(torch.full((1, 4, 2, 4), torch.inf))
     metric = Motion(3, 2, 4, 2)
-    with pytest.warns(UserWarning, match="before the ``update``"), pytest.raises(UserError, match="no image"):
+    with (
+        pytest.warns(UserWarning, match="before the ``update``"),
+        pytest.raises(UserError, match="no image"),
+    ):
         metric.compute()

@@ -48,7 +48,10 @@ def test_every_threshold_is_a_run_that_really_stops(any_model, digits, exits_of)
         logits, left = run_with_exits(view, exits, images, row["threshold"])
         assert row["accuracy"] == (logits.argmax(-1).numpy() == labels).mean()
         assert row["mean_step"] == pytest.approx(left.double().mean().item())
-        read = [min(2, sum(t <= gone for t in exits.steps) - (gone in exits.steps)) for gone in left.tolist()]
+        read = [
+            min(2, sum(t <= gone for t in exits.steps) - (gone in exits.steps))
+            for gone in left.tolist()
+        ]
         for column, attention in (("gflops", False), ("gflops_attention", True)):
             costs = [
                 flops(any_model, count_attention=attention, steps=t) + e * head
@@ -65,7 +68,9 @@ def test_no_image_leaves_above_every_confidence(tiny, digits, exits_of):
     assert curve.loc[1.0, "accuracy"] == whole["top1"].iloc[0]
     assert curve.loc[1.0, "mean_step"] == 12
     plain = flops(tiny, count_attention=True)
-    assert curve.loc[1.0, "saved_flops"] == pytest.approx(-2 * 2 * 32 * 10 / plain)  # exits read in vain
+    assert curve.loc[1.0, "saved_flops"] == pytest.approx(
+        -2 * 2 * 32 * 10 / plain
+    )  # exits read in vain
     assert curve.loc[0.0, "mean_step"] == 6
     assert (np.diff(curve["mean_step"]) >= 0).all()
 
@@ -95,7 +100,9 @@ def test_who_leaves_where_on_paper():
 
 
 def test_times_are_measured_for_thresholds_and_if_asked_for_the_curve(tiny, digits, exits_of):
-    config = Config(exits=(exits_of(tiny, (1, 2)),), timed_images=60, timed_batch=4, thresholds=(0.0, 1.0))
+    config = Config(
+        exits=(exits_of(tiny, (1, 2)),), timed_images=60, timed_batch=4, thresholds=(0.0, 1.0)
+    )
     frame = measure({"m": tiny}, digits, config)
     timed = frame[frame["kind"] == "threshold"].set_index("threshold")
     assert (timed["ms"] > 0).all()
@@ -106,12 +113,18 @@ def test_times_are_measured_for_thresholds_and_if_asked_for_the_curve(tiny, digi
     assert every[every["kind"].isin(["exit", "class"])]["ms"].isna().all()
     shown = plot(every).axes[1].lines[0]
     assert len(shown.get_xdata()) == 51
-    few = measure({"m": tiny}, digits, Config(exits=config.exits, timed_images=8, limit=8))  # less than a batch of 32
+    few = measure(
+        {"m": tiny}, digits, Config(exits=config.exits, timed_images=8, limit=8)
+    )  # less than a batch of 32
     assert (few[few["kind"] == "threshold"]["ms"] > 0).all()
 
 
 def test_several_models_and_the_figure_from_the_csv(tiny, stacked, digits, exits_of):
-    config = Config(exits=(exits_of(tiny, (6, 8), "a"), exits_of(stacked, (1,), "b")), timed_images=32, batch_size=16)
+    config = Config(
+        exits=(exits_of(tiny, (6, 8), "a"), exits_of(stacked, (1,), "b")),
+        timed_images=32,
+        batch_size=16,
+    )
     frame = measure({"a": tiny, "b": stacked}, digits, config)
     assert list(frame) == list(COLUMNS)
     figure = plot(pd.read_csv(io.StringIO(frame.to_csv(index=False))))

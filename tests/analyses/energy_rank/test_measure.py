@@ -67,11 +67,14 @@ def test_centring(tiny, digits):
 
 @pytest.mark.parametrize("centred", [False, True])
 def test_fewer_images_than_columns(tiny, digits, centred):
-    """Twelve rows of 32: rank 12 at most, 11 about their mean, and the null is a matrix of that many rows."""
+    """Twelve rows of 32: rank 12 at most, 11 about their mean, and the null is a matrix of that
+    many rows."""
     frame = measure({"m": tiny}, digits, Config(limit=12, centred=centred, energy=0.99))
     of_cls = frame[frame["matrix"] == "cls"]
     rows = 12 - centred
-    assert set(of_cls[["rows", "columns", "full_rank"]].itertuples(index=False, name=None)) == {(rows, 32, rows)}
+    assert set(of_cls[["rows", "columns", "full_rank"]].itertuples(index=False, name=None)) == {
+        (rows, 32, rows)
+    }
     tokens = cls_by_forward(tiny, digits)[:, ::5]
     expected = [rank_by_numpy(step - centred * step.mean(0), 0.99) for step in tokens]
     assert of_cls["rank"].tolist() == expected
@@ -86,12 +89,16 @@ def test_the_share_of_the_mean(tiny, digits):
         frame = measure({"m": tiny}, digits, Config(centred=centred))
         tokens = cls_by_forward(tiny, digits)
         expected = [60 * np.square(step.mean(0)).sum() / np.square(step).sum() for step in tokens]
-        np.testing.assert_allclose(frame[frame["matrix"] == "cls"]["mean_share"], expected, rtol=1e-6)
+        np.testing.assert_allclose(
+            frame[frame["matrix"] == "cls"]["mean_share"], expected, rtol=1e-6
+        )
         assert frame[frame["matrix"] != "cls"]["mean_share"].isna().all()
 
 
 def test_one_image_has_no_rank_about_its_mean(tiny, digits):
-    with pytest.raises(UserError, match="the CLS tokens of one image have no rank about their mean"):
+    with pytest.raises(
+        UserError, match="the CLS tokens of one image have no rank about their mean"
+    ):
         measure({"m": tiny}, digits, Config(limit=1, centred=True))
     assert (measure({"m": tiny}, digits, Config(limit=1))["rank"] >= 1).all()
 
@@ -103,7 +110,9 @@ def test_null_and_shapes(tiny, digits):
     gaussian = [rank_by_numpy(np.random.default_rng(s).normal(size=(40, 32))) for s in range(50)]
     assert abs(of_cls["random_rank"] - np.mean(gaussian)) <= 1
     fc1 = frame[frame["matrix"] == "fc1"].iloc[0]
-    assert fc1["random_rank"] == pytest.approx(rank_by_numpy(np.random.default_rng(0).normal(size=(128, 32))), abs=1)
+    assert fc1["random_rank"] == pytest.approx(
+        rank_by_numpy(np.random.default_rng(0).normal(size=(128, 32))), abs=1
+    )
 
 
 def test_a_gaussian_weight_has_the_null_rank_and_a_flat_one_has_rank_one(make, digits):
@@ -129,7 +138,9 @@ def test_columns_and_figure_from_the_csv_alone(tiny, stacked, digits):
     assert len(frame) == 3 * 12 + 3 * 3
     figure = plot(pd.read_csv(io.StringIO(frame.to_csv(index=False))))
     drawn = figure.axes[2].lines[0].get_ydata()
-    np.testing.assert_array_equal(drawn, frame[(frame["model"] == "a") & (frame["matrix"] == "cls")]["rank"])
+    np.testing.assert_array_equal(
+        drawn, frame[(frame["model"] == "a") & (frame["matrix"] == "cls")]["rank"]
+    )
 
 
 def test_widths_that_differ_are_drawn_as_shares_with_a_null_each(tiny, tiny_te, make, digits):
@@ -144,7 +155,10 @@ def test_widths_that_differ_are_drawn_as_shares_with_a_null_each(tiny, tiny_te, 
     assert len(ax.lines) == 3 + len(nulls) == 5
     told = ", ".join(f"{null.random_rank} of {null.full_rank}" for null in nulls.itertuples())
     assert [text.get_text() for text in ax.texts] == [f"random: {told}"]
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == [*"abc", "random matrix of the same shape"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        *"abc",
+        "random matrix of the same shape",
+    ]
 
 
 @pytest.mark.parametrize("energy", [0.0, 1.1, -1.0])

@@ -1,4 +1,5 @@
-"""Evaluation against a loop over the images written here, and its raw and averaged weights on the command line."""
+"""Evaluation against a loop over the images written here, and its raw and averaged weights on the
+command line."""
 
 from __future__ import annotations
 
@@ -22,7 +23,11 @@ def logits_and_labels(model, data):
     geometry = Geometry.of(model, data)
     scenes = [data.read(i) for i in range(len(data))]
     with torch.no_grad():
-        logits = model(torch.stack([geometry(image, None)[0] for image, _, _ in scenes])).double().numpy()
+        logits = (
+            model(torch.stack([geometry(image, None)[0] for image, _, _ in scenes]))
+            .double()
+            .numpy()
+        )
     return logits, np.array([label for _, label, _ in scenes])
 
 
@@ -40,7 +45,9 @@ def test_scores_against_numpy(any_model, digits):
     assert row["n"] == 60
     assert row["top1"] == hits.mean()
     assert row["top5"] == (order[:, :5] == labels[:, None]).any(1).mean()
-    assert row["loss"] == pytest.approx(-np.log(probabilities[np.arange(60), labels]).mean(), rel=1e-4)
+    assert row["loss"] == pytest.approx(
+        -np.log(probabilities[np.arange(60), labels]).mean(), rel=1e-4
+    )
     assert row["confidence"] == pytest.approx(confidence.mean(), rel=1e-5)
     assert row["chance"] == np.bincount(labels).max() / 60
     assert row["chance5"] == np.sort(np.bincount(labels))[-5:].sum() / 60
@@ -56,7 +63,9 @@ def test_bins_hold_every_image_once_and_give_the_calibration_error(tiny, digits)
     share = bins["n"] / 60
     assert row["top1"] == pytest.approx((share * bins["top1"]).sum())
     assert row["confidence"] == pytest.approx((share * bins["confidence"]).sum())
-    assert row["calibration_error"] == pytest.approx((share * (bins["top1"] - bins["confidence"]).abs()).sum())
+    assert row["calibration_error"] == pytest.approx(
+        (share * (bins["top1"] - bins["confidence"]).abs()).sum()
+    )
     places = bins["bin"].astype(int)
     assert places.is_monotonic_increasing
     assert ((places - 1) / 7 < bins["confidence"]).all()
@@ -64,7 +73,8 @@ def test_bins_hold_every_image_once_and_give_the_calibration_error(tiny, digits)
 
 
 def test_a_model_that_knows_and_one_that_is_surely_wrong(make, digits):
-    """Every image is a three and the head answers by its bias alone: accuracy, loss and error known on paper."""
+    """Every image is a three and the head answers by its bias alone: accuracy, loss and error known
+    on paper."""
 
     class Threes(type(digits)):
         def read(self, i):
@@ -143,11 +153,33 @@ def test_the_command_scores_raw_and_averaged_weights(tiny, make, tmp_path, digit
     assert list(found.index) == ["averaged", "averaged@ema", "raw"]
     assert found.loc["averaged@ema"].equals(found.loc["raw"])
     assert found.loc["averaged", "loss"] != found.loc["raw", "loss"]
-    assert main(["evaluate", "--ckpt", f"{averaged}@ema", averaged, "--limit", "4", "--out", str(tmp_path)]) == 0
-    assert list(overall(pd.read_csv(tmp_path / "evaluate.csv")).index) == ["averaged@ema", "averaged"]
+    assert (
+        main(
+            [
+                "evaluate",
+                "--ckpt",
+                f"{averaged}@ema",
+                averaged,
+                "--limit",
+                "4",
+                "--out",
+                str(tmp_path),
+            ]
+        )
+        == 0
+    )
+    assert list(overall(pd.read_csv(tmp_path / "evaluate.csv")).index) == [
+        "averaged@ema",
+        "averaged",
+    ]
     assert main(["energy-rank", "--ckpt", averaged, "--limit", "4", "--out", str(tmp_path)]) == 0
-    assert set(pd.read_csv(tmp_path / "energy_rank.csv")["model"]) == {"averaged"}  # the others take what is given
-    assert main(["evaluate", "--ckpt", averaged, averaged, "--limit", "4", "--out", str(tmp_path)]) == 2
+    assert set(pd.read_csv(tmp_path / "energy_rank.csv")["model"]) == {
+        "averaged"
+    }  # the others take what is given
+    assert (
+        main(["evaluate", "--ckpt", averaged, averaged, "--limit", "4", "--out", str(tmp_path)])
+        == 2
+    )
 
 
 def test_bad_input(tiny, digits):

@@ -1,4 +1,5 @@
-"""Activation maximisation against Probe's activations, gradients written by hand, and a toy whose optimum is known."""
+"""Activation maximisation against Probe's activations, gradients written by hand, and a toy whose
+optimum is known."""
 
 from __future__ import annotations
 
@@ -10,9 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from bvit_interp.errors import MissingExtra, UserError
-from bvit_interp.probes import maximise as module
-from bvit_interp.probes.maximise import (
+from bvit_interp.analyses.features import maximise as module
+from bvit_interp.analyses.features.maximise import (
     Augmentation,
     Neurons,
     Recipe,
@@ -21,6 +21,7 @@ from bvit_interp.probes.maximise import (
     maximise_in_chunks,
     total_variation,
 )
+from bvit_interp.errors import MissingExtra, UserError
 from bvit_interp.probes.probe import Probe
 
 PLAIN = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
@@ -31,7 +32,11 @@ MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
 
 def test_at_one_step_it_is_the_probes_mlp_post_exactly(any_model, images):
-    of, probe, neurons = Neurons(any_model, *PLAIN), Probe(any_model), torch.tensor([0, 5, 100, 127])
+    of, probe, neurons = (
+        Neurons(any_model, *PLAIN),
+        Probe(any_model),
+        torch.tensor([0, 5, 100, 127]),
+    )
     for step in range(1, probe.num_steps + 1):
         with torch.no_grad():
             mlp_post = probe.record(images, "mlp_post", step, tokens="patches")["mlp_post", step]
@@ -51,7 +56,11 @@ def test_steps_mixed_in_a_batch(any_model, images):
 
 
 def test_the_neuron_before_gelu(any_model, images):
-    of, probe, neurons = Neurons(any_model, *PLAIN), Probe(any_model), torch.tensor([0, 5, 100, 127])
+    of, probe, neurons = (
+        Neurons(any_model, *PLAIN),
+        Probe(any_model),
+        torch.tensor([0, 5, 100, 127]),
+    )
     with torch.no_grad():
         mlp_pre = probe.record(images, "mlp_pre", 2, tokens="patches")["mlp_pre", 2]
         found = of(images, neurons, torch.full((4,), 2), "mlp_pre")
@@ -75,14 +84,25 @@ def test_an_image_is_computed_up_to_its_step_and_no_further(tiny, images, monkey
 
     monkeypatch.setattr(module, "advance", counted)
     Neurons(tiny, *PLAIN)(images, torch.zeros(4, dtype=torch.long), torch.tensor([3, 1, 5, 3]))
-    assert sizes == [(1, 1), (1, 3), (2, 3), (3, 2), (3, 1), (4, 1), (5, 1)]  # the leaving ones, then the others
+    assert sizes == [
+        (1, 1),
+        (1, 3),
+        (2, 3),
+        (3, 2),
+        (3, 1),
+        (4, 1),
+        (5, 1),
+    ]  # the leaving ones, then the others
 
 
 def test_gradients_are_those_of_the_whole_forward_by_hand(tiny, images, by_hand):
     neurons, steps = torch.tensor([3, 7, 11, 100]), torch.tensor([2, 12, 1, 6])
     ours, theirs = images.clone().requires_grad_(), images.clone().requires_grad_()
     sites = by_hand.run(tiny, theirs, [tiny.blocks[0]] * 12)
-    sum(sites[t]["mlp_post"][i, 1:, f].mean() for i, (f, t) in enumerate(zip(neurons, steps, strict=True))).backward()
+    sum(
+        sites[t]["mlp_post"][i, 1:, f].mean()
+        for i, (f, t) in enumerate(zip(neurons, steps, strict=True))
+    ).backward()
     (found,) = torch.autograd.grad(Neurons(tiny, *PLAIN)(ours, neurons, steps).sum(), [ours])
     assert torch.allclose(found, theirs.grad, atol=1e-5)
     assert theirs.grad.abs().amax((1, 2, 3)).min() > 1e-4
@@ -142,7 +162,9 @@ def test_the_stream_has_the_distributions_and_the_schedule():
     unit = torch.stack([draw.noise for draw in draws[:-1]]) / scales.view(-1, 1, 1, 1, 1)
     assert abs(unit.mean()) < 0.03
     assert abs(unit.std() - 1) < 0.03
-    assert abs(unit[:100].std() - unit[-100:].std()) < 0.1  # the schedule, not the draws, brings it down
+    assert (
+        abs(unit[:100].std() - unit[-100:].std()) < 0.1
+    )  # the schedule, not the draws, brings it down
     assert not draws[-1].noise.any()
     shifts = {number for draw in draws for number in draw.shift}
     assert shifts == set(range(-5, 6))  # 32 px at 224 px: 5 at 32 px
@@ -185,7 +207,8 @@ def linear(make):
 
 
 def test_a_linear_neuron_drives_every_pixel_to_its_bound(linear):
-    """Colour shift and noise keep the sign of each pixel's weight, which says where the optimum is."""
+    """Colour shift and noise keep the sign of each pixel's weight, which says where the optimum
+    is."""
     (block,) = linear.blocks.children()
     kernel = torch.einsum("d,dchw->chw", block.mlp.fc1.weight[9], linear.patch_embed.proj.weight)
     expected = (kernel > 0).float().repeat(1, 4, 4)
@@ -193,7 +216,9 @@ def test_a_linear_neuron_drives_every_pixel_to_its_bound(linear):
     start, (image,) = maximise(of, torch.tensor([9]), torch.tensor([1]), recipe)
     assert torch.equal(image, expected)
     # the shift moves the weights about: no pixel has a sign of its own
-    _, (moved,) = maximise(of, torch.tensor([9]), torch.tensor([1]), Recipe(iterations=40, jitter=4, tv=0))
+    _, (moved,) = maximise(
+        of, torch.tensor([9]), torch.tensor([1]), Recipe(iterations=40, jitter=4, tv=0)
+    )
     assert not torch.equal(moved, expected)
     assert 0.3 < start.mean() < 0.7
 
@@ -220,7 +245,8 @@ def test_total_variation_alone_flattens(linear):
 
 @pytest.mark.parametrize("kind", ["pixel", "fourier"])
 def test_the_activation_rises(tiny, kind):
-    """Beyond what the start image has, for every pair, in the mean over colour shifts; the images are pictures."""
+    """Beyond what the start image has, for every pair, in the mean over colour shifts; the images
+    are pictures."""
     if kind == "fourier":
         pytest.importorskip("lucent")
     of, neurons, steps = Neurons(tiny, MEAN, STD), torch.tensor([5, 5, 72]), torch.tensor([1, 4, 2])
@@ -248,14 +274,18 @@ def test_a_pair_does_not_depend_on_the_others(make, kind):
     for i in range(3):
         _, (alone,) = maximise(of, neurons[i : i + 1], steps[i : i + 1], recipe)
         assert torch.allclose(together[i], alone.to(together), atol=tolerance)
-    assert torch.allclose(together[0], together[3], atol=tolerance)  # the same start and augmentations
+    assert torch.allclose(
+        together[0], together[3], atol=tolerance
+    )  # the same start and augmentations
     assert (together[0] - together[1]).abs().max() > 0.01
 
 
 def test_the_seed_decides_and_the_global_generators_are_left_alone(tiny):
     of, pair = Neurons(tiny, *PLAIN), (torch.tensor([5]), torch.tensor([2]))
     state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002  the one to protect
-    first, second, other = (maximise(of, *pair, Recipe(iterations=3, seed=seed)) for seed in (0, 0, 1))
+    first, second, other = (
+        maximise(of, *pair, Recipe(iterations=3, seed=seed)) for seed in (0, 0, 1)
+    )
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert not torch.equal(first[0], other[0])
     assert not torch.equal(first[1], other[1])
@@ -310,8 +340,12 @@ def test_out_of_memory_halves_the_images(tiny, monkeypatch):
 def test_without_lucent(tiny, monkeypatch):
     monkeypatch.setitem(sys.modules, "lucent", None)
     monkeypatch.setitem(sys.modules, "lucent.optvis", None)
-    with pytest.raises(MissingExtra, match=r"torch-lucent is not installed: pip install 'bvit-interp\[viz\]'"):
-        maximise(Neurons(tiny, *PLAIN), torch.tensor([0]), torch.tensor([1]), Recipe(image="fourier"))
+    with pytest.raises(
+        MissingExtra, match=r"torch-lucent is not installed: pip install 'bvit-interp\[viz\]'"
+    ):
+        maximise(
+            Neurons(tiny, *PLAIN), torch.tensor([0]), torch.tensor([1]), Recipe(image="fourier")
+        )
 
 
 @pytest.mark.parametrize(

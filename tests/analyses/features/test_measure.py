@@ -1,4 +1,5 @@
-"""Feature pictures against Probe, numpy and scipy; choice of neurons, resuming, and what is drawn."""
+"""Feature pictures against Probe, numpy and scipy; choice of neurons, resuming, and what is
+drawn."""
 
 from __future__ import annotations
 
@@ -13,12 +14,12 @@ from PIL import Image
 from scipy import stats
 
 from bvit_interp.analyses.features import COLUMNS, Config, _with_trend, measure, plot
+from bvit_interp.analyses.features import maximise as module
+from bvit_interp.analyses.features.maximise import Neurons, Recipe, maximise
 from bvit_interp.cli import main
 from bvit_interp.data.geometry import Geometry
 from bvit_interp.errors import UserError
 from bvit_interp.models.checkpoint import save
-from bvit_interp.probes import maximise as module
-from bvit_interp.probes.maximise import Neurons, Recipe, maximise
 from bvit_interp.probes.probe import Probe
 from bvit_interp.results import Table
 
@@ -39,13 +40,17 @@ def test_every_model_has_its_table(any_model, digits):
     assert list(frame) == list(COLUMNS)
     assert len(frame) == 2 * len(any_model.blocks)
     assert frame["neuron"].nunique() == 2
-    assert np.isfinite(frame.drop(columns=["model", "top", "grid", "path", "ratio", *OF_ALL]).to_numpy(float)).all()
+    assert np.isfinite(
+        frame.drop(columns=["model", "top", "grid", "path", "ratio", *OF_ALL]).to_numpy(float)
+    ).all()
     assert ((frame["activation"] > frame["real"]) == frame["found"]).all()
     assert frame["path"].isna().all()
 
 
 def test_optimised_images_and_their_numbers(tiny_reg4, digits, tmp_path):
-    frame = measure({"m": tiny_reg4}, digits, Config(**QUICK, neurons=(5, 72), steps=(3, -1)), tmp_path)
+    frame = measure(
+        {"m": tiny_reg4}, digits, Config(**QUICK, neurons=(5, 72), steps=(3, -1)), tmp_path
+    )
     assert frame[["neuron", "step"]].to_numpy().tolist() == [[5, 3], [5, 12], [72, 3], [72, 12]]
     geometry = Geometry.of(tiny_reg4, digits)
     of = Neurons(tiny_reg4, geometry.mean, geometry.std)
@@ -53,19 +58,26 @@ def test_optimised_images_and_their_numbers(tiny_reg4, digits, tmp_path):
     start, images = maximise(of, neurons, steps, Recipe(iterations=2))
     for i, row in enumerate(frame.itertuples()):
         normalised = [
-            (image - torch.tensor(geometry.mean)[:, None, None]) / torch.tensor(geometry.std)[:, None, None]
+            (image - torch.tensor(geometry.mean)[:, None, None])
+            / torch.tensor(geometry.std)[:, None, None]
             for image in (images[i], start)
         ]
         with torch.no_grad():
-            recorded = Probe(tiny_reg4).record(torch.stack(normalised), "mlp_post", row.step)["mlp_post", row.step]
+            recorded = Probe(tiny_reg4).record(torch.stack(normalised), "mlp_post", row.step)[
+                "mlp_post", row.step
+            ]
         expected = recorded[:, 5:, row.neuron].mean(1)  # behind CLS and four registers
         assert [row.activation, row.start] == pytest.approx(expected.tolist(), abs=1e-5)
         picture = np.asarray(Image.open(row.path))
         assert picture.shape == (32, 4 * 32, 3)
-        np.testing.assert_array_equal(picture[:, :32], (255 * images[i].permute(1, 2, 0)).round().byte())
+        np.testing.assert_array_equal(
+            picture[:, :32], (255 * images[i].permute(1, 2, 0)).round().byte()
+        )
         shown = [int(entry.partition(":")[0]) for entry in row.top.split()]
         for place, number in enumerate(shown, start=1):
-            np.testing.assert_array_equal(picture[:, 32 * place : 32 * (place + 1)], digits.read(number)[0])
+            np.testing.assert_array_equal(
+                picture[:, 32 * place : 32 * (place + 1)], digits.read(number)[0]
+            )
 
 
 def test_best_real_images_against_all_activations(tiny, digits):
@@ -77,9 +89,15 @@ def test_best_real_images_against_all_activations(tiny, digits):
         best = np.argsort(-values.mean(1))[:4]
         assert row.real == pytest.approx(values.mean(1).max(), abs=1e-6)
         places = [divmod(int(values[i].argmax()), 4) for i in best]
-        assert row.top == " ".join(f"{seen[i]}:{r},{c}" for i, (r, c) in zip(best, places, strict=True))
+        assert row.top == " ".join(
+            f"{seen[i]}:{r},{c}" for i, (r, c) in zip(best, places, strict=True)
+        )
         assert (row.grid, row.n) == ("4x4", 20)
-        assert np.isnan(row.ratio) if row.real <= 0 else row.ratio == pytest.approx(row.activation / row.real)
+        assert (
+            np.isnan(row.ratio)
+            if row.real <= 0
+            else row.ratio == pytest.approx(row.activation / row.real)
+        )
 
 
 def test_auto_takes_even_quantiles_of_the_change(tiny, digits):
@@ -89,13 +107,19 @@ def test_auto_takes_even_quantiles_of_the_change(tiny, digits):
     spread = means.std(0)
     answering = (spread > 0.1 * np.median(spread, axis=1, keepdims=True)).all(0)
     assert not answering[[3, 4]].any()
-    steady = np.array([
-        np.mean([np.corrcoef(means[:, t, f], means[:, t + 1, f])[0, 1] for t in range(11)]) if answering[f] else np.nan
-        for f in range(128)
-    ])  # fmt: skip
+    steady = np.array(
+        [
+            np.mean([np.corrcoef(means[:, t, f], means[:, t + 1, f])[0, 1] for t in range(11)])
+            if answering[f]
+            else np.nan
+            for f in range(128)
+        ]
+    )
     ranked = [f for f in np.argsort(1 - steady) if answering[f]]
     for count, places in ((1, [0.5]), (2, [0, 1]), (5, [0, 0.25, 0.5, 0.75, 1])):
-        frame = measure({"m": tiny}, digits, Config(**{**QUICK, "iterations": 1}, count=count, steps=(1,)))
+        frame = measure(
+            {"m": tiny}, digits, Config(**{**QUICK, "iterations": 1}, count=count, steps=(1,))
+        )
         expected = [ranked[int(np.round(q * (len(ranked) - 1)))] for q in places]
         if count == 1:
             expected = [ranked[len(ranked) // 2]]
@@ -104,17 +128,25 @@ def test_auto_takes_even_quantiles_of_the_change(tiny, digits):
 
 
 def test_too_few_neurons_answer(tiny, digits):
-    with pytest.raises(UserError, match=r"m: 0 neurons answer differently .* not 3; name some with --neurons"):
+    with pytest.raises(
+        UserError, match=r"m: 0 neurons answer differently .* not 3; name some with --neurons"
+    ):
         measure({"m": tiny}, digits, Config(limit=1, iterations=1))
 
 
 def test_trend_of_the_centroid_and_its_null():
-    """On a table made up: three neurons, two of whose ten steps have found nothing, and another with two steps."""
+    """On a table made up: three neurons, two of whose ten steps have found nothing, and another
+    with two steps."""
     rng = np.random.default_rng(0)
     steps = np.arange(1, 11)
     made = [
         pd.DataFrame(
-            {"model": "m", "neuron": f, "step": steps, "centroid": 0.3 - slope * steps + rng.normal(0, 0.01, 10)}
+            {
+                "model": "m",
+                "neuron": f,
+                "step": steps,
+                "centroid": 0.3 - slope * steps + rng.normal(0, 0.01, 10),
+            }
         )
         for f, slope in ((7, 0.02), (2, 0.02), (5, 0.0))
     ]
@@ -129,13 +161,16 @@ def test_trend_of_the_centroid_and_its_null():
     np.testing.assert_allclose(frame["rho"], np.repeat(rho, [10, 10, 10, 2]))
     assert rho[0] < -0.95
     np.testing.assert_allclose(frame["trend"], np.nanmean(rho))
-    # by another route: normal, with the variance of Spearman's rho, 1 / (steps - 1), of the mean of three
+    # by another route: normal, with the variance of Spearman's rho, 1 / (steps - 1), of the mean of
+    # three
     expected = 1.96 * np.sqrt(1 / 8 + 1 / 8 + 1 / 9) / 3
     assert frame["trend_high"].iloc[0] == pytest.approx(expected, abs=0.05)
     assert frame["trend_low"].iloc[0] == pytest.approx(-expected, abs=0.05)
     of_step = frame.groupby("step")[["band_low", "band_high"]].first()
     assert (of_step["band_low"] < of_step["band_high"]).all()
-    assert counted["centroid"].groupby(counted["step"]).mean()[10] < of_step.loc[10, "band_low"]  # the fall is seen
+    assert (
+        counted["centroid"].groupby(counted["step"]).mean()[10] < of_step.loc[10, "band_low"]
+    )  # the fall is seen
     assert (of_step["band_high"] < 1).all()  # 9.0 is left out
 
 
@@ -169,9 +204,12 @@ def test_several_models_share_one_pass_and_come_back_as_they_were(tiny, stacked,
 def test_a_stack_of_copies_has_the_pictures_of_the_recurrent_model(make, digits):
     model, stack = make(num_steps=3), make(name="vit_rms_small_patch16_224", num_blocks=3)
     weights = model.state_dict()
-    stack.load_state_dict({
-        name: weights[name if name in weights else "blocks.0." + name.split(".", 2)[2]] for name in stack.state_dict()
-    })  # fmt: skip
+    stack.load_state_dict(
+        {
+            name: weights[name if name in weights else "blocks.0." + name.split(".", 2)[2]]
+            for name in stack.state_dict()
+        }
+    )
     config = Config(**QUICK, neurons=(5, 72))
     of_model, of_stack = (measure({"m": each}, digits, config) for each in (model, stack))
     pd.testing.assert_frame_equal(of_model, of_stack, rtol=1e-4, atol=1e-5)
@@ -185,11 +223,14 @@ def test_a_table_is_continued_and_not_mixed(tiny, digits, tmp_path, monkeypatch)
         return plain(of, neurons, steps, *rest)
 
     monkeypatch.setattr(module, "maximise", counted)
-    first, more = Config(**QUICK, neurons=(5,), steps=(1, 2)), Config(**QUICK, neurons=(5, 9), steps=(2, 1, 3), chunk=2)
+    first, more = (
+        Config(**QUICK, neurons=(5,), steps=(1, 2)),
+        Config(**QUICK, neurons=(5, 9), steps=(2, 1, 3), chunk=2),
+    )
     path = tmp_path / "features.csv"
-    begun = measure({"m": tiny}, digits, first, tmp_path, Table(path, first.identity()))
+    begun = measure({"m": tiny}, digits, first, tmp_path, Table(path, first.resume_key()))
     assert made == [(5, 1), (5, 2)]
-    went_on = measure({"m": tiny}, digits, more, tmp_path, Table(path, more.identity()))
+    went_on = measure({"m": tiny}, digits, more, tmp_path, Table(path, more.resume_key()))
     assert made[2:] == [(5, 3), (9, 2), (9, 1), (9, 3)]
     fixed = [column for column in COLUMNS if column not in OF_ALL]
     pd.testing.assert_frame_equal(went_on.head(2)[fixed], begun[fixed])
@@ -198,7 +239,7 @@ def test_a_table_is_continued_and_not_mixed(tiny, digits, tmp_path, monkeypatch)
     pd.testing.assert_frame_equal(together, whole, rtol=1e-3, atol=1e-3)
     other = Config(**{**QUICK, "iterations": 3}, neurons=(5,), steps=(1, 2))
     with pytest.raises(UserError, match="made with other options .*iterations: 2 there, 3 now"):
-        Table(path, other.identity())
+        Table(path, other.resume_key())
 
 
 def test_figure_from_the_csv_alone(tiny, stacked, digits, tmp_path):
@@ -209,28 +250,47 @@ def test_figure_from_the_csv_alone(tiny, stacked, digits, tmp_path):
     pictures = [ax for ax in figure.axes if ax.images]
     assert len(pictures) == 2 * len(frame)
     first = frame.iloc[0]
-    np.testing.assert_allclose(pictures[0].images[0].get_array(), np.asarray(Image.open(first["path"]))[:, :32] / 255)
+    np.testing.assert_allclose(
+        pictures[0].images[0].get_array(), np.asarray(Image.open(first["path"]))[:, :32] / 255
+    )
     reached = f"{first['activation']:.2f}"
     assert pictures[0].get_xlabel() == (reached if first["found"] else f"({reached})")
     row, column = map(int, first["top"].split()[0].partition(":")[2].split(","))
     below = next(ax for ax in pictures if ax.patches)
     assert below.patches[0].get_xy() == (8 * column - 0.5, 8 * row - 0.5)
     of_a = figure.axes[-2]
-    for line, (_, part) in zip(of_a.lines, frame[frame["model"] == "a"].groupby("neuron", sort=False), strict=False):
+    for line, (_, part) in zip(
+        of_a.lines, frame[frame["model"] == "a"].groupby("neuron", sort=False), strict=False
+    ):
         np.testing.assert_array_equal(line.get_ydata(), part["centroid"].where(part["found"] == 1))
     for path in frame["path"]:
         Path(path).unlink()
     figure = plot(read_back)
     assert not any(ax.images for ax in figure.axes)
-    assert sum(text.get_text() == "no file" for ax in figure.axes for text in ax.texts) == 2 * len(frame)
+    assert sum(text.get_text() == "no file" for ax in figure.axes for text in ax.texts) == 2 * len(
+        frame
+    )
 
 
 @pytest.mark.slow
 def test_the_command(tiny, tmp_path):
     ckpt = str(save(tiny, tmp_path / "tiny"))
-    words = ["features", "--ckpt", ckpt, "--data", "digits-s", "--limit", "12", "--out", str(tmp_path / "out")]
+    words = [
+        "features",
+        "--ckpt",
+        ckpt,
+        "--data",
+        "digits-s",
+        "--limit",
+        "12",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert main([*words, "--neurons", "5", "72", "--steps", "1", "12", "--iterations", "1"]) == 0
-    assert main([*words, "--neurons", "auto", "--count", "1", "--steps", "1", "--iterations", "1"]) == 0
+    assert (
+        main([*words, "--neurons", "auto", "--count", "1", "--steps", "1", "--iterations", "1"])
+        == 0
+    )
     assert len(pd.read_csv(tmp_path / "out" / "features.csv")) == 5
     assert len(list((tmp_path / "out" / "features").glob("*.png"))) == 5
 

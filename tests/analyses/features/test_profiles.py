@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from bvit_interp.analyses.features.profiles import StepProfiles, answers, from_steady_to_changing
 from bvit_interp.errors import UserError
 from bvit_interp.probes.probe import Probe
-from bvit_interp.probes.profiles import StepProfiles, answers, from_steady_to_changing
 
 
 def test_answers_are_the_probes(any_model, images):
@@ -43,7 +43,8 @@ def test_spread_and_correlation_against_numpy(batch):
 
 
 def test_change_and_who_is_chosen():
-    """Neuron f follows its first step with noise that grows with f; neuron 6 is silent at one step."""
+    """Neuron f follows its first step with noise that grows with f; neuron 6 is silent at one
+    step."""
     rng = np.random.default_rng(0)
     first = rng.normal(size=(400, 1, 7))
     values = first + np.arange(7) / 4 * rng.normal(size=(400, 3, 7))
@@ -52,13 +53,16 @@ def test_change_and_who_is_chosen():
     metric.update(torch.from_numpy(values))
     profile = metric.compute()
     expected = [
-        1 - np.mean([np.corrcoef(values[:, t, f], values[:, t + 1, f])[0, 1] for t in range(2)]) for f in range(7)
+        1 - np.mean([np.corrcoef(values[:, t, f], values[:, t + 1, f])[0, 1] for t in range(2)])
+        for f in range(7)
     ]
     np.testing.assert_allclose(profile["change"], expected, atol=1e-9)
     assert from_steady_to_changing(profile, 3) == [0, 2, 5]
     assert from_steady_to_changing(profile, 1) == [3]
     assert from_steady_to_changing(profile, 6) == [0, 1, 2, 3, 4, 5]
-    with pytest.raises(UserError, match="6 neurons answer differently to different images at every step, not 7"):
+    with pytest.raises(
+        UserError, match="6 neurons answer differently to different images at every step, not 7"
+    ):
         from_steady_to_changing(profile, 7)
 
 

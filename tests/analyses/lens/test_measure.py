@@ -1,4 +1,5 @@
-"""The lens against `step_accuracy`, against a reading by hand, and against what its table must say at both ends."""
+"""The lens against `step_accuracy`, against a reading by hand, and against what its table must say
+at both ends."""
 
 from __future__ import annotations
 
@@ -23,22 +24,26 @@ def change(**options):
 
 
 def steps_of(frame, of, tokens, statistic):
-    rows = frame[(frame["lens"] == of) & (frame["tokens"] == tokens) & (frame["statistic"] == statistic)]
+    rows = frame[
+        (frame["lens"] == of) & (frame["tokens"] == tokens) & (frame["statistic"] == statistic)
+    ]
     return rows.set_index("step")
 
 
 def test_raw_on_cls_is_the_step_accuracy(any_model, digits):
     frame = measure({"m": any_model}, digits, FAST)
     depth = len(any_model.blocks)
-    known = step_accuracy.measure({"m": any_model}, digits, step_accuracy.Config(steps=depth, limit=12)).set_index(
-        "step"
-    )
+    known = step_accuracy.measure(
+        {"m": any_model}, digits, step_accuracy.Config(steps=depth, limit=12)
+    ).set_index("step")
     for name in ("top1", "agreement", "entropy", "true_rank", "confidence", "flips"):
         rows = steps_of(frame, "raw", "cls", name)
         np.testing.assert_allclose(rows["value"], known[name], rtol=1e-6, err_msg=name)
     np.testing.assert_allclose(steps_of(frame, "raw", "cls", "flips")["null"], known["flips_null"])
     np.testing.assert_allclose(steps_of(frame, "raw", "cls", "top1")["null"], known["chance"])
-    np.testing.assert_allclose(steps_of(frame, "raw", "cls", "top1")[["low", "high"]], known[["low", "high"]])
+    np.testing.assert_allclose(
+        steps_of(frame, "raw", "cls", "top1")[["low", "high"]], known[["low", "high"]]
+    )
     assert steps_of(frame, "raw", "cls", "kl")["value"].iloc[-1] == pytest.approx(0, abs=1e-12)
     assert (frame["n"] <= 12).all()
     assert (frame["fit_images"] == 10).all()
@@ -55,36 +60,55 @@ def test_patches_by_hand(tiny, digits, by_hand):
 
     geometry = Geometry.of(tiny, digits)
     scenes = [digits.read(i) for i in spread(60, 12)]
-    images, labels = torch.stack([geometry(s[0])[0] for s in scenes]), np.array([s[1] for s in scenes])
+    images, labels = (
+        torch.stack([geometry(s[0])[0] for s in scenes]),
+        np.array([s[1] for s in scenes]),
+    )
     with torch.no_grad():
         sites = by_hand.run(tiny, images, [tiny.blocks[0]] * 12)
         final = by_hand.logits(tiny, sites[12]["resid_post"]).double().softmax(-1).numpy()
         for t in (1, 6, 12):
             z = sites[t]["resid_post"]
-            q = torch.stack([by_hand.logits(tiny, z[:, 1 + p :]) for p in range(16)], 1).double().softmax(-1).numpy()
-            found = {name: steps_of(frame, "raw", "patches", name)["value"][t] for name in BOTH_ENDS}
+            q = (
+                torch.stack([by_hand.logits(tiny, z[:, 1 + p :]) for p in range(16)], 1)
+                .double()
+                .softmax(-1)
+                .numpy()
+            )
+            found = {
+                name: steps_of(frame, "raw", "patches", name)["value"][t] for name in BOTH_ENDS
+            }
             assert found["top1"] == pytest.approx((q.argmax(-1) == labels[:, None]).mean())
-            assert found["agreement"] == pytest.approx((q.argmax(-1) == final.argmax(-1)[:, None]).mean())
+            assert found["agreement"] == pytest.approx(
+                (q.argmax(-1) == final.argmax(-1)[:, None]).mean()
+            )
             kl = (final[:, None] * np.log(final[:, None] / q)).sum(-1).mean()
             assert found["kl"] == pytest.approx(kl, rel=1e-4)
             maps = np.log(np.stack([q[i, :, labels[i]] for i in range(12)]))
             hits, covered = [], []
             for i, (_, label, mask) in enumerate(scenes):
-                on = np.array([mask[8 * r + 4, 8 * c + 4] == label + 1 for r in range(4) for c in range(4)])
+                on = np.array(
+                    [mask[8 * r + 4, 8 * c + 4] == label + 1 for r in range(4) for c in range(4)]
+                )
                 if on.any():
                     hits.append(on[maps[i].argmax()])
                     covered.append(on.mean())
             row = steps_of(frame, "raw", "patches", "pointing").loc[t]
             assert row["value"] == pytest.approx(np.mean(hits))
             assert row["n"] == len(hits)
-            assert steps_of(frame, "raw", "patches", "object_share")["value"][t] == pytest.approx(np.mean(covered))
+            assert steps_of(frame, "raw", "patches", "object_share")["value"][t] == pytest.approx(
+                np.mean(covered)
+            )
 
 
 def test_the_tuned_lens_reads_more_than_the_raw_and_than_its_null(make, digits):
-    """A random model's answers are functions of the image; the map learns them from other images."""
+    """A random model's answers are functions of the image; the map learns them from other
+    images."""
     model = make(num_steps=3)
     frame = measure({"m": model}, digits, Config(fit_images=40, limit=20, iterations=20))
-    raw, tuned, shuffled = (steps_of(frame, of, "cls", "kl")["value"] for of in ("raw", "tuned", "shuffled"))
+    raw, tuned, shuffled = (
+        steps_of(frame, of, "cls", "kl")["value"] for of in ("raw", "tuned", "shuffled")
+    )
     assert (tuned < shuffled).all()
     assert tuned[1] < raw[1]
     assert tuned[3] < 0.1 * steps_of(frame, "tuned", "cls", "kl")["null"][3]
@@ -99,7 +123,7 @@ def test_it_does_not_depend_on_the_batches(name, digits, request):
 
 def test_memory_that_runs_short_changes_nothing(tiny, digits, monkeypatch):
     """Parts that fit a bound, and batches halved after an error as on a GPU."""
-    from bvit_interp.probes import lens_scores
+    from bvit_interp.analyses.lens import scores as lens_scores
 
     whole = measure({"m": tiny}, digits, FAST)
     monkeypatch.setattr(lens_scores, "BYTES_OF_LOGITS", 1)
@@ -117,7 +141,11 @@ def test_memory_that_runs_short_changes_nothing(tiny, digits, monkeypatch):
 
 
 def test_images_are_trained_on_or_scored_never_both(squares):
-    for count, limit, fit_images, scored, fitted in ((27, 9, 18, 9, 18), (27, None, 10, 17, 10), (27, 20, 18, 10, 10)):
+    for count, limit, fit_images, scored, fitted in (
+        (27, 9, 18, 9, 18),
+        (27, None, 10, 17, 10),
+        (27, 20, 18, 10, 10),
+    ):
         fit, score = lens._split(squares(count), Config(limit=limit, fit_images=fit_images))
         assert (len(score), len(fit)) == (scored, fitted)
         assert not set(fit.places) & set(score.places)
@@ -213,8 +241,8 @@ def test_bad_input(tiny, make, digits):
             Config(**options)
     with pytest.raises(UserError, match="global_pool must be token"):
         measure({"m": make(global_pool="avg")}, digits, FAST)
-    assert change(examples=5).identity() == FAST.identity()
-    assert change(seed=5).identity() != FAST.identity()
+    assert change(examples=5).resume_key() == FAST.resume_key()
+    assert change(seed=5).resume_key() != FAST.resume_key()
     with torch.no_grad():
         tiny.cls_token[:] = torch.nan
     with pytest.raises(UserError, match="NaN"):

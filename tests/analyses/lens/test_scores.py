@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from bvit_interp.probes.lens_scores import CrossPairs, LensScores, MapScores, leave
+from bvit_interp.analyses.lens.scores import CrossPairs, LensScores, MapScores, leave
 
 CPU = torch.device("cpu")
 STEPS, IMAGES, TOKENS, CLASSES = 3, 7, 2, 4
@@ -78,14 +78,20 @@ def test_scores_against_loops_over_images_and_pairs(answers):
         assert float(found["top1"]["value"][t]) == pytest.approx(right)
         assert float(found["top1"]["null"][t]) == np.bincount(labels).max() / IMAGES
         assert float(found["confidence"]["value"][t]) == pytest.approx(q[t].max(-1).mean())
-        assert float(found["entropy"]["value"][t]) == pytest.approx(-(q[t] * np.log(q[t])).sum(-1).mean())
+        assert float(found["entropy"]["value"][t]) == pytest.approx(
+            -(q[t] * np.log(q[t])).sum(-1).mean()
+        )
         assert float(found["entropy"]["null"][t]) == pytest.approx(math.log(4))
         own = np.take_along_axis(q[t], labels.numpy()[:, None, None], -1)
-        assert float(found["true_rank"]["value"][t]) == pytest.approx(1 + (q[t] > own).sum(-1).mean())
+        assert float(found["true_rank"]["value"][t]) == pytest.approx(
+            1 + (q[t] > own).sum(-1).mean()
+        )
         assert float(found["true_rank"]["null"][t]) == 2.5
     flips = (q[1:].argmax(-1) != q[:-1].argmax(-1)).mean((1, 2))
     np.testing.assert_allclose(found["flips"]["value"][1:], flips)
-    shares = [np.bincount(q[t].argmax(-1).ravel(), minlength=4) / (IMAGES * TOKENS) for t in range(STEPS)]
+    shares = [
+        np.bincount(q[t].argmax(-1).ravel(), minlength=4) / (IMAGES * TOKENS) for t in range(STEPS)
+    ]
     assert float(found["flips"]["null"][2]) == pytest.approx(1 - shares[1] @ shares[2])
     assert math.isnan(found["flips"]["value"][0])
 
@@ -116,7 +122,9 @@ def test_calibrated_answers_have_about_the_calibration_error_of_the_null():
     for _ in range(60):
         scores = LensScores(1, 5, CPU)
         scores.update(
-            logits[None, :, None], logits, torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+            logits[None, :, None],
+            logits,
+            torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0],
         )
         found = scores.compute()["calibration_error"]
         errors.append(float(found["value"]))
@@ -131,7 +139,9 @@ def test_maps_against_loops():
     logits = 2 * torch.randn(STEPS, 5, 6, CLASSES, generator=generator)
     labels = torch.randint(CLASSES, (5,), generator=generator)
     scores = MapScores(STEPS, 6, False, CPU)
-    maps = torch.cat([scores.update(logits[:, rows], labels[rows]) for rows in (slice(0, 3), slice(3, 5))])
+    maps = torch.cat(
+        [scores.update(logits[:, rows], labels[rows]) for rows in (slice(0, 3), slice(3, 5))]
+    )
     log_q = logits.double().log_softmax(-1).numpy()
     own = np.stack([[log_q[t, i, :, labels[i]] for t in range(STEPS)] for i in range(5)])
     np.testing.assert_allclose(maps, own, rtol=1e-6)
@@ -145,7 +155,9 @@ def test_maps_against_loops():
 
     for t in range(STEPS):
         true = np.mean([entropy(own[i, t]) for i in range(5)])
-        rest = [entropy(log_q[t, i, :, c]) for i in range(5) for c in range(CLASSES) if c != labels[i]]
+        rest = [
+            entropy(log_q[t, i, :, c]) for i in range(5) for c in range(CLASSES) if c != labels[i]
+        ]
         assert float(found["map_entropy"]["value"][t]) == pytest.approx(true)
         assert float(found["map_entropy"]["null"][t]) == pytest.approx(np.mean(rest))
         same = np.mean([np.corrcoef(own[i, t], own[i, -1])[0, 1] for i in range(5)])
@@ -176,11 +188,15 @@ def test_pointing_worked_out_on_paper():
 def test_tied_maps_share_the_point():
     scores = MapScores(1, 4, True, CPU)
     positive = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0]], dtype=torch.bool)
-    scores.update(torch.zeros(1, 2, 4, 3), torch.tensor([0, 1]), (positive, torch.zeros_like(positive)))
+    scores.update(
+        torch.zeros(1, 2, 4, 3), torch.tensor([0, 1]), (positive, torch.zeros_like(positive))
+    )
     found = scores.compute()
     assert float(found["pointing"]["value"]) == pytest.approx((1 / 4 + 1 / 2) / 2)
     assert float(found["pointing"]["null"]) == pytest.approx((1 / 4 + 1 / 2) / 2)
-    assert math.isnan(float(found["map_correlation"]["value"]))  # a map that does not vary is like none
+    assert math.isnan(
+        float(found["map_correlation"]["value"])
+    )  # a map that does not vary is like none
 
 
 # ---- leaving -------------------------------------------------------------------------------------------

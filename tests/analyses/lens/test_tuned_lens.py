@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from bvit_interp.errors import UserError
-from bvit_interp.models.unroll import unroll
-from bvit_interp.probes.lenses import (
+from bvit_interp.analyses.lens.tuned_lens import (
     RATE,
     RIDGE,
     Translator,
@@ -22,6 +20,8 @@ from bvit_interp.probes.lenses import (
     make_lenses,
     read,
 )
+from bvit_interp.errors import UserError
+from bvit_interp.models.unroll import unroll
 from bvit_interp.probes.probe import Probe
 
 
@@ -30,7 +30,10 @@ def drawn(*shape, seed=0):
 
 
 def divergence(model, translator, tokens, answers):
-    log_p, log_q = answers.double().log_softmax(-1), read(model, translator(tokens)).double().log_softmax(-1)
+    log_p, log_q = (
+        answers.double().log_softmax(-1),
+        read(model, translator(tokens)).double().log_softmax(-1),
+    )
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
 
 
@@ -40,7 +43,9 @@ def divergence(model, translator, tokens, answers):
 def test_after_the_last_step_cls_is_the_models_own_answer(any_model, images):
     view = unroll(any_model)
     with torch.no_grad():
-        final = Probe(view).record(images, "resid_post", len(view.blocks))["resid_post", len(view.blocks)]
+        final = Probe(view).record(images, "resid_post", len(view.blocks))[
+            "resid_post", len(view.blocks)
+        ]
         logits = read(view, grouped(final[:, kinds(view)["cls"]], "cls"))
         torch.testing.assert_close(logits[:, 0], any_model(images))
 
@@ -91,9 +96,9 @@ def test_without_gradient_steps_it_is_numpys_ridge_regression(tiny):
     a, b = x[:, 0].double().numpy(), y[:, 0].double().numpy()
     centred = a - a.mean(0)
     penalty = np.sqrt(200 * RIDGE * (centred**2).mean()) * np.eye(32)
-    weight = np.linalg.lstsq(np.vstack([centred, penalty]), np.vstack([b - b.mean(0), np.zeros((32, 32))]), rcond=None)[
-        0
-    ]
+    weight = np.linalg.lstsq(
+        np.vstack([centred, penalty]), np.vstack([b - b.mean(0), np.zeros((32, 32))]), rcond=None
+    )[0]
     np.testing.assert_allclose(found.weight[0], weight, rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(found.bias[0], b.mean(0) - a.mean(0) @ weight, rtol=1e-3, atol=1e-4)
 
@@ -114,12 +119,16 @@ def test_gradient_steps_bring_the_answers_closer_and_leave_the_model_alone(tiny)
     before = [parameter.clone() for parameter in tiny.parameters()]
     start, end = (fit(tiny, tokens, final, answers, iterations=n) for n in (0, 40))
     assert divergence(tiny, end, tokens, answers) < 0.7 * divergence(tiny, start, tokens, answers)
-    assert all(torch.equal(parameter, old) for parameter, old in zip(tiny.parameters(), before, strict=True))
+    assert all(
+        torch.equal(parameter, old)
+        for parameter, old in zip(tiny.parameters(), before, strict=True)
+    )
     assert all(parameter.grad is None for parameter in tiny.parameters())
 
 
 def test_the_first_gradient_step_is_downhill_and_as_long_as_said(tiny):
-    """In units in which the states vary by 1: a tenth of the rate, for the running mean has seen one gradient."""
+    """In units in which the states vary by 1: a tenth of the rate, for the running mean has seen
+    one gradient."""
     tokens, final, answers = drawn(80, 1, 32), 3 * drawn(80, 1, 32, seed=1), drawn(80, 10, seed=2)
     start, end = (fit(tiny, tokens, final, answers, iterations=n) for n in (0, 1))
     mean = tokens.double().mean(0)
@@ -158,7 +167,7 @@ def test_cached_states_are_the_probes(any_model, images):
 
 def test_every_patch_is_cached_about_as_often(tiny):
     """And the same of an image whatever batch it comes in."""
-    from bvit_interp.probes.lenses import _spread_over
+    from bvit_interp.analyses.lens.tuned_lens import _spread_over
 
     places = _spread_over(torch.arange(400), 16, 4)
     counts = torch.bincount(places.flatten(), minlength=16)
@@ -170,19 +179,28 @@ def test_every_patch_is_cached_about_as_often(tiny):
 
 def test_make_lenses_pairs_states_with_answers_of_the_same_image_but_for_the_shuffled(tiny_reg4):
     view, images = unroll(tiny_reg4), drawn(12, 3, 32, 32)
-    cached = {key: tensor.flatten(1) for key, tensor in cached_states(view, images, torch.arange(12), 3).items()}
+    cached = {
+        key: tensor.flatten(1)
+        for key, tensor in cached_states(view, images, torch.arange(12), 3).items()
+    }
     lenses = make_lenses(view, cached, iterations=2, seed=4)
     assert list(lenses) == [
-        ("raw", "cls"), ("tuned", "cls"), ("shuffled", "cls"), ("raw", "reg"), ("tuned", "reg"),
-        ("raw", "patches"), ("tuned", "patches"),
-    ]  # fmt: skip
+        ("raw", "cls"),
+        ("tuned", "cls"),
+        ("shuffled", "cls"),
+        ("raw", "reg"),
+        ("tuned", "reg"),
+        ("raw", "patches"),
+        ("tuned", "patches"),
+    ]
     states = cached_states(view, images, torch.arange(12), 3)
     final, answers = states["cls"][:, -1, 0], states["answers"]
     order = torch.randperm(12, generator=torch.Generator().manual_seed(4))
     cls = states["cls"][:, 4, 0]
     for lens, expected in (
-        ("tuned", fit(view, cls, final, answers, 2)), ("shuffled", fit(view, cls, final[order], answers[order], 2))
-    ):  # fmt: skip
+        ("tuned", fit(view, cls, final, answers, 2)),
+        ("shuffled", fit(view, cls, final[order], answers[order], 2)),
+    ):
         torch.testing.assert_close(lenses[lens, "cls"][4].weight, expected.weight)
     rows = states["patches"][:, 4].flatten(0, 1)
     expected = fit(view, rows, final.repeat_interleave(3, 0), answers.repeat_interleave(3, 0), 2)
@@ -197,9 +215,13 @@ def test_look_reads_behind_the_map_of_each_step(tiny, images):
     with torch.no_grad():
         for t in (0, 6, 11):
             for kind, place in (("cls", 0), ("patches", 4)):
-                row = states[:, t, place + (kind == "patches")] @ maps[t].weight[0] + maps[t].bias[0]
+                row = (
+                    states[:, t, place + (kind == "patches")] @ maps[t].weight[0] + maps[t].bias[0]
+                )
                 expected = tiny.head(tiny.norm(row))
-                torch.testing.assert_close(found["tuned", kind][t][:, place], expected, rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(
+                    found["tuned", kind][t][:, place], expected, rtol=1e-4, atol=1e-4
+                )
 
 
 def test_nan_is_refused(tiny, images):

@@ -1,4 +1,5 @@
-"""Shares recovered against cells computed one by one, image by image; the null, pairs of one class, and corruption."""
+"""Shares recovered against cells computed one by one, image by image; the null, pairs of one class,
+and corruption."""
 
 from __future__ import annotations
 
@@ -10,11 +11,11 @@ import pytest
 import torch
 
 from bvit_interp.analyses.patching import COLUMNS, Config, measure, plot
+from bvit_interp.analyses.patching.patches import corrupt
 from bvit_interp.data.geometry import Geometry
 from bvit_interp.errors import UserError
 from bvit_interp.metrics import wilson_interval
 from bvit_interp.models.unroll import unroll
-from bvit_interp.probes.patches import corrupt
 from bvit_interp.probes.probe import Probe
 
 VALUES = ["value", "low", "high", "null", "null_low", "null_high", "clean", "baseline"]
@@ -57,8 +58,11 @@ def margin(logits, label):
 
 
 def test_the_own_state_against_a_loop_over_images(tiny, digits):
-    """Moved CLS states, seven images; the partner of an image, whose state is the null's, is three further on."""
-    frame = measure({"m": tiny}, digits, Config(limit=7, mode=("same",), tokens=("cls",), steps=(2, 5, 12)))
+    """Moved CLS states, seven images; the partner of an image, whose state is the null's, is three
+    further on."""
+    frame = measure(
+        {"m": tiny}, digits, Config(limit=7, mode=("same",), tokens=("cls",), steps=(2, 5, 12))
+    )
     places = [i * 60 // 7 for i in range(7)]
     images, labels = batch_of(tiny, digits, places)
     partners = images[[(i + 3) % 7 for i in range(7)]]
@@ -69,12 +73,18 @@ def test_the_own_state_against_a_loop_over_images(tiny, digits):
     for s in (2, 5, 12):
         for t in (2, 5, 12):
             own, null = (patched(tiny, images, donor, s, t).numpy() for donor in (images, partners))
-            gained, of_null = ([margin(x, y) for x, y in zip(rows, labels, strict=True)] for rows in (own, null))
+            gained, of_null = (
+                [margin(x, y) for x, y in zip(rows, labels, strict=True)] for rows in (own, null)
+            )
             by_shift.setdefault(t - s, []).append(gained)
             row = cell(frame, "recovered", s, t)
-            np.testing.assert_allclose(row[["value", "low", "high"]].astype(float), ratio(gained, whole), rtol=1e-3)
             np.testing.assert_allclose(
-                row[["null", "null_low", "null_high"]].astype(float), ratio(of_null, whole), rtol=1e-3
+                row[["value", "low", "high"]].astype(float), ratio(gained, whole), rtol=1e-3
+            )
+            np.testing.assert_allclose(
+                row[["null", "null_low", "null_high"]].astype(float),
+                ratio(of_null, whole),
+                rtol=1e-3,
             )
             assert row["clean"] == pytest.approx(np.mean(whole), rel=1e-4)
             assert (row["baseline"], row["n"], row["skipped"], row["shift"]) == (0, 7, 0, t - s)
@@ -83,17 +93,26 @@ def test_the_own_state_against_a_loop_over_images(tiny, digits):
             assert answers["value"] == pytest.approx(hits / 7)
             assert (answers["low"], answers["high"]) == pytest.approx(wilson_interval(hits, 7))
             assert answers["null"] == pytest.approx((null.argmax(-1) == clean.argmax(-1)).mean())
-    of_shifts = frame[(frame["statistic"] == "recovered") & frame["step_from"].isna()].set_index("shift")
+    of_shifts = frame[(frame["statistic"] == "recovered") & frame["step_from"].isna()].set_index(
+        "shift"
+    )
     assert list(of_shifts.index) == [-10, -7, -3, 0, 3, 7, 10]
     for shift, gained in by_shift.items():
-        np.testing.assert_allclose(of_shifts.loc[shift, ["value", "low", "high"]].astype(float),
-                                   ratio(np.mean(gained, axis=0), whole), rtol=1e-3, atol=1e-6)  # fmt: skip
+        np.testing.assert_allclose(
+            of_shifts.loc[shift, ["value", "low", "high"]].astype(float),
+            ratio(np.mean(gained, axis=0), whole),
+            rtol=1e-3,
+            atol=1e-6,
+        )
 
 
 def test_another_images_state_against_a_loop_over_pairs(tiny, digits):
-    """Nine images: pairs four apart, the null's image six further on; pairs of one class are left out and counted."""
+    """Nine images: pairs four apart, the null's image six further on; pairs of one class are left
+    out and counted."""
     labels_of = [digits.read(i * 60 // 9)[1] for i in range(9)]
-    frame = measure({"m": tiny}, digits, Config(limit=9, mode=("other",), tokens=("cls",), steps=(3, 9)))
+    frame = measure(
+        {"m": tiny}, digits, Config(limit=9, mode=("other",), tokens=("cls",), steps=(3, 9))
+    )
     images, labels = batch_of(tiny, digits, [i * 60 // 9 for i in range(9)])
     pairs = [(i, (i + 4) % 9, (i + 6) % 9) for i in range(9)]
     counted = [(i, a, c) for i, a, c in pairs if labels_of[i] != labels_of[a]]
@@ -101,19 +120,24 @@ def test_another_images_state_against_a_loop_over_pairs(tiny, digits):
     with torch.inference_mode():
         clean = tiny(images).double().numpy()
     whole = [
-        (clean[a, labels[a]] - clean[a, labels[i]]) - (clean[i, labels[a]] - clean[i, labels[i]]) for i, a, _ in counted
+        (clean[a, labels[a]] - clean[a, labels[i]]) - (clean[i, labels[a]] - clean[i, labels[i]])
+        for i, a, _ in counted
     ]
     for s in (3, 9):
         for t in (3, 9):
             gained, of_null, hits = [], [], []
             for i, a, c in counted:
                 baseline = clean[i, labels[a]] - clean[i, labels[i]]
-                by_donor, by_third = (patched(tiny, images[i : i + 1], images[k : k + 1], s, t)[0] for k in (a, c))
+                by_donor, by_third = (
+                    patched(tiny, images[i : i + 1], images[k : k + 1], s, t)[0] for k in (a, c)
+                )
                 gained.append((by_donor[labels[a]] - by_donor[labels[i]]).item() - baseline)
                 of_null.append((by_third[labels[a]] - by_third[labels[i]]).item() - baseline)
                 hits.append(by_donor.argmax().item() == clean[a].argmax())
             row = cell(frame, "recovered", s, t)
-            np.testing.assert_allclose(row[["value", "low", "high"]].astype(float), ratio(gained, whole), rtol=1e-3)
+            np.testing.assert_allclose(
+                row[["value", "low", "high"]].astype(float), ratio(gained, whole), rtol=1e-3
+            )
             assert row["null"] == pytest.approx(ratio(of_null, whole)[0], rel=1e-3)
             assert (row["n"], row["skipped"]) == (len(counted), 9 - len(counted))
             assert cell(frame, "answer", s, t)["value"] == pytest.approx(np.mean(hits))
@@ -121,7 +145,9 @@ def test_another_images_state_against_a_loop_over_pairs(tiny, digits):
 
 @pytest.mark.parametrize("corruption", ["shuffle", "noise"])
 def test_a_clean_state_in_a_corrupted_image(stacked, digits, corruption):
-    config = Config(limit=6, mode=("corrupted",), tokens=("all", "cls"), corruption=corruption, seed=3)
+    config = Config(
+        limit=6, mode=("corrupted",), tokens=("all", "cls"), corruption=corruption, seed=3
+    )
     frame = measure({"m": stacked}, digits, config)
     places = torch.arange(6) * 10
     images, labels = batch_of(stacked, digits, places.tolist())
@@ -142,25 +168,37 @@ def test_a_clean_state_in_a_corrupted_image(stacked, digits, corruption):
         assert cell(frame, "answer", t, t, tokens="all")["value"] == 1
 
 
-def test_cells_of_one_shared_block_are_equal_along_shifts_and_those_of_a_stack_are_not(tiny, stacked, digits):
+def test_cells_of_one_shared_block_are_equal_along_shifts_and_those_of_a_stack_are_not(
+    tiny, stacked, digits
+):
     config = Config(limit=8, steps=(1, 2, 3), mode=("same",))
     frame = measure({"bvit": tiny, "restarts": unroll(tiny), "stack": stacked}, digits, config)
-    spread = frame[frame["step_from"].notna() & (frame["statistic"] == "recovered")].groupby(["model", "shift"])[
-        "value"
-    ]
+    spread = frame[frame["step_from"].notna() & (frame["statistic"] == "recovered")].groupby(
+        ["model", "shift"]
+    )["value"]
     spread = spread.agg(np.ptp).unstack("shift")
     assert (spread.loc["bvit"] == 0).all()
     assert (spread.loc["restarts"] < 1e-4).all()
     assert spread.loc["stack", [-1, 1]].gt(1e-3).all()
-    of = {name: part[VALUES].reset_index(drop=True).astype(float) for name, part in frame.groupby("model")}
+    of = {
+        name: part[VALUES].reset_index(drop=True).astype(float)
+        for name, part in frame.groupby("model")
+    }
     pd.testing.assert_frame_equal(of["bvit"], of["restarts"], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("tokens", ["all", "patches"])
 def test_batches_do_not_matter(any_model, digits, tokens):
-    options = {"limit": 8, "steps": (1, 3), "mode": ("same", "other", "corrupted"), "tokens": (tokens,)}
+    options = {
+        "limit": 8,
+        "steps": (1, 3),
+        "mode": ("same", "other", "corrupted"),
+        "tokens": (tokens,),
+    }
     before = {name: tensor.clone() for name, tensor in any_model.state_dict().items()}
-    one, two = (measure({"m": any_model}, digits, Config(**options, batch_size=size)) for size in (3, 64))
+    one, two = (
+        measure({"m": any_model}, digits, Config(**options, batch_size=size)) for size in (3, 64)
+    )
     pd.testing.assert_frame_equal(one, two, rtol=1e-4, atol=1e-5)
     diagonal = one[(one["step_from"] == one["step_to"]) & (one["mode"] == "same")]
     np.testing.assert_allclose(diagonal["value"], 1, atol=1e-5)
@@ -175,7 +213,9 @@ def test_a_large_batch_runs_in_parts(tiny, digits, monkeypatch):
     monkeypatch.setattr(patching, "_BYTES_OF_BATCH", 4 * 2 * 17 * 32 * 2)  # two images
     sizes, own = [], patching._observe
     monkeypatch.setattr(
-        patching, "_observe", lambda p, images, c: sizes.append(len(images["own"][0])) or own(p, images, c)
+        patching,
+        "_observe",
+        lambda p, images, c: sizes.append(len(images["own"][0])) or own(p, images, c),
     )
     pd.testing.assert_frame_equal(measure({"m": tiny}, digits, config), whole, rtol=1e-5, atol=1e-6)
     assert sizes == [2, 1, 2]
@@ -186,7 +226,9 @@ def test_one_head_of_several_models(tiny, stacked, digits):
     frame = measure({"a": tiny, "b": stacked}, digits, config)
     assert set(frame["unit"]) == {2}
     assert frame.groupby("model")["trained_steps"].first().to_dict() == {"a": 12, "b": 3}
-    assert not np.allclose(frame[frame["model"] == "a"]["value"], frame[frame["model"] == "b"]["value"])
+    assert not np.allclose(
+        frame[frame["model"] == "a"]["value"], frame[frame["model"] == "b"]["value"]
+    )
 
 
 def test_columns_headline_and_figure_from_the_csv_alone(tiny, stacked, digits):
@@ -199,26 +241,38 @@ def test_columns_headline_and_figure_from_the_csv_alone(tiny, stacked, digits):
     assert len(headline) == 4 * (5 + 3)
     figure = plot(pd.read_csv(io.StringIO(frame.to_csv(index=False))))
     maps = [ax for ax in figure.axes if ax.images]
-    values = frame[(frame["model"] == "a") & (frame["mode"] == "same") & (frame["statistic"] == "recovered")]
+    values = frame[
+        (frame["model"] == "a") & (frame["mode"] == "same") & (frame["statistic"] == "recovered")
+    ]
     values = values[values["tokens"] == "all"]
-    matrix = values[values["step_from"].notna()].pivot_table(index="step_from", columns="step_to", values="value")
+    matrix = values[values["step_from"].notna()].pivot_table(
+        index="step_from", columns="step_to", values="value"
+    )
     assert any(
-        ax.images[0].get_array().shape == (12, 12) and np.allclose(ax.images[0].get_array(), matrix) for ax in maps
+        ax.images[0].get_array().shape == (12, 12) and np.allclose(ax.images[0].get_array(), matrix)
+        for ax in maps
     )
     profile = values[values["step_from"].isna()]["value"]
     lines = [line for ax in figure.axes for line in ax.lines]
-    assert any(len(line.get_ydata()) == 23 and np.allclose(line.get_ydata(), profile) for line in lines)
+    assert any(
+        len(line.get_ydata()) == 23 and np.allclose(line.get_ydata(), profile) for line in lines
+    )
 
 
 def test_identity_leaves_out_a_corruption_that_is_not_made():
-    assert Config(seed=1).identity() == Config(corruption="noise").identity()
-    assert Config(mode=("corrupted",), seed=1).identity() != Config(mode=("corrupted",)).identity()
+    assert Config(seed=1).resume_key() == Config(corruption="noise").resume_key()
+    assert (
+        Config(mode=("corrupted",), seed=1).resume_key() != Config(mode=("corrupted",)).resume_key()
+    )
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mode": ("some",)}, "mode must be one or more of same, other, corrupted, each once, got some"),
+        (
+            {"mode": ("some",)},
+            "mode must be one or more of same, other, corrupted, each once, got some",
+        ),
         ({"mode": ("same", "same")}, "each once, got same, same"),
         ({"mode": ()}, "mode must be one or more"),
         ({"tokens": ("heads",)}, "tokens must be one or more of cls, dist, reg, patches, all"),

@@ -1,4 +1,5 @@
-"""Patched cells against forwards written by hand, one cell at a time; ratios of means against numpy."""
+"""Patched cells against forwards written by hand, one cell at a time; ratios of means against
+numpy."""
 
 from __future__ import annotations
 
@@ -6,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from bvit_interp.analyses.patching.patches import Patches, Recovered, corrupt
 from bvit_interp.errors import UserError
 from bvit_interp.models.unroll import unroll
-from bvit_interp.probes.patches import Patches, Recovered, corrupt
 from bvit_interp.probes.probe import Probe
 
 
@@ -24,7 +25,8 @@ def blocks_of(model):
 
 @pytest.mark.parametrize("tokens", ["all", "cls", "patches"])
 def test_states_against_the_forward_written_by_hand(any_model, images, others, by_hand, tokens):
-    """Also with a memory, which stays the receiver's, with a time embedding, registers and several blocks."""
+    """Also with a memory, which stays the receiver's, with a time embedding, registers and several
+    blocks."""
     blocks, embed = blocks_of(any_model), getattr(any_model.blocks, "step_embed", None)
     last = len(blocks)
     patches = Patches(any_model, tokens=tokens, steps=(1, 2, last))
@@ -38,8 +40,12 @@ def test_states_against_the_forward_written_by_hand(any_model, images, others, b
                 state = receiver[t]["resid_post"].clone()
                 state[:, rows] = donor[s]["resid_post"][:, rows]
                 if t < last:
-                    state = by_hand.run(any_model, images, blocks, embed, states={t: state})[-1]["resid_post"]
-                torch.testing.assert_close(logits[i, j], by_hand.logits(any_model, state), rtol=1e-4, atol=1e-4)
+                    state = by_hand.run(any_model, images, blocks, embed, states={t: state})[-1][
+                        "resid_post"
+                    ]
+                torch.testing.assert_close(
+                    logits[i, j], by_hand.logits(any_model, state), rtol=1e-4, atol=1e-4
+                )
     assert logits.shape == (3, 3, 4, 10)
     assert (logits[0, 1] - logits[1, 1]).abs().max() > 1e-3
 
@@ -59,7 +65,9 @@ def test_neurons_against_the_forward_written_by_hand(tiny, images, others, by_ha
                     return neurons
 
                 state = by_hand.run(tiny, images, blocks, changes={t: change})[-1]["resid_post"]
-                torch.testing.assert_close(logits[i, j], by_hand.logits(tiny, state), rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(
+                    logits[i, j], by_hand.logits(tiny, state), rtol=1e-4, atol=1e-4
+                )
 
 
 @pytest.mark.parametrize(
@@ -87,11 +95,14 @@ def test_other_sites_against_one_edit_at_a_time(stacked, images, others, site, u
                     return new
 
                 with probe.edit({(site, t): edit}):
-                    torch.testing.assert_close(logits[s - 1, t - 1], probe(images), rtol=1e-5, atol=1e-5)
+                    torch.testing.assert_close(
+                        logits[s - 1, t - 1], probe(images), rtol=1e-5, atol=1e-5
+                    )
 
 
 def test_one_map_needs_one_longer_run(tiny, images, others):
-    """F^(T-t)(z_s), by models of so many steps; and the same by restarts, in the unroll, which is not known as tied."""
+    """F^(T-t)(z_s), by models of so many steps; and the same by restarts, in the unroll, which is
+    not known as tied."""
     patches, restarts = Patches(tiny, steps=(1, 12)), Patches(unroll(tiny), steps=(1, 12))
     assert patches.tied and not restarts.tied
     with torch.inference_mode():
@@ -99,24 +110,37 @@ def test_one_map_needs_one_longer_run(tiny, images, others):
         torch.testing.assert_close(logits, restarts.logits(images, others), rtol=1e-5, atol=1e-5)
         for i, s in enumerate((1, 12)):
             for j, t in enumerate((1, 12)):
-                torch.testing.assert_close(logits[i, j], unroll(tiny, steps=s + 12 - t)(others), rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(
+                    logits[i, j], unroll(tiny, steps=s + 12 - t)(others), rtol=1e-5, atol=1e-5
+                )
 
 
 def test_what_is_whole_and_what_is_one_map(tiny, tiny_te, tiny_hybrid, tiny_fl, stacked):
-    known = {model: (patches.whole, patches.tied) for model in (tiny, tiny_te, tiny_hybrid, tiny_fl, stacked)
-             for patches in [Patches(model)]}  # fmt: skip
+    known = {
+        model: (patches.whole, patches.tied)
+        for model in (tiny, tiny_te, tiny_hybrid, tiny_fl, stacked)
+        for patches in [Patches(model)]
+    }
     assert known == {
-        tiny: (True, True), tiny_te: (True, False), tiny_hybrid: (True, False), tiny_fl: (False, False),
+        tiny: (True, True),
+        tiny_te: (True, False),
+        tiny_hybrid: (True, False),
+        tiny_fl: (False, False),
         stacked: (True, False),
-    }  # fmt: skip
+    }
     for options in ({"tokens": "cls"}, {"unit": 2}, {"site": "attn_out"}):
         assert not Patches(tiny, **options).whole
 
 
-@pytest.mark.parametrize(("site", "tokens", "patched"), [("resid_post", "cls", 792), ("z", "all", 936)])
+@pytest.mark.parametrize(
+    ("site", "tokens", "patched"), [("resid_post", "cls", 792), ("z", "all", 936)]
+)
 def test_blocks_applied_are_those_of_the_docstring(tiny, images, site, tokens, patched):
     patches, calls = Patches(tiny, site, tokens), []
-    handles = [b.register_forward_pre_hook(lambda _, x: calls.append(len(x[0]))) for b in patches.view.blocks]
+    handles = [
+        b.register_forward_pre_hook(lambda _, x: calls.append(len(x[0])))
+        for b in patches.view.blocks
+    ]
     with torch.inference_mode():
         patches.logits(images, images)
     for handle in handles:
@@ -198,7 +222,11 @@ def test_shuffled_patches_are_the_patches_elsewhere():
     shuffled = corrupt(image, torch.tensor([5]), (2, 3), "shuffle")[0]  # patches of 4 x 4 pixels
 
     def tiles(x):
-        return [tuple(x[:, 4 * i : 4 * i + 4, 4 * j : 4 * j + 4].flatten().tolist()) for i in (0, 1) for j in (0, 1, 2)]
+        return [
+            tuple(x[:, 4 * i : 4 * i + 4, 4 * j : 4 * j + 4].flatten().tolist())
+            for i in (0, 1)
+            for j in (0, 1, 2)
+        ]
 
     assert sorted(tiles(shuffled)) == sorted(tiles(image[0]))
     assert tiles(shuffled) != tiles(image[0])

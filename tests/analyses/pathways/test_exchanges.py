@@ -5,14 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bvit_interp.analyses.pathways.exchanges import Exchanges
 from bvit_interp.models.masks import Masks, full, masked
 from bvit_interp.models.unroll import unroll
-from bvit_interp.probes.exchanges import Exchanges
 
 
 def thinned(model, density=0.5, seed=0):
     every, generator = full(model), torch.Generator().manual_seed(seed)
-    of = {name: torch.rand(mask.shape, generator=generator) < density for name, mask in every.items()}
+    of = {
+        name: torch.rand(mask.shape, generator=generator) < density for name, mask in every.items()
+    }
     return Masks(of, every.blocks)
 
 
@@ -27,7 +29,9 @@ def test_restarting_from_the_changed_step_is_a_full_run_with_the_exchanged_masks
         assert torch.equal(own, view(images))
         assert torch.equal(own, exchanges.view(images))  # the weights are back at their steps
     steps = list(range(masks.count))
-    orders = [[s if t == changed else t for t in steps] for changed, s in exchanges.swaps] + exchanges.orders
+    orders = [
+        [s if t == changed else t for t in steps] for changed, s in exchanges.swaps
+    ] + exchanges.orders
     assert len(others) == len(orders)
     for logits, order in list(zip(others, orders, strict=True))[::-11]:
         exchanged = Masks({name: mask[order] for name, mask in masks.items()}, masks.blocks)
@@ -41,16 +45,22 @@ def test_masks_that_are_multiplied_in_every_forward_exchange_alike(tiny, images)
     masks = thinned(tiny)
     with torch.inference_mode():
         baked, live = (
-            torch.stack([*Exchanges(masked(tiny, masks, baked=b), masks, shuffles=2).logits(images)])
+            torch.stack(
+                [*Exchanges(masked(tiny, masks, baked=b), masks, shuffles=2).logits(images)]
+            )
             for b in (True, False)
         )
     assert torch.equal(baked, live)
 
 
 def test_which_exchanges(tiny, tiny_hybrid, stacked):
-    found = Exchanges(masked(tiny, thinned(tiny), baked=True), thinned(tiny), swaps=True, shuffles=40, seed=1)
+    found = Exchanges(
+        masked(tiny, thinned(tiny), baked=True), thinned(tiny), swaps=True, shuffles=40, seed=1
+    )
     assert len(found.swaps) == len({*found.swaps}) == 132
-    assert all(sorted(order) == list(range(12)) and order != list(range(12)) for order in found.orders)
+    assert all(
+        sorted(order) == list(range(12)) and order != list(range(12)) for order in found.orders
+    )
     again = Exchanges(masked(tiny, thinned(tiny), baked=True), thinned(tiny), shuffles=40, seed=1)
     assert again.orders == found.orders
     assert again.swaps == []

@@ -1,4 +1,5 @@
-"""Pathways against masks worked out on paper, random masks against their nulls, and models run with moved masks."""
+"""Pathways against masks worked out on paper, random masks against their nulls, and models run with
+moved masks."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ from bvit_interp.models.unroll import unroll
 def thinned(model, density=0.5, seed=0, emptied=()):
     """Independent masks; `emptied` names (component, step from 1) without a weight."""
     every, generator = full(model), torch.Generator().manual_seed(seed)
-    of = {name: torch.rand(mask.shape, generator=generator) < density for name, mask in every.items()}
+    of = {
+        name: torch.rand(mask.shape, generator=generator) < density for name, mask in every.items()
+    }
     for name, step in emptied:
         of[name][step - 1] = False
     return Masks(of, every.blocks)
@@ -46,12 +49,15 @@ def hits(model, data):
     geometry = Geometry.of(model, data)
     scenes = [data.read(i) for i in range(len(data))]
     with torch.no_grad():
-        answers = model(torch.stack([geometry(image, None)[0] for image, _, _ in scenes])).argmax(-1)
+        answers = model(torch.stack([geometry(image, None)[0] for image, _, _ in scenes])).argmax(
+            -1
+        )
     return np.mean(answers.numpy() == [label for _, label, _ in scenes])
 
 
 def test_every_number_against_numpy(any_model, digits):
-    """Sets of weights in Python, for every kind of model; steps of different blocks are not compared."""
+    """Sets of weights in Python, for every kind of model; steps of different blocks are not
+    compared."""
     model = view(any_model, density=0.3)
     frame = measure({"m": model}, digits, Config(limit=4, shuffles=0))
     steps = range(model.masks.count)
@@ -62,24 +68,37 @@ def test_every_number_against_numpy(any_model, digits):
     blocks = len({*model.masks.blocks})
     size = {name: mask[0].numel() for name, mask in model.masks.items()}
     every = [{(name, *w) for name in active for w in active[name][t]} for t in steps]
-    assert frame["sparsity"].unique() == pytest.approx([1 - np.mean([len(e) for e in every]) / sum(size.values())])
+    assert frame["sparsity"].unique() == pytest.approx(
+        [1 - np.mean([len(e) for e in every]) / sum(size.values())]
+    )
     for component, sets in {**active, "all": every}.items():
         of = frame[frame["component"] == component]
         width = size.get(component, sum(size.values()))
         union = set().union(*sets)
-        assert value(of[of["step"].isna()], "mask_sparsity") == pytest.approx(1 - np.mean([*map(len, sets)]) / width)
+        assert value(of[of["step"].isna()], "mask_sparsity") == pytest.approx(
+            1 - np.mean([*map(len, sets)]) / width
+        )
         assert value(of, "weight_sparsity") == pytest.approx(1 - len(union) / width / blocks)
         assert value(of, "mean_uses") == pytest.approx(sum(map(len, sets)) / len(union))
-        uses = np.bincount([sum(weight in one for one in sets) for weight in union], minlength=len(sets) + 1)
+        uses = np.bincount(
+            [sum(weight in one for one in sets) for weight in union], minlength=len(sets) + 1
+        )
         np.testing.assert_allclose(rows(of, "utilisation")["value"], uses[1:] / len(union))
-        alone = [one - set().union(*(sets[s] for s in steps if s != t)) for t, one in enumerate(sets)]
+        alone = [
+            one - set().union(*(sets[s] for s in steps if s != t)) for t, one in enumerate(sets)
+        ]
         expected = [len(own) / len(one) for own, one in zip(alone, sets, strict=True)]
         np.testing.assert_allclose(rows(of, "specialization")["value"], expected)
     for _, row in rows(frame, "jaccard", component="fc1").iterrows():
         i, j = (active["fc1"][int(row[key]) - 1] for key in ("step", "other_step"))
         assert row["value"] == len(i & j) / len(i | j)
         assert row["n"] == pytest.approx(len(i | j))
-    pairs = [(i, j) for i in steps for j in steps if i < j and model.masks.blocks[i] == model.masks.blocks[j]]
+    pairs = [
+        (i, j)
+        for i in steps
+        for j in steps
+        if i < j and model.masks.blocks[i] == model.masks.blocks[j]
+    ]
     assert len(rows(frame, "jaccard", component="all")) == len(pairs)
     by_layer = [value(frame, "weight_sparsity", component=name) for name in size]
     assert value(frame, "weight_sparsity_layer_mean") == pytest.approx(np.mean(by_layer))
@@ -88,9 +107,14 @@ def test_every_number_against_numpy(any_model, digits):
 def test_size_weighted_mean_of_the_overlap(tiny, digits):
     """qkv has 3 parts of 12, proj 1, fc1 and fc2 4 each (eq. 11)."""
     frame = measure({"m": view(tiny)}, digits, Config(limit=2, shuffles=0))
-    by = {name: value(frame, "jaccard_mean", component=name, convention="empty=nan") for name in full(tiny)}
+    by = {
+        name: value(frame, "jaccard_mean", component=name, convention="empty=nan")
+        for name in full(tiny)
+    }
     expected = (3 * by["qkv"] + by["proj"] + 4 * by["fc1"] + 4 * by["fc2"]) / 12
-    assert value(frame, "jaccard_mean", component="all", convention="empty=nan") == pytest.approx(expected)
+    assert value(frame, "jaccard_mean", component="all", convention="empty=nan") == pytest.approx(
+        expected
+    )
     each = rows(frame, "jaccard", component="proj")["value"]
     assert len(each) == 66
     assert by["proj"] == pytest.approx(each.mean())
@@ -101,14 +125,18 @@ def test_random_masks_are_what_their_nulls_say_and_one_mask_for_all_is_not(make,
     model_of = {"random": view(model, density=0.3)}
     one = thinned(model, density=0.3)
     one = Masks({name: mask[:1].expand(12, -1, -1).clone() for name, mask in one.items()})
-    frame = measure(model_of | {"one": masked(model, one, baked=True)}, digits, Config(limit=2, shuffles=0))
+    frame = measure(
+        model_of | {"one": masked(model, one, baked=True)}, digits, Config(limit=2, shuffles=0)
+    )
     of_masks = frame[frame["null"].notna() & ~frame["statistic"].isin(["accuracy", "collapse"])]
     inside = of_masks["value"].between(of_masks["low"], of_masks["high"])
     assert inside[of_masks["model"] == "random"].mean() > 0.93
     assert inside[of_masks["model"] == "one"].mean() < 0.1
     found = frame[frame["model"] == "one"]
     assert (rows(found, "specialization")["value"] == 0).all()
-    assert value(found, "weight_sparsity", component="all") == pytest.approx(found["sparsity"].iloc[0])
+    assert value(found, "weight_sparsity", component="all") == pytest.approx(
+        found["sparsity"].iloc[0]
+    )
     assert value(found, "least_weight_sparsity", component="all") == 0
 
 
@@ -118,8 +146,11 @@ def test_fully_pruned_layers_by_every_convention(tiny, digits, empty, shown):
     frame = measure(models, digits, Config(limit=2, shuffles=0, empty=empty))
     flagged = frame[frame["flag"] == "fully_pruned"]
     found = {(row["statistic"], row["component"], row["step"]) for _, row in flagged.iterrows()}
-    expected = {(s, *place) for s in ("specialization", "mask_sparsity")
-                for place in (("fc2", 3), ("fc2", 4), ("proj", 3))}  # fmt: skip
+    expected = {
+        (s, *place)
+        for s in ("specialization", "mask_sparsity")
+        for place in (("fc2", 3), ("fc2", 4), ("proj", 3))
+    }
     assert found == expected | {("jaccard", "fc2", 3)}  # with step 4
     undefined = flagged[flagged["statistic"] != "mask_sparsity"]
     np.testing.assert_array_equal(undefined["value"], [shown] * 4)
@@ -136,7 +167,8 @@ def test_fully_pruned_layers_by_every_convention(tiny, digits, empty, shown):
 
 
 def test_collapse_is_told_from_thinning(tiny, digits):
-    """In order of sparsity whatever the order given: thinner random masks overlap less, equal ones more."""
+    """In order of sparsity whatever the order given: thinner random masks overlap less, equal ones
+    more."""
     models = {"run/b": view(tiny, density=0.3, seed=1), "run/a": view(tiny, density=0.6)}
     one = thinned(tiny, density=0.15)
     same = Masks({name: mask[:1].expand(12, -1, -1).clone() for name, mask in one.items()})
@@ -177,9 +209,15 @@ def test_accuracies_are_those_of_models_with_the_masks_moved(tiny, digits):
 
 def test_a_stack_of_copies_has_the_accuracy_of_the_bvit_but_shares_nothing(tiny, make, digits):
     stack = make(num_blocks=12, num_steps=1)
-    own = {name.removeprefix("blocks.0."): tensor for name, tensor in tiny.state_dict().items() if "blocks" in name}
+    own = {
+        name.removeprefix("blocks.0."): tensor
+        for name, tensor in tiny.state_dict().items()
+        if "blocks" in name
+    }
     rest = {name: tensor for name, tensor in tiny.state_dict().items() if "blocks" not in name}
-    stack.load_state_dict(rest | {f"blocks.{t}.{name}": tensor for t in range(12) for name, tensor in own.items()})
+    stack.load_state_dict(
+        rest | {f"blocks.{t}.{name}": tensor for t in range(12) for name, tensor in own.items()}
+    )
     masks = thinned(tiny, density=0.6)
     models = {"bvit": masked(tiny, masks, baked=True)}
     models["stack"] = masked(stack, Masks(masks.of, tuple(range(12))), baked=True)
@@ -191,7 +229,9 @@ def test_a_stack_of_copies_has_the_accuracy_of_the_bvit_but_shares_nothing(tiny,
     assert (rows(of["stack"], "specialization")["value"] == 1).all()
     assert rows(of["stack"], "jaccard").empty
     assert rows(of["stack"], "shuffled").empty
-    assert value(of["stack"], "weight_sparsity", component="all") == pytest.approx(of["stack"]["sparsity"].iloc[0])
+    assert value(of["stack"], "weight_sparsity", component="all") == pytest.approx(
+        of["stack"]["sparsity"].iloc[0]
+    )
     plot(of["stack"])
 
 
@@ -222,13 +262,19 @@ def test_columns_and_figure_from_the_csv_alone(tiny, digits, tmp_path):
     assert list(frame) == list(COLUMNS)
     assert frame.groupby("model", sort=False).ngroups == 6
     figure = plot(pd.read_csv(io.StringIO(frame.to_csv(index=False))))
-    *exclusive, utilisation, overlap, accuracy, weights = [ax for ax in figure.axes if ax.get_title()]
+    *exclusive, utilisation, overlap, accuracy, weights = [
+        ax for ax in figure.axes if ax.get_title()
+    ]
     assert len(exclusive) == 4
-    of = rows(frame[frame["model"].str.startswith("rtl")], "specialization", component="fc1", step=1)
+    of = rows(
+        frame[frame["model"].str.startswith("rtl")], "specialization", component="fc1", step=1
+    )
     np.testing.assert_allclose(exclusive[2].lines[0].get_ydata(), of["null"])
     np.testing.assert_allclose(exclusive[2].lines[1].get_ydata(), of["value"])
     assert len(exclusive[3].collections[0].get_offsets()) == 1  # the fully pruned step
-    np.testing.assert_allclose(exclusive[3].collections[0].get_offsets()[0], [1 - of["sparsity"].iloc[2], 1])
+    np.testing.assert_allclose(
+        exclusive[3].collections[0].get_offsets()[0], [1 - of["sparsity"].iloc[2], 1]
+    )
     bars = rows(frame, "utilisation", component="all", model="rtl/round-13")["value"]
     np.testing.assert_allclose([bar.get_height() for bar in utilisation.patches], bars)
     assert {line.get_label() for line in accuracy.lines} >= {"rtl", "random", "most frequent class"}
@@ -250,7 +296,9 @@ def test_bad_input(tiny, stacked, digits):
         Config(empty="none")
     with pytest.raises(UserError, match="shuffles must be >= 0, got -1"):
         Config(shuffles=-1)
-    with pytest.raises(UserError, match="dense has no masks; give a folder of a pruning run.*FOLDER@masked"):
+    with pytest.raises(
+        UserError, match="dense has no masks; give a folder of a pruning run.*FOLDER@masked"
+    ):
         measure({"dense": tiny}, digits, Config())
     foreign = unroll(stacked)
     foreign.masks = Masks({"blocks.0.attn.qkv.weight": torch.ones(2, 3, 3, dtype=torch.bool)})

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from bvit_interp.analyses.pathways.sharing import ALL, Sharing
 from bvit_interp.models.masks import Masks
-from bvit_interp.probes.sharing import ALL, Sharing
 
 # three steps; a has six weights, b two, of which step 2 has none and step 3 all
 A = torch.tensor([[1, 1, 1, 0, 0, 0], [0, 1, 1, 1, 0, 0], [0, 0, 1, 0, 0, 1]], dtype=torch.bool)
@@ -21,10 +21,13 @@ def on_paper():
 
 
 def drawn(density, shapes, seed=0, blocks=None):
-    """Independent masks: step t has each weight of component c with probability ``density[c][t]``."""
+    """Independent masks: step t has each weight of component c with probability
+    ``density[c][t]``."""
     generator = torch.Generator().manual_seed(seed)
-    of = {c: torch.rand(len(q), *shapes[c], generator=generator) < torch.tensor(q).view(-1, 1, 1)
-          for c, q in density.items()}  # fmt: skip
+    of = {
+        c: torch.rand(len(q), *shapes[c], generator=generator) < torch.tensor(q).view(-1, 1, 1)
+        for c, q in density.items()
+    }
     return Masks(of, blocks)
 
 
@@ -44,7 +47,9 @@ def test_values_on_paper():
     assert found.specialization(ALL).value.tolist() == pytest.approx([1 / 4, 1 / 3, 2 / 4])
     assert found.unused(ALL).value.item() == 1 / 8
     assert found.unused_by_layer().value.item() == (1 / 6 + 0) / 2
-    assert found.least_unused("a") == found.least_unused(ALL) == 0  # eight, and three, for six and for two weights
+    assert (
+        found.least_unused("a") == found.least_unused(ALL) == 0
+    )  # eight, and three, for six and for two weights
     assert found.mean_uses(ALL).value.item() == 11 / 7
 
 
@@ -53,34 +58,45 @@ def test_nulls_on_paper():
     q = (1 / 2, 1 / 2, 1 / 3)  # of a
     unused = 1 / 2 * 1 / 2 * 2 / 3
     assert found.specialization("a").null.tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 4])
-    assert found.jaccard("a").null.tolist() == pytest.approx([1 / 3, (1 / 6) / (2 / 3), (1 / 6) / (2 / 3)])
+    assert found.jaccard("a").null.tolist() == pytest.approx(
+        [1 / 3, (1 / 6) / (2 / 3), (1 / 6) / (2 / 3)]
+    )
     assert found.unused("a").null.item() == pytest.approx(unused)
     assert found.unused(ALL).null.item() == pytest.approx((6 * unused + 2 * 0) / 8)
     assert found.mean_uses("a").null.item() == pytest.approx(sum(q) / (1 - unused))
     once = 1 / 2 * 1 / 2 * 2 / 3 * 2 + 1 / 2 * 1 / 2 * 1 / 3
     thrice = 1 / 2 * 1 / 2 * 1 / 3
     expected = [once, 1 - unused - once - thrice, thrice]
-    assert found.utilisation("a").null.tolist() == pytest.approx([p / (1 - unused) for p in expected])
-    # b: densities 1/2, 0, 1; step 1's weight is exclusive with (1 - 0)(1 - 1) = 0, step 3's with 1/2
+    assert found.utilisation("a").null.tolist() == pytest.approx(
+        [p / (1 - unused) for p in expected]
+    )
+    # b: densities 1/2, 0, 1; step 1's weight is exclusive with (1 - 0)(1 - 1) = 0, step 3's with
+    # 1/2
     assert found.specialization(ALL).null.tolist() == pytest.approx(
         [3 / 4 * 1 / 3, 1 / 3, 2 / 4 * 1 / 4 + 2 / 4 * 1 / 2]
     )
     half = 1.959964 * math.sqrt(unused * (1 - unused) / 6)
     (row,) = found.unused("a").rows()  # the lower end of the interval would be negative
-    assert row == pytest.approx({"value": 1 / 6, "null": unused, "low": 0, "high": unused + half, "n": 6})
+    assert row == pytest.approx(
+        {"value": 1 / 6, "null": unused, "low": 0, "high": unused + half, "n": 6}
+    )
 
 
 def test_empty_masks_by_every_convention():
     empty = torch.zeros(3, 1, 2, dtype=torch.bool)
     empty[0, 0, 0] = True
     found = Sharing(Masks({"a": A[:, None, :], "b": empty}))
-    np.testing.assert_array_equal(found.jaccard("b").value, [0, 0, math.nan])  # only of two empty masks is there none
+    np.testing.assert_array_equal(
+        found.jaccard("b").value, [0, 0, math.nan]
+    )  # only of two empty masks is there none
     for value in (0.0, 1.0):
         assert found.jaccard("b", value).value.tolist() == [0, 0, value]
         assert found.jaccard("b", value).null[2].item() == value
         assert found.jaccard(ALL, value).value[2].item() == (6 * 0.25 + 2 * value) / 8
     assert found.jaccard(ALL).value[2].item() == 0.25  # left out, with its weight
-    assert found.mean_jaccard(ALL).value.item() == pytest.approx((6 * 1.0 + 2 * 0) / (3 * 6 + 2 * 2))
+    assert found.mean_jaccard(ALL).value.item() == pytest.approx(
+        (6 * 1.0 + 2 * 0) / (3 * 6 + 2 * 2)
+    )
     assert found.mean_jaccard(ALL, 1.0).value.item() == pytest.approx((6 * 1.0 + 2 * 1) / 24)
     np.testing.assert_array_equal(found.specialization("b").value, [1, math.nan, math.nan])
     assert found.specialization("b").or_else(1.0).value.tolist() == [1, 1, 1]
@@ -88,30 +104,42 @@ def test_empty_masks_by_every_convention():
     nothing = Sharing(Masks({"a": torch.zeros(2, 1, 4, dtype=torch.bool)}))
     assert nothing.unused(ALL).value.item() == nothing.least_unused(ALL) == 1
     assert all(
-        x.value.isnan().all() for x in (nothing.utilisation(ALL), nothing.mean_jaccard(ALL), nothing.mean_uses(ALL))
+        x.value.isnan().all()
+        for x in (nothing.utilisation(ALL), nothing.mean_jaccard(ALL), nothing.mean_uses(ALL))
     )
 
 
 @pytest.mark.parametrize("blocks", [None, (0, 1, 0, 1, 0, 1)])
 def test_random_masks_lie_within_their_nulls_about_as_often_as_said(blocks):
-    """300 draws of six steps: of every number 95 % within its interval at least (it is a little too wide), not all."""
+    """300 draws of six steps: of every number 95 % within its interval at least (it is a little too
+    wide), not all."""
     density = {"a": [0.1, 0.5, 0.3, 0.2, 0.2, 0.7], "b": [0.05, 0.1, 0.6, 0.2, 0.3, 0.02]}
     shapes = {"a": (40, 30), "b": (30, 70)}
     measures = {
-        "specialization": lambda x: x.specialization(ALL), "jaccard": lambda x: x.jaccard("a"),
-        "jaccard of all": lambda x: x.jaccard(ALL), "mean jaccard": lambda x: x.mean_jaccard(ALL),
-        "utilisation": lambda x: x.utilisation("b"), "unused": lambda x: x.unused(ALL),
-        "by layer": lambda x: x.unused_by_layer(), "uses": lambda x: x.mean_uses(ALL),
-    }  # fmt: skip
+        "specialization": lambda x: x.specialization(ALL),
+        "jaccard": lambda x: x.jaccard("a"),
+        "jaccard of all": lambda x: x.jaccard(ALL),
+        "mean jaccard": lambda x: x.mean_jaccard(ALL),
+        "utilisation": lambda x: x.utilisation("b"),
+        "unused": lambda x: x.unused(ALL),
+        "by layer": lambda x: x.unused_by_layer(),
+        "uses": lambda x: x.mean_uses(ALL),
+    }
     inside, deviation = {name: [] for name in measures}, {name: [] for name in measures}
     for seed in range(300):
         found = Sharing(drawn(density, shapes, seed, blocks))
         for name, measure in measures.items():
             compared = measure(found)
             kept = ~compared.value.isnan() & (compared.null > 0)
-            rows = [row for row, keep in zip(compared.rows(0, math.inf), kept.reshape(-1), strict=True) if keep]
+            rows = [
+                row
+                for row, keep in zip(compared.rows(0, math.inf), kept.reshape(-1), strict=True)
+                if keep
+            ]
             inside[name] += [row["low"] <= row["value"] <= row["high"] for row in rows]
-            deviation[name].append(((compared.value - compared.null) / compared.spread)[kept].mean().item())
+            deviation[name].append(
+                ((compared.value - compared.null) / compared.spread)[kept].mean().item()
+            )
     for name in measures:
         assert 0.93 <= np.mean(inside[name]) <= 1, name
         assert abs(np.mean(deviation[name])) < 0.2, name
@@ -134,23 +162,37 @@ def test_steps_of_different_blocks_are_never_compared():
     assert found.pairs == [(0, 2), (1, 3)]
     first, second = (Sharing(Masks({"a": masks["a"][b::2]})) for b in (0, 1))
     assert found.weights[ALL] == 200
-    np.testing.assert_array_equal(found.specialization("a").value[::2], first.specialization("a").value)
+    np.testing.assert_array_equal(
+        found.specialization("a").value[::2], first.specialization("a").value
+    )
     assert found.unused(ALL).value == (first.unused(ALL).value + second.unused(ALL).value) / 2
-    assert found.mean_jaccard(ALL).value == (first.mean_jaccard(ALL).value + second.mean_jaccard(ALL).value) / 2
+    assert (
+        found.mean_jaccard(ALL).value
+        == (first.mean_jaccard(ALL).value + second.mean_jaccard(ALL).value) / 2
+    )
     alone = Sharing(Masks({"a": masks["a"]}, (0, 1, 2, 3)))  # a stack: no step shares its weights
     assert alone.pairs == []
     assert alone.mean_jaccard(ALL).value.isnan()
-    assert alone.specialization(ALL).value.tolist() == alone.specialization(ALL).null.tolist() == [1] * 4
+    assert (
+        alone.specialization(ALL).value.tolist()
+        == alone.specialization(ALL).null.tolist()
+        == [1] * 4
+    )
     assert alone.utilisation(ALL).value.tolist() == [1, 0, 0, 0]
     assert alone.unused(ALL).value == pytest.approx(1 - masks["a"].double().mean().item())
 
 
-@pytest.mark.parametrize(("rounds", "least"), [(5, 0), (10, 0), (15, 57.8), (20, 86.2), (25, 95.5), (30, 98.51)])
+@pytest.mark.parametrize(
+    ("rounds", "least"), [(5, 0), (10, 0), (15, 57.8), (20, 86.2), (25, 95.5), (30, 98.51)]
+)
 def test_the_least_possible_column_beside_table_7(rounds, least):
-    """Twelve masks of 0.8^p of a hundred thousand weights: without overlap the union is twelve times as large."""
+    """Twelve masks of 0.8^p of a hundred thousand weights: without overlap the union is twelve
+    times as large."""
     mask = torch.zeros(12, 1, 100_000, dtype=torch.bool)
     mask[:, :, : round(1e5 * 0.8**rounds)] = True
     found = Sharing(Masks({"a": mask}))
     assert 100 * found.least_unused(ALL) == pytest.approx(least, abs=0.051)
-    assert 100 * (1 - found.sizes[ALL].mean().item() / 1e5) == pytest.approx(100 * (1 - 0.8**rounds), abs=1e-3)
+    assert 100 * (1 - found.sizes[ALL].mean().item() / 1e5) == pytest.approx(
+        100 * (1 - 0.8**rounds), abs=1e-3
+    )
     assert found.unused(ALL).null.item() > found.least_unused(ALL) - 1e-9

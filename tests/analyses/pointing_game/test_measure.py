@@ -1,4 +1,5 @@
-"""The pointing game on maps whose score is known: the mask, its complement, noise, a fixed patch."""
+"""The pointing game on maps whose score is known: the mask, its complement, noise, a fixed
+patch."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ GRID = (4, 4)
 
 @pytest.fixture
 def maps_are(monkeypatch):
-    """``maps_are(fn)``: fn(ids ``(B, 32, 32)``, labels ``(B,)``) -> maps ``(B, P)`` in place of attention."""
+    """``maps_are(fn)``: fn(ids ``(B, 32, 32)``, labels ``(B,)``) -> maps ``(B, P)`` in place of
+    attention."""
 
     def replace(fn):
         ground_truth = pointing_game._ground_truth
@@ -69,7 +71,8 @@ def test_random_maps_hit_as_often_as_the_mask_is_large(tiny, squares, monkeypatc
 
 
 def test_a_fixed_patch_scores_as_counted_by_hand(tiny, squares, maps_are):
-    # patch (1, 1) has its centre at pixel (12, 12): inside the squares at rows and columns 0 and 8, not 16
+    # patch (1, 1) has its centre at pixel (12, 12): inside the squares at rows and columns 0 and 8,
+    # not 16
     def corner(ids, labels):
         maps = torch.zeros(len(ids), 16)
         maps[:, 5] = 1
@@ -126,13 +129,15 @@ def test_own_class_and_any_object(tiny, squares, maps_are):
     with pytest.raises(UserError, match="no image shows"):
         measure({"m": tiny}, Mislabelled(), Config())
     assert measure({"m": tiny}, Mislabelled(), Config(target="any"))["chance"].iloc[0] == 0.25
-    own, anything = (measure({"m": tiny}, HalfOwn(), Config(target=t))["chance"].iloc[0] for t in ("own", "any"))
+    own, anything = (
+        measure({"m": tiny}, HalfOwn(), Config(target=t))["chance"].iloc[0] for t in ("own", "any")
+    )
     assert own < anything
 
 
 def test_tolerance_and_majority(tiny, squares, maps_are):
-    # the centre of patch (3, 3) is pixel (28, 28); squares end at 15, 23 or 31, the nearest object pixel of the
-    # middle ones lies sqrt(2) * 5 = 7.07 away, or 5 away when only one side is short
+    # the centre of patch (3, 3) is pixel (28, 28); squares end at 15, 23 or 31, the nearest object
+    # pixel of the middle ones lies sqrt(2) * 5 = 7.07 away, or 5 away when only one side is short
     def corner(ids, labels):
         maps = torch.zeros(len(ids), 16)
         maps[:, 15] = 1
@@ -140,10 +145,13 @@ def test_tolerance_and_majority(tiny, squares, maps_are):
 
     maps_are(corner)
     by_tolerance = {
-        t: measure({"m": tiny}, squares(), Config(tolerance=t))["hit_ratio"].iloc[0] for t in (0, 5, 5.1, 7.08)
+        t: measure({"m": tiny}, squares(), Config(tolerance=t))["hit_ratio"].iloc[0]
+        for t in (0, 5, 5.1, 7.08)
     }
     assert by_tolerance == pytest.approx({0: 1 / 9, 5: 1 / 9, 5.1: 3 / 9, 7.08: 4 / 9})
-    assert measure({"m": tiny}, squares(), Config(point="majority"))["hit_ratio"].iloc[0] == pytest.approx(1 / 9)
+    assert measure({"m": tiny}, squares(), Config(point="majority"))["hit_ratio"].iloc[
+        0
+    ] == pytest.approx(1 / 9)
 
 
 def test_class_average(tiny, squares, maps_are):
@@ -163,20 +171,24 @@ def test_class_average(tiny, squares, maps_are):
         return maps
 
     maps_are(top)
-    image, by_class = (measure({"m": tiny}, Unbalanced(count=28), Config(average=a)) for a in ("image", "class"))
+    image, by_class = (
+        measure({"m": tiny}, Unbalanced(count=28), Config(average=a)) for a in ("image", "class")
+    )
     assert image["hit_ratio"].iloc[0] == pytest.approx(0.75)
     assert by_class["hit_ratio"].iloc[0] == pytest.approx(0.5)
 
 
 def test_class_average_with_ignored_points():
-    """Class 0 = (1, ignored, 0) and class 1 = (0, 0): (1 / 2 + 0) / 2, at the head, its interval and the centre."""
+    """Class 0 = (1, ignored, 0) and class 1 = (0, 0): (1 / 2 + 0) / 2, at the head, its interval
+    and the centre."""
     labels, hits = [0, 0, 0, 1, 1], [1, np.nan, 0, 0, 0]
     rows = np.array([[label, 1, 0.5, hit, hit] for label, hit in zip(labels, hits, strict=True)])
     steps = SimpleNamespace(num_steps=1)
     row = pointing_game._score("m", steps, rows, Config(average="class")).iloc[0]
     assert (row["hit_ratio"], row["centre"], row["chance"]) == (0.25, 0.25, 0.5)
     assert (row["n"], row["ignored"]) == (4, 1)
-    # class 0 nearly always ignored, else hit; class 1 never hit: whatever the resample, the mean is a half
+    # class 0 nearly always ignored, else hit; class 1 never hit: whatever the resample, the mean is
+    # a half
     many = np.array([[0, 1, 0.5, 1, *([1 if i < 20 else np.nan] * 2)] for i in range(100)])
     many = np.concatenate([many, np.array([[1, 1, 0.5, 0, 0, 0]] * 100)])
     frame = pointing_game._score("m", steps, many, Config(average="class"))
@@ -195,7 +207,10 @@ def test_chance_is_what_a_point_anywhere_scores(tiny, squares, maps_are):
             return image, label, mask
 
     maps_are(lambda ids, labels: torch.zeros(len(ids), 16))
-    majority, centre = (measure({"m": tiny}, Small(), Config(point=point)).iloc[0] for point in ("majority", "centre"))
+    majority, centre = (
+        measure({"m": tiny}, Small(), Config(point=point)).iloc[0]
+        for point in ("majority", "centre")
+    )
     assert majority["chance"] == majority["hit_ratio"] == 1 / 16
     assert centre["chance"] == 144 / 1024
     assert majority["centre"] == centre["centre"] == 0
@@ -209,7 +224,9 @@ def test_attention_scores_equal_a_loop_written_here(any_model, digits):
     for i in range(len(digits)):
         image, label, mask = digits.read(i)
         pixels, _ = geometry(image, None)
-        pattern = probe.run(pixels[None], "pattern")[1]["pattern"][0, :, :, 0, probe.num_prefix_tokens :]
+        pattern = probe.run(pixels[None], "pattern")[1]["pattern"][
+            0, :, :, 0, probe.num_prefix_tokens :
+        ]
         row, col = pattern.argmax(-1) // 4, pattern.argmax(-1) % 4
         hits.append(torch.as_tensor(mask)[8 * row + 4, 8 * col + 4] == label + 1)
     expected = torch.stack(hits).double().mean(0)

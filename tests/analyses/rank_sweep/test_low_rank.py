@@ -1,4 +1,5 @@
-"""Cuts against numpy's SVD and SVD-LLM's formula with a Cholesky factor, and models that run on them."""
+"""Cuts against numpy's SVD and SVD-LLM's formula with a Cholesky factor, and models that run on
+them."""
 
 from __future__ import annotations
 
@@ -11,11 +12,7 @@ from timm.layers import SwiGLU
 from torch import nn
 from torch.nn.utils import prune
 
-from bvit_interp.errors import UserError
-from bvit_interp.models.masks import Masks, full, masked
-from bvit_interp.models.unroll import unroll
-from bvit_interp.probes.probe import Probe
-from bvit_interp.probes.truncation import (
+from bvit_interp.analyses.rank_sweep.low_rank import (
     InputMoments,
     LowRank,
     factors,
@@ -25,6 +22,10 @@ from bvit_interp.probes.truncation import (
     random_factors,
     watch_inputs,
 )
+from bvit_interp.errors import UserError
+from bvit_interp.models.masks import Masks, full, masked
+from bvit_interp.models.unroll import unroll
+from bvit_interp.probes.probe import Probe
 
 WEIGHTS = [(48, 12), (12, 48), (16, 16)]
 
@@ -35,7 +36,10 @@ def drawn(*shape, seed=0):
 
 def inputs(width, count=400):
     """Correlated, with a mean and with scales over two decades."""
-    return drawn(count, width, seed=1) * np.geomspace(1, 0.01, width) @ drawn(width, width, seed=2) + 0.3
+    return (
+        drawn(count, width, seed=1) * np.geomspace(1, 0.01, width) @ drawn(width, width, seed=2)
+        + 0.3
+    )
 
 
 def weight_of(cut, rank):
@@ -56,7 +60,9 @@ def test_svd_is_numpys(shape, rank):
     weight = drawn(*shape)
     u, s, vt = np.linalg.svd(weight, full_matrices=False)
     cut = factors(torch.tensor(weight))
-    np.testing.assert_allclose(weight_of(cut, rank), (u[:, :rank] * s[:rank]) @ vt[:rank], atol=1e-12)
+    np.testing.assert_allclose(
+        weight_of(cut, rank), (u[:, :rank] * s[:rank]) @ vt[:rank], atol=1e-12
+    )
     assert cut.energy(rank) == pytest.approx((s[:rank] ** 2).sum() / (s**2).sum())
     assert cut.full_rank == len(s)
 
@@ -73,7 +79,9 @@ def test_whitened_is_svd_llms_formula(shape, rank):
     cut = factors(torch.tensor(weight), torch.tensor(moment))
     np.testing.assert_allclose(weight_of(cut, rank), expected, atol=1e-6 * np.abs(expected).max())
     # the singular values dropped are the loss: the paper's theorem
-    assert cut.error(rank, torch.tensor(moment)) == pytest.approx((s[rank:] ** 2).sum() / (s**2).sum(), rel=1e-6)
+    assert cut.error(rank, torch.tensor(moment)) == pytest.approx(
+        (s[rank:] ** 2).sum() / (s**2).sum(), rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("shape", WEIGHTS)
@@ -89,7 +97,9 @@ def test_error_is_that_of_the_outputs_themselves_and_least_when_whitened(shape):
     for rank in (1, 4, 9):
         errors = {name: cut.error(rank, moment) for name, cut in cuts.items()}
         for name, cut in cuts.items():
-            assert errors[name] == pytest.approx(relative_error(x, weight, weight_of(cut, rank)), rel=1e-6), name
+            assert errors[name] == pytest.approx(
+                relative_error(x, weight, weight_of(cut, rank)), rel=1e-6
+            ), name
         assert errors["whitened"] < 0.9 * errors["svd"]
         assert errors["whitened"] < 0.9 * errors["random"]
         energies = {name: cut.energy(rank) for name, cut in cuts.items()}
@@ -118,9 +128,10 @@ def test_white_inputs_make_both_the_svd():
     weight = torch.tensor(drawn(20, 7))
     for rank in range(1, 8):
         np.testing.assert_allclose(
-            weight_of(factors(weight, 3 * torch.eye(7, dtype=torch.float64)), rank), weight_of(factors(weight), rank),
+            weight_of(factors(weight, 3 * torch.eye(7, dtype=torch.float64)), rank),
+            weight_of(factors(weight), rank),
             atol=1e-10,
-        )  # fmt: skip
+        )
 
 
 def test_random_directions_are_seeded_orthonormal_and_keep_k_of_r_on_average():
@@ -149,7 +160,9 @@ def test_every_place_of_a_weight_is_found(any_model):
         [linear for matrix in ffn_matrices(view, t) for linear in matrix.linears]
         for t in range(1, len(view.blocks) + 1)
     ]
-    assert sorted(id(linear) for of_step in by_step for linear in of_step) == sorted(map(id, places))
+    assert sorted(id(linear) for of_step in by_step for linear in of_step) == sorted(
+        map(id, places)
+    )
     for t, of_step in enumerate(by_step):
         assert set(map(id, of_step)) == {
             id(m) for name, m in view.blocks[t].named_modules() if name.endswith(("fc1", "fc2"))
@@ -172,9 +185,13 @@ def test_moments_are_those_of_the_recorded_inputs(tiny_te, images, by_hand, batc
     matrices = ffn_matrices(view) + ffn_matrices(view, 5)
     found = [moments_of(view, matrices, images, batch)[matrix] for matrix in matrices]
     with torch.no_grad():
-        steps = by_hand.run(tiny_te, images, [tiny_te.blocks[0]] * 12, tiny_te.blocks.step_embed)[1:]
+        steps = by_hand.run(tiny_te, images, [tiny_te.blocks[0]] * 12, tiny_te.blocks.step_embed)[
+            1:
+        ]
         reads = {
-            "fc1": [tiny_te.blocks[0].norm2(step["resid_mid"]).flatten(0, 1).double() for step in steps],
+            "fc1": [
+                tiny_te.blocks[0].norm2(step["resid_mid"]).flatten(0, 1).double() for step in steps
+            ],
             "fc2": [step["mlp_post"].flatten(0, 1).double() for step in steps],
         }
     for moment, matrix, chosen in zip(found, matrices, [range(12)] * 2 + [[4]] * 2, strict=True):
@@ -196,7 +213,9 @@ def test_two_halves_merge_into_the_whole(tiny_fl, images):
             half.update(found)
             assert found[matrices[0]][1] == len(part) * 17 * 12  # tokens, applications
     for i, matrix in enumerate(matrices):
-        total = sum(getattr(half, f"total{i}") for half in halves) / sum(getattr(half, f"count{i}") for half in halves)
+        total = sum(getattr(half, f"total{i}") for half in halves) / sum(
+            getattr(half, f"count{i}") for half in halves
+        )
         torch.testing.assert_close(total, whole[matrix], rtol=1e-6, atol=1e-9)
     assert {reduction.__name__ for reduction in halves[0]._reductions.values()} == {"dim_zero_sum"}
 
@@ -223,7 +242,9 @@ def dense_copy(model, rank):
     for block in model.blocks.children():
         for linear in (block.mlp.fc1, block.mlp.fc2):
             u, s, vt = np.linalg.svd(linear.weight.detach().double().numpy(), full_matrices=False)
-            linear.weight.data = torch.tensor((u[:, :rank] * s[:rank]) @ vt[:rank], dtype=torch.float32)
+            linear.weight.data = torch.tensor(
+                (u[:, :rank] * s[:rank]) @ vt[:rank], dtype=torch.float32
+            )
     return model
 
 
@@ -239,9 +260,13 @@ def test_thin_and_dense_give_the_copy_with_cut_weights(any_model, images, rank):
         assert len(layer.matrices) == (2 if rank <= 25 else 1)
         assert layer.bias is any_model.blocks[0].mlp.fc1.bias
         logits = view(images)
-        assert all(torch.equal(tensor, before[name]) for name, tensor in any_model.state_dict().items())
+        assert all(
+            torch.equal(tensor, before[name]) for name, tensor in any_model.state_dict().items()
+        )
     with torch.no_grad():
-        torch.testing.assert_close(logits, dense_copy(any_model, rank)(images), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            logits, dense_copy(any_model, rank)(images), rtol=1e-5, atol=1e-5
+        )
         assert torch.equal(view(images), any_model(images))  # as it came
 
 
@@ -253,7 +278,11 @@ def test_thin_equals_dense(shape):
         left, right = (part.float() for part in cut.cut(rank))
         thin, dense = LowRank((right, left), bias), LowRank((left @ right,), bias)
         torch.testing.assert_close(thin(x), dense(x), rtol=1e-5, atol=1e-5)
-        assert (thin.in_features, thin.out_features) == (shape[1], shape[0]) == (dense.in_features, dense.out_features)
+        assert (
+            (thin.in_features, thin.out_features)
+            == (shape[1], shape[0])
+            == (dense.in_features, dense.out_features)
+        )
 
 
 def test_full_rank_is_the_model_itself_bit_by_bit(any_model, images):
@@ -275,7 +304,9 @@ def test_one_step_cut_is_a_stack_with_one_block_cut(tiny, images, by_hand, step)
     blocks = [cut if t == step else tiny.blocks[0] for t in range(1, 13)]
     with torch.no_grad():
         sites = by_hand.run(tiny, images, blocks)
-        torch.testing.assert_close(logits, by_hand.logits(tiny, sites[-1]["resid_post"]), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            logits, by_hand.logits(tiny, sites[-1]["resid_post"]), rtol=1e-4, atol=1e-4
+        )
         whole = Probe(tiny).run(images, "resid_post", tokens="cls")[1]
     same = [torch.equal(cache["resid_post", t], whole["resid_post", t]) for t in range(1, 13)]
     assert same == [t < step for t in range(1, 13)]
@@ -288,15 +319,26 @@ def test_cuts_end_with_the_context_also_by_an_error(tiny, images):
     with pytest.raises(RuntimeError, match="on purpose"), low_rank(chosen, 4):
         raise RuntimeError("on purpose")
     assert [matrix.linears for matrix in ffn_matrices(view)] == linears
-    assert list(dict(view.blocks[0].mlp.named_children())) == ["fc1", "act", "drop1", "norm", "fc2", "drop2"]
+    assert list(dict(view.blocks[0].mlp.named_children())) == [
+        "fc1",
+        "act",
+        "drop1",
+        "norm",
+        "fc2",
+        "drop2",
+    ]
     for rank in (0, 33):
-        with pytest.raises(UserError, match=rf"no rank {rank} of fc1; ranks: 1\.\.32"), low_rank(chosen, rank):
+        with (
+            pytest.raises(UserError, match=rf"no rank {rank} of fc1; ranks: 1\.\.32"),
+            low_rank(chosen, rank),
+        ):
             pass
     assert [matrix.linears for matrix in ffn_matrices(view)] == linears
 
 
 def test_the_cut_model_trains_only_what_it_had(tiny, images):
-    """The stand-in has no parameter of its own: the shared bias learns, the weight gets no gradient."""
+    """The stand-in has no parameter of its own: the shared bias learns, the weight gets no
+    gradient."""
     view = unroll(tiny)
     with low_rank({m: factors(m.weight) for m in ffn_matrices(view)}, 4):
         view(images).sum().backward()
@@ -313,7 +355,9 @@ def test_half_precision_weights_are_cut_in_their_own_type(tiny, images):
 @pytest.mark.parametrize("baked", [False, True])
 def test_steps_with_their_own_masks_are_cut_each_as_masked(tiny, images, by_hand, baked):
     generator = torch.Generator().manual_seed(0)
-    drawn = {name: torch.rand(mask.shape, generator=generator) < 0.5 for name, mask in full(tiny).items()}
+    drawn = {
+        name: torch.rand(mask.shape, generator=generator) < 0.5 for name, mask in full(tiny).items()
+    }
     masks = Masks({**drawn, "qkv": full(tiny)["qkv"], "proj": full(tiny)["proj"]})
     view = unroll(masked(tiny, masks, baked=baked))
     matrices = ffn_matrices(view)
@@ -324,7 +368,9 @@ def test_steps_with_their_own_masks_are_cut_each_as_masked(tiny, images, by_hand
         for name in ("fc1", "fc2"):
             weight = getattr(tiny.blocks[0].mlp, name).weight.detach() * masks[name][t]
             u, s, vt = np.linalg.svd(weight.double().numpy(), full_matrices=False)
-            getattr(blocks[-1].mlp, name).weight.data = torch.tensor((u[:, :5] * s[:5]) @ vt[:5], dtype=torch.float32)
+            getattr(blocks[-1].mlp, name).weight.data = torch.tensor(
+                (u[:, :5] * s[:5]) @ vt[:5], dtype=torch.float32
+            )
     with torch.no_grad(), low_rank({m: factors(m.weight) for m in matrices}, 5):
         expected = by_hand.logits(tiny, by_hand.run(tiny, images, blocks)[-1]["resid_post"])
         torch.testing.assert_close(view(images), expected, rtol=1e-4, atol=1e-4)

@@ -22,7 +22,9 @@ from bvit_interp.results import Table, read_table
 def batch_of(model, data, places=None):
     geometry = Geometry.of(model, data)
     scenes = [data.read(i) for i in (range(len(data)) if places is None else places)]
-    return torch.stack([geometry(image, None)[0] for image, _, _ in scenes]), np.array([s[1] for s in scenes])
+    return torch.stack([geometry(image, None)[0] for image, _, _ in scenes]), np.array(
+        [s[1] for s in scenes]
+    )
 
 
 def truncated(weight, rank):
@@ -42,18 +44,23 @@ def accuracy_by_hand(model, data, rank=None):
 
 
 def inputs_by_hooks(model, images, step=None):
-    """What fc1 and fc2 read, ``{name: (tokens, width)}`` float64, at all steps or one, by hooks on the model itself."""
+    """What fc1 and fc2 read, ``{name: (tokens, width)}`` float64, at all steps or one, by hooks on
+    the model itself."""
     reads = {"fc1": [], "fc2": []}
     block = next(iter(model.blocks.children()))
     handles = [
-        getattr(block.mlp, name).register_forward_pre_hook(lambda _, x, to=to: to.append(x[0].flatten(0, 1).double()))
+        getattr(block.mlp, name).register_forward_pre_hook(
+            lambda _, x, to=to: to.append(x[0].flatten(0, 1).double())
+        )
         for name, to in reads.items()
     ]
     with torch.no_grad():
         model(images)
     for handle in handles:
         handle.remove()
-    return {name: torch.cat(x if step is None else [x[step - 1]]).numpy() for name, x in reads.items()}
+    return {
+        name: torch.cat(x if step is None else [x[step - 1]]).numpy() for name, x in reads.items()
+    }
 
 
 def whitened_by_hand(weight, x, rank):
@@ -64,20 +71,28 @@ def whitened_by_hand(weight, x, rank):
 
 
 def test_accuracy_at_every_rank_against_numpy(any_model, digits):
-    frame = measure({"m": any_model}, digits, Config(ranks=(1, 4, 16), methods=("svd",), batch_size=11))
+    frame = measure(
+        {"m": any_model}, digits, Config(ranks=(1, 4, 16), methods=("svd",), batch_size=11)
+    )
     assert frame["rank"].tolist() == [1, 4, 16]
     assert set(frame["method"]) == {"svd"}
     assert set(frame["step"]) == {"all"}
-    assert frame["accuracy"].tolist() == pytest.approx([accuracy_by_hand(any_model, digits, k) for k in (1, 4, 16)])
+    assert frame["accuracy"].tolist() == pytest.approx(
+        [accuracy_by_hand(any_model, digits, k) for k in (1, 4, 16)]
+    )
 
 
 @pytest.mark.parametrize("step", [None, 4])
 def test_whitened_against_a_copy_and_numpy(tiny, digits, step):
     """Accuracy and both errors of the cut whose inputs are those of calibration images held out."""
     blocks = "all" if step is None else "each"
-    config = Config(limit=40, ranks=(2, 9), methods=("svd", "whitened"), blocks=blocks, calibration_images=20)
+    config = Config(
+        limit=40, ranks=(2, 9), methods=("svd", "whitened"), blocks=blocks, calibration_images=20
+    )
     frame = measure({"m": tiny}, digits, config)
-    frame = frame[frame["step"] == ("all" if step is None else str(step))].set_index(["method", "rank"])
+    frame = frame[frame["step"] == ("all" if step is None else str(step))].set_index(
+        ["method", "rank"]
+    )
     scored = [i * 60 // 40 for i in range(40)]
     held_out = [i for i in range(60) if i not in scored]
     assert len(held_out) == 20
@@ -93,18 +108,26 @@ def test_whitened_against_a_copy_and_numpy(tiny, digits, step):
             }
             dense = weight.detach().double().numpy()
             for method, cut in cuts.items():
-                error = np.square(reads[name] @ (dense - cut).T).sum() / np.square(reads[name] @ dense.T).sum()
+                error = (
+                    np.square(reads[name] @ (dense - cut).T).sum()
+                    / np.square(reads[name] @ dense.T).sum()
+                )
                 assert frame.loc[(method, rank), f"error_{name}"] == pytest.approx(error, rel=1e-3)
                 kept = np.square(cut).sum() / np.square(dense).sum()
                 assert frame.loc[(method, rank), f"energy_{name}"] == pytest.approx(kept, rel=1e-3)
-            assert frame.loc[("whitened", rank), f"error_{name}"] < frame.loc[("svd", rank), f"error_{name}"]
+            assert (
+                frame.loc[("whitened", rank), f"error_{name}"]
+                < frame.loc[("svd", rank), f"error_{name}"]
+            )
             new = torch.nn.Parameter(torch.tensor(cuts["whitened"], dtype=torch.float32))
             getattr(model.blocks[0].mlp, name).weight = new
             if step is not None:
                 getattr(view.blocks[step - 1].mlp, name).weight = new
         with torch.no_grad():
             logits = model(images) if step is None else view(images)
-        assert frame.loc[("whitened", rank), "accuracy"] == np.mean(logits.argmax(-1).numpy() == labels)
+        assert frame.loc[("whitened", rank), "accuracy"] == np.mean(
+            logits.argmax(-1).numpy() == labels
+        )
     assert (frame["calibration_images"] == 20).all()
     assert (frame["calibration_scored"] == 0).all()
 
@@ -123,7 +146,9 @@ def test_each_step_alone_against_numpy(any_model, digits):
                 linear = getattr(block.mlp, name)
                 linear.weight = torch.nn.Parameter(truncated(linear.weight, 2))
         with torch.no_grad():
-            accuracies = [float(np.mean(m(images).argmax(-1).numpy() == labels)) for m in (view, any_model)]
+            accuracies = [
+                float(np.mean(m(images).argmax(-1).numpy() == labels)) for m in (view, any_model)
+            ]
         assert frame[frame["step"] == str(t)]["accuracy"].tolist() == pytest.approx(accuracies)
     assert frame["error_fc1"].isna().all()
     assert (frame["calibration_images"] == 0).all()
@@ -131,19 +156,32 @@ def test_each_step_alone_against_numpy(any_model, digits):
 
 @pytest.mark.parametrize("blocks", ["all", "each"])
 def test_a_stack_of_copies_is_the_recurrent_model(make, digits, blocks):
-    """Cut the same, they answer the same; inputs are averaged over the steps of one and by block in the other."""
+    """Cut the same, they answer the same; inputs are averaged over the steps of one and by block in
+    the other."""
     recurrent = make(num_steps=3)
     stack = make(name="vit_rms_small_patch16_224", num_blocks=3)
     with torch.no_grad():
         weights = recurrent.state_dict()
-        stack.load_state_dict({key: weights[key.replace("blocks.1", "blocks.0").replace("blocks.2", "blocks.0")]
-                               for key in stack.state_dict()})  # fmt: skip
+        stack.load_state_dict(
+            {
+                key: weights[key.replace("blocks.1", "blocks.0").replace("blocks.2", "blocks.0")]
+                for key in stack.state_dict()
+            }
+        )
     methods = ("svd", "random") if blocks == "all" else ("svd", "whitened", "random")
     config = Config(ranks=(3, 12), blocks=blocks, methods=methods)
     frame = measure({"one": recurrent, "three": stack}, digits, config)
-    one, three = (part.drop(columns="model").reset_index(drop=True) for _, part in frame.groupby("model", sort=False))
-    if blocks == "all":  # three blocks draw three sets of random directions, and average three errors
-        one, three = (part[part["method"] == "svd"].drop(columns=["error_fc1", "error_fc2"]) for part in (one, three))
+    one, three = (
+        part.drop(columns="model").reset_index(drop=True)
+        for _, part in frame.groupby("model", sort=False)
+    )
+    if (
+        blocks == "all"
+    ):  # three blocks draw three sets of random directions, and average three errors
+        one, three = (
+            part[part["method"] == "svd"].drop(columns=["error_fc1", "error_fc2"])
+            for part in (one, three)
+        )
     pd.testing.assert_frame_equal(one, three, rtol=1e-5)
 
 
@@ -159,7 +197,9 @@ def test_full_rank_is_the_untouched_model_exactly_and_run_once(any_model, digits
 
     monkeypatch.setattr(type(any_model), "forward", remember)
     methods = ("svd", "whitened", "random")
-    frame = measure({"m": any_model}, digits, Config(ranks=(full,), methods=methods, calibration_images=8))
+    frame = measure(
+        {"m": any_model}, digits, Config(ranks=(full,), methods=methods, calibration_images=8)
+    )
     monkeypatch.undo()
     assert frame["method"].tolist() == list(methods)
     assert (frame["accuracy"] == accuracy_by_hand(any_model, digits)).all()
@@ -170,13 +210,21 @@ def test_full_rank_is_the_untouched_model_exactly_and_run_once(any_model, digits
         assert torch.equal(seen[1], any_model(batch_of(any_model, digits)[0]))
 
 
-def test_the_model_comes_back_as_it_went_also_after_an_error(tiny, stacked, digits, monkeypatch, watched_models):
+def test_the_model_comes_back_as_it_went_also_after_an_error(
+    tiny, stacked, digits, monkeypatch, watched_models
+):
     before = {name: tensor.clone() for name, tensor in tiny.state_dict().items()}
     pointers = {name: (id(p), p.data_ptr(), p._version) for name, p in tiny.named_parameters()}
     view = unroll(tiny)  # an unroll may be given too, and keeps its modules
     watched_models.append(view)
     modules = dict(view.named_modules())
-    config = Config(ranks=(2,), limit=4, blocks="each", methods=("svd", "whitened", "random"), calibration_images=3)
+    config = Config(
+        ranks=(2,),
+        limit=4,
+        blocks="each",
+        methods=("svd", "whitened", "random"),
+        calibration_images=3,
+    )
     measure({"m": tiny, "view": view, "s": stacked}, digits, config)
 
     def fail(*_):
@@ -186,13 +234,19 @@ def test_the_model_comes_back_as_it_went_also_after_an_error(tiny, stacked, digi
     with pytest.raises(RuntimeError, match="on purpose"):
         measure({"m": tiny}, digits, Config(ranks=(2,), limit=4))
     assert all(torch.equal(tensor, before[name]) for name, tensor in tiny.state_dict().items())
-    assert {name: (id(p), p.data_ptr(), p._version) for name, p in tiny.named_parameters()} == pointers
+    assert {
+        name: (id(p), p.data_ptr(), p._version) for name, p in tiny.named_parameters()
+    } == pointers
     assert dict(view.named_modules()) == modules
 
 
 def test_random_directions_are_a_null_with_a_seed(tiny, digits):
     def frame_of(seed, **options):
-        return measure({"m": tiny}, digits, Config(ranks=(8,), methods=("random",), seed=seed, limit=4, **options))
+        return measure(
+            {"m": tiny},
+            digits,
+            Config(ranks=(8,), methods=("random",), seed=seed, limit=4, **options),
+        )
 
     first = frame_of(0)
     pd.testing.assert_frame_equal(first, frame_of(0))
@@ -206,9 +260,13 @@ def test_random_directions_are_a_null_with_a_seed(tiny, digits):
 
 def test_calibration_images_are_held_out_where_there_are_enough(digits):
     for limit, images, places, scored in (
-        (20, 10, range(60), 0.0), (20, 40, range(60), 0.0), (20, 45, None, 1 / 3), (None, 12, range(0, 60, 5), 1.0),
-        (None, 100, range(60), 1.0), (10, 0, [], 0.0),
-    ):  # fmt: skip
+        (20, 10, range(60), 0.0),
+        (20, 40, range(60), 0.0),
+        (20, 45, None, 1 / 3),
+        (None, 12, range(0, 60, 5), 1.0),
+        (None, 100, range(60), 1.0),
+        (10, 0, [], 0.0),
+    ):
         methods = ("svd",) if images == 0 else ("whitened",)
         found, also_scored = rank_sweep._calibration(
             digits, Config(limit=limit, calibration_images=images, methods=methods)
@@ -244,7 +302,18 @@ def test_out_of_memory_halves_the_batch_and_counts_no_input_twice(tiny, digits, 
 
 def test_default_ranks_are_the_papers_in_proportion():
     assert rank_sweep._ranks("m", 32, Config()) == [3, 5, 11, 16, 21, 27, 29, 31, 32]
-    assert rank_sweep._ranks("m", 768, Config()) == [64, 128, 256, 384, 512, 640, 702, 744, 760, 768]
+    assert rank_sweep._ranks("m", 768, Config()) == [
+        64,
+        128,
+        256,
+        384,
+        512,
+        640,
+        702,
+        744,
+        760,
+        768,
+    ]
 
 
 def test_models_of_different_widths_and_lengths_share_the_passes(tiny, make, digits):
@@ -283,23 +352,34 @@ def test_it_continues_where_it_stopped(tiny, stacked, digits, tmp_path, monkeypa
     assert counted == [{"b": 8}, {"a": 32, "b": 32}]
     pd.testing.assert_frame_equal(resumed, whole)
     pd.testing.assert_frame_equal(read_table(path), whole)
-    with pytest.raises(UserError, match=r"made with other options \(ranks: \[2, 8, 32\] there, \[2\] now\)"):
+    with pytest.raises(
+        UserError, match=r"made with other options \(ranks: \[2, 8, 32\] there, \[2\] now\)"
+    ):
         Table(path, {"ranks": [2]})
 
 
 def test_a_table_grows_by_methods_and_steps(tiny, digits, tmp_path, monkeypatch):
-    """Steps alone are read back as numbers; nothing is measured twice, and a finished sweep reads no image."""
+    """Steps alone are read back as numbers; nothing is measured twice, and a finished sweep reads
+    no image."""
     path, options = tmp_path / "t.csv", {}
     first = Config(ranks=(4, 32), methods=("svd",), blocks="each", limit=4, calibration_images=5)
-    more = Config(ranks=(4, 32), methods=("svd", "whitened"), blocks="each", limit=4, calibration_images=5)
-    assert first.identity() == more.identity() == Config(limit=4, calibration_images=5).identity()
+    more = Config(
+        ranks=(4, 32), methods=("svd", "whitened"), blocks="each", limit=4, calibration_images=5
+    )
+    assert (
+        first.resume_key()
+        == more.resume_key()
+        == Config(limit=4, calibration_images=5).resume_key()
+    )
     measure({"m": tiny}, digits, first, table=Table(path, options))
     assert pd.read_csv(path)["step"].dtype == np.int64
     grown = measure({"m": tiny}, digits, more, table=Table(path, options))
     pd.testing.assert_frame_equal(grown, measure({"m": tiny}, digits, more), check_exact=True)
     every = Config(ranks=(4, 32), methods=("svd", "whitened"), limit=4, calibration_images=5)
     last = measure({"m": tiny}, digits, every, table=Table(path, options))
-    assert last["step"].tolist() == [str(t) for t in range(1, 13) for _ in range(2)] * 2 + ["all"] * 4
+    assert (
+        last["step"].tolist() == [str(t) for t in range(1, 13) for _ in range(2)] * 2 + ["all"] * 4
+    )
     monkeypatch.setattr(type(digits), "read", None)
     again = measure({"m": tiny}, digits, more, table=Table(path, options))
     pd.testing.assert_frame_equal(again, last)
@@ -310,7 +390,10 @@ def test_a_table_of_an_earlier_version_is_refused(tiny, digits, tmp_path):
     path = tmp_path / "old.csv"
     path.write_text("model,rank,accuracy\nm,4,0.5\n")
     results.write_json({"options": {}}, path.with_suffix(".json"))
-    with pytest.raises(UserError, match=r"old.csv has other columns: it lacks method, step; --overwrite replaces it"):
+    with pytest.raises(
+        UserError,
+        match=r"old.csv has other columns: it lacks method, step; --overwrite replaces it",
+    ):
         measure({"m": tiny}, digits, Config(limit=4), table=Table(path, {}))
     assert path.read_text().startswith("model,rank,accuracy")
 
@@ -318,9 +401,13 @@ def test_a_table_of_an_earlier_version_is_refused(tiny, digits, tmp_path):
 def test_columns_intervals_and_figure_from_the_csv_alone(tiny, stacked, digits):
     methods = ("svd", "whitened", "random")
     models = {"a": tiny, "b": stacked}
-    together = measure(models, digits, Config(limit=10, methods=methods, ranks=(4, 16, 32), calibration_images=9))
+    together = measure(
+        models, digits, Config(limit=10, methods=methods, ranks=(4, 16, 32), calibration_images=9)
+    )
     single = measure(
-        models, digits, Config(limit=10, methods=methods, ranks=(4, 16, 32), calibration_images=9, blocks="each")
+        models,
+        digits,
+        Config(limit=10, methods=methods, ranks=(4, 16, 32), calibration_images=9, blocks="each"),
     )
     frame = pd.concat([together, single])
     assert list(frame) == list(COLUMNS)
@@ -337,13 +424,19 @@ def test_columns_intervals_and_figure_from_the_csv_alone(tiny, stacked, digits):
     figure = plot(pd.read_csv(io.StringIO(frame.to_csv(index=False))))
     panels = [ax for ax in figure.axes if ax.get_title()]
     of_a = together[together["model"] == "a"].set_index("method")["accuracy"]
-    for ax, method in zip(panels[:2], ("svd", "whitened"), strict=True):  # random is thin and grey in both
+    for ax, method in zip(
+        panels[:2], ("svd", "whitened"), strict=True
+    ):  # random is thin and grey in both
         drawn = [list(line.get_ydata()) for line in ax.lines]
         assert of_a[method].tolist() in drawn
         assert of_a["random"].tolist() in drawn
     maps = panels[2:]
     assert [ax.get_title().split(":")[0] for ax in maps] == ["a"] * 3 + ["b"] * 3
-    shown = single[(single["model"] == "a") & (single["method"] == "whitened")]["accuracy"].to_numpy().reshape(12, 3)
+    shown = (
+        single[(single["model"] == "a") & (single["method"] == "whitened")]["accuracy"]
+        .to_numpy()
+        .reshape(12, 3)
+    )
     np.testing.assert_allclose(maps[1].images[0].get_array(), shown)
     assert [text.get_text() for text in maps[1].get_yticklabels()] == [str(t) for t in range(1, 13)]
     assert len({ax.images[0].get_clim() for ax in maps}) == 1
@@ -358,7 +451,9 @@ def test_bad_input(tiny, digits):
     with pytest.raises(UserError, match=r"rank 33 is above the full rank 32 of m; ranks: 1\.\.32"):
         measure({"m": tiny}, digits, Config(ranks=(33,)))
     for methods in ((), ("svd", "svd"), ("svd", "pca")):
-        with pytest.raises(UserError, match="methods must be one or more of svd, whitened, random, each once"):
+        with pytest.raises(
+            UserError, match="methods must be one or more of svd, whitened, random, each once"
+        ):
             Config(methods=methods)
     with pytest.raises(UserError, match="blocks must be all or each, got 'some'"):
         Config(blocks="some")

@@ -1,4 +1,5 @@
-"""Schedules against models of so many steps, the step read against scikit-learn's probe, removals by hand."""
+"""Schedules against models of so many steps, the step read against scikit-learn's probe, removals
+by hand."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ import pytest
 import torch
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-from bvit_interp.analyses import clock
-from bvit_interp.analyses.clock import COLUMNS, Config, measure, plot
+from bvit_interp.analyses import schedule
+from bvit_interp.analyses.schedule import COLUMNS, Config, measure, plot
 from bvit_interp.data.geometry import Geometry
 from bvit_interp.errors import UserError
 from bvit_interp.models.bvit import BViT
@@ -25,14 +26,18 @@ VALUES = ["value", "low", "high", "null", "n"]
 def images_of(model, data, role, config):
     """Images and labels of those that have this role."""
     geometry = Geometry.of(model, data)
-    scenes = [data.read(i) for i in sorted(clock._roles(len(data), config)[role])]
-    return torch.stack([geometry(image, None)[0] for image, _, _ in scenes]), torch.tensor([s[1] for s in scenes])
+    scenes = [data.read(i) for i in sorted(measure._roles(len(data), config)[role])]
+    return torch.stack([geometry(image, None)[0] for image, _, _ in scenes]), torch.tensor(
+        [s[1] for s in scenes]
+    )
 
 
 def only(frame, **wanted):
     """The one row with these values."""
     kept = frame[
-        np.logical_and.reduce([(frame[key] == value).fillna(False).astype(bool) for key, value in wanted.items()])
+        np.logical_and.reduce(
+            [(frame[key] == value).fillna(False).astype(bool) for key, value in wanted.items()]
+        )
     ]
     assert len(kept) == 1
     return kept.iloc[0]
@@ -45,11 +50,17 @@ def test_every_model_has_its_rows(any_model, digits):
     assert (frame["trained_steps"] == trained).all()
     schedule = frame[frame["part"] == "schedule"]
     recurrent = isinstance(any_model, BViT)
-    found = schedule[(schedule["kind"] == "run") & (schedule["measure"] == "accuracy")]["step"].tolist()
+    found = schedule[(schedule["kind"] == "run") & (schedule["measure"] == "accuracy")][
+        "step"
+    ].tolist()
     assert found == ([s for s in (6, 14) if recurrent or s <= trained])
     timed = getattr(any_model.blocks, "step_embed", None) is not None
     assert (set(schedule["kind"]) >= {"mean_row", "row"}) == timed
-    plain = type(any_model.blocks).__name__ == "Steps" and len(any_model.blocks._modules) == 1 and not timed
+    plain = (
+        type(any_model.blocks).__name__ == "Steps"
+        and len(any_model.blocks._modules) == 1
+        and not timed
+    )
     assert ("put" in set(schedule["kind"])) != plain
     whole = only(frame, kind="normal", measure="accuracy")
     images, labels = images_of(any_model, digits, "test", Config(**SMALL))
@@ -60,7 +71,11 @@ def test_every_model_has_its_rows(any_model, digits):
     assert only(frame, kind="normal", measure="log_prob")["value"] == 0
     assert frame.loc[frame["part"] == "reading", ["value", "null"]].notna().all(axis=None)
     assert frame.loc[frame["part"] == "removal", "value"].notna().all()
-    assert frame.loc[frame["measure"].isin(["accuracy", "agreement"]), ["low", "high", "null"]].notna().all(axis=None)
+    assert (
+        frame.loc[frame["measure"].isin(["accuracy", "agreement"]), ["low", "high", "null"]]
+        .notna()
+        .all(axis=None)
+    )
 
 
 def test_a_plain_bvit_counts_by_the_number_of_steps_alone(tiny, digits):
@@ -78,7 +93,9 @@ def test_a_plain_bvit_counts_by_the_number_of_steps_alone(tiny, digits):
                     pd.testing.assert_series_equal(row[VALUES], wanted[VALUES], check_names=False)
             other = unroll(tiny, steps=count)(images).double().log_softmax(-1)
             change = (other - normal)[torch.arange(6), labels].mean().item()
-            assert only(frame, kind="run", step=count, measure="log_prob")["value"] == pytest.approx(change, rel=1e-6)
+            assert only(frame, kind="run", step=count, measure="log_prob")[
+                "value"
+            ] == pytest.approx(change, rel=1e-6)
             assert abs(change) > 1e-3
     still = frame[frame["kind"].isin(["swap", "reverse", "lag", "lead", "fixed"])]
     assert (still[still["measure"].isin(["change", "log_prob"])]["value"] == 0).all()
@@ -90,13 +107,17 @@ def test_the_embedding_of_step_s_at_step_t(tiny_te, digits, by_hand):
     images, labels = images_of(tiny_te, digits, "matrix", Config(**SMALL))
     table = tiny_te.blocks.step_embed.detach()
     blocks = [tiny_te.blocks[0]] * 12
-    put = frame[(frame["kind"] == "put") & (frame["measure"] == "log_prob")].set_index(["step", "other"])
+    put = frame[(frame["kind"] == "put") & (frame["measure"] == "log_prob")].set_index(
+        ["step", "other"]
+    )
     assert len(put) == 144
     assert (put["n"] == 4).all()
     with torch.no_grad():
 
         def log_p(rows):
-            logits = by_hand.logits(tiny_te, by_hand.run(tiny_te, images, blocks, rows)[-1]["resid_post"])
+            logits = by_hand.logits(
+                tiny_te, by_hand.run(tiny_te, images, blocks, rows)[-1]["resid_post"]
+            )
             return logits.double().log_softmax(-1)[torch.arange(4), labels]
 
         for t, s in ((3, 9), (12, 1), (5, 5)):
@@ -109,21 +130,30 @@ def test_the_embedding_of_step_s_at_step_t(tiny_te, digits, by_hand):
     fit, _ = images_of(tiny_te, digits, "fit", Config(**SMALL))
     with torch.no_grad():
         states = by_hand.run(tiny_te, fit, blocks, table)
-    norms = [states[t]["resid_post"][:, 0].norm(dim=1).log().mean().exp().item() for t in range(1, 13)]
+    norms = [
+        states[t]["resid_post"][:, 0].norm(dim=1).log().mean().exp().item() for t in range(1, 13)
+    ]
     np.testing.assert_allclose(
-        lengths, [row.norm().item() / norm for row, norm in zip(table, norms, strict=True)], rtol=1e-4
+        lengths,
+        [row.norm().item() / norm for row, norm in zip(table, norms, strict=True)],
+        rtol=1e-4,
     )
 
 
 def states_of(model, images):
     with torch.no_grad():
-        return torch.stack([proceed(unroll(model), embed(model, images), t).tokens for t in range(1, 13)], dim=1)
+        return torch.stack(
+            [proceed(unroll(model), embed(model, images), t).tokens for t in range(1, 13)], dim=1
+        )
 
 
 def test_the_step_read_off_the_state_against_scikit_learn(tiny, digits):
     config = Config(limit=60, scored=20, matrix_images=0, runs=(), shifts=(), ridge=1e-9)
     frame = measure({"m": tiny}, digits, config)
-    fit, test = (states_of(tiny, images_of(tiny, digits, role, config)[0]).double() for role in ("fit", "test"))
+    fit, test = (
+        states_of(tiny, images_of(tiny, digits, role, config)[0]).double()
+        for role in ("fit", "test")
+    )
     assert len(fit) == 26
     steps = np.arange(1, 13)
     for kind, rows in (("cls", slice(0, 1)), ("patches", slice(1, None))):
@@ -134,9 +164,13 @@ def test_the_step_read_off_the_state_against_scikit_learn(tiny, digits):
             ("norm", lambda x: x.norm(dim=-1, keepdim=True).log()),
         ):
             labels = np.broadcast_to(steps, known.shape[:3]).ravel()
-            theirs = LinearDiscriminantAnalysis(solver="lsqr").fit(read(known).flatten(0, 2).numpy(), labels)
+            theirs = LinearDiscriminantAnalysis(solver="lsqr").fit(
+                read(known).flatten(0, 2).numpy(), labels
+            )
             said = theirs.predict(read(fresh).flatten(0, 2).numpy()).reshape(fresh.shape[:3])
-            of = frame[(frame["kind"] == name) & (frame["tokens"] == kind) & (frame["part"] == "reading")]
+            of = frame[
+                (frame["kind"] == name) & (frame["tokens"] == kind) & (frame["part"] == "reading")
+            ]
             found = only(of[of["step"].isna()], measure="accuracy")
             assert found["value"] == pytest.approx((said == steps).mean(), abs=0.01)
             assert found["null"] == pytest.approx(1 / 12)
@@ -144,7 +178,9 @@ def test_the_step_read_off_the_state_against_scikit_learn(tiny, digits):
             assert only(of, step=7, measure="error")["value"] == pytest.approx(
                 np.abs(said[:, :, 6] - 7).mean(), abs=0.05
             )
-    assert (frame[frame["measure"] == "error"]["null"] == 3).all()  # always 6: (5+4+3+2+1+0+1+2+3+4+5+6) / 12
+    assert (
+        frame[frame["measure"] == "error"]["null"] == 3
+    ).all()  # always 6: (5+4+3+2+1+0+1+2+3+4+5+6) / 12
 
 
 def test_a_state_without_its_step_runs_on(tiny, digits):
@@ -157,7 +193,10 @@ def test_a_state_without_its_step_runs_on(tiny, digits):
     stripped, shifted = own[:, t - 1].clone(), own[:, t - 1].clone()
     for rows in (slice(0, 1), slice(1, None)):
         means = fit[:, :, rows].mean((0, 2))
-        onto = np.linalg.pinv((means - means.mean(0)).numpy(), rcond=1e-9) @ (means - means.mean(0)).numpy()
+        onto = (
+            np.linalg.pinv((means - means.mean(0)).numpy(), rcond=1e-9)
+            @ (means - means.mean(0)).numpy()
+        )
         stripped[:, rows] -= (stripped[:, rows] - means.mean(0)) @ torch.from_numpy(onto)
         shifted[:, rows] += means.mean(0) - means[t - 1]
     with torch.no_grad():
@@ -170,7 +209,9 @@ def test_a_state_without_its_step_runs_on(tiny, digits):
             far = ((tokens - own[:, t - 1]).norm(dim=-1) / own[:, t - 1].norm(dim=-1)).mean().item()
             found = only(frame, part="removal", kind=kind, step=t, measure="distance")["value"]
             assert found == pytest.approx(far, rel=1e-4)
-    distance = frame[frame["measure"] == "distance"].pivot(index="step", columns="kind", values="value")
+    distance = frame[frame["measure"] == "distance"].pivot(
+        index="step", columns="kind", values="value"
+    )
     assert (distance["random_subspace"] - distance["subspace"]).abs().max() > 1e-3
 
 
@@ -179,7 +220,9 @@ def test_a_probe_after_the_removal_knows_less(tiny, digits):
 
     config = Config(limit=400, scored=20, matrix_images=0, runs=(), shifts=())
     frame = measure({"m": tiny}, DigitScenes("test", length=400), config)
-    order = frame[(frame["measure"] == "order") & frame["step"].isna()].set_index(["tokens", "kind"])["value"]
+    order = frame[(frame["measure"] == "order") & frame["step"].isna()].set_index(
+        ["tokens", "kind"]
+    )["value"]
     for tokens in ("cls", "patches"):
         assert order[tokens, "raw"] > 0.95
         for stripped in ("subspace", "mean"):
@@ -194,12 +237,17 @@ def test_batches_models_and_order_do_not_matter(tiny_te, stacked, digits):
 
 
 def test_the_roles_share_no_image():
-    roles = clock._roles(1000, Config(limit=100, scored=30, matrix_images=10))
-    assert {role: len(places) for role, places in roles.items()} == {"matrix": 10, "test": 30, "fit": 46, "refit": 24}
+    roles = measure._roles(1000, Config(limit=100, scored=30, matrix_images=10))
+    assert {role: len(places) for role, places in roles.items()} == {
+        "matrix": 10,
+        "test": 30,
+        "fit": 46,
+        "refit": 24,
+    }
     assert roles["matrix"] < roles["test"]
     assert len(roles["test"] | roles["fit"] | roles["refit"]) == 100
     assert max(map(max, roles.values())) == 990
-    assert len(clock._roles(20, Config())["test"]) == 10
+    assert len(measure._roles(20, Config())["test"]) == 10
 
 
 def test_out_of_memory_halves_the_batch_and_counts_no_image_twice(tiny, digits, monkeypatch):
@@ -229,7 +277,9 @@ def test_figure_and_headline_from_the_csv_alone(tiny, tiny_te, stacked, digits):
     frame = measure({"a": tiny, "b": tiny_te, "c": stacked}, digits, config)
     back = pd.read_csv(io.StringIO(frame.to_csv(index=False)))
     axes = plot(back).axes
-    skipped = frame[(frame["model"] == "a") & (frame["kind"] == "skip") & (frame["measure"] == "accuracy")]
+    skipped = frame[
+        (frame["model"] == "a") & (frame["kind"] == "skip") & (frame["measure"] == "accuracy")
+    ]
     np.testing.assert_allclose(axes[0].lines[0].get_ydata(), skipped["value"].astype(float))
     titles = [ax.get_title() for ax in axes]
     assert "b: step s at place t" in titles

@@ -1,4 +1,5 @@
-"""Schedules against loops written by hand, the discriminant against scikit-learn's, removals against their states."""
+"""Schedules against loops written by hand, the discriminant against scikit-learn's, removals
+against their states."""
 
 from __future__ import annotations
 
@@ -10,11 +11,8 @@ import torch
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch.nn.utils import prune
 
-from bvit_interp.errors import UserError
-from bvit_interp.models.stepping import State, advance, answer, embed
-from bvit_interp.models.unroll import run_on, unroll
-from bvit_interp.probes import schedule
-from bvit_interp.probes.schedule import (
+from bvit_interp.analyses.schedule import schedules as schedule
+from bvit_interp.analyses.schedule.schedules import (
     REMOVALS,
     Discriminant,
     Outcomes,
@@ -29,6 +27,9 @@ from bvit_interp.probes.schedule import (
     substitutions,
     with_mean_row,
 )
+from bvit_interp.errors import UserError
+from bvit_interp.models.stepping import State, advance, answer, embed
+from bvit_interp.models.unroll import run_on, unroll
 
 
 def draw(*shape, seed=0):
@@ -47,14 +48,26 @@ def moments_of(states):
 def test_schedules_of_three_steps():
     found = schedules(3, runs=(2, 5), shifts=(1, 3))
     assert found == {
-        Run("normal"): (1, 2, 3), Run("reverse"): (3, 2, 1), Run("again"): (1, 2, 3, 1, 2, 3),
-        Run("skip", 1): (2, 3), Run("skip", 2): (1, 3), Run("skip", 3): (1, 2),
-        Run("repeat", 1): (1, 1, 2, 3), Run("repeat", 2): (1, 2, 2, 3), Run("repeat", 3): (1, 2, 3, 3),
-        Run("fixed", 1): (1, 1, 1), Run("fixed", 2): (2, 2, 2), Run("fixed", 3): (3, 3, 3),
-        Run("swap", 1, 2): (2, 1, 3), Run("swap", 2, 3): (1, 3, 2),
-        Run("delay", 1): (2, 3), Run("lag", 1): (1, 1, 2), Run("lead", 1): (2, 3, 3),
-        Run("run", 2): (1, 2), Run("run", 5): (1, 2, 3, 4, 5),
-    }  # fmt: skip
+        Run("normal"): (1, 2, 3),
+        Run("reverse"): (3, 2, 1),
+        Run("again"): (1, 2, 3, 1, 2, 3),
+        Run("skip", 1): (2, 3),
+        Run("skip", 2): (1, 3),
+        Run("skip", 3): (1, 2),
+        Run("repeat", 1): (1, 1, 2, 3),
+        Run("repeat", 2): (1, 2, 2, 3),
+        Run("repeat", 3): (1, 2, 3, 3),
+        Run("fixed", 1): (1, 1, 1),
+        Run("fixed", 2): (2, 2, 2),
+        Run("fixed", 3): (3, 3, 3),
+        Run("swap", 1, 2): (2, 1, 3),
+        Run("swap", 2, 3): (1, 3, 2),
+        Run("delay", 1): (2, 3),
+        Run("lag", 1): (1, 1, 2),
+        Run("lead", 1): (2, 3, 3),
+        Run("run", 2): (1, 2),
+        Run("run", 5): (1, 2, 3, 4, 5),
+    }
     assert next(iter(found)) == Run("normal")
     put = substitutions(3)
     assert len(put) == 9
@@ -67,7 +80,11 @@ def test_schedules_against_one_loop_each(any_model, images):
     """Shared beginnings and steps taken for the same change nothing, bit for bit."""
     view = run_on(any_model, 14)
     trained = len(any_model.blocks)
-    wanted = {run: s for run, s in schedules(trained, (2, 14), (1, 2)).items() if max(s) <= len(view.blocks)}
+    wanted = {
+        run: s
+        for run, s in schedules(trained, (2, 14), (1, 2)).items()
+        if max(s) <= len(view.blocks)
+    }
     with torch.inference_mode():
         found = Plan(view, wanted).logits(images)
         assert torch.equal(found[0], any_model(images))
@@ -80,15 +97,25 @@ def test_schedules_against_one_loop_each(any_model, images):
 
 def test_another_order_of_the_embedding_and_of_blocks_by_hand(tiny_te, stacked, images, by_hand):
     table = tiny_te.blocks.step_embed.detach()
-    runs = {Run("swap", 3, 4): [1, 2, 4, 3, *range(5, 13)], Run("put", 2, 9): [1, 9, *range(3, 13)], Run("x"): [7] * 3}
+    runs = {
+        Run("swap", 3, 4): [1, 2, 4, 3, *range(5, 13)],
+        Run("put", 2, 9): [1, 9, *range(3, 13)],
+        Run("x"): [7] * 3,
+    }
     with torch.no_grad():
-        found = Plan(unroll(tiny_te), {run: tuple(steps) for run, steps in runs.items()}).logits(images)
+        found = Plan(unroll(tiny_te), {run: tuple(steps) for run, steps in runs.items()}).logits(
+            images
+        )
         for logits, steps in zip(found, runs.values(), strict=True):
             rows = table[[step - 1 for step in steps]]
             states = by_hand.run(tiny_te, images, [tiny_te.blocks[0]] * len(steps), rows)
-            torch.testing.assert_close(logits, by_hand.logits(tiny_te, states[-1]["resid_post"]), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                logits, by_hand.logits(tiny_te, states[-1]["resid_post"]), rtol=1e-4, atol=1e-4
+            )
         order = Plan(unroll(stacked), {Run("x"): (3, 1, 1)}).logits(images)
-        states = by_hand.run(stacked, images, [stacked.blocks[2], stacked.blocks[0], stacked.blocks[0]])
+        states = by_hand.run(
+            stacked, images, [stacked.blocks[2], stacked.blocks[0], stacked.blocks[0]]
+        )
         wanted = by_hand.logits(stacked, states[-1]["resid_post"])
         torch.testing.assert_close(order[0], wanted, rtol=1e-4, atol=1e-4)
 
@@ -98,7 +125,9 @@ def test_for_a_plain_bvit_only_the_number_of_steps_matters(tiny, images):
     plan = Plan(run_on(tiny, 18), wanted)
     with torch.inference_mode():
         found = dict(zip(plan.runs, plan.logits(images), strict=True))
-        of_count = {count: unroll(tiny, steps=count)(images) for count in {*map(len, wanted.values())}}
+        of_count = {
+            count: unroll(tiny, steps=count)(images) for count in {*map(len, wanted.values())}
+        }
         for run, logits in found.items():
             assert torch.equal(logits, of_count[len(wanted[run])]), run
     assert not torch.equal(found["skip", 4, None], found["normal", None, None])
@@ -121,7 +150,13 @@ def test_which_steps_are_the_same(tiny, tiny_te, tiny_hybrid, tiny_sc, tiny_sc_b
     assert same_steps(run_on(tiny, 14)) == [1] * 14
     assert same_steps(run_on(tiny_te, 14)) == [*range(1, 13), 12, 12]
     assert same_steps(unroll(tiny_hybrid)) == [1, 2] * 3
-    assert same_steps(unroll(tiny_sc)) == [1, 2, 1, 2, 1]  # the memory is refreshed every second step
+    assert same_steps(unroll(tiny_sc)) == [
+        1,
+        2,
+        1,
+        2,
+        1,
+    ]  # the memory is refreshed every second step
     assert same_steps(unroll(tiny_sc_block)) == [1, 2, 3, 4, 5]
     assert same_steps(unroll(stacked)) == [1, 2, 3]
 
@@ -158,11 +193,15 @@ def test_outcomes_against_a_loop_over_images():
     found = metric.compute()
     for k in range(3):
         hits, usual, same, change = [], [], [], []
-        for own, other, label in zip(logits[k].numpy(), normal.numpy(), labels.tolist(), strict=True):
+        for own, other, label in zip(
+            logits[k].numpy(), normal.numpy(), labels.tolist(), strict=True
+        ):
             hits.append(own.argmax() == label)
             usual.append(other.argmax() == label)
             same.append(own.argmax() == other.argmax())
-            change.append(own[label] - np.log(np.exp(own).sum()) - other[label] + np.log(np.exp(other).sum()))
+            change.append(
+                own[label] - np.log(np.exp(own).sum()) - other[label] + np.log(np.exp(other).sum())
+            )
         assert found["accuracy"][k]["value"] == np.mean(hits)
         assert found["accuracy"][k]["null"] == 7 / 20
         assert found["agreement"][k]["value"] == np.mean(same)
@@ -172,10 +211,15 @@ def test_outcomes_against_a_loop_over_images():
             half = 1.959964 * values.std(ddof=1) / math.sqrt(20)
             assert found[name][k]["high"] - found[name][k]["value"] == pytest.approx(half, rel=1e-5)
             assert "null" not in found[name][k]
-        shares = [np.bincount(of.argmax(-1), minlength=4) / 20 for of in (logits[k].numpy(), normal.numpy())]
+        shares = [
+            np.bincount(of.argmax(-1), minlength=4) / 20
+            for of in (logits[k].numpy(), normal.numpy())
+        ]
         assert found["agreement"][k]["null"] == pytest.approx(shares[0] @ shares[1])
     n, p, z = 20, found["accuracy"][0]["value"], 1.959964
-    low = (p + z * z / (2 * n) - z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))) / (1 + z * z / n)
+    low = (p + z * z / (2 * n) - z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))) / (
+        1 + z * z / n
+    )
     assert found["accuracy"][0]["low"] == pytest.approx(low, rel=1e-5)
 
 
@@ -184,7 +228,9 @@ def test_outcomes_refuse_nan_and_nothing():
     with pytest.raises(UserError, match="no image was scored"):
         Outcomes(2, 3).compute()
     with pytest.raises(UserError, match="NaN"):
-        Outcomes(1, 3).update(torch.full((1, 2, 3), math.nan), torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64))
+        Outcomes(1, 3).update(
+            torch.full((1, 2, 3), math.nan), torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
+        )
 
 
 def test_the_discriminant_is_scikit_learns():
@@ -194,7 +240,9 @@ def test_the_discriminant_is_scikit_learns():
     theirs = LinearDiscriminantAnalysis(solver="lsqr").fit(states.reshape(-1, 6).numpy(), labels)
     fresh = draw(40, 5, 6, seed=5) + states.mean(0)
     ours = Discriminant(moments_of(states), ridge=1e-12)(fresh).argmax(-1) + 1
-    np.testing.assert_array_equal(ours.flatten().numpy(), theirs.predict(fresh.reshape(-1, 6).numpy()))
+    np.testing.assert_array_equal(
+        ours.flatten().numpy(), theirs.predict(fresh.reshape(-1, 6).numpy())
+    )
 
 
 def test_judged_against_a_loop():
@@ -207,14 +255,17 @@ def test_judged_against_a_loop():
             for t in range(4):
                 right[k, t] = s[t].argmax() == t
                 error[k, t] = abs(s[t].argmax() - t)
-                told[k, t] = np.mean([s[t, t] + s[u, u] > s[t, u] + s[u, t] for u in range(4) if u != t])
+                told[k, t] = np.mean(
+                    [s[t, t] + s[u, u] > s[t, u] + s[u, t] for u in range(4) if u != t]
+                )
         for j, values in enumerate((right, error, told)):
             np.testing.assert_allclose(found[b, :4, j], values.mean(0))
             np.testing.assert_allclose(found[b, 4, j], values.mean())
 
 
 def test_a_probe_of_equal_means_tells_nothing_by_forced_choice():
-    """Steps that differ in spread alone: the argmax may use the spread, the forced choice cannot."""
+    """Steps that differ in spread alone: the argmax may use the spread, the forced choice
+    cannot."""
     spread = torch.linspace(1, 6, 4)[:, None]
     fit, fresh = draw(400, 4, 5) * spread, draw(2000, 4, 5, seed=9) * spread
     score = judged(Discriminant(moments_of(fit), 1e-3)(fresh)[:, None])[:, -1].mean(0)
@@ -228,7 +279,9 @@ def test_what_a_removal_leaves():
     means = states.mean(0)
     differences = (means - means.mean(0)).numpy()
     assert len(found["subspace"].basis) == len(found["random_subspace"].basis) == 3
-    np.testing.assert_allclose(found["random_subspace"].basis @ found["random_subspace"].basis.T, np.eye(3), atol=1e-12)
+    np.testing.assert_allclose(
+        found["random_subspace"].basis @ found["random_subspace"].basis.T, np.eye(3), atol=1e-12
+    )
     # by the pseudo-inverse, where the code has a singular value decomposition
     onto = torch.from_numpy(np.linalg.pinv(differences, rcond=1e-9) @ differences)
     for t in range(4):
@@ -248,15 +301,21 @@ def test_what_a_removal_leaves():
 def test_the_sums_after_a_removal_are_those_of_the_states_after_it():
     states, other = draw(50, 4, 8) + draw(4, 8, seed=2), draw(30, 4, 8, seed=4)
     for name, removal in removals(moments_of(states), (0,)).items():
-        moved = torch.stack([other[:, t] + removal.delta(other[:, t], t + 1) for t in range(4)], dim=1)
+        moved = torch.stack(
+            [other[:, t] + removal.delta(other[:, t], t + 1) for t in range(4)], dim=1
+        )
         found, wanted = removal.moved(moments_of(other)), moments_of(moved)
         for key in ("gram", "sums", "count", "means"):
-            torch.testing.assert_close(getattr(found, key), getattr(wanted, key), msg=f"{name} {key}")
+            torch.testing.assert_close(
+                getattr(found, key), getattr(wanted, key), msg=f"{name} {key}"
+            )
 
 
 def test_random_directions_by_seed():
     sums = moments_of(draw(20, 3, 6))
-    first, again, other = (removals(sums, seed)["random_subspace"].basis for seed in ((1, 2), (1, 2), (1, 3)))
+    first, again, other = (
+        removals(sums, seed)["random_subspace"].basis for seed in ((1, 2), (1, 2), (1, 3))
+    )
     assert torch.equal(first, again)
     assert not torch.allclose(first.T @ first, other.T @ other)
 

@@ -7,7 +7,14 @@ import pytest
 import torch
 from scipy import stats
 
-from bvit_interp.probes.lives import Lives, lives, reliability, roles, selectivity, two_way
+from bvit_interp.analyses.selectivity.class_selectivity import (
+    Lives,
+    lives,
+    reliability,
+    roles,
+    selectivity,
+    two_way,
+)
 
 
 def sums(values, labels, classes):
@@ -60,7 +67,9 @@ def test_the_interval_covers_the_share_of_normal_answers(share):
     found = selectivity(*sums(values, labels, 8))
     low, high = found.interval()
     assert ((low <= share) & (share <= high)).double().mean().item() > 0.93
-    assert (high - low).mean() / 2 < 1.5 * 1.96 * found.value.std()  # and it is not wide for nothing
+    assert (
+        high - low
+    ).mean() / 2 < 1.5 * 1.96 * found.value.std()  # and it is not wide for nothing
 
 
 def test_what_does_not_vary_has_no_selectivity():
@@ -102,21 +111,39 @@ def test_roles_against_numpy():
     def r(s, t, u, v):
         return np.corrcoef(means[:, s, u], means[:, t, v])[0, 1]
 
-    assert found["role_change"][:2].tolist() == pytest.approx([1 - r(0, 1, 0, 0), 1 - r(2, 3, 1, 1)])
-    assert found["role_change_ends"][:2].tolist() == pytest.approx([1 - r(0, 3, 0, 0), 1 - r(0, 3, 1, 1)])
-    assert found["stability"][0] == pytest.approx(np.mean([r(0, 1, 0, 0), r(0, 3, 0, 0), r(1, 3, 0, 0)]))
-    assert found["stability"][1] == pytest.approx(np.mean([r(0, 2, 1, 1), r(0, 3, 1, 1), r(2, 3, 1, 1)]))
+    assert found["role_change"][:2].tolist() == pytest.approx(
+        [1 - r(0, 1, 0, 0), 1 - r(2, 3, 1, 1)]
+    )
+    assert found["role_change_ends"][:2].tolist() == pytest.approx(
+        [1 - r(0, 3, 0, 0), 1 - r(0, 3, 1, 1)]
+    )
+    assert found["stability"][0] == pytest.approx(
+        np.mean([r(0, 1, 0, 0), r(0, 3, 0, 0), r(1, 3, 0, 0)])
+    )
+    assert found["stability"][1] == pytest.approx(
+        np.mean([r(0, 2, 1, 1), r(0, 3, 1, 1), r(2, 3, 1, 1)])
+    )
     assert all(values[2].isnan() for values in found.values())
-    # at step 4 units 0 and 1 are alive, so each is compared with the other; at step 3 unit 1 with unit 2
-    assert null["role_change_ends"][:2].tolist() == pytest.approx([1 - r(0, 3, 0, 1), 1 - r(0, 3, 1, 0)])
-    assert null["stability"][1] == pytest.approx(np.mean([r(0, 2, 1, 2), r(0, 3, 1, 0), r(2, 3, 1, 0)]))
+    # at step 4 units 0 and 1 are alive, so each is compared with the other; at step 3 unit 1 with
+    # unit 2
+    assert null["role_change_ends"][:2].tolist() == pytest.approx(
+        [1 - r(0, 3, 0, 1), 1 - r(0, 3, 1, 0)]
+    )
+    assert null["stability"][1] == pytest.approx(
+        np.mean([r(0, 2, 1, 2), r(0, 3, 1, 0), r(2, 3, 1, 0)])
+    )
     assert null["role_change"][0].isnan()  # unit 0 is alone at step 2
 
 
 def test_reliability_against_numpy():
-    total, count = drawn(2, 4, 3, 2), torch.tensor([[3.0, 1, 2, 0], [2.0, 5, 1, 4]], dtype=torch.float64)
+    total, count = (
+        drawn(2, 4, 3, 2),
+        torch.tensor([[3.0, 1, 2, 0], [2.0, 5, 1, 4]], dtype=torch.float64),
+    )
     found = reliability(total, count)
-    tables = (total / count[..., None, None])[:, :3]  # the fourth class has no image in the first half
+    tables = (total / count[..., None, None])[
+        :, :3
+    ]  # the fourth class has no image in the first half
     tables = tables - tables.mean(1, keepdim=True)
     for u in range(2):
         first, own, other = (tables[i, :, :, v].flatten() for i, v in ((0, u), (1, u), (1, 1 - u)))
@@ -129,7 +156,10 @@ def test_lists_take_units_once_and_then_the_most_selective():
     eta = torch.tensor([[0.9, 0.8, 0.7, 0.1]], dtype=torch.float64)
     selective = type("S", (), {"value": eta})
     birth = torch.tensor([2.0, 5.0, 5.0, torch.nan])
-    statistics = {"birth": {"value": birth}, "lifetime": {"value": torch.tensor([3.0, 3.0, 1.0, 0.0])}}
+    statistics = {
+        "birth": {"value": birth},
+        "lifetime": {"value": torch.tensor([3.0, 3.0, 1.0, 0.0])},
+    }
     of = Lives(selective, selective, eta > 0, eta[None], torch.arange(1), statistics)
     assert of.order("birth", True, 1).tolist() == [1, 2, 0]
     assert of.order("birth", False, 1).tolist() == [0, 1, 2]

@@ -12,15 +12,25 @@ import torch
 from PIL import Image
 from scipy import stats
 
-from bvit_interp.analyses.biography import COLUMNS, Config, measure, plot
+from bvit_interp.analyses.selectivity import COLUMNS, Config, measure, plot
 from bvit_interp.data.geometry import Geometry
 from bvit_interp.errors import UserError
 from bvit_interp.models.unroll import unroll
 from bvit_interp.probes.probe import Probe
 
 QUICK = {"limit": 30, "ablated": 4, "nulls": 2, "threshold": 0.0}
-OF_UNITS = ["birth", "death", "lifetime", "role_change", "role_change_ends", "stability", "share_class", "share_step",
-            "share_interaction", "reliability"]  # fmt: skip
+OF_UNITS = [
+    "birth",
+    "death",
+    "lifetime",
+    "role_change",
+    "role_change_ends",
+    "stability",
+    "share_class",
+    "share_step",
+    "share_interaction",
+    "reliability",
+]
 
 
 SEEN = np.arange(0, 60, 2)  # 30 of the 60 scenes, spread evenly
@@ -31,7 +41,9 @@ def answers_of(model, data, places=SEEN):
     geometry, probe = Geometry.of(model, data), Probe(model)
     views = torch.stack([geometry(data.read(int(i))[0], None)[0] for i in places])
     with torch.no_grad():
-        cache = probe.record(views, ["mlp_post", "z"], range(1, probe.num_steps + 1), tokens="patches")
+        cache = probe.record(
+            views, ["mlp_post", "z"], range(1, probe.num_steps + 1), tokens="patches"
+        )
     heads = cache["z"].norm(dim=-1).double()
     return {"neuron": cache["mlp_post"].double().mean(2).numpy(), "head": heads.mean(2).numpy()}
 
@@ -45,7 +57,8 @@ def rows(frame, statistic, kind="neuron"):
 
 
 def test_every_model_has_its_table(any_model, digits):
-    """Selectivity, its null and class against numpy; every statistic of every unit; chosen units in full."""
+    """Selectivity, its null and class against numpy; every statistic of every unit; chosen units in
+    full."""
     frame = measure({"m": any_model}, digits, Config(**QUICK))
     assert list(frame) == list(COLUMNS)
     steps = len(any_model.blocks)
@@ -59,8 +72,13 @@ def test_every_model_has_its_table(any_model, digits):
             for groups, column in ((labels, "value"), (lots // 2 % 10, "null")):
                 means = [x[groups == g].mean() for g in np.unique(groups)]
                 counts = np.bincount(groups)[np.unique(groups)]
-                eta, null = (counts * (means - x.mean()) ** 2).sum() / (x.var() * 30), (len(means) - 1) / 29
-                assert found.loc[(u, t + 1), column] == pytest.approx((eta - null) / (1 - null), abs=1e-5)
+                eta, null = (
+                    (counts * (means - x.mean()) ** 2).sum() / (x.var() * 30),
+                    (len(means) - 1) / 29,
+                )
+                assert found.loc[(u, t + 1), column] == pytest.approx(
+                    (eta - null) / (1 - null), abs=1e-5
+                )
             classes = np.unique(labels)
             largest = classes[np.argmax([x[labels == c].mean() for c in classes])]
             assert found.loc[(u, t + 1), "class"] == digits.classes[largest]
@@ -71,13 +89,18 @@ def test_every_model_has_its_table(any_model, digits):
             assert part["unit"].nunique() == values.shape[2]
             assert part["step"].isna().all()
             whole, units = part[part["unit"].isna()], part[part["unit"].notna()]
-            assert whole["value"].item() == pytest.approx(units["value"].mean(), abs=1e-6, nan_ok=True)
+            assert whole["value"].item() == pytest.approx(
+                units["value"].mean(), abs=1e-6, nan_ok=True
+            )
             assert whole["n"].item() == units["value"].notna().sum()
         alive = rows(frame, "alive", kind)
         assert list(alive["step"]) == list(range(1, steps + 1))
         assert set(rows(frame, "ablation_logit", kind)["step"].dropna()) == set(range(1, steps + 1))
         assert rows(frame, "ablation_logit", kind)[["value", "null"]].notna().all(axis=None)
-    shares = [rows(frame, f"share_{part}")["value"].to_numpy() for part in ("class", "step", "interaction")]
+    shares = [
+        rows(frame, f"share_{part}")["value"].to_numpy()
+        for part in ("class", "step", "interaction")
+    ]
     np.testing.assert_allclose(sum(shares), 1, atol=1e-6)
     assert not frame.duplicated(["model", "kind", "unit", "step", "statistic", "class"]).any()
 
@@ -106,14 +129,20 @@ def test_lives_of_neurons_that_tell_shades(make):
     frame = measure({"m": model}, data, Config(threshold=0.2, count=2, ablated=3, nulls=1))
     values, labels = answers_of(model, data, range(36))["neuron"], np.arange(36) % 3
     groups = [values[labels == c].transpose(1, 2, 0) for c in range(3)]
-    p = np.array([[stats.f_oneway(*(g[t, u] for g in groups)).pvalue for u in range(128)] for t in range(12)])
-    selectivity = rows(frame, "selectivity").pivot(index="step", columns="unit", values="value").to_numpy()
+    p = np.array(
+        [[stats.f_oneway(*(g[t, u] for g in groups)).pvalue for u in range(128)] for t in range(12)]
+    )
+    selectivity = (
+        rows(frame, "selectivity").pivot(index="step", columns="unit", values="value").to_numpy()
+    )
     alive = (selectivity >= 0.2) & (p < 0.05 / p.size)
     assert 0.02 < alive.mean() < 0.98  # or the test says little
     assert (alive[1:] & ~alive[:-1]).any()
     share = rows(frame, "alive")
     np.testing.assert_allclose(share["value"], alive.mean(1), atol=1e-6)
-    assert (share["null"] <= 0.01).all()  # Bonferroni's: less than one in twenty sets of groups has any
+    assert (
+        share["null"] <= 0.01
+    ).all()  # Bonferroni's: less than one in twenty sets of groups has any
     units = {key: rows(frame, key).dropna(subset="unit").set_index("unit") for key in OF_UNITS}
     for u in range(128):
         there = np.flatnonzero(alive[:, u]) + 1
@@ -126,7 +155,11 @@ def test_lives_of_neurons_that_tell_shades(make):
         listed = units[key].dropna(subset="rank").sort_values("rank")
         assert listed["rank"].tolist() == list(range(1, len(listed) + 1))
         assert (units["lifetime"]["value"][listed.index] >= 3).all()
-        assert listed["value"].is_monotonic_decreasing if largest else listed["value"].is_monotonic_increasing
+        assert (
+            listed["value"].is_monotonic_decreasing
+            if largest
+            else listed["value"].is_monotonic_increasing
+        )
         expected += [unit for unit in listed.index if unit not in expected][:2]
     assert list(dict.fromkeys(rows(frame, "class_mean")["unit"])) == expected
     means = np.array([g.mean(2) for g in groups])  # (C, T, U)
@@ -168,7 +201,9 @@ def test_profiles_firing_and_images_of_a_named_unit(tiny_reg4, digits, tmp_path)
         assert list(arrays["classes"]) == [digits.classes[c] for c in classes]
         expected = np.array([of["neuron"][labels == c].mean(0) for c in classes])
         np.testing.assert_allclose(arrays["neuron_class_means"], expected, atol=1e-5)
-        np.testing.assert_allclose(arrays["neuron_firing"][:, 37], firing["value"].astype(float), atol=1e-6)
+        np.testing.assert_allclose(
+            arrays["neuron_firing"][:, 37], firing["value"].astype(float), atol=1e-6
+        )
 
 
 def test_ablation_of_a_named_unit(tiny, digits):
@@ -190,7 +225,9 @@ def test_ablation_of_a_named_unit(tiny, digits):
                 effects.append((true_logit(probe(views)) - clean).mean().item())
     row = rows(frame, "ablation_logit", "head").set_index("step").loc[5]
     assert row["value"] == pytest.approx(effects[1], abs=1e-4)
-    assert row["null"] == pytest.approx(np.mean([effects[h] for h in (0, 2, 3)]), abs=1e-4)  # all four were drawn
+    assert row["null"] == pytest.approx(
+        np.mean([effects[h] for h in (0, 2, 3)]), abs=1e-4
+    )  # all four were drawn
     assert row["n"] == 4
     accuracy = frame[frame["statistic"] == "accuracy"]
     with torch.no_grad():
@@ -212,7 +249,10 @@ def test_models_share_a_pass(tiny, stacked, digits):
     alone = measure({"b": stacked}, digits, Config(**QUICK))
     both = frame[frame["model"] == "b"].reset_index(drop=True)
     pd.testing.assert_frame_equal(both, alone, rtol=1e-5, atol=1e-5)
-    assert rows(frame, "reliability")["null"].dropna().mean() < rows(frame, "reliability")["value"].mean()
+    assert (
+        rows(frame, "reliability")["null"].dropna().mean()
+        < rows(frame, "reliability")["value"].mean()
+    )
 
 
 def test_few_images(tiny, stacked, digits):
@@ -251,7 +291,9 @@ def test_units_the_model_does_not_have_and_weights_that_are_not_numbers(tiny, di
 
 
 def test_a_table_read_back_can_be_drawn(tiny, stacked, digits):
-    frame = measure({"a": tiny, "b": stacked}, digits, Config(**QUICK, units=("mlp_post:3", "mlp_post:9")))
+    frame = measure(
+        {"a": tiny, "b": stacked}, digits, Config(**QUICK, units=("mlp_post:3", "mlp_post:9"))
+    )
     figure = plot(pd.read_csv(io.StringIO(frame.to_csv(index=False))))
     axes = [ax for ax in figure.axes if ax.get_title()]
     assert len(axes) == 6
@@ -259,8 +301,13 @@ def test_a_table_read_back_can_be_drawn(tiny, stacked, digits):
     shown = image.get_array().filled(np.nan)
     assert shown.shape == (128, 12 + 1 + 3)
     selectivity = rows(frame[frame["model"] == "a"], "selectivity")
-    np.testing.assert_allclose(np.sort(shown[:, 4]), np.sort(selectivity[selectivity["step"] == 5]["value"]))
-    assert {text.split(",")[0] for text in axes[4].get_legend_handles_labels()[1]} >= {"neuron 3", "neuron 9"}
+    np.testing.assert_allclose(
+        np.sort(shown[:, 4]), np.sort(selectivity[selectivity["step"] == 5]["value"])
+    )
+    assert {text.split(",")[0] for text in axes[4].get_legend_handles_labels()[1]} >= {
+        "neuron 3",
+        "neuron 9",
+    }
     figure.draw_without_rendering()
     only_heads = measure({"b": stacked}, digits, Config(**QUICK, units=("z:0",)))
     plot(only_heads).draw_without_rendering()

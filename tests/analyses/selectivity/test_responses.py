@@ -6,11 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from bvit_interp.data.digits import DigitScenes
-from bvit_interp.data.geometry import Geometry
-from bvit_interp.data.reading import Reading
-from bvit_interp.errors import UserError
-from bvit_interp.probes.biographies import (
+from bvit_interp.analyses.selectivity.responses import (
     Biographies,
     Profiles,
     ablate_all,
@@ -21,6 +17,10 @@ from bvit_interp.probes.biographies import (
     watch,
     watch_all,
 )
+from bvit_interp.data.digits import DigitScenes
+from bvit_interp.data.geometry import Geometry
+from bvit_interp.data.options import LoaderOptions
+from bvit_interp.errors import UserError
 from bvit_interp.probes.probe import Probe
 
 
@@ -71,7 +71,8 @@ def test_profiles_against_a_loop():
 
 def test_one_pass_whatever_the_batches(tiny, digits):
     whole, parts = (
-        watch_all({"m": tiny}, digits, Reading(limit=20, batch_size=size), 2, seed=3)["m"] for size in (20, 7)
+        watch_all({"m": tiny}, digits, LoaderOptions(limit=20, batch_size=size), 2, seed=3)["m"]
+        for size in (20, 7)
     )
     found = {kind: of.compute() for kind, of in whole.profiles.items()}
     for kind in SITES:
@@ -84,7 +85,9 @@ def test_one_pass_whatever_the_batches(tiny, digits):
     for half in (0, 1):
         expected = np.bincount(labels[lots % 2 == half], minlength=10)
         np.testing.assert_array_equal(found["head"]["count"][half], expected)
-    np.testing.assert_array_equal(found["head"]["count"][2], np.bincount(lots // 2 % 10, minlength=10))
+    np.testing.assert_array_equal(
+        found["head"]["count"][2], np.bincount(lots // 2 % 10, minlength=10)
+    )
 
 
 @pytest.mark.parametrize("zero", [False, True])
@@ -106,7 +109,9 @@ def test_ablations_are_runs_of_their_own(any_model, images, zero):
                 def by_hand(unit_values, address, variant=variant, unit=unit):
                     if zero:
                         return torch.zeros_like(unit_values)
-                    return fill[("neuron", "head")[variant]][address.step - 1][:, unit].expand_as(unit_values)
+                    return fill[("neuron", "head")[variant]][address.step - 1][:, unit].expand_as(
+                        unit_values
+                    )
 
                 with probe.edit({f"{site}[{t}]:{unit}": by_hand for t in steps}):
                     expected = probe(images)
@@ -116,7 +121,7 @@ def test_ablations_are_runs_of_their_own(any_model, images, zero):
 
 
 def test_effects_are_means_of_differences(stacked, digits):
-    reading, units = Reading(limit=12, batch_size=5), [("neuron", 7), ("head", 1)]
+    reading, units = LoaderOptions(limit=12, batch_size=5), [("neuron", 7), ("head", 1)]
     seen = watch_all({"m": stacked}, digits, reading, 1)
     effects = ablate_all(seen, {"m": units}, {"m": stacked}, digits, reading, zero=True)["m"]
     found, hits = effects.change.compute(), effects.hits.compute()
@@ -135,7 +140,11 @@ def test_effects_are_means_of_differences(stacked, digits):
     half = 1.96 * (true[1] - true[0]).std().item() / 12**0.5
     assert (found["high"] - found["low"])[1, 1, 1] == pytest.approx(2 * half, rel=1e-3)
     assert hits["value"] == pytest.approx(right[0].mean().item())
-    assert found["value"].shape == (2, 4, 2)  # accuracy and logit; three steps and all of them; two units
+    assert found["value"].shape == (
+        2,
+        4,
+        2,
+    )  # accuracy and logit; three steps and all of them; two units
 
 
 def test_units_by_name_and_by_lot(tiny, digits):
@@ -146,18 +155,24 @@ def test_units_by_name_and_by_lot(tiny, digits):
     assert len(drawn(Probe(tiny), 9, 0)) == 9 + 4  # it has four heads
     assert Biographies(Probe(tiny), 3, 2).top["head"].best.shape == (12, 4, 2, 3)
     with pytest.raises(UserError, match="at least 2 are needed, got 1"):
-        watch_all({"m": tiny}, digits, Reading(limit=1), 1)
+        watch_all({"m": tiny}, digits, LoaderOptions(limit=1), 1)
 
 
 def test_a_sheet_of_images_with_a_frame_around_a_patch_of_each(tiny, digits):
     picture = sheet([[3, 5], [5, 7]], [[0, 6], [15, 1]], (4, 4), digits, Geometry.of(tiny, digits))
     assert picture.shape == (64, 64, 3)
-    for (row, column), number, (r, c) in (((0, 0), 3, (0, 0)), ((0, 1), 5, (1, 2)), ((1, 0), 5, (3, 3))):
+    for (row, column), number, (r, c) in (
+        ((0, 0), 3, (0, 0)),
+        ((0, 1), 5, (1, 2)),
+        ((1, 0), 5, (3, 3)),
+    ):
         expected = digits.read(number)[0].copy()
         framed = np.zeros((34, 34), bool)  # a pixel of margin all around
         framed[8 * r : 8 * r + 10, 8 * c : 8 * c + 10] = True
         framed[8 * r + 1 : 8 * r + 9, 8 * c + 1 : 8 * c + 9] = False
         expected[framed[1:-1, 1:-1]] = (255, 0, 255)
-        np.testing.assert_array_equal(picture[32 * row : 32 * row + 32, 32 * column : 32 * column + 32], expected)
+        np.testing.assert_array_equal(
+            picture[32 * row : 32 * row + 32, 32 * column : 32 * column + 32], expected
+        )
     left_out = sheet([[3, -1]], [[0, -1]], (4, 4), digits, Geometry.of(tiny, digits))
     assert left_out.shape == (32, 32, 3)

@@ -1,4 +1,5 @@
-"""Products, spectra and exponents against the full Jacobian, and a linear map whose answers are on paper."""
+"""Products, spectra and exponents against the full Jacobian, and a linear map whose answers are on
+paper."""
 
 from __future__ import annotations
 
@@ -9,10 +10,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bvit_interp.analyses.stability import jacobian
 from bvit_interp.errors import UserError
 from bvit_interp.models.stepping import State, advance, embed, proceed
 from bvit_interp.models.unroll import run_on, unroll
-from bvit_interp.probes import jacobian
 
 INDEX = torch.tensor([3, 8])
 
@@ -28,22 +29,31 @@ def linear(matrix, tokens, width):
 
 def full(step, state):
     """The full Jacobian ``(B, N D, N D)`` by torch, image by image."""
-    of = [torch.autograd.functional.jacobian(lambda z: step(z)[0], each[None])[:, :, 0] for each in state]
+    of = [
+        torch.autograd.functional.jacobian(lambda z: step(z)[0], each[None])[:, :, 0]
+        for each in state
+    ]
     count = state[0].numel()
     return torch.stack([each.reshape(count, count) for each in of]).numpy()
 
 
 @pytest.fixture
 def toy():
-    """A of 6 numbers: singular values and eigenvalues known. Eigenvalues 1.3 exp(+-0.5 i), 0.9, 0.5, -0.3 and 0.1."""
-    turn = 1.3 * torch.tensor([[math.cos(0.5), -math.sin(0.5)], [math.sin(0.5), math.cos(0.5)]], dtype=torch.float64)
-    diagonal = torch.block_diag(turn, torch.diag(torch.tensor([0.9, 0.5, -0.3, 0.1], dtype=torch.float64)))
+    """A of 6 numbers: singular values and eigenvalues known. Eigenvalues 1.3 exp(+-0.5 i), 0.9,
+    0.5, -0.3 and 0.1."""
+    turn = 1.3 * torch.tensor(
+        [[math.cos(0.5), -math.sin(0.5)], [math.sin(0.5), math.cos(0.5)]], dtype=torch.float64
+    )
+    diagonal = torch.block_diag(
+        turn, torch.diag(torch.tensor([0.9, 0.5, -0.3, 0.1], dtype=torch.float64))
+    )
     basis = torch.linalg.qr(torch.from_numpy(np.random.default_rng(0).standard_normal((6, 6))))[0]
     return basis @ diagonal @ basis.T
 
 
 def test_a_linear_toy(toy):
-    """It is normal, so its singular values are the moduli, the double one found once; the iteration stops by itself."""
+    """It is normal, so its singular values are the moduli, the double one found once; the iteration
+    stops by itself."""
     step = jacobian.Linearised(linear(toy, 3, 2), start(3, 2))
     found = jacobian.largest_singular(step, start(3, 2, seed=1), 4, 10)
     np.testing.assert_allclose(found.values, [[1.3, 0.9, 0.5, 0.3]] * 2, atol=1e-10)
@@ -60,7 +70,8 @@ def test_a_linear_toy(toy):
 
 
 def test_a_toy_far_from_normal():
-    """[[1, 10], [0, 0.5]]: eigenvalues 1 and 0.5, but s_1 s_2 = det = 0.5 and s_1^2 + s_2^2 = 101.25."""
+    """[[1, 10], [0, 0.5]]: eigenvalues 1 and 0.5, but s_1 s_2 = det = 0.5 and s_1^2 + s_2^2 =
+    101.25."""
     matrix = torch.tensor([[1.0, 10.0], [0.0, 0.5]], dtype=torch.float64)
     step = jacobian.Linearised(linear(matrix, 2, 1), start(2, 1))
     s_1, s_2 = jacobian.largest_singular(step, start(2, 1), 2, 2).values[0]
@@ -70,7 +81,8 @@ def test_a_toy_far_from_normal():
 
 
 def test_exponents_of_the_toy(toy):
-    """All six add up to log |det A| a step whatever the start; in the long run they are log |l_i|."""
+    """All six add up to log |det A| a step whatever the start; in the long run they are log
+    |l_i|."""
     steps = [jacobian.Linearised(linear(toy, 3, 2), start(3, 2))] * 60
     tangents, logs = jacobian.orthonormal(start(6, 3, 2))[0], []
     for step in steps:
@@ -86,12 +98,20 @@ def test_exponents_of_the_toy(toy):
     np.testing.assert_allclose(ftle, math.log(1.3), atol=1e-9)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script:FutureWarning")  # torch.func.jvp compiles decompositions
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit.script:FutureWarning"
+)  # torch.func.jvp compiles decompositions
 @pytest.mark.parametrize(
     "kind",
     [
         {"name": "bvit_small_te_patch16_224"},
-        {"name": "bvit_small_sc_patch16_224", "memory": "block", "interval": 2, "step_embed": True, "num_steps": 3},
+        {
+            "name": "bvit_small_sc_patch16_224",
+            "memory": "block",
+            "interval": 2,
+            "step_embed": True,
+            "num_steps": 3,
+        },
         {"name": "vit_tiny_patch16_224", "depth": 3},
     ],
 )
@@ -105,8 +125,12 @@ def test_a_step_of_a_model_against_its_full_jacobian(kind, make, images):
     matrices = full(step, packed)
     vector = start(*packed.shape[1:])
     flat = vector.flatten(1).numpy()
-    np.testing.assert_allclose(steps[1](vector).flatten(1), np.einsum("bij,bj->bi", matrices, flat), atol=1e-9)
-    np.testing.assert_allclose(steps[1].adjoint(vector).flatten(1), np.einsum("bji,bj->bi", matrices, flat), atol=1e-9)
+    np.testing.assert_allclose(
+        steps[1](vector).flatten(1), np.einsum("bij,bj->bi", matrices, flat), atol=1e-9
+    )
+    np.testing.assert_allclose(
+        steps[1].adjoint(vector).flatten(1), np.einsum("bji,bj->bi", matrices, flat), atol=1e-9
+    )
     torch.testing.assert_close(steps[1](vector), torch.func.jvp(step, (packed,), (vector,))[1])
     u, s, vh = np.linalg.svd(matrices)
     found = jacobian.largest_singular(steps[1], vector, 2, 60)
@@ -116,7 +140,10 @@ def test_a_step_of_a_model_against_its_full_jacobian(kind, make, images):
         np.testing.assert_allclose(overlap, 1, atol=1e-4)
     few = jacobian.largest_singular(steps[1], vector, 2, 5)
     assert (few.values < found.values + 1e-12).all()
-    assert ((few.values[:, 0] - torch.from_numpy(s[:, 0])).abs() <= few.residuals[:, 0] * few.values[:, 0]).all()
+    assert (
+        (few.values[:, 0] - torch.from_numpy(s[:, 0])).abs()
+        <= few.residuals[:, 0] * few.values[:, 0]
+    ).all()
     radius = jacobian.spectral_radius(steps[1], vector, 160).radius
     np.testing.assert_allclose(radius, np.abs(np.linalg.eigvals(matrices)).max(1), rtol=1e-5)
 
@@ -140,7 +167,9 @@ def test_gains_are_the_blocks_of_the_jacobian(tiny_reg4, images):
 
 def test_shares_of_energy():
     vector = torch.tensor([[[3.0, 0.0], [0.0, 4.0], [0.0, 0.0]]])
-    np.testing.assert_allclose(jacobian.shares(vector, [slice(0, 1), slice(1, 3)]), [[9 / 25, 16 / 25]], rtol=1e-6)
+    np.testing.assert_allclose(
+        jacobian.shares(vector, [slice(0, 1), slice(1, 3)]), [[9 / 25, 16 / 25]], rtol=1e-6
+    )
 
 
 def test_the_float64_view_is_the_model_and_leaves_it_alone(any_model, images):
@@ -158,7 +187,9 @@ def test_the_float64_view_is_the_model_and_leaves_it_alone(any_model, images):
 
 
 def test_memory_that_training_froze_is_part_of_the_map(make, images):
-    frozen = make(name="bvit_small_sc_patch16_224", num_steps=3, interval=2, memory_gradient="frozen")
+    frozen = make(
+        name="bvit_small_sc_patch16_224", num_steps=3, interval=2, memory_gradient="frozen"
+    )
     through = make(name="bvit_small_sc_patch16_224", num_steps=3, interval=2)
     products = []
     for model in (frozen, through):
@@ -188,7 +219,10 @@ def test_the_null_permutes_matrices_once_a_block(tiny, stacked, images):
 def test_an_unroll_and_a_pruned_model(tiny, images):
     own = jacobian.differentiable(tiny, 12)
     of_view = jacobian.differentiable(unroll(tiny), 12, 5)
-    assert torch.equal(of_view.blocks[0].mlp.fc1.weight, jacobian.differentiable(tiny, 12, 5).blocks[3].mlp.fc1.weight)
+    assert torch.equal(
+        of_view.blocks[0].mlp.fc1.weight,
+        jacobian.differentiable(tiny, 12, 5).blocks[3].mlp.fc1.weight,
+    )
     from torch.nn.utils import prune
 
     prune.random_unstructured(tiny.blocks[0].mlp.fc1, "weight", 0.5)
@@ -228,7 +262,9 @@ def test_the_full_matrix_is_never_made(tiny, images):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
             largest.extend(
-                t.numel() for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, torch.Tensor)
+                t.numel()
+                for t in (out if isinstance(out, tuple) else (out,))
+                if isinstance(t, torch.Tensor)
             )
             return out
 

@@ -1,4 +1,5 @@
-"""Stability against full Jacobians of a tiny model, its nulls, and what must not depend on batches."""
+"""Stability against full Jacobians of a tiny model, its nulls, and what must not depend on
+batches."""
 
 from __future__ import annotations
 
@@ -10,13 +11,12 @@ import pandas as pd
 import pytest
 import torch
 
-from bvit_interp.analyses.stability import COLUMNS, Config, measure, plot
+from bvit_interp.analyses.stability import COLUMNS, Config, jacobian, measure, plot
 from bvit_interp.data.geometry import Geometry
 from bvit_interp.data.partners import Partners
 from bvit_interp.errors import UserError
 from bvit_interp.models.stepping import answer, embed, proceed
 from bvit_interp.models.unroll import run_on, unroll
-from bvit_interp.probes import jacobian
 
 SMALL = {
     "limit": 3,
@@ -48,7 +48,8 @@ def image_of(model, data, place):
 
 @pytest.mark.parametrize("permuted", [False, True])
 def test_against_the_full_jacobians(make, digits, permuted):
-    """One image; singular values, radius and exponents from numpy's decompositions of 160 x 160 matrices."""
+    """One image; singular values, radius and exponents from numpy's decompositions of 160 x 160
+    matrices."""
     tiny = make(img_size=16)
     frame = measure({"m": tiny}, digits, small(limit=2, steps=2, spectra=(2,), iterations=60))
     column = "null" if permuted else "value"
@@ -58,14 +59,23 @@ def test_against_the_full_jacobians(make, digits, permuted):
     matrices = []
     for t, state in enumerate(states):
         step = jacobian.step_map(view, t)
-        matrices.append(torch.autograd.functional.jacobian(lambda z, step=step: step(z)[0], state.tokens)[:, :, 0])
+        matrices.append(
+            torch.autograd.functional.jacobian(lambda z, step=step: step(z)[0], state.tokens)[
+                :, :, 0
+            ]
+        )
     matrices = [each.reshape(160, 160).numpy() for each in matrices]
     u, s, vh = np.linalg.svd(matrices[1])
     np.testing.assert_allclose(only(frame, "singular", step=2)[column], s[:2], rtol=1e-5)
     assert only(frame, "singular")["residual"].max() < 1e-2
     radius = only(frame, "radius", step=2)
-    assert radius[column].item() == pytest.approx(np.abs(np.linalg.eigvals(matrices[1])).max(), rel=1e-4)
-    of_cls = {name: only(frame, name, step=2, tokens="cls")[column].item() for name in ("input_share", "output_share")}
+    assert radius[column].item() == pytest.approx(
+        np.abs(np.linalg.eigvals(matrices[1])).max(), rel=1e-4
+    )
+    of_cls = {
+        name: only(frame, name, step=2, tokens="cls")[column].item()
+        for name in ("input_share", "output_share")
+    }
     assert of_cls["input_share"] == pytest.approx(np.square(vh[0, :32]).sum(), rel=1e-3)
     assert of_cls["output_share"] == pytest.approx(np.square(u[:32, 0]).sum(), rel=1e-3)
     worst = np.log(np.linalg.svd(matrices[1] @ matrices[0])[1][:2]) / 2
@@ -76,13 +86,19 @@ def test_against_the_full_jacobians(make, digits, permuted):
     assert only(frame, "state_growth", step=2)[column].item() == pytest.approx(norms[2] / norms[1])
     # Benettin: the volume that two tangents span
     tangents = jacobian.seeded_normal(torch.tensor([0]), (2, 5, 32), 0, 1)[0].flatten(1).numpy()
-    before, after = (np.linalg.qr(each.T)[1] for each in (tangents, tangents @ (matrices[1] @ matrices[0]).T))
+    before, after = (
+        np.linalg.qr(each.T)[1] for each in (tangents, tangents @ (matrices[1] @ matrices[0]).T)
+    )
     logs = np.log(np.abs(np.diag(after) / np.diag(before))) / 2
     np.testing.assert_allclose(only(frame, "exponent", step=2)[column], logs, rtol=1e-6)
-    np.testing.assert_allclose(only(frame, "exponent_relative", step=2)[column], logs - grown, rtol=1e-6)
+    np.testing.assert_allclose(
+        only(frame, "exponent_relative", step=2)[column], logs - grown, rtol=1e-6
+    )
     first = tangents[0] @ (matrices[1] @ matrices[0]).T
     share = np.square(first[:32]).sum() / np.square(first).sum()
-    assert only(frame, "tangent_share", step=2, tokens="cls")[column].item() == pytest.approx(share, rel=1e-6)
+    assert only(frame, "tangent_share", step=2, tokens="cls")[column].item() == pytest.approx(
+        share, rel=1e-6
+    )
 
 
 def test_curves_against_runs_by_hand(tiny, digits):
@@ -146,7 +162,9 @@ def test_tables_do_not_depend_on_batches_or_on_other_models(tiny, tiny_te, digit
 
 
 def test_steps_past_the_last_and_of_a_stack(tiny, stacked, digits):
-    frame = measure({"a": tiny, "b": stacked}, digits, small(limit=2, steps=14, spectra=(2, 14), starts=(2, 13)))
+    frame = measure(
+        {"a": tiny, "b": stacked}, digits, small(limit=2, steps=14, spectra=(2, 14), starts=(2, 13))
+    )
     of = dict(list(frame.groupby("model")))
     assert set(only(of["a"], "singular")["step"]) == {2, 12, 14}
     assert set(only(of["b"], "singular")["step"]) == {2, 3}
@@ -185,11 +203,16 @@ def test_figure_from_the_csv_alone(tiny, stacked, digits):
     relative = only(frame, "exponent_relative", model="b", index=1)["value"].to_numpy()
     assert any(np.array_equal(relative, line.get_ydata()) for line in run.lines)
     for ax, statistic, more in ((far, "direction", {"tokens": "cls"}), (same, "same_answer", {})):
-        curve = only(frame, statistic, model="a", source="partner", eps=0.2, **more)["value"].to_numpy()
+        curve = only(frame, statistic, model="a", source="partner", eps=0.2, **more)[
+            "value"
+        ].to_numpy()
         assert any(np.array_equal(curve, line.get_ydata()) for line in ax.lines)
     assert [label.get_text() for label in gain.get_xticklabels()] == [
-        "CLS\nto CLS", "CLS\nto patches", "patches\nto CLS", "patches\nto patches"
-    ]  # fmt: skip
+        "CLS\nto CLS",
+        "CLS\nto patches",
+        "patches\nto CLS",
+        "patches\nto patches",
+    ]
 
 
 def test_headline(tiny, digits):
@@ -198,8 +221,13 @@ def test_headline(tiny, digits):
     assert set(shown["step"]) == {12, 13}
     numbers = shown[shown["statistic"] != "direction"]
     assert set(numbers["statistic"]) == {
-        "singular", "radius", "exponent", "exponent_relative", "ftle", "ftle_relative"
-    }  # fmt: skip
+        "singular",
+        "radius",
+        "exponent",
+        "exponent_relative",
+        "ftle",
+        "ftle_relative",
+    }
     assert len(numbers) == 10
     assert set(numbers["index"].dropna()) == {1}
     far = shown[shown["statistic"] == "direction"]
@@ -214,8 +242,8 @@ def test_headline(tiny, digits):
 
 
 def test_identity_leaves_out_how_it_is_run():
-    assert small(batch_size=3).identity() == small(batch_size=7).identity()
-    assert small(seed=1).identity() != small().identity()
+    assert small(batch_size=3).resume_key() == small(batch_size=7).resume_key()
+    assert small(seed=1).resume_key() != small().resume_key()
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from bvit_interp.analyses.stability.jacobian import seeded_normal
+from bvit_interp.analyses.stability.perturbations import perturbed_runs
 from bvit_interp.errors import UserError
 from bvit_interp.models.stepping import State, answer, embed, proceed
 from bvit_interp.models.unroll import run_on
-from bvit_interp.probes.jacobian import seeded_normal
-from bvit_interp.probes.perturbing import perturbed_runs
 
 INDEX = torch.tensor([2, 5])
 VARIANTS = [("random", 0, 0.3), ("partner", 2, 0.3)]
@@ -18,7 +18,9 @@ VARIANTS = [("random", 0, 0.3), ("partner", 2, 0.3)]
 
 def runs(view, own, other, variants=VARIANTS, kinds=(slice(0, 1), slice(1, None))):
     with torch.inference_mode():
-        return perturbed_runs(view, embed(view, own), embed(view, other), INDEX, variants, kinds, seed=3)
+        return perturbed_runs(
+            view, embed(view, own), embed(view, other), INDEX, variants, kinds, seed=3
+        )
 
 
 def test_against_a_loop(any_model, images):
@@ -32,21 +34,32 @@ def test_against_a_loop(any_model, images):
     with torch.no_grad():
         for i in range(2):
             for v, (source, start, eps) in enumerate(VARIANTS):
-                clean, beside = (proceed(view, embed(view, x[i : i + 1]), start) for x in (own, other))
+                clean, beside = (
+                    proceed(view, embed(view, x[i : i + 1]), start) for x in (own, other)
+                )
                 change = random[i] if source == "random" else beside.tokens[0] - clean.tokens[0]
                 moved = clean.tokens[0] + eps * clean.tokens[0].norm() * change / change.norm()
                 for t in range(start, steps + 1):
                     perturbed = proceed(view, State(moved[None], start, clean.memory), t)
-                    z, there = proceed(view, clean, t).tokens[0].numpy(), perturbed.tokens[0].numpy()
+                    z, there = (
+                        proceed(view, clean, t).tokens[0].numpy(),
+                        perturbed.tokens[0].numpy(),
+                    )
                     for k, kind in enumerate((slice(0, 1), slice(1, None))):
                         far = np.linalg.norm(there[kind] - z[kind]) / np.linalg.norm(z[kind])
                         assert found["distance"][i, v, t, k].item() == pytest.approx(far, rel=1e-4)
                         pairs = zip(there[kind], z[kind], strict=True)
-                        apart = [np.linalg.norm(a / np.linalg.norm(a) - b / np.linalg.norm(b)) for a, b in pairs]
+                        apart = [
+                            np.linalg.norm(a / np.linalg.norm(a) - b / np.linalg.norm(b))
+                            for a, b in pairs
+                        ]
                         assert found["direction"][i, v, t, k].item() == pytest.approx(
                             np.sqrt(np.mean(np.square(apart))), rel=1e-4
                         )
-                    same = answer(view, perturbed).argmax() == answer(view, proceed(view, clean, t)).argmax()
+                    same = (
+                        answer(view, perturbed).argmax()
+                        == answer(view, proceed(view, clean, t)).argmax()
+                    )
                     assert found["same_answer"][i, v, t] == float(same)
 
 
@@ -72,7 +85,9 @@ def test_a_small_perturbation_grows_as_its_tangent(tiny, images):
     tangent = random * (z.flatten(1).norm(dim=1) / random.flatten(1).norm(dim=1))[:, None, None]
     after, moved = torch.autograd.functional.jvp(lambda x: view.blocks(x), z, tangent)
     expected = moved.flatten(1).norm(dim=1) / after.flatten(1).norm(dim=1)
-    torch.testing.assert_close(found["distance"][:, 0, 3, 0].float(), 1e-3 * expected, rtol=2e-2, atol=0)
+    torch.testing.assert_close(
+        found["distance"][:, 0, 3, 0].float(), 1e-3 * expected, rtol=2e-2, atol=0
+    )
 
 
 def test_towards_an_equal_image_there_is_no_way(tiny, images):

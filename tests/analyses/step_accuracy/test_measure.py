@@ -1,4 +1,5 @@
-"""Accuracy by step against `evaluate` at T, and against a separate model of every number of steps."""
+"""Accuracy by step against `evaluate` at T, and against a separate model of every number of
+steps."""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ SHARED = ["n", "top1", "low", "high", "top5", "loss", "confidence", "chance"]
 def batch_of(model, data):
     geometry = Geometry.of(model, data)
     scenes = [data.read(i) for i in range(len(data))]
-    return torch.stack([geometry(image, None)[0] for image, _, _ in scenes]), torch.tensor([s[1] for s in scenes])
+    return torch.stack([geometry(image, None)[0] for image, _, _ in scenes]), torch.tensor(
+        [s[1] for s in scenes]
+    )
 
 
 def test_at_the_trained_step_it_is_evaluate_exactly(any_model, digits):
@@ -37,7 +40,8 @@ def test_at_the_trained_step_it_is_evaluate_exactly(any_model, digits):
 
 
 def test_every_step_is_a_model_of_so_many_steps(any_model, digits):
-    """One pass of 24 steps against 24 models run one by one, accuracies and losses computed here."""
+    """One pass of 24 steps against 24 models run one by one, accuracies and losses computed
+    here."""
     recurrent = isinstance(any_model.blocks, Steps)
     frame = measure({"m": any_model}, digits, Config()).set_index("step")
     assert list(frame.index) == list(range(1, (24 if recurrent else 3) + 1))
@@ -50,7 +54,9 @@ def test_every_step_is_a_model_of_so_many_steps(any_model, digits):
             assert frame.loc[t, "agreement"] == (logits.argmax(-1) == own).double().mean().item()
             loss = torch.nn.functional.cross_entropy(logits.double(), labels)
             assert frame.loc[t, "loss"] == pytest.approx(loss.item(), rel=1e-5)
-    assert frame["loss"].nunique() == len(frame)  # no two steps answer alike, or the comparison says little
+    assert frame["loss"].nunique() == len(
+        frame
+    )  # no two steps answer alike, or the comparison says little
 
 
 def test_answers_along_the_steps_against_a_loop_over_images(tiny, digits):
@@ -60,7 +66,10 @@ def test_answers_along_the_steps_against_a_loop_over_images(tiny, digits):
         logits = [unroll(tiny, steps=t)(images).double() for t in range(1, 5)]
     for t in (2, 4):
         now, before = logits[t - 1], logits[t - 2]
-        rank = [1 + sum(value > row[label] for value in row) for row, label in zip(now, labels, strict=True)]
+        rank = [
+            1 + sum(value > row[label] for value in row)
+            for row, label in zip(now, labels, strict=True)
+        ]
         entropy = torch.distributions.Categorical(logits=now).entropy().mean().item()
         assert frame.loc[t, "true_rank"] == pytest.approx(np.mean(rank))
         assert frame.loc[t, "entropy"] == pytest.approx(entropy, rel=1e-4)
@@ -80,12 +89,15 @@ def test_against_the_forward_written_by_hand(tiny, digits, by_hand):
             logits = by_hand.logits(tiny, sites[t]["resid_post"])
             loss = torch.nn.functional.cross_entropy(logits.double(), labels).item()
             assert frame.loc[t, "loss"] == pytest.approx(loss, rel=1e-4)
-            assert frame.loc[t, "confidence"] == pytest.approx(logits.softmax(-1).amax(-1).mean().item(), rel=1e-4)
+            assert frame.loc[t, "confidence"] == pytest.approx(
+                logits.softmax(-1).amax(-1).mean().item(), rel=1e-4
+            )
 
 
 @pytest.mark.parametrize("kind", ["average pooling", "registers of timm", "two heads"])
 def test_the_models_own_head_answers(make, digits, kind):
-    """Pooled tokens, tokens beside CLS, and DeiT's mean of two heads: each as the model itself reads them."""
+    """Pooled tokens, tokens beside CLS, and DeiT's mean of two heads: each as the model itself
+    reads them."""
     if kind == "average pooling":
         model = make(global_pool="avg")
     elif kind == "registers of timm":
@@ -102,7 +114,9 @@ def test_two_heads_at_an_earlier_step(make, digits):
     frame = measure({"m": model}, digits, Config())
     images, labels = batch_of(model, digits)
     with torch.no_grad():
-        tokens = model.norm(model.blocks[1](model.blocks[0](model._pos_embed(model.patch_embed(images)))))
+        tokens = model.norm(
+            model.blocks[1](model.blocks[0](model._pos_embed(model.patch_embed(images))))
+        )
         logits = (model.head(tokens[:, 0]) + model.head_dist(tokens[:, 1])) / 2
     loss = torch.nn.functional.cross_entropy(logits.double(), labels).item()
     assert frame["loss"].iloc[1] == pytest.approx(loss, rel=1e-5)
@@ -123,7 +137,9 @@ def test_bvit_b_costs_what_the_paper_prints():
         model = timm.create_model("bvit_base_patch16_224")
     # 2.788688 GFLOPs a step beside 0.232747 (Table 5's column "no early exit" and before)
     assert step_accuracy._gflops(model, 12, False) == pytest.approx(33.697, abs=1e-3)
-    assert step_accuracy._gflops(model, 24, False) == pytest.approx(0.232747 + 24 * 2.788688, abs=1e-4)
+    assert step_accuracy._gflops(model, 24, False) == pytest.approx(
+        0.232747 + 24 * 2.788688, abs=1e-4
+    )
 
 
 def test_a_cost_that_is_not_known_is_left_out(tiny, digits, monkeypatch):
@@ -158,7 +174,8 @@ def test_an_unroll_has_the_steps_it_has(tiny, digits):
 
 
 def test_a_matched_stack_stops_at_its_blocks(make, digits):
-    """Twelve blocks and one round: past the last one there is none, as in a ViT of timm; one block alone goes on."""
+    """Twelve blocks and one round: past the last one there is none, as in a ViT of timm; one block
+    alone goes on."""
     frame = measure({"m": make(name="vit_rms_small_patch16_224")}, digits, Config(limit=5))
     assert frame["step"].tolist() == list(range(1, 13))
     assert frame["agreement"].iloc[-1] == 1.0
@@ -210,7 +227,9 @@ def test_columns_and_figure_from_the_csv_alone(tiny, stacked, digits):
     assert list(frame) == list(COLUMNS)
     labels = [digits.read(i)[1] for i in range(0, 60, 2)]
     assert (frame["chance"] == np.bincount(labels).max() / 30).all()
-    accuracy, agreement, ranks, flips = plot(pd.read_csv(io.StringIO(frame.to_csv(index=False)))).axes
+    accuracy, agreement, ranks, flips = plot(
+        pd.read_csv(io.StringIO(frame.to_csv(index=False)))
+    ).axes
     of_a = frame[frame["model"] == "a"]
     np.testing.assert_allclose(accuracy.lines[0].get_ydata(), of_a["top1"])
     np.testing.assert_allclose(agreement.lines[0].get_ydata(), of_a["agreement"])

@@ -1,4 +1,5 @@
-"""Terms of the gradient against autograd, finite differences and loops; importance against sorting by hand."""
+"""Terms of the gradient against autograd, finite differences and loops; importance against sorting
+by hand."""
 
 from __future__ import annotations
 
@@ -11,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils import prune
 
+from bvit_interp.analyses.step_attribution import gradients
+from bvit_interp.analyses.step_attribution.gradients import PARTS, Layout, StepGradients, Untied
 from bvit_interp.errors import UserError
 from bvit_interp.models import masks
 from bvit_interp.models.masks import PLACES, Masks
 from bvit_interp.models.unroll import unroll
-from bvit_interp.probes import gradients
-from bvit_interp.probes.gradients import PARTS, Layout, StepGradients, Untied
 
 LABELS = torch.tensor([1, 3, 3, 7])
 
@@ -34,26 +35,35 @@ def test_terms_sum_to_autograds_gradient_of_the_stored_blocks(any_model, images,
     loss_of(whole, images.to(dtype)).backward()
     stored = list(whole.blocks.children())
     assert terms.shape == (len(any_model.blocks), sum(p.numel() for p in untied.leaves[0]))
-    assert [len(own) for own in layout.groups] == [len(any_model.blocks) // len(stored)] * len(stored)
+    assert [len(own) for own in layout.groups] == [len(any_model.blocks) // len(stored)] * len(
+        stored
+    )
     for block, own in zip(stored, layout.groups, strict=True):
         wanted = torch.cat([block.get_parameter(name).grad.flatten() for name in layout.names])
         assert {n for n, _ in block.named_parameters()} == set(layout.names)
-        torch.testing.assert_close(terms[own].sum(0), wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
-    assert all(parameter.grad is None and parameter.requires_grad for parameter in any_model.parameters())
+        torch.testing.assert_close(
+            terms[own].sum(0), wanted, rtol=0, atol=1e-5 * wanted.abs().max().item()
+        )
+    assert all(
+        parameter.grad is None and parameter.requires_grad for parameter in any_model.parameters()
+    )
     assert all(torch.equal(value, before[name]) for name, value in any_model.state_dict().items())
 
 
 @pytest.mark.parametrize("kind", ["tiny", "tiny_te", "tiny_hybrid", "tiny_fl", "tiny_sc_block"])
 @pytest.mark.parametrize("step", [1, 4])
 def test_a_term_is_the_change_of_the_loss_with_that_step_alone(request, images, kind, step):
-    """Central differences along a random direction in the weights of one step, its inner updates with it."""
+    """Central differences along a random direction in the weights of one step, its inner updates
+    with it."""
     model = request.getfixturevalue(kind)
     terms = Untied(model, torch.float64).gradients(images, LABELS)
     view = copy.deepcopy(unroll(model)).double()
     view.blocks[step - 1] = copy.deepcopy(view.blocks[step - 1])
     block, generator = view.blocks[step - 1], torch.Generator().manual_seed(step)
     names = Untied(model).layout.names
-    direction = [torch.randn(block.get_parameter(n).shape, generator=generator).double() for n in names]
+    direction = [
+        torch.randn(block.get_parameter(n).shape, generator=generator).double() for n in names
+    ]
     losses = []
     with torch.no_grad():
         for size in (1e-6, -2e-6):  # there, and from there to the other side
@@ -78,11 +88,15 @@ def test_the_layout_of_heads_and_neurons(tiny):
                 marks["attn.qkv.weight"][part * width + row] = 1
         for column in rows:
             marks["attn.proj.weight"][:, column] = 1
-        assert torch.equal(torch.cat([m.flatten() for m in marks.values()]) == 1, layout.heads == head)
+        assert torch.equal(
+            torch.cat([m.flatten() for m in marks.values()]) == 1, layout.heads == head
+        )
     for neuron in (0, 5, neurons - 1):
         marks = {name: torch.zeros_like(block.get_parameter(name)) for name in layout.names}
         marks["mlp.fc1.weight"][neuron], marks["mlp.fc2.weight"][:, neuron] = 1, 1
-        assert torch.equal(torch.cat([m.flatten() for m in marks.values()]) == 1, layout.neurons == neuron)
+        assert torch.equal(
+            torch.cat([m.flatten() for m in marks.values()]) == 1, layout.neurons == neuron
+        )
     k = Untied(tiny).weights[0][layout.parts["k"]].view(width, width)
     assert torch.equal(k, block.attn.qkv.weight[width : 2 * width])
     vectors = sum(p.numel() for p in block.parameters() if p.ndim == 1)
@@ -97,7 +111,9 @@ def test_masks_of_steps_are_those_of_a_masked_model(tiny_hybrid, images):
         untied.keep(torch.cat([of[name].flatten(1) for name in PLACES], 1))
         wanted = masks.masked(tiny_hybrid, Masks(of, whole.blocks))(images)
         torch.testing.assert_close(untied.view(images), wanted)
-        same = torch.cat([of[name][:2].flatten(1) for name in PLACES], 1)  # one for each of the two blocks
+        same = torch.cat(
+            [of[name][:2].flatten(1) for name in PLACES], 1
+        )  # one for each of the two blocks
         untied.keep(same)
         cycled = Masks({name: mask[[0, 1] * 3] for name, mask in of.items()}, whole.blocks)
         torch.testing.assert_close(untied.view(images), masks.masked(tiny_hybrid, cycled)(images))
@@ -107,13 +123,17 @@ def test_masks_of_steps_are_those_of_a_masked_model(tiny_hybrid, images):
 
 @pytest.fixture
 def small():
-    """Five steps of two blocks, 1 of them once; random terms of two halves, 4 numbers a part, 2 heads, 2 neurons."""
+    """Five steps of two blocks, 1 of them once; random terms of two halves, 4 numbers a part, 2
+    heads, 2 neurons."""
     generator = torch.Generator().manual_seed(3)
     parts = {part: slice(4 * i, 4 * i + 4) for i, part in enumerate(PARTS[:-1])}
     heads, neurons = torch.full((28,), 2), torch.full((28,), 2)
     heads[:16], neurons[16:24] = torch.arange(16) % 2, torch.arange(8) // 2 % 2
     layout = Layout((0, 0, 1, 0, 0), (), (), parts, heads, neurons, 24)
-    halves = torch.randn(2, 5, 28, generator=generator).double() * torch.tensor([3.0, 1, 1, 2, 1])[:, None]
+    halves = (
+        torch.randn(2, 5, 28, generator=generator).double()
+        * torch.tensor([3.0, 1, 1, 2, 1])[:, None]
+    )
     return layout, halves, torch.randn(2, 28, generator=generator).double()
 
 
@@ -126,7 +146,9 @@ def test_measures_against_loops(small):
     cuts = {**layout.parts, "all": slice(None)}
     for i, cut in enumerate(cuts.values()):
         norms = [math.sqrt(sum(x * x for x in g[t, cut])) for t in range(5)]
-        change = [sum(abs(x * y) for x, y in zip(g[t, cut], w[t, cut], strict=True)) for t in range(5)]
+        change = [
+            sum(abs(x * y) for x, y in zip(g[t, cut], w[t, cut], strict=True)) for t in range(5)
+        ]
         np.testing.assert_allclose(found["norm"][:, i], norms)
         np.testing.assert_allclose(found["share"][:, i], np.square(norms) / np.square(norms).sum())
         np.testing.assert_allclose(found["taylor"][:, i], np.array(change) / sum(change))
@@ -143,7 +165,9 @@ def test_measures_against_loops(small):
         by_chance = sum(agree.count(t) * other.count(t) for t in own) / len(agree) ** 2
         assert found["agreement_null"][0, i].item() == pytest.approx(by_chance)
         both = g[own][:, cut].sum(0)
-        assert found["sum_ratio"][0, i].item() == pytest.approx(both @ both / sum(norms[t] ** 2 for t in own))
+        assert found["sum_ratio"][0, i].item() == pytest.approx(
+            both @ both / sum(norms[t] ** 2 for t in own)
+        )
         for s in own:
             for t in own:
                 cosine = g[s, cut] @ g[t, cut] / norms[s] / norms[t]
@@ -175,7 +199,12 @@ def test_equal_terms_have_entropy_1_and_cosine_1_and_sum_ratio_t(small):
     layout, halves, weights = small
     equal = halves[:1, :1].expand(2, 5, -1)
     found = gradients.describe(equal, torch.ones(2).double(), weights, layout)
-    for key, wanted in {"entropy": 1, "head_entropy": 1, "sum_ratio": 4, "owner_agreement": 1}.items():
+    for key, wanted in {
+        "entropy": 1,
+        "head_entropy": 1,
+        "sum_ratio": 4,
+        "owner_agreement": 1,
+    }.items():
         np.testing.assert_allclose(found[key][0], wanted)
     np.testing.assert_allclose(found["cosine"][0, [1, 3, 4]], 1)
     alone = equal.clone()
@@ -190,13 +219,21 @@ def test_weights_without_a_gradient_have_no_owner(small):
     layout, halves, weights = small
     without = {key: halves.clone() for key in ("zero", "rounded")}
     without["zero"][..., 4:6], without["rounded"][..., 4:6] = 0, halves[..., 4:6] * 1e-15
-    found = {key: gradients.describe(value, torch.ones(2).double(), weights, layout) for key, value in without.items()}
-    assert all(torch.equal(found["zero"][k].nan_to_num(), found["rounded"][k].nan_to_num()) for k in found["zero"])
+    found = {
+        key: gradients.describe(value, torch.ones(2).double(), weights, layout)
+        for key, value in without.items()
+    }
+    assert all(
+        torch.equal(found["zero"][k].nan_to_num(), found["rounded"][k].nan_to_num())
+        for k in found["zero"]
+    )
     own, terms = [0, 1, 3, 4], halves.mean(0)[[0, 1, 3, 4], 6:8].square()
     owners = [own[i] for i in terms.argmax(0).tolist()]
     assert found["zero"]["owner"][own, 1].tolist() == [owners.count(t) / 2 for t in own]
     half_owners = halves[:, own, 6:8].square().argmax(1)
-    assert found["zero"]["owner_agreement"][0, 1] == (half_owners[0] == half_owners[1]).double().mean()
+    assert (
+        found["zero"]["owner_agreement"][0, 1] == (half_owners[0] == half_owners[1]).double().mean()
+    )
     share = terms / terms.sum(0)
     entropy = -(share * share.log()).sum(0) / math.log(4)
     assert found["zero"]["entropy"][0, 1].item() == pytest.approx(entropy.mean().item())
@@ -215,7 +252,11 @@ def test_shuffled_terms_keep_what_each_step_has_in_each_part(small):
 def test_the_cosine_of_shuffled_terms_against_shuffling():
     rng = np.random.default_rng(0)
     a, b = rng.normal(0.4, 1, 40), rng.normal(-0.3, 2, 40)
-    draws = np.array([a @ rng.permutation(b) for _ in range(20000)]) / np.linalg.norm(a) / np.linalg.norm(b)
+    draws = (
+        np.array([a @ rng.permutation(b) for _ in range(20000)])
+        / np.linalg.norm(a)
+        / np.linalg.norm(b)
+    )
     layout = Layout((0, 0), (), (), {"q": slice(0, 40)}, torch.zeros(40), torch.zeros(40), 40)
     mean, deviation = gradients.shuffled_cosine(torch.from_numpy(np.stack([a, b])), layout)
     assert mean[0, 1, 0].item() == pytest.approx(draws.mean(), abs=4 * draws.std() / 141)
@@ -234,7 +275,8 @@ def test_sums_of_folds(small):
     metric = StepGradients(4, 5, 28)
     rng = torch.Generator().manual_seed(0)
     parts = [
-        (fold, torch.randn(5, 28, generator=rng).double(), n) for fold, n in ((0, 2), (1, 1), (2, 3), (3, 1), (1, 2))
+        (fold, torch.randn(5, 28, generator=rng).double(), n)
+        for fold, n in ((0, 2), (1, 1), (2, 3), (3, 1), (1, 2))
     ]
     for fold, terms, n in parts[:3]:
         metric.update(fold, terms, n)
@@ -253,7 +295,9 @@ def test_sums_of_folds(small):
     apart = means - total.sum(0).numpy() / 9
     wanted = np.sqrt((apart[:, :, 4:8] ** 2).sum((0, 2)) / 12)
     np.testing.assert_allclose(gradients.noise_norm(total, count, layout)[:, 1], wanted)
-    with pytest.raises(UserError, match="sums of 16 folds of images would take 119 GiB: take fewer folds"):
+    with pytest.raises(
+        UserError, match="sums of 16 folds of images would take 119 GiB: take fewer folds"
+    ):
         StepGradients(16, 100, 10**7)
 
 
@@ -288,7 +332,9 @@ def test_rankings_against_sorting(small):
 def test_what_cannot_be_split_is_refused(tiny, stacked, make, images):
     pruned = copy.deepcopy(stacked)
     prune.random_unstructured(pruned.blocks[1].mlp.fc1, "weight", 0.5)
-    with pytest.raises(UserError, match="step 2: gradients are split over blocks of qkv, proj, fc1 and fc2"):
+    with pytest.raises(
+        UserError, match="step 2: gradients are split over blocks of qkv, proj, fc1 and fc2"
+    ):
         Untied(pruned)
     uneven = copy.deepcopy(stacked)
     uneven.blocks[2] = make(name="vit_tiny_patch16_224", depth=3, mlp_ratio=2.0).blocks[2]

@@ -1,4 +1,5 @@
-"""Gradients by step against autograd on the model itself, and pruned accuracies against models pruned by hand."""
+"""Gradients by step against autograd on the model itself, and pruned accuracies against models
+pruned by hand."""
 
 from __future__ import annotations
 
@@ -38,7 +39,9 @@ def values(frame, statistic, part="all", **keys):
 def test_the_parts_of_the_gradient_add_up_to_autograds(any_model, digits):
     """Norms and the ratio of their sum, against the norm of the gradient of the stored blocks."""
     before = {name: value.clone() for name, value in any_model.state_dict().items()}
-    frame = measure({"m": any_model}, digits, Config(**FEW, methods=("random", "own_masks"), sparsities=(0.5,)))
+    frame = measure(
+        {"m": any_model}, digits, Config(**FEW, methods=("random", "own_masks"), sparsities=(0.5,))
+    )
     assert list(frame) == list(COLUMNS)
     assert all(torch.equal(value, before[name]) for name, value in any_model.state_dict().items())
     whole = copy.deepcopy(any_model).double()
@@ -55,7 +58,9 @@ def test_the_parts_of_the_gradient_add_up_to_autograds(any_model, digits):
         assert ratio * squares == pytest.approx(wanted, rel=1e-6)
         fc1 = (values(frame, "norm", "fc1", block=b)["value"] ** 2).sum()
         ratio = values(frame, "sum_ratio", "fc1", block=b)["value"].item() if tied else 1.0
-        assert ratio * fc1 == pytest.approx(block.mlp.fc1.weight.grad.square().sum().item(), rel=1e-6)
+        assert ratio * fc1 == pytest.approx(
+            block.mlp.fc1.weight.grad.square().sum().item(), rel=1e-6
+        )
         if tied:
             for part in ("all", "q", "head", "neuron"):
                 assert values(frame, "owner", part, block=b)["value"].sum() == pytest.approx(1)
@@ -67,8 +72,17 @@ def test_the_parts_of_the_gradient_add_up_to_autograds(any_model, digits):
         assert shares["value"].sum() == pytest.approx(1)
         assert (shares["null"] == 1 / steps).all()
     untied = {"norm", "share", "taylor", "accuracy"}
-    everything = untied | {"owner", "owner_agreement", "entropy", "cosine", "cosine_apart", "sum_ratio"}
-    assert set(frame["statistic"]) == (everything if tied else untied)  # magnitude and taylor left out: no gain
+    everything = untied | {
+        "owner",
+        "owner_agreement",
+        "entropy",
+        "cosine",
+        "cosine_apart",
+        "sum_ratio",
+    }
+    assert set(frame["statistic"]) == (
+        everything if tied else untied
+    )  # magnitude and taylor left out: no gain
     assert set(frame["method"].dropna()) == {"none", "random"} | ({"own_masks"} if tied else set())
     assert frame["value"].notna().all()
     assert (frame["trained_steps"] == steps).all()
@@ -77,7 +91,9 @@ def test_the_parts_of_the_gradient_add_up_to_autograds(any_model, digits):
 def gradient_by_hand(model, images, labels):
     whole = copy.deepcopy(model)
     F.cross_entropy(whole(images), labels).backward()
-    return [[block.get_parameter(name).grad for name in MATRICES] for block in whole.blocks.children()]
+    return [
+        [block.get_parameter(name).grad for name in MATRICES] for block in whole.blocks.children()
+    ]
 
 
 MATRICES = ["attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight"]
@@ -86,7 +102,8 @@ MATRICES = ["attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.we
 @pytest.mark.parametrize("method", ["magnitude", "taylor"])
 @pytest.mark.parametrize("kind", ["stacked", "tiny_hybrid"])
 def test_pruned_models_against_models_pruned_by_hand(request, digits, kind, method):
-    """The 30 % least weights of all blocks together, by a sort; an image is scored under the other half's masks."""
+    """The 30 % least weights of all blocks together, by a sort; an image is scored under the other
+    half's masks."""
     model = request.getfixturevalue(kind)
     options = {**FEW, "limit": 40}
     frame = measure({"m": model}, digits, Config(**options, methods=(method,), sparsities=(0.3,)))
@@ -105,7 +122,9 @@ def test_pruned_models_against_models_pruned_by_hand(request, digits, kind, meth
         listed = torch.cat([each.flatten() for each in flat])
         edge = listed.sort().values[round(0.3 * len(listed)) - 1]
         with torch.no_grad():
-            for weight, importance in zip([b.get_parameter(n) for b in blocks for n in MATRICES], flat, strict=True):
+            for weight, importance in zip(
+                [b.get_parameter(n) for b in blocks for n in MATRICES], flat, strict=True
+            ):
                 weight[importance <= edge] = 0
             hits += int((pruned(images[score]).argmax(-1) == labels[score]).sum())
     rows = values(frame, "accuracy").set_index("method")
@@ -123,7 +142,10 @@ def test_intervals_nulls_and_gains(tiny, digits):
         for method in ("stepwise", "own_masks", "random"):
             over = accuracy.loc[(method, share), "value"] - accuracy.loc[("taylor", share), "value"]
             assert gains.loc[(method, share, "taylor"), "value"] == pytest.approx(over)
-        assert accuracy.loc[("own_masks", share), "null"] == accuracy.loc[("shifted_masks", share), "value"]
+        assert (
+            accuracy.loc[("own_masks", share), "null"]
+            == accuracy.loc[("shifted_masks", share), "value"]
+        )
         assert accuracy.loc[("stepwise", share), "null"] == accuracy.loc[("random", share), "value"]
     assert len(gains) == 2 * (2 * 7 - 2)
     bounded = frame.dropna(subset=["low"])
@@ -164,9 +186,16 @@ def test_a_figure_from_the_file(tiny, stacked, digits, tmp_path):
     alone = plot(frame[frame["model"] == "b"])
     alone.savefig(tmp_path / "alone.png", dpi=40)
     assert [ax.get_title() for ax in alone.axes if ax.get_visible()] == [
-        "share of squared gradient: b", "norm of the gradient, all of the block", "pruned, not retrained: b",
-    ]  # fmt: skip
-    assert set(frame["method"][frame["model"] == "b"].dropna()) == {"none", "magnitude", "taylor", "random"}
+        "share of squared gradient: b",
+        "norm of the gradient, all of the block",
+        "pruned, not retrained: b",
+    ]
+    assert set(frame["method"][frame["model"] == "b"].dropna()) == {
+        "none",
+        "magnitude",
+        "taylor",
+        "random",
+    }
     assert 0 < len(config.headline(frame)) <= 40
 
 

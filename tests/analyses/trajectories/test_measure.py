@@ -1,4 +1,5 @@
-"""Trajectories: the points are the CLS tokens, the checks are counted by hand, PaCMAP is repeatable and quiet."""
+"""Trajectories: the points are the CLS tokens, the checks are counted by hand, PaCMAP is repeatable
+and quiet."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ def nearest(points, allowed, k):
 
 
 def test_points_and_checks_against_numpy(any_model, digits):
-    """PCA of timm's CLS tokens by numpy's SVD, and every share counted from all pairwise distances."""
+    """PCA of timm's CLS tokens by numpy's SVD, and every share counted from all pairwise
+    distances."""
     frame = measure({"m": any_model}, digits, PCA)
     states = cls_by_forward(any_model, digits)
     (n, steps, _), k = states.shape, 3
@@ -50,12 +52,16 @@ def test_points_and_checks_against_numpy(any_model, digits):
     centred = points - points.mean(0)
     axes = np.linalg.svd(centred, full_matrices=False)[2][:2]
     flat = frame[["x", "y"]].to_numpy()
-    np.testing.assert_allclose(abs(flat), abs(centred @ axes.T), rtol=1e-3, atol=1e-3 * abs(flat).max())
+    np.testing.assert_allclose(
+        abs(flat), abs(centred @ axes.T), rtol=1e-3, atol=1e-3 * abs(flat).max()
+    )
     another, every = image[:, None] != image, ~np.eye(len(points), dtype=bool)
     for space, suffix in ((points, "_cls"), (flat, "")):
         near = nearest(space, another, k)
         expected = (abs(step[near] - step[:, None]) <= 1).mean(1)
-        assert np.mean(np.isclose(frame[f"staged{suffix}"], expected)) > 0.99  # the rest are ties within rounding
+        assert (
+            np.mean(np.isclose(frame[f"staged{suffix}"], expected)) > 0.99
+        )  # the rest are ties within rounding
         expected = (label[image[near]] == label[image][:, None]).mean(1)
         assert np.mean(np.isclose(frame[f"same_class{suffix}"], expected)) > 0.99
     pairs = zip(nearest(points, every, k), nearest(flat, every, k), strict=True)
@@ -65,7 +71,8 @@ def test_points_and_checks_against_numpy(any_model, digits):
 
 
 def test_nulls_against_permuted_steps_and_labels(tiny, digits):
-    """The nulls are the means over permutations, drawn here and counted with the module's own neighbours."""
+    """The nulls are the means over permutations, drawn here and counted with the module's own
+    neighbours."""
     frame = measure({"m": tiny}, digits, Config(methods=("pca",), neighbours=5))
     rng = np.random.default_rng(0)
     n, steps = 60, 12
@@ -82,7 +89,9 @@ def test_nulls_against_permuted_steps_and_labels(tiny, digits):
     expected = frame.groupby("step")["staged_null"].first()
     np.testing.assert_allclose(expected, means, atol=0.01)
     np.testing.assert_allclose(expected, [2 / 12] + [3 / 12] * 10 + [2 / 12])
-    assert frame["same_class_null"].mean() == pytest.approx(np.mean(same), abs=4 * np.std(same) / np.sqrt(200))
+    assert frame["same_class_null"].mean() == pytest.approx(
+        np.mean(same), abs=4 * np.std(same) / np.sqrt(200)
+    )
     share = (np.bincount(label)[label] - 1) / 59
     np.testing.assert_allclose(frame["same_class_null"], share[image])
 
@@ -96,17 +105,19 @@ def test_neighbours_of_points_on_a_line():
 
 
 def test_staged_and_parted_states_are_seen(stacked, digits, monkeypatch):
-    """Each step far from the others: all neighbours within a step; each class far from the others: all of it."""
-    from bvit_interp.probes import statetable
+    """Each step far from the others: all neighbours within a step; each class far from the others:
+    all of it."""
+    from bvit_interp.analyses.trajectories import states as statetable
 
     label = np.array([digits.read(i)[1] for i in range(60)])
     noise = np.random.default_rng(0).normal(size=(60, 3, 32))
 
     def given(states):
         monkeypatch.setattr(
-            statetable.StateTable, "compute",
+            statetable.StateTable,
+            "compute",
             lambda self: (np.arange(60), label, states.astype(np.float32)),
-        )  # fmt: skip
+        )
         return measure({"m": stacked}, digits, Config(neighbours=2, methods=("pca",)))
 
     staged = noise.copy()
@@ -119,7 +130,9 @@ def test_staged_and_parted_states_are_seen(stacked, digits, monkeypatch):
     assert frame.loc[enough, ["same_class", "same_class_cls"]].to_numpy().min() == 1
     frame = given(noise)  # neither: the nulls
     assert frame["staged_cls"].mean() == pytest.approx(frame["staged_null"].mean(), abs=0.08)
-    assert frame["same_class_cls"].mean() == pytest.approx(frame["same_class_null"].mean(), abs=0.08)
+    assert frame["same_class_cls"].mean() == pytest.approx(
+        frame["same_class_null"].mean(), abs=0.08
+    )
 
 
 def test_pacmap_is_repeatable_quiet_and_leaves_no_state(tiny, digits, caplog):
@@ -139,18 +152,25 @@ def test_pacmap_is_repeatable_quiet_and_leaves_no_state(tiny, digits, caplog):
     assert faiss.omp_get_max_threads() == threads
     mean = one.groupby("method").mean(numeric_only=True)
     assert mean.loc["pacmap", "kept"] > 10 * mean.loc["pacmap", "kept_null"]
-    assert one.groupby("method")[["staged_cls", "same_class_cls"]].mean().nunique().tolist() == [1, 1]
+    assert one.groupby("method")[["staged_cls", "same_class_cls"]].mean().nunique().tolist() == [
+        1,
+        1,
+    ]
 
 
 def test_pacmap_missing(tiny, digits, monkeypatch):
     monkeypatch.setitem(sys.modules, "pacmap", None)
-    with pytest.raises(MissingExtra, match=r"pacmap is not installed: pip install 'bvit-interp\[viz\]'"):
+    with pytest.raises(
+        MissingExtra, match=r"pacmap is not installed: pip install 'bvit-interp\[viz\]'"
+    ):
         measure({"m": tiny}, digits, Config())
     assert set(measure({"m": tiny}, digits, PCA)["method"]) == {"pca"}
 
 
 def test_steps_on_request(tiny, stacked, digits):
-    frame = measure({"a": tiny, "b": stacked}, digits, Config(methods=("pca",), steps=14, limit=9, neighbours=2))
+    frame = measure(
+        {"a": tiny, "b": stacked}, digits, Config(methods=("pca",), steps=14, limit=9, neighbours=2)
+    )
     assert frame.groupby("model")["step"].max().to_dict() == {"a": 14, "b": 3}
     assert frame.groupby("model")["n"].first().to_dict() == {"a": 9, "b": 9}
 

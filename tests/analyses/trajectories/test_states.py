@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from bvit_interp.analyses.trajectories.states import StateTable
 from bvit_interp.errors import UserError
-from bvit_interp.probes.statetable import StateTable
 
 
 def test_in_order_whatever_came_first():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bvit_interp.errors import UserError
-from bvit_interp.probes.answers import Answers
+from bvit_interp.metrics.streaming.answers import Answers
 
 
 def logits_of(answers, classes=4, sure=3.0):
@@ -42,7 +42,10 @@ def test_random_order_has_the_null_rank_and_constant_logits_have_it_exactly():
 
 def test_batches_add_up():
     generator = torch.Generator().manual_seed(0)
-    logits, labels = torch.randn(5, 30, 7, generator=generator), torch.randint(7, (30,), generator=generator)
+    logits, labels = (
+        torch.randn(5, 30, 7, generator=generator),
+        torch.randint(7, (30,), generator=generator),
+    )
     whole, parts = Answers(5, 7, reference=2), Answers(5, 7, reference=2)
     whole.update(logits, labels)
     for rows in (slice(0, 11), slice(11, 30)):
@@ -54,7 +57,9 @@ def test_batches_add_up():
 def test_independent_answers_flip_as_often_as_the_null_says():
     generator = torch.Generator().manual_seed(1)
     metric = Answers(2, 4)
-    metric.update(torch.randn(2, 40_000, 4, generator=generator), torch.zeros(40_000, dtype=torch.int64))
+    metric.update(
+        torch.randn(2, 40_000, 4, generator=generator), torch.zeros(40_000, dtype=torch.int64)
+    )
     found = metric.compute()
     assert found["flips"][1].item() == pytest.approx(found["flips_null"][1].item(), abs=0.01)
 

@@ -1,4 +1,5 @@
-"""Means, intervals and correlations equal numpy's on all the data at once, however the data came."""
+"""Means, intervals and correlations equal numpy's on all the data at once, however the data
+came."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import torch
 from scipy import stats
 
 from bvit_interp import metrics
-from bvit_interp.probes.moments import MapPairs, Moments
+from bvit_interp.metrics.streaming.means import MapPairs, Moments
 
 
 def drawn(*shape, seed=0):
@@ -40,7 +41,10 @@ def test_moments_in_any_split(parts):
             assert found["high"][index].isnan()
             continue
         low, high = stats.norm.interval(0.95, kept.mean(), stats.sem(kept))
-        assert (found["low"][index], found["high"][index]) == (pytest.approx(low), pytest.approx(high))
+        assert (found["low"][index], found["high"][index]) == (
+            pytest.approx(low),
+            pytest.approx(high),
+        )
 
 
 def test_equal_images_have_an_interval_of_no_width():
@@ -52,7 +56,8 @@ def test_equal_images_have_an_interval_of_no_width():
 
 @pytest.mark.parametrize("parts", [(6,), (1, 5), (2, 2, 2)])
 def test_map_pairs_against_every_pair_of_images(parts):
-    """Loops over all pairs of different images and numpy's correlation; two constant maps are left out."""
+    """Loops over all pairs of different images and numpy's correlation; two constant maps are left
+    out."""
     maps = drawn(6, 2, 3, 10, seed=1).softmax(-1)
     maps[2, 1, 0] = maps[4, 0, 2] = 0.1
     metric = MapPairs(2, 3, 10)

@@ -14,8 +14,8 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.aggregation import MaxMetric
 
 from bvit_interp.errors import UserError
+from bvit_interp.metrics.streaming.reducers import Gram, MeanByClass, Rows
 from bvit_interp.probes.probe import Probe
-from bvit_interp.probes.reducers import Gram, MeanByClass, Rows
 
 
 def cut(length, places):
@@ -33,7 +33,9 @@ def drawn(seed, *shape):
 
 @settings(deadline=None, max_examples=60)
 @given(
-    st.lists(st.integers(0, 4), min_size=1, max_size=40), st.lists(st.integers(0, 100), max_size=6), st.integers(0, 99)
+    st.lists(st.integers(0, 4), min_size=1, max_size=40),
+    st.lists(st.integers(0, 100), max_size=6),
+    st.integers(0, 99),
 )
 def test_class_means_in_any_split(labels, places, seed):
     values, labels = drawn(seed, len(labels), 3, 2, 5), torch.tensor(labels)
@@ -112,7 +114,9 @@ def test_second_moments_against_numpy(size):
     for t in range(4):
         x = values[:, t].numpy().astype(np.float64)
         np.testing.assert_allclose(found["gram"][t], x.T @ x, rtol=1e-12)
-        np.testing.assert_allclose(found["centred"][t] / 99, np.cov(x, rowvar=False), rtol=1e-11, atol=1e-12)
+        np.testing.assert_allclose(
+            found["centred"][t] / 99, np.cov(x, rowvar=False), rtol=1e-11, atol=1e-12
+        )
 
 
 def test_second_moments_do_not_depend_on_the_batches():
@@ -155,7 +159,8 @@ def test_rows_come_back_in_the_order_of_the_data():
 
 
 def one_pass_and_two(make, *tensors):
-    """The metric after all the data, and after two ranks that took turns were merged by torchmetrics."""
+    """The metric after all the data, and after two ranks that took turns were merged by
+    torchmetrics."""
     whole = filled(make(), tensors[0], 5, *tensors[1:])
     shares = [[tensor[rank::2] for tensor in tensors] for rank in (0, 1)]
     ranks = [filled(make(), share[0], 3, *share[1:]) for share in shares]
@@ -212,29 +217,49 @@ def test_collected_class_means(tiny_reg4, ten, size):
     images, labels = ten
     probe = Probe(tiny_reg4)
     means = probe.collect(
-        batches(images, labels, size), {"mlp_post": MeanByClass(3)}, steps=[2, 7], tokens="cls", progress=False
+        batches(images, labels, size),
+        {"mlp_post": MeanByClass(3)},
+        steps=[2, 7],
+        tokens="cls",
+        progress=False,
     )["mlp_post"]
     with torch.no_grad():
-        neurons = probe.record(images, "mlp_post", steps=[2, 7], tokens="cls")["mlp_post"].numpy().astype(np.float64)
+        neurons = (
+            probe.record(images, "mlp_post", steps=[2, 7], tokens="cls")["mlp_post"]
+            .numpy()
+            .astype(np.float64)
+        )
     assert means.shape == (3, 2, 128)
     for c in range(3):
-        np.testing.assert_allclose(means[c], neurons[labels.numpy() == c].mean(0), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            means[c], neurons[labels.numpy() == c].mean(0), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_collected_by_metrics_of_others_and_by_address(tiny, ten, by_hand):
     images, labels = ten
     probe = Probe(tiny)
-    by_address = {"z[5]:3": MeanByClass(3), "mlp_post[2]:7": MeanMetric(), "resid_post[-1]": MaxMetric()}
+    by_address = {
+        "z[5]:3": MeanByClass(3),
+        "mlp_post[2]:7": MeanMetric(),
+        "resid_post[-1]": MaxMetric(),
+    }
     metrics = {**by_address, "resid_mid": MeanMetric()}
-    found = probe.collect(batches(images, labels, 5), metrics, steps=(t for t in (1, 2)), progress=False)
+    found = probe.collect(
+        batches(images, labels, 5), metrics, steps=(t for t in (1, 2)), progress=False
+    )
     assert list(found) == ["z[5]:3", "mlp_post[2]:7", "resid_post[-1]", "resid_mid"]
     with torch.no_grad():
         hand = by_hand.run(tiny, images, [tiny.blocks[0]] * 12)
         head_outputs = probe.record(images, "z", steps=5)["z", 5][:, :, 3].double()
     assert found["z[5]:3"].shape == (3, 17, 8)
-    torch.testing.assert_close(found["z[5]:3"][1], head_outputs[labels == 1].mean(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        found["z[5]:3"][1], head_outputs[labels == 1].mean(0), rtol=1e-4, atol=1e-5
+    )
     close = {"rtol": 1e-4, "atol": 1e-5}
-    assert found["mlp_post[2]:7"].item() == pytest.approx(hand[2]["mlp_post"][..., 7].mean().item(), rel=1e-4)
+    assert found["mlp_post[2]:7"].item() == pytest.approx(
+        hand[2]["mlp_post"][..., 7].mean().item(), rel=1e-4
+    )
     torch.testing.assert_close(found["resid_post[-1]"], hand[12]["resid_post"].max(), **close)
     both = torch.stack([hand[1]["resid_mid"], hand[2]["resid_mid"]])
     torch.testing.assert_close(found["resid_mid"], both.mean(), **close)
@@ -244,14 +269,18 @@ def test_an_address_does_not_add_its_step_to_the_site(tiny, ten):
     images, labels = ten
     probe = Probe(tiny)
     found = probe.collect(
-        batches(images, labels, 5), {"z": MeanByClass(3), "z[9]:1": MeanByClass(3)}, steps=[1, 2], progress=False
+        batches(images, labels, 5),
+        {"z": MeanByClass(3), "z[9]:1": MeanByClass(3)},
+        steps=[1, 2],
+        progress=False,
     )
     assert found["z"].shape == (3, 2, 17, 4, 8)
     assert found["z[9]:1"].shape == (3, 17, 8)
 
 
 def test_labels_are_not_taken_for_weights(tiny, ten):
-    """One number an image, as many as labels: a MeanMetric would take them for weights without a word."""
+    """One number an image, as many as labels: a MeanMetric would take them for weights without a
+    word."""
     probe, key = Probe(tiny), "mlp_post[3]:7"
     found = probe.collect(batches(*ten, 5), {key: MeanMetric()}, tokens="cls", progress=False)[key]
     with torch.no_grad():
@@ -274,14 +303,20 @@ def test_labels_go_to_those_that_ask_also_in_a_collection(tiny, ten):
             return torch.cat(self.seen)
 
     probe = Probe(tiny)
-    several = MetricCollection({"mean": MeanMetric(), "max": MaxMetric(), "seen": Targets(), "classes": MeanByClass(3)})
-    found = probe.collect(batches(*ten, 4), {"z": several, "q": Targets()}, steps=1, tokens="cls", progress=False)
+    several = MetricCollection(
+        {"mean": MeanMetric(), "max": MaxMetric(), "seen": Targets(), "classes": MeanByClass(3)}
+    )
+    found = probe.collect(
+        batches(*ten, 4), {"z": several, "q": Targets()}, steps=1, tokens="cls", progress=False
+    )
     with torch.no_grad():
         z = probe.record(ten[0], "z", steps=1, tokens="cls")["z"]
     assert torch.equal(found["q"], ten[1])
     assert torch.equal(found["z"]["seen"], ten[1])
     torch.testing.assert_close(found["z"]["max"], z.max(), rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(found["z"]["classes"][2], z[ten[1] == 2].double().mean(0), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        found["z"]["classes"][2], z[ten[1] == 2].double().mean(0), rtol=1e-4, atol=1e-6
+    )
     # batches of 4, 4 and 2 count by their numbers, not alike
     torch.testing.assert_close(found["z"]["mean"], z.mean(), rtol=1e-4, atol=1e-6)
 
@@ -292,7 +327,12 @@ def test_collect_leaves_the_model_as_it_came(tiny, ten, watched_models):
     plain = tiny(ten[0])
     with pytest.raises(UserError, match=r"labels must be 0\.\.1"):
         probe.collect(batches(*ten, 4), {"z": MeanByClass(2)}, progress=False)
-    probe.collect(batches(*ten, 4), {"z": MeanByClass(3), "pattern[3]": MeanMetric()}, tokens="cls", progress=False)
+    probe.collect(
+        batches(*ten, 4),
+        {"z": MeanByClass(3), "pattern[3]": MeanMetric()},
+        tokens="cls",
+        progress=False,
+    )
     assert torch.equal(tiny(ten[0]), plain)
     assert all(parameter.grad is None for parameter in tiny.parameters())
 

@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 from torchmetrics.classification import MulticlassCalibrationError
 
 from bvit_interp.errors import UserError
-from bvit_interp.probes.scores import Classification
+from bvit_interp.metrics.streaming.scores import Classification
 
 
 def drawn(n, classes, seed=0, scale=2.0):
     generator = torch.Generator().manual_seed(seed)
-    return scale * torch.randn(n, classes, generator=generator), torch.randint(classes, (n,), generator=generator)
+    return scale * torch.randn(n, classes, generator=generator), torch.randint(
+        classes, (n,), generator=generator
+    )
 
 
 def by_hand(logits, labels, bins=15):
@@ -36,9 +38,13 @@ def by_hand(logits, labels, bins=15):
         if inside.any():
             error += inside.mean() * abs(hits[inside].mean() - confidences[inside].mean())
     return {
-        "n": len(labels), "top1": hits.mean(), "top5": np.mean(top5), "loss": np.mean(losses),
-        "confidence": confidences.mean(), "calibration_error": error,
-    }  # fmt: skip
+        "n": len(labels),
+        "top1": hits.mean(),
+        "top5": np.mean(top5),
+        "loss": np.mean(losses),
+        "confidence": confidences.mean(),
+        "calibration_error": error,
+    }
 
 
 def assert_equal(found, expected):
@@ -48,14 +54,22 @@ def assert_equal(found, expected):
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.integers(1, 60), st.integers(5, 12), st.integers(1, 7), st.integers(1, 20), st.integers(0, 99))
+@given(
+    st.integers(1, 60),
+    st.integers(5, 12),
+    st.integers(1, 7),
+    st.integers(1, 20),
+    st.integers(0, 99),
+)
 def test_scores_in_batches_of_any_size_equal_a_loop(n, classes, batch, bins, seed):
     logits, labels = drawn(n, classes, seed)
     metric = Classification(classes, bins)
     for part in range(0, n, batch):
         metric.update(logits[part : part + batch], labels[part : part + batch])
     found = metric.compute()
-    assert {key: found[key] for key in by_hand(logits, labels)} == pytest.approx(by_hand(logits, labels, bins))
+    assert {key: found[key] for key in by_hand(logits, labels)} == pytest.approx(
+        by_hand(logits, labels, bins)
+    )
 
 
 def test_calibration_error_equals_torchmetrics():
@@ -65,11 +79,14 @@ def test_calibration_error_equals_torchmetrics():
     theirs = MulticlassCalibrationError(10, n_bins=15, norm="l1")
     theirs.update(logits.softmax(-1), labels)
     assert metric.compute()["calibration_error"] == pytest.approx(float(theirs.compute()), abs=1e-6)
-    assert metric.compute()["calibration_error"] > 0.1  # random logits are far too sure: the comparison is not of zeros
+    assert (
+        metric.compute()["calibration_error"] > 0.1
+    )  # random logits are far too sure: the comparison is not of zeros
 
 
 def test_four_images_worked_out_on_paper():
-    """Two classes; the logit difference d has confidence 1 / (1 + exp(-d)): 0.9, 0.9, 0.6 and 0.6."""
+    """Two classes; the logit difference d has confidence 1 / (1 + exp(-d)): 0.9, 0.9, 0.6 and
+    0.6."""
     differences = torch.tensor([math.log(9), math.log(9), math.log(1.5), -math.log(1.5)])
     logits = torch.stack([differences, torch.zeros(4)], dim=1)
     metric = Classification(2, bins=5)
@@ -91,7 +108,9 @@ def test_four_images_worked_out_on_paper():
 def test_the_edges_of_the_confidence_lie_in_a_bin():
     metric = Classification(5, bins=5)
     certain = torch.tensor([[1e4, 0, 0, 0, 0]])
-    metric.update(torch.cat([certain, torch.zeros(1, 5)]), torch.tensor([0, 0]))  # confidence 1 and 1 / 5
+    metric.update(
+        torch.cat([certain, torch.zeros(1, 5)]), torch.tensor([0, 0])
+    )  # confidence 1 and 1 / 5
     assert metric.compute()["bin_n"] == (1, 0, 0, 0, 1)
     assert metric.compute()["confidence"] == pytest.approx(0.6)
 
@@ -131,7 +150,11 @@ def test_two_processes_add_up_to_one():
     second.update(logits[17:], labels[17:])
     for name in one._defaults:
         assert one._reductions[name] is not None, name
-        setattr(first, name, one._reductions[name](torch.stack([getattr(first, name), getattr(second, name)])))
+        setattr(
+            first,
+            name,
+            one._reductions[name](torch.stack([getattr(first, name), getattr(second, name)])),
+        )
     assert_equal(first.compute(), one.compute())
     assert first.bin_n.dtype == first.top5.dtype == torch.int64
     assert first.loss.dtype == torch.float64
@@ -156,5 +179,8 @@ def test_bad_input():
         metric.update(torch.zeros(2, 4), torch.tensor([0, -1]))
     with pytest.raises(UserError, match="logits hold NaN"):
         metric.update(torch.full((1, 4), torch.nan), torch.tensor([0]))
-    with pytest.raises(UserError, match="no image was scored"), pytest.warns(UserWarning, match="before"):
+    with (
+        pytest.raises(UserError, match="no image was scored"),
+        pytest.warns(UserWarning, match="before"),
+    ):
         Classification(4).compute()

@@ -1,4 +1,5 @@
-"""CKA and Procrustes from moments against numpy on the centred states, and their nulls against real shuffles."""
+"""CKA and Procrustes from moments against numpy on the centred states, and their nulls against real
+shuffles."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from bvit_interp.errors import UserError
-from bvit_interp.probes.pairs import StatePairs
+from bvit_interp.metrics.streaming.similarity import StatePairs
 
 
 def drawn(seed, *shape):
@@ -15,10 +16,15 @@ def drawn(seed, *shape):
 
 
 def related(n, seed=0):
-    """Three sets of states of n images: x, one that shares part of it, and one of its own; none has mean 0."""
+    """Three sets of states of n images: x, one that shares part of it, and one of its own; none has
+    mean 0."""
     scale = torch.linspace(3, 0.1, 6, dtype=torch.float64)
     x = drawn(seed, n, 6) * scale + 2
-    return [x, torch.cat([x[:, :3] + 0.5 * drawn(seed + 1, n, 3), drawn(seed + 2, n, 2)], 1), drawn(seed + 3, n, 4) - 1]
+    return [
+        x,
+        torch.cat([x[:, :3] + 0.5 * drawn(seed + 1, n, 3), drawn(seed + 2, n, 2)], 1),
+        drawn(seed + 3, n, 4) - 1,
+    ]
 
 
 def measured(sets, parts=None):
@@ -61,7 +67,11 @@ def test_against_kernels_and_numpy(parts):
             ratio = unbiased_hsic(x, y) / np.sqrt(unbiased_hsic(x, x) * unbiased_hsic(y, y))
             assert found["cka_debiased"][i, j] == pytest.approx(ratio, rel=1e-8)
             a, b = centred(x), centred(y)
-            nuclear = np.linalg.svd(a.T @ b, compute_uv=False).sum() / np.linalg.norm(a) / np.linalg.norm(b)
+            nuclear = (
+                np.linalg.svd(a.T @ b, compute_uv=False).sum()
+                / np.linalg.norm(a)
+                / np.linalg.norm(b)
+            )
             assert found["procrustes"][i, j] == pytest.approx(2 - 2 * nuclear, abs=1e-10)
     for values in found.values():
         np.testing.assert_allclose(values, values.T, rtol=1e-10)
@@ -82,7 +92,9 @@ def test_the_best_rotation_is_what_scipy_finds():
     x, y = drawn(2, 20, 4), drawn(3, 20, 4)
     a, b = (centred(z) / np.linalg.norm(centred(z)) for z in (x, y))
     rotation, _ = orthogonal_procrustes(b, a)
-    assert measured([x, y])["procrustes"][0, 1] == pytest.approx(np.linalg.norm(a - b @ rotation) ** 2)
+    assert measured([x, y])["procrustes"][0, 1] == pytest.approx(
+        np.linalg.norm(a - b @ rotation) ** 2
+    )
 
 
 def test_nulls_against_shuffled_images():
@@ -101,7 +113,9 @@ def test_nulls_against_shuffled_images():
     assert abs(mean) < error
     mean, error = of("procrustes")
     draws = [each["procrustes"][0, 1] for each in shuffled]
-    assert found["procrustes_null"][0, 1] == pytest.approx(mean, abs=4 * np.std(draws))  # one draw of it
+    assert found["procrustes_null"][0, 1] == pytest.approx(
+        mean, abs=4 * np.std(draws)
+    )  # one draw of it
     assert found["cka"][0, 1] > found["cka_null"][0, 1]
     assert found["procrustes"][0, 1] < found["procrustes_null"][0, 1]
 
@@ -110,12 +124,15 @@ def test_the_exact_null_over_all_permutations():
     import itertools
 
     x, y = drawn(4, 4, 2), drawn(5, 4, 3)
-    every = [measured([x, y[list(order)]])["cka"][0, 1] for order in itertools.permutations(range(4))]
+    every = [
+        measured([x, y[list(order)]])["cka"][0, 1] for order in itertools.permutations(range(4))
+    ]
     assert measured([x, y])["cka_null"][0, 1] == pytest.approx(np.mean(every))
 
 
 def test_independent_sets_look_alike_when_images_are_few():
-    """The reason for the null: with 10 images in 40 dimensions CKA of noise is high, its debiased form is not."""
+    """The reason for the null: with 10 images in 40 dimensions CKA of noise is high, its debiased
+    form is not."""
     found = [measured([drawn(2 * i, 10, 40), drawn(2 * i + 1, 10, 40)]) for i in range(50)]
     assert np.mean([each["cka"][0, 1] for each in found]) > 0.7
     null = np.mean([each["cka_null"][0, 1] for each in found])
@@ -138,5 +155,8 @@ def test_bad_states():
     with pytest.raises(UserError, match="NaN or infinite"):
         metric.update([torch.zeros(1, 2), torch.full((1, 3), torch.nan)])
     metric = StatePairs([2, 3])
-    with pytest.warns(UserWarning, match="before the ``update``"), pytest.raises(UserError, match="no image"):
+    with (
+        pytest.warns(UserWarning, match="before the ``update``"),
+        pytest.raises(UserError, match="no image"),
+    ):
         metric.compute()

@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bvit_interp.errors import UserError
-from bvit_interp.probes.toplist import TopList
+from bvit_interp.metrics.streaming.top_images import TopList
 
 
 def drawn(seed, images, few=False):
-    """Values of few kinds (so that many are equal) or many, patches, and numbers of images in a random order."""
+    """Values of few kinds (so that many are equal) or many, patches, and numbers of images in a
+    random order."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(images, 2, 3, generator=generator)
     values = values.round() if few else values
@@ -28,7 +29,7 @@ def by_numpy(values, patches, index, k):
     """First k by falling value, then rising image."""
     order = np.stack(
         [[np.lexsort((index, -values[:, t, f]))[:k] for f in range(3)] for t in range(2)]
-    )  # (T, F, k) places  # fmt: skip
+    )  # (T, F, k) places
     pick = lambda array: np.stack([[array[order[t, f], t, f] for f in range(3)] for t in range(2)])  # noqa: E731
     return pick(values), np.asarray(index)[order], pick(patches)
 
@@ -51,7 +52,8 @@ def test_against_numpy_in_any_batches(seed, images, k, batch, few):
 
 @pytest.mark.parametrize("few", [False, True])
 def test_merged_shards_are_the_whole(few):
-    """Equal values too go to the lower image, whichever process saw it; one process may have seen none."""
+    """Equal values too go to the lower image, whichever process saw it; one process may have seen
+    none."""
     values, patches, index = drawn(3, 40, few)
     shards = [TopList(2, 3, 4) for _ in range(4)]
     for rank, shard in enumerate(shards[:3]):
@@ -78,4 +80,6 @@ def test_bad_input():
     with pytest.raises(UserError, match="at least one entry, got 0"):
         TopList(1, 1, 0)
     with pytest.raises(UserError, match="NaN or infinite"):
-        TopList(1, 1, 1).update(torch.tensor([[[torch.nan]]]), torch.tensor([[[0]]]), torch.tensor([0]))
+        TopList(1, 1, 1).update(
+            torch.tensor([[[torch.nan]]]), torch.tensor([[[0]]]), torch.tensor([0])
+        )

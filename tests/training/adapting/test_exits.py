@@ -14,8 +14,17 @@ from bvit_interp.models.exits import FILE
 from bvit_interp.models.unroll import unroll
 from bvit_interp.probes.probe import Probe
 from bvit_interp.results import read_table
-from bvit_interp.training import exiting
-from bvit_interp.training.exiting import HISTORY, STATES, Plan, cached_states, fit, objective, parting, train
+from bvit_interp.training.adapting import exits as exiting
+from bvit_interp.training.adapting.exits import (
+    HISTORY,
+    STATES,
+    Plan,
+    cached_states,
+    fit,
+    objective,
+    parting,
+    train,
+)
 
 
 def sigmoid(x):
@@ -23,7 +32,8 @@ def sigmoid(x):
 
 
 def test_the_parting_term_on_paper():
-    """Two classes; confidences .9 right, .6 right, .8 wrong: (sigma(.8 - .9) + sigma(.8 - .6)) / 2."""
+    """Two classes; confidences .9 right, .6 right, .8 wrong: (sigma(.8 - .9) + sigma(.8 - .6)) /
+    2."""
     p = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.8, 0.2]]).double()
     labels = torch.tensor([0, 0, 1])
     expected = (sigmoid(-0.1) + sigmoid(0.2)) / 2
@@ -41,7 +51,10 @@ def test_its_gradient_lowers_wrong_confidence_and_raises_right_one():
 
 def test_the_objective_is_the_mean_over_exits():
     generator = torch.Generator().manual_seed(0)
-    logits, labels = torch.randn(9, 3, 4, generator=generator), torch.randint(4, (9,), generator=generator)
+    logits, labels = (
+        torch.randn(9, 3, 4, generator=generator),
+        torch.randint(4, (9,), generator=generator),
+    )
     each = [torch.nn.functional.cross_entropy(logits[:, e], labels) for e in range(3)]
     assert objective(logits, labels, Plan(loss="ce")).item() == pytest.approx(sum(each).item() / 3)
     both = sum(loss + parting(logits[:, e], labels) for e, loss in enumerate(each)).item() / 3
@@ -57,7 +70,9 @@ def test_states_are_the_probes_and_are_kept(any_model, tmp_path, monkeypatch):
     geometry = Geometry.of(any_model, data)
     images = torch.stack([geometry(data.read(i)[0], None)[0] for i in range(7)])
     with torch.inference_mode():
-        expected = Probe(any_model).record(images, "resid_post", steps=steps, tokens="cls")["resid_post"]
+        expected = Probe(any_model).record(images, "resid_post", steps=steps, tokens="cls")[
+            "resid_post"
+        ]
     torch.testing.assert_close(states, expected, atol=1e-4, rtol=1e-4)
     monkeypatch.setattr(exiting, "unroll", None)  # a second call must not run the model
     again, _ = cached_states(any_model, data, steps, Plan(batch_size=3), tmp_path)
@@ -70,7 +85,9 @@ def test_states_are_the_probes_and_are_kept(any_model, tmp_path, monkeypatch):
 def test_exits_learn_what_can_be_told_and_do_not_disturb_each_other():
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(3, (600,), generator=generator)
-    told = torch.nn.functional.one_hot(labels, 8).float() + 0.1 * torch.randn(600, 8, generator=generator)
+    told = torch.nn.functional.one_hot(labels, 8).float() + 0.1 * torch.randn(
+        600, 8, generator=generator
+    )
     noise = torch.randn(600, 8, generator=generator)
     plan = Plan(epochs=30, lr=0.05, loss="ce")
     _, history = fit(torch.stack([noise, told], 1), labels, (2, 5), 3, plan)

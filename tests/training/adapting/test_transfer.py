@@ -19,8 +19,9 @@ from bvit_interp.metrics import wilson_interval
 from bvit_interp.models import adapters, checkpoint
 from bvit_interp.models.adapters import Adapted, Spec
 from bvit_interp.results import read_table
-from bvit_interp.training import feed, transfer, tuning
-from bvit_interp.training.transfer import COLUMNS, Plan, Transfer, places_of, run, summary
+from bvit_interp.training.adapting import transfer, tuning
+from bvit_interp.training.adapting.transfer import COLUMNS, Plan, Transfer, places_of, run, summary
+from bvit_interp.training.loop import feed
 
 COLOURS = {"red": 0, "green": 1, "blue": 2}
 
@@ -83,14 +84,20 @@ def test_a_probe_on_kept_features_is_the_head_trained_on_images(work, small):
     recipe = job.plan.recipe("probe", 7, "colours", len(job.train))
     one, other = (Adapted(small, Spec(mode="probe"), job.classes, 7) for _ in range(2))
     train, _, _ = job.features(None, one)
-    tuning.fit(one.model.head, one, lambda e: tuning.shares(train, recipe, e), len(job.train), recipe)
+    tuning.fit(
+        one.model.head, one, lambda e: tuning.shares(train, recipe, e), len(job.train), recipe
+    )
     geometry = Geometry.of(small, job.train)
 
     def batches(epoch):
-        return feed.batches(feed.Epoch(recipe, job.train, lambda image, _: geometry(image)[0], epoch), 0, 0)
+        return feed.batches(
+            feed.Epoch(recipe, job.train, lambda image, _: geometry(image)[0], epoch), 0, 0
+        )
 
     tuning.fit(other.view, other, batches, len(job.train), recipe)
-    torch.testing.assert_close(one.trained["head.weight"], other.trained["head.weight"], atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(
+        one.trained["head.weight"], other.trained["head.weight"], atol=1e-4, rtol=1e-3
+    )
 
 
 def test_a_probe_with_the_distilled_models_two_heads_is_one_head(tiny_distilled, work):
@@ -102,15 +109,23 @@ def test_a_probe_with_the_distilled_models_two_heads_is_one_head(tiny_distilled,
 
 
 def test_the_exact_solver_stands_where_a_long_trained_probe_ends():
-    """Two classes that a line through a known place tells: test images on either side of it, one mislabelled."""
+    """Two classes that a line through a known place tells: test images on either side of it, one
+    mislabelled."""
     x = torch.tensor([[-1.0], [-0.5], [0.5], [1.0], [3.0]])
     y = torch.tensor([0, 0, 1, 1, 1])
-    assert tuning.exact_accuracy((x, y), (torch.tensor([[-2.0], [2.0], [2.0]]), torch.tensor([0, 1, 0]))) == 2 / 3
+    assert (
+        tuning.exact_accuracy(
+            (x, y), (torch.tensor([[-2.0], [2.0], [2.0]]), torch.tensor([0, 1, 0]))
+        )
+        == 2 / 3
+    )
 
 
 def test_random_weights_are_fresh_and_drawn_by_seed(any_model):
     before = torch.get_rng_state()
-    one, same, other = (dict(tuning.untrained(any_model, seed).named_parameters()) for seed in (0, 0, 1))
+    one, same, other = (
+        dict(tuning.untrained(any_model, seed).named_parameters()) for seed in (0, 0, 1)
+    )
     assert torch.equal(torch.get_rng_state(), before)
     for name, tensor in any_model.named_parameters():
         assert torch.equal(one[name], same[name])
@@ -148,7 +163,8 @@ def test_the_table_its_nulls_and_its_summary(work, small):
 
 
 def test_it_learns(work):
-    """Colours are told by full tuning and by a time embedding, which random features and few epochs leave apart."""
+    """Colours are told by full tuning and by a time embedding, which random features and few epochs
+    leave apart."""
     frame = run(work(mode=("full", "te"), epochs=12, lr=3e-3))
     assert frame["accuracy"].min() > 0.85
     assert frame["train_loss"].max() < 0.6
@@ -159,7 +175,9 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("mode", ["lora-ffn", "te"])
-def test_a_killed_run_ends_with_the_same_weights_and_finished_rows_are_kept(work, small, monkeypatch, mode):
+def test_a_killed_run_ends_with_the_same_weights_and_finished_rows_are_kept(
+    work, small, monkeypatch, mode
+):
     plan = {"mode": ("probe", mode), "rank": 2}
     run(work(**plan, out="whole"))
     keep = tuning._keep
@@ -175,7 +193,9 @@ def test_a_killed_run_ends_with_the_same_weights_and_finished_rows_are_kept(work
     out = work(**plan).out
     assert read_table(out / "transfer.csv")["mode"].tolist() == ["probe"]
     assert len(list(out.glob("*/state.pt"))) == 1
-    with pytest.raises(UserError, match=r"was made with other options \(alpha: 16.0 there, 4.0 now\)"):
+    with pytest.raises(
+        UserError, match=r"was made with other options \(alpha: 16.0 there, 4.0 now\)"
+    ):
         run(work(**plan, alpha=4.0))
     monkeypatch.setattr(tuning, "_keep", keep)
     seen, epoch = [], feed.Epoch
@@ -188,7 +208,9 @@ def test_a_killed_run_ends_with_the_same_weights_and_finished_rows_are_kept(work
     whole = out.parent / "whole"
     assert (out / "transfer.csv").read_bytes() == (whole / "transfer.csv").read_bytes()
     for file in whole.glob("*/adapter.safetensors"):
-        one, other = (checkpoint.read_weights(f) for f in (file, out / file.parent.name / file.name))
+        one, other = (
+            checkpoint.read_weights(f) for f in (file, out / file.parent.name / file.name)
+        )
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -212,10 +234,14 @@ def test_norms_biases_and_embeddings_are_free_of_decay(work):
     for mode in ("te", "full", "lora-qv"):
         adapted = Adapted(job.model, Spec(mode=mode), job.classes)
         groups = tuning._optimizer(adapted, job.plan.recipe(mode, 0, "colours", 18)).param_groups
-        decayed = {id(tensor) for group in groups if group["weight_decay"] for tensor in group["params"]}
+        decayed = {
+            id(tensor) for group in groups if group["weight_decay"] for tensor in group["params"]
+        }
         names = {name for name, tensor in adapted.trained.items() if id(tensor) in decayed}
         assert "head.weight" in names
-        assert not [name for name in names if "norm" in name or "bias" in name or name.endswith("_embed")]
+        assert not [
+            name for name in names if "norm" in name or "bias" in name or name.endswith("_embed")
+        ]
         assert ("blocks.0.attn.qkv.lora_a" in names) == (mode == "lora-qv")
 
 
@@ -287,7 +313,17 @@ class FewLabels:
 
 def test_the_command_and_its_errors(small, pictures, tmp_path, capfd):
     ckpt = str(checkpoint.save(small, tmp_path / "small"))
-    given = ["transfer", "--ckpt", ckpt, "--data", f"folder:{pictures}", "--out", str(tmp_path / "x"), "--seeds", "0"]
+    given = [
+        "transfer",
+        "--ckpt",
+        ckpt,
+        "--data",
+        f"folder:{pictures}",
+        "--out",
+        str(tmp_path / "x"),
+        "--seeds",
+        "0",
+    ]
     assert main([*given, "--mode", "probe", "lora-qv", "--epochs", "1", "--rank", "2"]) == 0
     assert (tmp_path / "x" / "transfer.png").is_file()
     assert set(read_table(tmp_path / "x" / "transfer.csv")["data"]) == {"colours"}
@@ -307,7 +343,17 @@ def test_two_processes_give_the_table_of_one(small, pictures, tmp_path):
     ckpt = str(checkpoint.save(small, tmp_path / "small"))
     frames = []
     for n in (1, 2):
-        command = ["-m", "bvit_interp.cli", "transfer", "--ckpt", ckpt, "--data", f"folder:{pictures}", "--seeds", "0"]
+        command = [
+            "-m",
+            "bvit_interp.cli",
+            "transfer",
+            "--ckpt",
+            ckpt,
+            "--data",
+            f"folder:{pictures}",
+            "--seeds",
+            "0",
+        ]
         command += [
             "--mode",
             "probe",
@@ -320,9 +366,18 @@ def test_two_processes_give_the_table_of_one(small, pictures, tmp_path):
             str(tmp_path / str(n)),
         ]
         if n > 1:
-            command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command]
+            command = [
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc-per-node",
+                "2",
+                *command,
+            ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
-        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, timeout=300)
+        done = subprocess.run(
+            [sys.executable, *command], capture_output=True, text=True, env=environment, timeout=300
+        )
         assert done.returncode == 0, done.stderr[-2000:]
         frames.append(read_table(tmp_path / str(n) / "transfer.csv"))
     one, two = frames

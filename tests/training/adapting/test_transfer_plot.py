@@ -8,16 +8,29 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bvit_interp.report.transfer_figure import plot
 from bvit_interp.results import read_table, write_table
-from bvit_interp.training.transfer import COLUMNS
+from bvit_interp.training.adapting.transfer import COLUMNS
+from bvit_interp.training.adapting.transfer_plot import plot
 
 
 def row(**values):
     keys = {
-        "model": "m", "data": "pets", "backbone": "trained", "rank": 0, "epochs": 2, "train_images": 9, "weights": "0",
-        "images": "0", "head": 3, "train_loss": 1.0, "low": 0.0, "high": 1.0, "n": 9, "chance": 0.25, "exact": math.nan,
-    }  # fmt: skip
+        "model": "m",
+        "data": "pets",
+        "backbone": "trained",
+        "rank": 0,
+        "epochs": 2,
+        "train_images": 9,
+        "weights": "0",
+        "images": "0",
+        "head": 3,
+        "train_loss": 1.0,
+        "low": 0.0,
+        "high": 1.0,
+        "n": 9,
+        "chance": 0.25,
+        "exact": math.nan,
+    }
     return keys | values
 
 
@@ -28,15 +41,36 @@ def frame(tmp_path):
     for seed in (0, 1):
         more = {"seed": seed, "trainable": 0}
         rows.append(row(mode="probe", steps="none", accuracy=0.5 + seed / 10, exact=0.6, **more))
-        rows.append(row(mode="probe", steps="none", accuracy=0.3, exact=0.3, **more | {"backbone": "random"}))
-        for steps, accuracy in (("all", 0.8), ("none", 0.55), ("step 1", 0.6), ("step 2", 0.7), ("step 3", 0.65)):
-            rows.append(row(mode="lora-qv", steps=steps, accuracy=accuracy, **more | {"trainable": 25344, "rank": 8}))
+        rows.append(
+            row(
+                mode="probe", steps="none", accuracy=0.3, exact=0.3, **more | {"backbone": "random"}
+            )
+        )
+        for steps, accuracy in (
+            ("all", 0.8),
+            ("none", 0.55),
+            ("step 1", 0.6),
+            ("step 2", 0.7),
+            ("step 3", 0.65),
+        ):
+            rows.append(
+                row(
+                    mode="lora-qv",
+                    steps=steps,
+                    accuracy=accuracy,
+                    **more | {"trainable": 25344, "rank": 8},
+                )
+            )
     write_table(pd.DataFrame(rows)[list(COLUMNS)], tmp_path / "transfer.csv")
     return read_table(tmp_path / "transfer.csv")
 
 
 def levels(ax):
-    return {line.get_label(): line.get_ydata()[0] for line in ax.get_lines() if not line.get_label().startswith("_")}
+    return {
+        line.get_label(): line.get_ydata()[0]
+        for line in ax.get_lines()
+        if not line.get_label().startswith("_")
+    }
 
 
 def test_modes_are_means_with_deviations_and_grey_nulls(frame):
@@ -44,13 +78,17 @@ def test_modes_are_means_with_deviations_and_grey_nulls(frame):
     (drawn,) = modes.containers
     np.testing.assert_allclose(drawn.lines[0].get_xydata(), [[0, 0.55], [1, 0.8]])
     np.testing.assert_allclose(
-        drawn.lines[2][0].get_segments()[0][:, 1], 0.55 + np.array([-1, 1]) * np.std([0, 0.1], ddof=1)
+        drawn.lines[2][0].get_segments()[0][:, 1],
+        0.55 + np.array([-1, 1]) * np.std([0, 0.1], ddof=1),
     )
     found = levels(modes)
     assert found["chance"] == 0.25
     assert found["probe of random weights"] == pytest.approx(0.3)
     assert found["probe, exact solver"] == pytest.approx(0.6)
-    assert [label.get_text() for label in modes.get_xticklabels()] == ["probe\n0", "LoRA\nq, v\n25K"]
+    assert [label.get_text() for label in modes.get_xticklabels()] == [
+        "probe\n0",
+        "LoRA\nq, v\n25K",
+    ]
 
 
 def test_the_sweep_has_its_steps_and_both_ends(frame):
@@ -84,5 +122,8 @@ def test_one_seed_has_its_interval_over_images_and_every_models_parameters_are_t
     drawn = modes.containers[0].lines[2][0].get_segments()
     np.testing.assert_allclose(drawn[1][:, 1], [0.2, 0.9])
     np.testing.assert_allclose(drawn[0][:, 1], 0.55 + np.array([-1, 1]) * np.std([0, 0.1], ddof=1))
-    assert [label.get_text() for label in modes.get_xticklabels()] == ["probe\n0", "LoRA\nq, v\n25K / 253K"]
+    assert [label.get_text() for label in modes.get_xticklabels()] == [
+        "probe\n0",
+        "LoRA\nq, v\n25K / 253K",
+    ]
     assert {"m, 1 to 2 seeds", "vit, 2 seeds"} <= {*modes.get_legend_handles_labels()[1]}

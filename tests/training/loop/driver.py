@@ -1,7 +1,9 @@
-"""Real processes for test_processes.py: one start of Python, and a fork for every process that trains.
+"""Real processes for test_processes.py: one start of Python, and a fork for every process that
+trains.
 
-``python driver.py JOBS.json``: each job is a list of runs into one folder, one after another, each of one or two
-processes; a run that names a step kills itself there with SIGKILL, in the step or while it writes the state.
+``python driver.py JOBS.json``: each job is a list of runs into one folder, one after another, each
+of one or two processes; a run that names a step kills itself there with SIGKILL, in the step or
+while it writes the state.
 """
 
 from __future__ import annotations
@@ -17,9 +19,9 @@ import torch
 import torch.distributed as dist
 
 from bvit_interp.data import digits
-from bvit_interp.training import supervised
-from bvit_interp.training import trainer as run_trainer
-from bvit_interp.training.recipe import Recipe
+from bvit_interp.training.loop import supervised
+from bvit_interp.training.loop import trainer as run_trainer
+from bvit_interp.training.loop.recipe import Recipe
 
 TEST_IMAGES, SAVED_EVERY = 40, 3
 
@@ -30,7 +32,9 @@ def train(recipe, out, rank, world, meeting, kill_at, in_writing):
     digits.LENGTHS["test"] = TEST_IMAGES
     run_trainer._CHECKED_EVERY = SAVED_EVERY
     if world > 1:
-        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world
+        )
     step, write = run_trainer.Trainer._step, torch.save
 
     def dying(trainer, *batch):
@@ -75,7 +79,9 @@ def forked(work, world=1):
 
 def run(recipe, out, world=1, kill_at=None, in_writing=False):
     """One run; returns how its processes ended."""
-    return forked(lambda rank, meeting: train(recipe, out, rank, world, meeting, kill_at, in_writing), world)
+    return forked(
+        lambda rank, meeting: train(recipe, out, rank, world, meeting, kill_at, in_writing), world
+    )
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ from torchvision.transforms import RandomErasing
 from bvit_interp.data.digits import DigitScenes
 from bvit_interp.data.geometry import Geometry
 from bvit_interp.errors import UserError
-from bvit_interp.training import augment, start
-from bvit_interp.training.draws import Draws, drawn_for
+from bvit_interp.training.loop import augment
+from bvit_interp.training.loop import build as start
+from bvit_interp.training.loop.draws import Draws, drawn_for
 
 DRAWS = 400
 
@@ -27,14 +28,16 @@ def image():
 
 @pytest.fixture
 def view_of(recipe):
-    """``view_of(**settings)(image, times=DRAWS)``: a batch of views of one image by a recipe, ``(times, H, W, 3)``
-    pixels 0..255, or as the model is given them where not `raw`."""
+    """``view_of(**settings)(image, times=DRAWS)``: a batch of views of one image by a recipe,
+    ``(times, H, W, 3)`` pixels 0..255, or as the model is given them where not `raw`."""
 
     def make(raw=True, **settings):
         plan = recipe(**settings)
         model = start.make_model(plan, DigitScenes("train"))
         view = augment.Augmentation(plan, model)
-        mean, std = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+        mean, std = (
+            torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std")
+        )
 
         def drawn(image, times=DRAWS):
             images = torch.from_numpy(image).permute(2, 0, 1).expand(times, -1, -1, -1)
@@ -50,7 +53,9 @@ def view_of(recipe):
 def test_without_augmentation_it_is_the_geometry_of_a_test_image(recipe, view_of, image):
     model = start.make_model(recipe(), DigitScenes("train"))
     expected, _ = Geometry.of(model, DigitScenes("test"))(image)
-    torch.testing.assert_close(view_of(raw=False)(image, 2), expected.expand(2, -1, -1, -1), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        view_of(raw=False)(image, 2), expected.expand(2, -1, -1, -1), rtol=0, atol=1e-6
+    )
 
 
 def test_crop_cuts_from_the_image_padded_by_an_eighth(view_of, image):
@@ -82,34 +87,57 @@ def test_random_resized_crop_takes_8_to_100_percent_of_the_area(view_of):
     sides = []
     for out in view_of(crop="random-resized")(ramps):
         assert out.shape == (32, 32, 3)
-        gradients = out[16, -2, 1] - out[16, 1, 1], out[-2, 16, 0] - out[1, 16, 0]  # away from the border
+        gradients = (
+            out[16, -2, 1] - out[16, 1, 1],
+            out[-2, 16, 0] - out[1, 16, 0],
+        )  # away from the border
         sides.append([gradient / 2 * 32 / 29 for gradient in gradients])
     width, height = np.transpose(sides)
     area, ratio = width * height / 100**2, width / height
     assert 0.06 < area.min() < 0.15
     assert 0.9 < area.max() < 1.1
-    assert area.mean() == pytest.approx(0.485, abs=0.05)  # torchvision's mean: of large areas fewer tries fit
+    assert area.mean() == pytest.approx(
+        0.485, abs=0.05
+    )  # torchvision's mean: of large areas fewer tries fit
     assert 0.68 < ratio.min() < 0.8
     assert 1.25 < ratio.max() < 1.45
 
 
 @pytest.mark.parametrize(
     "words",
-    ["", "yes", "rand-x9", "rand-m", "rand-mabc", "rand-m9-tfoo", "rand-m9-nX", "augmix-m3", "rand-mstdinf", "rand--",
-     "rand-n2-tweights", "rand-t3a-mmax9"],
-)  # fmt: skip
+    [
+        "",
+        "yes",
+        "rand-x9",
+        "rand-m",
+        "rand-mabc",
+        "rand-m9-tfoo",
+        "rand-m9-nX",
+        "augmix-m3",
+        "rand-mstdinf",
+        "rand--",
+        "rand-n2-tweights",
+        "rand-t3a-mmax9",
+    ],
+)
 def test_words_that_are_not_known(view_of, words):
     with pytest.raises(UserError, match="randaugment must be torchvision or timm's words .*, got"):
         view_of(randaugment=words)
 
 
-@pytest.mark.parametrize("words", ["torchvision", "rand", "rand-m9-n3-p0.5", "rand-m10-inc1-n9", "rand-m0-n9"])
+@pytest.mark.parametrize(
+    "words", ["torchvision", "rand", "rand-m9-n3-p0.5", "rand-m10-inc1-n9", "rand-m0-n9"]
+)
 def test_words_that_are_known(view_of, image, words):
     """Also at the ends of the scale, where timm posterises to no bits at all and Pillow raises."""
     found = view_of(randaugment=words)(image, 40)
     assert found.shape == (40, 32, 32, 3)
-    assert found.min() > -0.01 and found.max() < 255.01 and np.abs(found - found.round()).max() < 0.01
-    assert len(np.unique(found.round(), axis=0)) > 15  # of 40, half of timm's operations do not take place
+    assert (
+        found.min() > -0.01 and found.max() < 255.01 and np.abs(found - found.round()).max() < 0.01
+    )
+    assert (
+        len(np.unique(found.round(), axis=0)) > 15
+    )  # of 40, half of timm's operations do not take place
 
 
 def test_what_randaugment_moves_in_is_black_or_the_mean_colour(view_of):
@@ -137,14 +165,22 @@ def test_erasing_blanks_a_rectangle_after_normalising(view_of, image):
 
 @pytest.mark.parametrize("size", [(32, 32), (60, 24)])
 def test_erased_boxes_are_distributed_as_torchvisions(size):
-    """Largest difference of the distribution functions of area, ratio and both places: 0.04 is p < 0.001."""
+    """Largest difference of the distribution functions of area, ratio and both places: 0.04 is p <
+    0.001."""
     boxes = augment.erased_boxes(Draws([1], augment._ERASING).table(20_000), 1.0, size)
     with drawn_for(0):
-        theirs = np.array([
-            RandomErasing.get_params(torch.empty(3, *size), scale=(0.02, 0.33), ratio=(0.3, 3.3), value=[0])[:4]
-            for _ in range(3000)
-        ])  # fmt: skip
-    theirs, erased = theirs[theirs[:, 2] < size[0]], (theirs[:, 2] < size[0]).mean()  # the rest: no try fitted
+        theirs = np.array(
+            [
+                RandomErasing.get_params(
+                    torch.empty(3, *size), scale=(0.02, 0.33), ratio=(0.3, 3.3), value=[0]
+                )[:4]
+                for _ in range(3000)
+            ]
+        )
+    theirs, erased = (
+        theirs[theirs[:, 2] < size[0]],
+        (theirs[:, 2] < size[0]).mean(),
+    )  # the rest: no try fitted
     boxes, found = boxes[boxes[:, 2] > 0], (boxes[:, 2] > 0).mean()
     assert found == pytest.approx(erased, abs=0.02)
     assert (boxes[:, :2] >= 0).all() and (boxes[:, :2] + boxes[:, 2:] <= size).all()
@@ -173,16 +209,21 @@ def test_the_order_is_crop_flip_randaugment_erase(view_of, image, monkeypatch):
         order.append("erase")
         return np.tile([0, 0, 32, 32], (len(draws), 1))
 
-    monkeypatch.setattr(augment.crops, "cut", lambda *given: order.append("crop and flip") or cut(*given))
+    monkeypatch.setattr(
+        augment.crops, "cut", lambda *given: order.append("crop and flip") or cut(*given)
+    )
     monkeypatch.setattr(augment.randaugment, "torchvisions", Noted)
     monkeypatch.setattr(augment, "erased_boxes", erased)
-    view = view_of(raw=False, crop="random-resized", flip=True, randaugment="torchvision", erase=0.1)
+    view = view_of(
+        raw=False, crop="random-resized", flip=True, randaugment="torchvision", erase=0.1
+    )
     assert (view(image) == 0).all()  # nothing comes after erasing
     assert order == ["crop and flip", "RandAugment", "erase"]
 
 
 def test_no_two_parts_draw_from_the_same_numbers(recipe):
-    """Each column of an image's row is of one thing: changing those of one part leaves the others as they were."""
+    """Each column of an image's row is of one thing: changing those of one part leaves the others
+    as they were."""
     plan = recipe(crop="padded", flip=True, randaugment="rand-m9-mstd0.5", erase=0.5, mixup=0.2)
     view = augment.Augmentation(plan, start.make_model(plan, DigitScenes("train")))
     given = {}
@@ -198,16 +239,22 @@ def test_no_two_parts_draw_from_the_same_numbers(recipe):
 
     given["mixing"] = view.of_mixing(Row(np.arange(view.width))).columns[:4]
     given["erasing"] = np.arange(view._erasing, view._erasing + 1 + 2 * 10 + 2)
-    given["randaugment"] = np.arange(augment.crops.WIDTH, augment.crops.WIDTH + view.randaugment.width)
+    given["randaugment"] = np.arange(
+        augment.crops.WIDTH, augment.crops.WIDTH + view.randaugment.width
+    )
     given["crop"] = np.arange(augment.crops.WIDTH)
     columns = np.concatenate([*given.values()])
     assert len(np.unique(columns)) == len(columns) == view.width
-    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (20, 3, 32, 32), dtype=np.uint8))
+    images = torch.from_numpy(
+        np.random.default_rng(0).integers(0, 256, (20, 3, 32, 32), dtype=np.uint8)
+    )
     table = Draws([1], view.width).table(20)
     for part, own in given.items():
         other = table.copy()
         other[:, own] = Draws([2], len(own)).table(20)[:, : len(own)]
-        assert torch.equal(view.cropped(images, table), view.cropped(images, other)) == (part != "crop")
+        assert torch.equal(view.cropped(images, table), view.cropped(images, other)) == (
+            part != "crop"
+        )
         assert np.array_equal(view.of_mixing(table), view.of_mixing(other)) == (part != "mixing")
         coloured, others = view.coloured(images, table), view.coloured(images, other)
         assert torch.equal(coloured, others) == (part in ("crop", "mixing"))
@@ -217,7 +264,10 @@ def test_no_two_parts_draw_from_the_same_numbers(recipe):
 @pytest.mark.parametrize("crop", ["none", "padded"])
 @pytest.mark.parametrize("size", [(40, 40), (24, 24), (32, 40), (1, 1)])
 def test_an_image_of_another_size(view_of, crop, size):
-    with pytest.raises(UserError, match=f"an image of {size[0]} x {size[1]} pixels for a model of 32 x 32: use crop="):
+    with pytest.raises(
+        UserError,
+        match=f"an image of {size[0]} x {size[1]} pixels for a model of 32 x 32: use crop=",
+    ):
         view_of(crop=crop)(np.zeros((*size, 3), np.uint8))
 
 
@@ -238,7 +288,8 @@ def test_no_mixing_by_default(recipe):
 
 @pytest.mark.parametrize("alphas", [{"mixup": 0.8}, {"cutmix": 1.0}, {"mixup": 0.2, "cutmix": 1.0}])
 def test_targets_are_mixed_as_the_images_are_and_smoothed_once(recipe, alphas):
-    """Image i is constant i: its mixture with image 8 - i tells the share, which the target must have."""
+    """Image i is constant i: its mixture with image 8 - i tells the share, which the target must
+    have."""
     labels = torch.arange(9)
     smooth = 0.8 * F.one_hot(labels, 10) + 0.2 / 10
     images = torch.arange(9.0).view(9, 1, 1, 1).expand(9, 3, 16, 16)
@@ -263,18 +314,28 @@ def test_the_arithmetic_is_timms_for_given_draws(recipe, monkeypatch, alphas, si
     n, draws = 40, draws_of(40, 7)
     generator = torch.Generator().manual_seed(0)
     images, labels = torch.rand(n, 3, *size, generator=generator), torch.arange(n) % 10
-    found, targets = augment.Mixing(recipe(**alphas, label_smoothing=0.1), 10)(images, labels, draws)
+    found, targets = augment.Mixing(recipe(**alphas, label_smoothing=0.1), 10)(
+        images, labels, draws
+    )
     theirs = Mixup(
-        alphas.get("mixup", 0.0), alphas.get("cutmix", 0.0), mode="elem", label_smoothing=0.1, num_classes=10
+        alphas.get("mixup", 0.0),
+        alphas.get("cutmix", 0.0),
+        mode="elem",
+        label_smoothing=0.1,
+        num_classes=10,
     )
     cuts = draws[:, 0] < 0.5 if len(alphas) == 2 else np.full(n, "cutmix" in alphas)
     alpha = np.where(cuts, alphas.get("cutmix", 1.0), alphas.get("mixup", 1.0))
     share = beta_distribution.ppf(draws[:, 1], alpha, alpha)
-    centres = iter(int(place * side) for row in draws[cuts] for place, side in zip(row[2:4], size, strict=True))
+    centres = iter(
+        int(place * side) for row in draws[cuts] for place, side in zip(row[2:4], size, strict=True)
+    )
     monkeypatch.setattr(theirs, "_params_per_elem", lambda batch: (share.copy(), cuts))
     monkeypatch.setattr(mixup.np.random, "randint", lambda *given, size=None: next(centres))
     expected, wanted = theirs(images.clone(), labels)
-    torch.testing.assert_close(found, expected, atol=2e-3, rtol=0)  # the share is of a table of 4,097 quantiles
+    torch.testing.assert_close(
+        found, expected, atol=2e-3, rtol=0
+    )  # the share is of a table of 4,097 quantiles
     torch.testing.assert_close(targets, wanted.float(), atol=2e-3, rtol=0)
     assert (found - images).abs().mean() > 0.02
 
@@ -282,7 +343,8 @@ def test_the_arithmetic_is_timms_for_given_draws(recipe, monkeypatch, alphas, si
 @pytest.mark.parametrize("alpha", [0.2, 1.0])
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
 def test_shares_are_distributed_as_timms(recipe, alpha, kind):
-    """The largest difference of two distribution functions; of Mixup also from Beta itself, as far as its ends."""
+    """The largest difference of two distribution functions; of Mixup also from Beta itself, as far
+    as its ends."""
     n, labels = 4000, torch.arange(4000) % 2
     images = torch.zeros(n, 1, 16, 16)
     mixing = augment.Mixing(recipe(**{kind: alpha}), n)
@@ -290,26 +352,44 @@ def test_shares_are_distributed_as_timms(recipe, alpha, kind):
     _, targets = mixing(images, torch.arange(n), draws_of(n, 3))
     ours = targets[other, other].double().numpy()
     with drawn_for(0):
-        theirs_of = Mixup(**{f"{kind}_alpha": alpha, "mixup_alpha" if kind == "cutmix" else "cutmix_alpha": 0.0},
-                          mode="elem", label_smoothing=0.0, num_classes=2)  # fmt: skip
+        theirs_of = Mixup(
+            **{f"{kind}_alpha": alpha, "mixup_alpha" if kind == "cutmix" else "cutmix_alpha": 0.0},
+            mode="elem",
+            label_smoothing=0.0,
+            num_classes=2,
+        )
         _, mixed = theirs_of(images.clone(), labels)
-    own = mixed[torch.arange(n), labels].double().numpy()  # the partner of an even place is an odd one
+    own = (
+        mixed[torch.arange(n), labels].double().numpy()
+    )  # the partner of an even place is an odd one
     assert ks_2samp(ours, own).statistic < 0.045  # 1.95 sqrt(2 / 4000), p < 0.001
     if kind == "mixup":
-        assert kstest(ours.clip(1e-6, 1 - 1e-6), beta_distribution(alpha, alpha).cdf).statistic < 0.05
-        assert ks_2samp(ours, beta_distribution(alpha * 1.5, alpha * 1.5).rvs(n, random_state=0)).statistic > 0.045
+        assert (
+            kstest(ours.clip(1e-6, 1 - 1e-6), beta_distribution(alpha, alpha).cdf).statistic < 0.05
+        )
+        assert (
+            ks_2samp(
+                ours, beta_distribution(alpha * 1.5, alpha * 1.5).rvs(n, random_state=0)
+            ).statistic
+            > 0.045
+        )
 
 
 def test_one_of_the_two_is_drawn_for_each_image(recipe):
     images = torch.rand(2000, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    mixed, _ = augment.Mixing(recipe(mixup=1.0, cutmix=1.0), 2)(images, torch.zeros(2000).long(), draws_of(2000))
+    mixed, _ = augment.Mixing(recipe(mixup=1.0, cutmix=1.0), 2)(
+        images, torch.zeros(2000).long(), draws_of(2000)
+    )
     swapped = (mixed == images) | (mixed == images.flip(0))
     assert swapped.flatten(1).all(1).float().mean() == pytest.approx(0.5, abs=0.04)
 
 
 def test_batches_do_not_mix_with_each_other(recipe):
     mixing = augment.Mixing(recipe(mixup=0.5, cutmix=1.0, label_smoothing=0.1), 10)
-    images, labels = torch.rand(21, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(21) % 10
+    images, labels = (
+        torch.rand(21, 3, 8, 8, generator=torch.Generator().manual_seed(1)),
+        torch.arange(21) % 10,
+    )
     draws = draws_of(21, 5)
     together, targets = mixing(images, labels, draws, 7)
     for begin in (0, 7, 14):
@@ -320,10 +400,13 @@ def test_batches_do_not_mix_with_each_other(recipe):
 
 
 def test_a_box_of_an_odd_side_has_that_side(recipe, monkeypatch):
-    """A share of 1 - (3 / 8)**2 around pixel (4, 4) of 8 x 8: three rows and columns, from 3 to 5."""
+    """A share of 1 - (3 / 8)**2 around pixel (4, 4) of 8 x 8: three rows and columns, from 3 to
+    5."""
     mixing = augment.Mixing(recipe(cutmix=1.0), 2)  # Beta(1, 1): the share is the number drawn
     draws = np.array([[0.0, 1 - (3.001 / 8) ** 2, 4.5 / 8, 4.5 / 8]] * 2)
-    mixed, targets = mixing(torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 1, 8, 8), torch.tensor([0, 1]), draws)
+    mixed, targets = mixing(
+        torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 1, 8, 8), torch.tensor([0, 1]), draws
+    )
     assert [*zip(*(place.tolist() for place in mixed[0, 0].nonzero().T), strict=True)] == [
         (r, c) for r in (3, 4, 5) for c in (3, 4, 5)
     ]

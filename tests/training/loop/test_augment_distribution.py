@@ -1,7 +1,8 @@
-"""Augmented images on batches against the path through Pillow: torchvision's and timm's transforms, one by one.
+"""Augmented images on batches against the path through Pillow: torchvision's and timm's transforms,
+one by one.
 
-Of a few hundred draws of two photographs on either path, how far apart are their statistics? The tolerances are stated
-once, and each of them is shown to tell a recipe with one other magnitude.
+Of a few hundred draws of two photographs on either path, how far apart are their statistics? The
+tolerances are stated once, and each of them is shown to tell a recipe with one other magnitude.
 """
 
 from __future__ import annotations
@@ -16,33 +17,51 @@ from PIL import Image, ImageOps
 from timm.data.auto_augment import rand_augment_transform
 from torchvision.transforms import v2
 
-from bvit_interp.training import augment, crops, randaugment
-from bvit_interp.training.draws import Draws, drawn_for
-from bvit_interp.training.recipe import Recipe
+from bvit_interp.training.loop import augment, crops, randaugment
+from bvit_interp.training.loop.draws import Draws, drawn_for
+from bvit_interp.training.loop.recipe import Recipe
 
 DRAWS, SIZE = 1200, (32, 32)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-TOLERANCES = {  # of the statistics in `distances`: as far as two runs of the Pillow path are apart, or a little more
-    "mean": 0.06,  # root mean square over pixels of the difference of means, in standard deviations of all pixels
+# of the statistics in `distances`: as far as two runs of the Pillow path are apart, or a little
+# more
+TOLERANCES = {
+    # root mean square over pixels of the difference of means, in standard deviations of all pixels
+    "mean": 0.06,
     "spread": 0.05,  # the same of the pixels' own standard deviations
     "erased": 0.007,  # share of pixels that are exactly zero
     "black": 0.015,  # share that is black in all channels
     "histogram": 0.045,  # total variation of grey values in 32 bins
-    "images": 0.06,  # largest difference of the distribution functions of an image's mean and contrast
+    # largest difference of the distribution functions of an image's mean and contrast
+    "images": 0.06,
 }
 RECIPES = {
-    "padded, torchvision": {"crop": "padded", "flip": True, "randaugment": "torchvision", "erase": 0.25},
-    "resized, timm": {"crop": "random-resized", "flip": True, "randaugment": "rand-m9-mstd0.5-inc1", "erase": 0.25},
+    "padded, torchvision": {
+        "crop": "padded",
+        "flip": True,
+        "randaugment": "torchvision",
+        "erase": 0.25,
+    },
+    "resized, timm": {
+        "crop": "random-resized",
+        "flip": True,
+        "randaugment": "rand-m9-mstd0.5-inc1",
+        "erase": 0.25,
+    },
 }
 
 
 @pytest.fixture(scope="module")
 def photos():
-    """A light and a dark photograph without black pixels, ``(H, W, 3)`` uint8; square for the crop that pads."""
+    """A light and a dark photograph without black pixels, ``(H, W, 3)`` uint8; square for the crop
+    that pads."""
     from sklearn.datasets import load_sample_images
 
     first, second = load_sample_images().images
-    return [np.maximum(first[100:180:2, 200:296:2], 8), np.maximum(second[150:230:2, 100:196:2] // 2, 8)]
+    return [
+        np.maximum(first[100:180:2, 200:296:2], 8),
+        np.maximum(second[150:230:2, 100:196:2] // 2, 8),
+    ]
 
 
 def plan_of(settings):
@@ -54,22 +73,30 @@ def by_pillow(plan, photos, seed):
     grey = tuple(round(255 * mean) for mean in MEAN)
     crop = {
         "padded": lambda: v2.RandomCrop(SIZE, padding=SIZE[0] // 8),
-        "random-resized": lambda: v2.RandomResizedCrop(SIZE, interpolation=v2.InterpolationMode.BILINEAR),
+        "random-resized": lambda: v2.RandomResizedCrop(
+            SIZE, interpolation=v2.InterpolationMode.BILINEAR
+        ),
     }[plan.crop]()
     operations = (
         v2.RandAugment(num_ops=2, magnitude=9, interpolation=v2.InterpolationMode.BILINEAR)
-        if plan.randaugment == "torchvision" else
-        rand_augment_transform(
-            plan.randaugment, {"translate_const": 14, "img_mean": grey, "interpolation": Image.Resampling.BILINEAR}
+        if plan.randaugment == "torchvision"
+        else rand_augment_transform(
+            plan.randaugment,
+            {"translate_const": 14, "img_mean": grey, "interpolation": Image.Resampling.BILINEAR},
         )
-    )  # fmt: skip
+    )
     for operation in getattr(operations, "ops", ()):
         if operation.name.startswith("Posterize"):  # Pillow refuses to keep no bits at all
             operation.aug_fn = lambda image, bits, **_: ImageOps.posterize(image, max(bits, 1))
     steps = [crop, v2.RandomHorizontalFlip(), operations]
-    finish = v2.Compose([
-        v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD), v2.RandomErasing(plan.erase)
-    ])  # fmt: skip
+    finish = v2.Compose(
+        [
+            v2.PILToTensor(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(MEAN, STD),
+            v2.RandomErasing(plan.erase),
+        ]
+    )
     found = []
     for photo in photos:
         with drawn_for(seed, len(found)):
@@ -84,10 +111,14 @@ def by_pillow(plan, photos, seed):
 def by_batches(plan, photos, seed):
     about = SimpleNamespace(
         pretrained_cfg={"mean": MEAN, "std": STD}, patch_embed=SimpleNamespace(img_size=SIZE)
-    )  # fmt: skip
+    )
     view = augment.Augmentation(plan, about)
-    batches = [torch.from_numpy(photo).permute(2, 0, 1).expand(DRAWS, -1, -1, -1) for photo in photos]
-    return torch.stack([view(b, Draws([seed, i], view.width).table(DRAWS)) for i, b in enumerate(batches)])
+    batches = [
+        torch.from_numpy(photo).permute(2, 0, 1).expand(DRAWS, -1, -1, -1) for photo in photos
+    ]
+    return torch.stack(
+        [view(b, Draws([seed, i], view.width).table(DRAWS)) for i, b in enumerate(batches)]
+    )
 
 
 def distances(one, other):
@@ -97,33 +128,46 @@ def distances(one, other):
     mean, std = (torch.tensor(part).view(3, 1, 1) for part in (MEAN, STD))
     grey = [((part * std + mean) * 255).round() for part in (one, other)]
     black = [(part == 0).all(2).float().mean((1, 2, 3)) for part in grey]
-    bins = [torch.stack([torch.histc(photo, 32, 0, 255) / photo.numel() for photo in part]) for part in grey]
-    of_images = [torch.stack([part.mean((2, 3, 4)), part.std((2, 3, 4))]).sort(-1).values for part in (one, other)]
+    bins = [
+        torch.stack([torch.histc(photo, 32, 0, 255) / photo.numel() for photo in part])
+        for part in grey
+    ]
+    of_images = [
+        torch.stack([part.mean((2, 3, 4)), part.std((2, 3, 4))]).sort(-1).values
+        for part in (one, other)
+    ]
     steps = [
-        max(np.abs(np.searchsorted(b, b, "right") - np.searchsorted(a, b, "right")).max() / DRAWS
-            for a, b in zip(x.flatten(0, 1).numpy(), y.flatten(0, 1).numpy(), strict=True))
+        max(
+            np.abs(np.searchsorted(b, b, "right") - np.searchsorted(a, b, "right")).max() / DRAWS
+            for a, b in zip(x.flatten(0, 1).numpy(), y.flatten(0, 1).numpy(), strict=True)
+        )
         for x, y in (of_images, of_images[::-1])
-    ]  # fmt: skip
+    ]
 
     def rms(statistic):
         first, second = (statistic(part) for part in (one, other))
         return ((first - second).square().mean().sqrt() / spread).item()
 
     return {
-        "mean": rms(lambda part: part.mean(1)), "spread": rms(lambda part: part.std(1)),
+        "mean": rms(lambda part: part.mean(1)),
+        "spread": rms(lambda part: part.std(1)),
         "erased": (erased[0].float().mean() - erased[1].float().mean()).abs().item(),
         "black": (black[0] - black[1]).abs().max().item(),
-        "histogram": (bins[0] - bins[1]).abs().sum(1).max().item() / 2, "images": max(steps),
-    }  # fmt: skip
+        "histogram": (bins[0] - bins[1]).abs().sum(1).max().item() / 2,
+        "images": max(steps),
+    }
 
 
 @pytest.fixture(scope="module")
 def references(photos):
-    """``references[name]``: recipe, photographs at the size that its crop takes, and their views by Pillow."""
+    """``references[name]``: recipe, photographs at the size that its crop takes, and their views by
+    Pillow."""
     made = {}
     for name, settings in RECIPES.items():
         plan = plan_of(settings)
-        pictures = photos if plan.crop == "random-resized" else [photo[:32, :32] for photo in photos]
+        pictures = (
+            photos if plan.crop == "random-resized" else [photo[:32, :32] for photo in photos]
+        )
         made[name] = plan, pictures, by_pillow(plan, pictures, 1)
     return made
 
@@ -139,21 +183,49 @@ def strength_of(kind, **changes):
     made = getattr(randaugment, kind)
     return lambda monkeypatch: monkeypatch.setattr(
         randaugment, kind, lambda *given: replace(made(*given), **changes)
-    )  # fmt: skip
+    )
 
 
 PADDED, RESIZED = RECIPES
 OTHERS = {  # what is changed, and the statistics that must tell it
-    "strength 4.5 of 30": (PADDED, strength_of("torchvisions", strength=0.15), {"black", "histogram", "images"}),
-    "strength 15 of 30": (PADDED, strength_of("torchvisions", strength=0.5), {"mean", "black", "histogram", "images"}),
-    "filled with grey": (PADDED, strength_of("torchvisions", fill=(124, 116, 104)), {"mean", "spread", "black"}),
-    "erased up to 0.2": (PADDED, lambda patch: patch.setattr(augment, "_ERASED", (0.02, 0.2)), {"erased"}),
+    "strength 4.5 of 30": (
+        PADDED,
+        strength_of("torchvisions", strength=0.15),
+        {"black", "histogram", "images"},
+    ),
+    "strength 15 of 30": (
+        PADDED,
+        strength_of("torchvisions", strength=0.5),
+        {"mean", "black", "histogram", "images"},
+    ),
+    "filled with grey": (
+        PADDED,
+        strength_of("torchvisions", fill=(124, 116, 104)),
+        {"mean", "spread", "black"},
+    ),
+    "erased up to 0.2": (
+        PADDED,
+        lambda patch: patch.setattr(augment, "_ERASED", (0.02, 0.2)),
+        {"erased"},
+    ),
     "erased for 40 %": (PADDED, {"erase": 0.4}, {"erased", "images"}),
     "not mirrored": (PADDED, {"flip": False}, {"mean", "spread"}),
-    "strength 7 of 10": (RESIZED, strength_of("timms", strength=0.7), {"mean", "spread", "black", "histogram"}),
+    "strength 7 of 10": (
+        RESIZED,
+        strength_of("timms", strength=0.7),
+        {"mean", "spread", "black", "histogram"},
+    ),
     "for 60 %": (RESIZED, strength_of("timms", probability=0.6), {"mean", "histogram", "images"}),
-    "filled with black": (RESIZED, strength_of("timms", fill=(0, 0, 0)), {"mean", "black", "histogram"}),
-    "not increasing": (RESIZED, {"randaugment": "rand-m9-mstd0.5"}, {"spread", "black", "histogram"}),
+    "filled with black": (
+        RESIZED,
+        strength_of("timms", fill=(0, 0, 0)),
+        {"mean", "black", "histogram"},
+    ),
+    "not increasing": (
+        RESIZED,
+        {"randaugment": "rand-m9-mstd0.5"},
+        {"spread", "black", "histogram"},
+    ),
     "areas from 0.5": (RESIZED, lambda patch: patch.setattr(crops, "AREA", (0.5, 1.0)), {"images"}),
 }
 

@@ -1,4 +1,5 @@
-"""Where a run starts: weights, positions, weight decay, the learning rate of every epoch, the EMA's horizon."""
+"""Where a run starts: weights, positions, weight decay, the learning rate of every epoch, the EMA's
+horizon."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from bvit_interp.data.digits import DigitScenes
 from bvit_interp.errors import UserError
 from bvit_interp.models.checkpoint import save
-from bvit_interp.training import start
-from bvit_interp.training.recipe import read
+from bvit_interp.training.loop import build as start
+from bvit_interp.training.loop.recipe import read
 
 SAMPLES = DigitScenes("train")
 
@@ -33,13 +34,19 @@ def test_the_model_knows_its_classes_and_that_nothing_is_cut_off(recipe):
 
 
 @pytest.mark.parametrize(
-    ("name", "new"), [("bvit_small_te_patch16_224", "blocks.step_embed"), ("bvit_small_reg4_patch16_224", "reg_token")]
+    ("name", "new"),
+    [
+        ("bvit_small_te_patch16_224", "blocks.step_embed"),
+        ("bvit_small_reg4_patch16_224", "reg_token"),
+    ],
 )
 def test_starting_from_a_checkpoint(make, recipe, tmp_path, name, new):
     base = make(patch_size=8)
     folder = save(base, tmp_path / "base")
     arguments = {"name": name, "embed_dim": 32, "num_heads": 4, "num_steps": 12}
-    model = start.make_model(recipe(model=arguments, init=str(folder), positions="sincos"), SAMPLES).eval()
+    model = start.make_model(
+        recipe(model=arguments, init=str(folder), positions="sincos"), SAMPLES
+    ).eval()
     own = model.state_dict()
     assert set(own) - set(base.state_dict()) == {new}
     assert all(torch.equal(own[key], tensor) for key, tensor in base.state_dict().items())
@@ -53,7 +60,9 @@ def test_starting_from_a_checkpoint(make, recipe, tmp_path, name, new):
 @pytest.mark.parametrize("kind", ["", "reg4_", "distilled_"])
 def test_sincos_positions(recipe, kind):
     """Half of the width is of the row, the other half of the column."""
-    model = start.make_model(recipe(positions="sincos", model={"name": f"bvit_small_{kind}patch16_224"}), SAMPLES)
+    model = start.make_model(
+        recipe(positions="sincos", model={"name": f"bvit_small_{kind}patch16_224"}), SAMPLES
+    )
     prefix, patches = model.pos_embed.detach()[0].split([1 + (kind == "distilled_"), 16])
     positions = patches.reshape(4, 4, 32)
     assert positions.abs().max() <= 1
@@ -81,7 +90,10 @@ def test_the_papers_schedule_is_torchvisions():
     recipe, steps = read("imagenet-paper"), 2
     found = rates(recipe, steps)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)
-    parts = [LinearLR(optimizer, start_factor=0.033, total_iters=30), CosineAnnealingLR(optimizer, T_max=270)]
+    parts = [
+        LinearLR(optimizer, start_factor=0.033, total_iters=30),
+        CosineAnnealingLR(optimizer, T_max=270),
+    ]
     schedule, expected = SequentialLR(optimizer, parts, milestones=[30]), []
     for _ in range(300):
         expected += [optimizer.param_groups[0]["lr"]] * steps
@@ -120,11 +132,16 @@ def test_weight_decay_is_on_matrices_only(request, recipe, kind):
     optimizer = start.optimizer(model, recipe(weight_decay=0.07))
     groups = {group["weight_decay"]: named(model, group) for group in optimizer.param_groups}
     assert set(groups) == {0.0, 0.07}
-    heads = {name for name, _ in model.named_parameters() if name.startswith("head") and name.endswith("weight")}
+    heads = {
+        name
+        for name, _ in model.named_parameters()
+        if name.startswith("head") and name.endswith("weight")
+    }
     assert groups[0.07] == {
-        "patch_embed.proj.weight", *heads,
+        "patch_embed.proj.weight",
+        *heads,
         *(f"blocks.0.{part}.weight" for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")),
-    }  # fmt: skip
+    }
     assert groups[0.0] | groups[0.07] == {name for name, _ in model.named_parameters()}
     assert {"cls_token", "pos_embed", "norm.weight", "head.bias"} <= groups[0.0]
 

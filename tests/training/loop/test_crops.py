@@ -10,8 +10,8 @@ from scipy.stats import ks_2samp
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as tv
 
-from bvit_interp.training import crops
-from bvit_interp.training.draws import Draws
+from bvit_interp.training.loop import crops
+from bvit_interp.training.loop.draws import Draws
 
 SIZES = [(32, 32), (24, 40), (90, 70), (8, 5)]
 
@@ -36,7 +36,9 @@ def random_places(n, high, wide, seed=0):
     """Boxes of any size from one pixel to the whole image."""
     rng = np.random.default_rng(seed)
     height, width = rng.integers(1, high + 1, n), rng.integers(1, wide + 1, n)
-    return np.stack([rng.integers(0, high - height + 1), rng.integers(0, wide - width + 1), height, width], 1)
+    return np.stack(
+        [rng.integers(0, high - height + 1), rng.integers(0, wide - width + 1), height, width], 1
+    )
 
 
 def upright(n):
@@ -45,8 +47,11 @@ def upright(n):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_a_resized_box_is_torchvisions_of_a_picture_and_of_a_tensor(photos, size, cut):
-    """Pillow rounds between the two axes, and torch's kernel in fixed point: both by a grey level at most."""
-    boxes = np.concatenate([random_places(60, 53, 67), [[0, 0, 53, 67], [52, 66, 1, 1], [0, 0, *size]]])
+    """Pillow rounds between the two axes, and torch's kernel in fixed point: both by a grey level
+    at most."""
+    boxes = np.concatenate(
+        [random_places(60, 53, 67), [[0, 0, 53, 67], [52, 66, 1, 1], [0, 0, *size]]]
+    )
     boxes[-1, 2:] = np.minimum(boxes[-1, 2:], (53, 67))
     images = photos[torch.arange(len(boxes)) % 3]
     found = cut(images, boxes, upright(len(boxes)), size)
@@ -54,8 +59,14 @@ def test_a_resized_box_is_torchvisions_of_a_picture_and_of_a_tensor(photos, size
     shifted = []
     for image, box, own in zip(images, boxes.tolist(), found, strict=True):
         picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-        by_pillow = np.array(tv.resized_crop(picture, *box, list(size), tv.InterpolationMode.BILINEAR, antialias=True))
-        by_torch = tv.resized_crop(image, *box, list(size), tv.InterpolationMode.BILINEAR, antialias=True)
+        by_pillow = np.array(
+            tv.resized_crop(
+                picture, *box, list(size), tv.InterpolationMode.BILINEAR, antialias=True
+            )
+        )
+        by_torch = tv.resized_crop(
+            image, *box, list(size), tv.InterpolationMode.BILINEAR, antialias=True
+        )
         for expected in (torch.from_numpy(by_pillow).permute(2, 0, 1), by_torch):
             assert (own.int() - expected.int()).abs().max() <= 1, box
         shifted.append((own.int() - by_torch.roll(1, -1).int()).abs().float().mean() > 1)
@@ -79,7 +90,9 @@ def test_mirrored_is_the_flipped_crop(photos, cut):
     assert (mirrored[::2].int() - straight[::2].flip(-1).int()).abs().max() <= 1
     assert torch.equal(mirrored[1::2], straight[1::2])
     whole = crops.whole_boxes(np.zeros((3, crops.WIDTH)), (53, 67))
-    assert torch.equal(cut(photos, whole, np.array([True, False, True]), (53, 67))[[0, 2]], photos[[0, 2]].flip(-1))
+    assert torch.equal(
+        cut(photos, whole, np.array([True, False, True]), (53, 67))[[0, 2]], photos[[0, 2]].flip(-1)
+    )
     assert torch.equal(cut(photos, whole, upright(3), (53, 67)), photos)
 
 
@@ -92,7 +105,9 @@ def test_what_lies_beyond_the_image_is_black_and_the_rest_exact(photos, flipped,
     for own, (top, left, *_), image in zip(found, boxes, padded, strict=True):
         window = image[:, top + 6 : top + 59, left + 6 : left + 73]
         np.testing.assert_array_equal(own, window[..., ::-1] if flipped else window)
-    assert {*boxes[:, 0]} == {*range(-6, 7)} == {*boxes[:, 1]}  # an eighth of the height on every side, in both axes
+    assert (
+        {*boxes[:, 0]} == {*range(-6, 7)} == {*boxes[:, 1]}
+    )  # an eighth of the height on every side, in both axes
 
 
 def test_images_of_one_pixel_and_boxes_beside_them(cut):
@@ -112,26 +127,40 @@ def torchvisions(size, n=4000):
     image = torch.empty(3, *size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return np.array([RandomResizedCrop.get_params(image, list(crops.AREA), list(crops.RATIO)) for _ in range(n)])
+        return np.array(
+            [
+                RandomResizedCrop.get_params(image, list(crops.AREA), list(crops.RATIO))
+                for _ in range(n)
+            ]
+        )
 
 
 def measures(boxes, size):
-    """Area and ratio, and the place within what is free, each a column that has one distribution."""
+    """Area and ratio, and the place within what is free, each a column that has one
+    distribution."""
     top, left, height, width = boxes.T.astype(float)
     free_rows, free_columns = size[0] - height, size[1] - width
     return {
-        "area": height * width / np.prod(size), "ratio": width / height,
-        "row": (top + 0.5) / (free_rows + 1), "column": (left + 0.5) / (free_columns + 1), "height": height,
-    }  # fmt: skip
+        "area": height * width / np.prod(size),
+        "ratio": width / height,
+        "row": (top + 0.5) / (free_rows + 1),
+        "column": (left + 0.5) / (free_columns + 1),
+        "height": height,
+    }
 
 
 @pytest.mark.parametrize("size", [(96, 96), (60, 100), (64, 32)])
 def test_random_boxes_are_distributed_as_torchvisions(size):
-    """Largest difference of the distribution functions 0.04: 1.8 standard errors' worth at 4,000 and 20,000 draws."""
+    """Largest difference of the distribution functions 0.04: 1.8 standard errors' worth at 4,000
+    and 20,000 draws."""
     draws = Draws([0], crops.WIDTH).table(20_000)
     boxes = crops.random_boxes(draws, size)
     assert boxes.dtype == np.int64
-    assert (boxes[:, :2] >= 0).all() and (boxes[:, 2:] >= 1).all() and (boxes[:, :2] + boxes[:, 2:] <= size).all()
+    assert (
+        (boxes[:, :2] >= 0).all()
+        and (boxes[:, 2:] >= 1).all()
+        and (boxes[:, :2] + boxes[:, 2:] <= size).all()
+    )
     ours, theirs = measures(boxes, size), measures(torchvisions(size), size)
     for name, values in ours.items():
         assert ks_2samp(values, theirs[name]).statistic < 0.04, name
@@ -143,7 +172,9 @@ def test_that_comparison_tells_other_areas_ratios_and_places(monkeypatch):
     theirs = measures(torchvisions(size), size)
 
     def statistic(name):
-        return ks_2samp(measures(crops.random_boxes(draws, size), size)[name], theirs[name]).statistic
+        return ks_2samp(
+            measures(crops.random_boxes(draws, size), size)[name], theirs[name]
+        ).statistic
 
     monkeypatch.setattr(crops, "AREA", (0.15, 1.0))
     assert statistic("area") > 0.05
@@ -169,7 +200,10 @@ def test_the_share_of_images_for_which_no_box_fits():
     size = (90, 30)
     ours, theirs = (
         (boxes[:, 2] == 40) & (boxes[:, 3] == 30) & (boxes[:, 0] == 25)
-        for boxes in (crops.random_boxes(Draws([3], crops.WIDTH).table(20_000), size), torchvisions(size))
+        for boxes in (
+            crops.random_boxes(Draws([3], crops.WIDTH).table(20_000), size),
+            torchvisions(size),
+        )
     )
     assert 0.02 < theirs.mean() < 0.6
     assert ours.mean() == pytest.approx(theirs.mean(), abs=0.03)

@@ -1,4 +1,5 @@
-"""Random numbers of which any row can be had alone, and global generators that are left as they were."""
+"""Random numbers of which any row can be had alone, and global generators that are left as they
+were."""
 
 # ruff: noqa: NPY002  numpy's global generator is what timm draws from
 from __future__ import annotations
@@ -11,7 +12,7 @@ import pytest
 import torch
 from scipy.stats import kstest
 
-from bvit_interp.training.draws import Draws, drawn_for, reseed, sent
+from bvit_interp.training.loop.draws import Draws, drawn_for, reseed, sent
 
 
 @pytest.mark.parametrize("width", [0, 1, 4, 58, 61])

@@ -1,4 +1,5 @@
-"""What the model is shown: each image once an epoch, and the same on any number of workers and processes.
+"""What the model is shown: each image once an epoch, and the same on any number of workers and
+processes.
 
 And the same whether the images lie on the device or are read as they are needed.
 """
@@ -16,7 +17,7 @@ import torch
 
 from bvit_interp.data.digits import DigitScenes
 from bvit_interp.errors import DataError, UserError
-from bvit_interp.training import feed
+from bvit_interp.training.loop import feed
 
 
 class Numbered:
@@ -56,7 +57,9 @@ def order(batches):
 def test_every_image_once_an_epoch_but_for_the_rest(recipe):
     batches = shown(recipe(images_per_epoch=None), Numbered(43))
     assert len(batches) == 5  # of 8: three images are left out
-    assert all(images.shape == (8, 3, 8, 8) and labels.dtype == torch.int64 for images, labels in batches)
+    assert all(
+        images.shape == (8, 3, 8, 8) and labels.dtype == torch.int64 for images, labels in batches
+    )
     seen = order(batches)
     assert len(set(seen)) == 40 and set(seen) <= set(range(43))
     assert seen != sorted(seen)
@@ -80,15 +83,26 @@ def test_order_and_pixels_are_of_seed_and_epoch(recipe):
     for other in (shown(recipe(seed=1), samples, epoch=3), shown(recipe(seed=2), samples, epoch=2)):
         assert order(other) != order(base)
         pixels, others = (
-            {int(image[0, 4, 4]): image[0, 4, 4].item() for images, _ in batches for image in images}
+            {
+                int(image[0, 4, 4]): image[0, 4, 4].item()
+                for images, _ in batches
+                for image in images
+            }
             for batches in (base, other)
         )
         assert all(pixels[i] != others[i] for i in range(40))  # augmented otherwise too
 
 
 def test_an_image_is_augmented_for_itself_wherever_it_comes(recipe):
-    """Row r of the epoch's table is of image r, and of its second view the row r further down by a whole set."""
-    epoch = feed.Epoch(recipe(images_per_epoch=48), Numbered(20), lambda image, draws: torch.from_numpy(image), 1, 8)
+    """Row r of the epoch's table is of image r, and of its second view the row r further down by a
+    whole set."""
+    epoch = feed.Epoch(
+        recipe(images_per_epoch=48),
+        Numbered(20),
+        lambda image, draws: torch.from_numpy(image),
+        1,
+        8,
+    )
     table, seen = epoch.draws.table(60), dict.fromkeys(range(20), 0)
     for step in range(6):
         images, _, draws = epoch[step]
@@ -165,12 +179,15 @@ def test_a_batch_leaves_the_global_generators_as_they_were(recipe):
 
 
 class Pictures:
-    """Random pictures in memory, of 32 pixels but for one of another size or one that cannot be read."""
+    """Random pictures in memory, of 32 pixels but for one of another size or one that cannot be
+    read."""
 
     classes, native_size, has_masks = tuple("abcdefghij"), None, False
 
     def __init__(self, length=43, size=(32, 32), odd=None, broken=None, seed=0):
-        self.pixels = np.random.default_rng(seed).integers(0, 256, (length, *size, 3), dtype=np.uint8)
+        self.pixels = np.random.default_rng(seed).integers(
+            0, 256, (length, *size, 3), dtype=np.uint8
+        )
         self.odd, self.broken, self.reads = odd, broken, 0
 
     def __len__(self):
@@ -187,11 +204,19 @@ class Pictures:
 
 
 MODEL = SimpleNamespace(
-    pretrained_cfg={"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}, num_classes=10,
+    pretrained_cfg={"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)},
+    num_classes=10,
     patch_embed=SimpleNamespace(img_size=(32, 32)),
-)  # fmt: skip
+)
 GREY = 1.01 / 255 / 0.224  # a grey level after the normalisation, at most
-EVERYTHING = {"flip": True, "erase": 0.5, "mixup": 0.2, "cutmix": 1.0, "label_smoothing": 0.1, "images_per_epoch": None}
+EVERYTHING = {
+    "flip": True,
+    "erase": 0.5,
+    "mixup": 0.2,
+    "cutmix": 1.0,
+    "label_smoothing": 0.1,
+    "images_per_epoch": None,
+}
 PLANS = {
     "plain": {"images_per_epoch": None},
     "whole": {"randaugment": "torchvision", **EVERYTHING},
@@ -230,7 +255,8 @@ def streamed(monkeypatch):
 @pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize("first", [0, 3])
 def test_images_on_the_device_are_shown_as_those_that_are_read(recipe, streamed, name, first):
-    """Bit for bit where nothing is resized; where a batch is, within the grey level that it differs by from one."""
+    """Bit for bit where nothing is resized; where a batch is, within the grey level that it differs
+    by from one."""
     plan, samples = recipe(**PLANS[name]), Pictures()
     found, resident = taken(plan, samples, first=first)
     assert resident and len(found) == 5 - first
@@ -275,7 +301,10 @@ def test_groups_on_a_gpu_are_of_whole_batches_within_its_memory(recipe):
 
 
 def test_a_long_epoch_augments_an_image_otherwise_each_time(recipe, streamed):
-    plan, samples = recipe(**PLANS["padded"] | {"images_per_epoch": 96, "mixup": 0.0, "cutmix": 0.0}), Pictures(32)
+    plan, samples = (
+        recipe(**PLANS["padded"] | {"images_per_epoch": 96, "mixup": 0.0, "cutmix": 0.0}),
+        Pictures(32),
+    )
     found, _ = taken(plan, samples)
     images = torch.cat([images for images, _ in found])
     assert len(images) == 96 and len(torch.unique(images.flatten(1), dim=0)) == 96
@@ -305,7 +334,10 @@ def test_images_of_several_sizes_are_read_as_they_are_needed(recipe, odd):
     found, resident = taken(recipe(**PLANS["resized"]), samples)
     assert not resident
     assert all(images.shape == (8, 3, 32, 32) for images, _ in found)
-    with pytest.raises(UserError, match="an image of 30 x 32 pixels for a model of 32 x 32: use crop=random-resized"):
+    with pytest.raises(
+        UserError,
+        match="an image of 30 x 32 pixels for a model of 32 x 32: use crop=random-resized",
+    ):
         taken(recipe(**PLANS["padded"]), samples)
 
 
@@ -317,8 +349,12 @@ def test_what_does_not_fit_is_not_even_read(recipe, monkeypatch):
     monkeypatch.setattr(feed, "_HOST_BYTES", 43 * 32 * 32 * 3)
     kept = feed.resident(samples, "cpu")
     np.testing.assert_array_equal(kept.images.permute(0, 2, 3, 1), samples.pixels)
-    assert kept.images.dtype == torch.uint8 and kept.labels.tolist() == [i * 7 % 10 for i in range(43)]
-    assert feed.resident(DigitScenes("train", length=40), "cpu") is None  # each epoch draws other scenes
+    assert kept.images.dtype == torch.uint8 and kept.labels.tolist() == [
+        i * 7 % 10 for i in range(43)
+    ]
+    assert (
+        feed.resident(DigitScenes("train", length=40), "cpu") is None
+    )  # each epoch draws other scenes
 
 
 def test_runs_on_the_same_images_share_them_and_the_last_one_frees_them(recipe):
@@ -356,5 +392,6 @@ def test_what_is_drawn_for_pictures_leaves_the_global_generators_as_they_were(re
 def test_workers_read_the_same_pictures(recipe, streamed, workers):
     settings, samples = PLANS["padded"], Pictures()
     assert_same(
-        streamed(recipe(**settings, workers=workers), samples, first=1), streamed(recipe(**settings), samples)[1:]
+        streamed(recipe(**settings, workers=workers), samples, first=1),
+        streamed(recipe(**settings), samples)[1:],
     )

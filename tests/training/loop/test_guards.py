@@ -10,9 +10,10 @@ import torch
 from bvit_interp.data.digits import DigitScenes
 from bvit_interp.errors import DataError, UserError
 from bvit_interp.models.checkpoint import load
-from bvit_interp.training import feed, start, study, supervised
-from bvit_interp.training import trainer as run_trainer
-from bvit_interp.training.recipe import read
+from bvit_interp.training.loop import build as start
+from bvit_interp.training.loop import feed, study, supervised
+from bvit_interp.training.loop import trainer as run_trainer
+from bvit_interp.training.loop.recipe import read
 
 
 def test_a_folder_that_holds_no_run_is_left_alone(recipe, tmp_path):
@@ -26,7 +27,9 @@ def test_a_folder_that_holds_no_run_is_left_alone(recipe, tmp_path):
     assert (tmp_path / "run" / "model.safetensors").read_bytes() != before["model.safetensors"]
 
 
-def test_overwriting_leaves_nothing_of_the_old_run_beside_the_new_one(recipe, tmp_path, monkeypatch):
+def test_overwriting_leaves_nothing_of_the_old_run_beside_the_new_one(
+    recipe, tmp_path, monkeypatch
+):
     supervised.train(recipe(epochs=1), tmp_path / "run")
 
     def stop(*given):
@@ -44,7 +47,9 @@ def test_a_finished_run_writes_what_was_deleted(recipe, tmp_path):
         (tmp_path / "run" / name).unlink()
     supervised.train(recipe(epochs=1), tmp_path / "run")
     again = load(tmp_path / "run")
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)
+    )
     assert (tmp_path / "run" / "history.csv").is_file()
 
 
@@ -63,12 +68,21 @@ def test_the_fingerprint_sees_images_labels_and_number():
 
         def read(self, i):
             image, label, mask = super().read(i)
-            return (255 - image if self.change == "image" else image), label + (self.change == "label"), mask
+            return (
+                (255 - image if self.change == "image" else image),
+                label + (self.change == "label"),
+                mask,
+            )
 
     same = feed.fingerprint(DigitScenes("train", length=40))
     assert feed.fingerprint(Other("", split="train", length=40)) == same
-    others = [feed.fingerprint(Other(change, split="train", length=40)) for change in ("image", "label")]
-    others += [feed.fingerprint(DigitScenes("train", length=41)), feed.fingerprint(DigitScenes("test", length=40))]
+    others = [
+        feed.fingerprint(Other(change, split="train", length=40)) for change in ("image", "label")
+    ]
+    others += [
+        feed.fingerprint(DigitScenes("train", length=41)),
+        feed.fingerprint(DigitScenes("test", length=40)),
+    ]
     assert len({same, *others}) == 5
 
 
@@ -76,10 +90,16 @@ def test_the_fingerprint_sees_images_labels_and_number():
     ("change", "message"),
     [
         ({"warmup_epochs": 2, "epochs": 2}, "warmup_epochs 2 must be less than epochs 2"),
-        ({"warmup_epochs": 0.5, "schedule": "epoch"}, "schedule epoch needs whole warmup_epochs, got 0.5"),
+        (
+            {"warmup_epochs": 0.5, "schedule": "epoch"},
+            "schedule epoch needs whole warmup_epochs, got 0.5",
+        ),
         ({"clip": 0}, "clip must be > 0, or null"),
         ({"ema": 1.0}, "ema must be less than 1"),
-        ({"model": {"checkpoint_path": "x.pt"}}, "the model does not take checkpoint_path; weights come from init"),
+        (
+            {"model": {"checkpoint_path": "x.pt"}},
+            "the model does not take checkpoint_path; weights come from init",
+        ),
     ],
 )
 def test_settings_that_would_not_do_what_they_say(recipe, change, message):
@@ -92,11 +112,15 @@ def test_models_that_would_not_be_what_they_seem(recipe, tmp_path):
     with pytest.raises(UserError, match=r"patches of \(5, 5\) do not tile \(32, 32\) pixels"):
         start.make_model(recipe(model={"patch_size": 5}), samples)
     with pytest.raises(UserError, match="cannot make the model .*divisible by 4"):
-        start.make_model(recipe(positions="sincos", model={"embed_dim": 30, "num_heads": 2}), samples)
+        start.make_model(
+            recipe(positions="sincos", model={"embed_dim": 30, "num_heads": 2}), samples
+        )
     supervised.train(recipe(epochs=1), tmp_path / "base")
     heads = load(tmp_path / "base").blocks[0].attn.num_heads
     with pytest.raises(UserError, match=f"base has {heads} heads, the model {2 * heads}"):
-        start.make_model(recipe(init=str(tmp_path / "base"), model={"num_heads": 2 * heads}), samples)
+        start.make_model(
+            recipe(init=str(tmp_path / "base"), model={"num_heads": 2 * heads}), samples
+        )
 
 
 def test_compiling_without_a_compiler(recipe, tmp_path, monkeypatch):
@@ -122,10 +146,15 @@ def test_skip_corrupt_shows_the_next_image(recipe, caplog, monkeypatch):
     images, labels, _ = feed.Epoch(plan, samples, view, 0)[0]
     order = feed.Epoch(plan, samples, view, 0).order
     shown = [i + 1 if i % 3 == 0 else i for i in order.tolist()]
-    assert all(torch.equal(images[k], torch.from_numpy(samples.read(i)[0])) for k, i in enumerate(shown))
+    assert all(
+        torch.equal(images[k], torch.from_numpy(samples.read(i)[0])) for k, i in enumerate(shown)
+    )
     assert labels.tolist() == [samples.read(i)[1] for i in shown]
     assert "digits-s/train/000003: the image cannot be read" in caplog.text
-    assert "cannot be read" in feed.Epoch(recipe(images_per_epoch=30, batch_size=30), samples, view, 0)[0]
+    assert (
+        "cannot be read"
+        in feed.Epoch(recipe(images_per_epoch=30, batch_size=30), samples, view, 0)[0]
+    )
 
 
 def test_data_may_hold_any_character():
@@ -142,5 +171,7 @@ def test_a_recipe_extends_the_file_beside_it(tmp_path):
 
 @pytest.mark.parametrize("setting", ["seed=9", "model.num_steps=2"])
 def test_a_study_refuses_settings_of_its_points(setting):
-    with pytest.raises(UserError, match="study blocks: its points and seeds set .*; not " + setting):
+    with pytest.raises(
+        UserError, match="study blocks: its points and seeds set .*; not " + setting
+    ):
         study.read("blocks", settings=(setting,))

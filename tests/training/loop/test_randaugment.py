@@ -1,4 +1,5 @@
-"""Each operation against Pillow's, by way of torchvision's and timm's transforms; what is drawn against theirs."""
+"""Each operation against Pillow's, by way of torchvision's and timm's transforms; what is drawn
+against theirs."""
 
 from __future__ import annotations
 
@@ -11,15 +12,16 @@ from PIL import Image, ImageEnhance, ImageOps
 from torchvision.transforms import InterpolationMode, v2
 
 from bvit_interp.errors import UserError
-from bvit_interp.training import randaugment
-from bvit_interp.training.draws import drawn_for
+from bvit_interp.training.loop import randaugment
+from bvit_interp.training.loop.draws import drawn_for
 
 FILL = (124, 116, 104)
 
 
 @pytest.fixture(scope="module")
 def photos():
-    """Two photographs, one of them dark, a ramp, noise and one grey value, ``(5, 3, 40, 48)`` uint8."""
+    """Two photographs, one of them dark, a ramp, noise and one grey value, ``(5, 3, 40, 48)``
+    uint8."""
     from sklearn.datasets import load_sample_images
 
     first, second = (image[100:140, 200:248] for image in load_sample_images().images)
@@ -31,7 +33,9 @@ def photos():
 
 def by_pillow(images, operation):
     pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
-    return torch.stack([torch.from_numpy(np.array(operation(picture))).permute(2, 0, 1) for picture in pictures])
+    return torch.stack(
+        [torch.from_numpy(np.array(operation(picture))).permute(2, 0, 1) for picture in pictures]
+    )
 
 
 def torchvisions(name, magnitude):
@@ -49,7 +53,8 @@ MOVES = {*SIGNED}
 @pytest.mark.parametrize("sign", [-1, 1])
 @pytest.mark.parametrize("name", [*SIGNED, *FACTORS])
 def test_a_signed_operation_is_torchvisions(photos, name, sign):
-    """torchvision is told +-m; ours is given what its table makes of strength 9 / 30 and the sign."""
+    """torchvision is told +-m; ours is given what its table makes of strength 9 / 30 and the
+    sign."""
     size = tuple(photos.shape[2:])
     given = randaugment._TORCHVISION[name](np.full(5, 0.3), np.full(5, float(sign)), size)
     if name.startswith("Translate"):
@@ -62,8 +67,12 @@ def test_a_signed_operation_is_torchvisions(photos, name, sign):
     difference = (found - expected).abs()
     assert difference.max() <= 1
     assert difference.mean() < 0.01
-    other = randaugment.apply(photos, [name] * 5, np.where(given == 0, 1, 2 - given if name in FACTORS else -given),
-                              (0, 0, 0)).float()  # fmt: skip
+    other = randaugment.apply(
+        photos,
+        [name] * 5,
+        np.where(given == 0, 1, 2 - given if name in FACTORS else -given),
+        (0, 0, 0),
+    ).float()
     assert (other - expected).abs().mean() > 1  # the other sign is another image
 
 
@@ -82,7 +91,11 @@ def test_a_signed_operation_is_torchvisions(photos, name, sign):
         ("Contrast", 0.1, lambda p: ImageEnhance.Contrast(p).enhance(0.1)),
         ("Sharpness", 1.9, lambda p: ImageEnhance.Sharpness(p).enhance(1.9)),
         ("Color", 0.1, lambda p: ImageEnhance.Color(p).enhance(0.1)),
-        ("SolarizeAdd", 110, lambda p: p.point([min(255, i + 110) if i < 128 else i for i in range(256)] * 3)),
+        (
+            "SolarizeAdd",
+            110,
+            lambda p: p.point([min(255, i + 110) if i < 128 else i for i in range(256)] * 3),
+        ),
     ],
 )
 def test_an_operation_on_values_is_pillows(photos, name, magnitude, operation):
@@ -125,14 +138,21 @@ class Noted(randaugment.RandAugment):
         size = (40, 48)
         for number, strength, sign in zip(drawn, strengths, signs, strict=True):
             name = None if number < 0 else names[number]
-            given = None if name is None else self.space[name](np.array([strength]), np.array([sign]), size)[0]
+            given = (
+                None
+                if name is None
+                else self.space[name](np.array([strength]), np.array([sign]), size)[0]
+            )
             self.__dict__["seen"].append((name, given))
 
 
 def noted(transform, n=20_000):
     watcher = Noted(**{key: getattr(transform, key) for key in transform.__dataclass_fields__})
     watcher.__dict__["seen"] = []
-    watcher(torch.zeros(n, 3, 1, 1, dtype=torch.uint8), np.random.default_rng(1).random((n, transform.width)))
+    watcher(
+        torch.zeros(n, 3, 1, 1, dtype=torch.uint8),
+        np.random.default_rng(1).random((n, transform.width)),
+    )
     return watcher.__dict__["seen"]
 
 
@@ -161,29 +181,58 @@ def test_torchvisions_operations_are_drawn_alike(photos):
         np.testing.assert_allclose(sorted(given), sorted(wanted), atol=1e-4, err_msg=name)
 
 
-@pytest.mark.parametrize("words", ["rand-m9-mstd0.5-inc1", "rand-m5-n1-p0.8", "rand-m7-mstd101-inc1", "rand-m10-mstd2"])
+@pytest.mark.parametrize(
+    "words", ["rand-m9-mstd0.5-inc1", "rand-m5-n1-p0.8", "rand-m7-mstd101-inc1", "rand-m10-mstd2"]
+)
 def test_timms_operations_are_drawn_alike(words, monkeypatch):
     """Names, how often, and the distribution of what Pillow is given, against timm's own draws."""
     from timm.data import auto_augment
 
     theirs = []
-    for name in ("AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "PosterizeIncreasing", "Solarize",
-                 "SolarizeIncreasing", "SolarizeAdd", "Color", "ColorIncreasing", "Contrast", "ContrastIncreasing",
-                 "Brightness", "BrightnessIncreasing", "Sharpness", "SharpnessIncreasing", "ShearX", "ShearY",
-                 "TranslateXRel", "TranslateYRel"):  # fmt: skip
+    for name in (
+        "AutoContrast",
+        "Equalize",
+        "Invert",
+        "Rotate",
+        "Posterize",
+        "PosterizeIncreasing",
+        "Solarize",
+        "SolarizeIncreasing",
+        "SolarizeAdd",
+        "Color",
+        "ColorIncreasing",
+        "Contrast",
+        "ContrastIncreasing",
+        "Brightness",
+        "BrightnessIncreasing",
+        "Sharpness",
+        "SharpnessIncreasing",
+        "ShearX",
+        "ShearY",
+        "TranslateXRel",
+        "TranslateYRel",
+    ):
         monkeypatch.setitem(
-            auto_augment.NAME_TO_OP, name, lambda img, *args, name=name, **_: theirs.append((name, args)) or img
+            auto_augment.NAME_TO_OP,
+            name,
+            lambda img, *args, name=name, **_: theirs.append((name, args)) or img,
         )
     transform = auto_augment.rand_augment_transform(words, {"img_mean": FILL})
     with drawn_for(0):
         for _ in range(6000):
             transform(Image.new("RGB", (48, 40)))
-    ours = [(name, value) for name, value in noted(randaugment.timms(words, FILL), 6000) if name is not None]
+    ours = [
+        (name, value)
+        for name, value in noted(randaugment.timms(words, FILL), 6000)
+        if name is not None
+    ]
     assert len(ours) == pytest.approx(len(theirs), rel=0.06)
     plain = {name: name.removesuffix("Increasing").removesuffix("Rel") for name, _ in theirs}
     assert {*plain.values()} == {name for name, _ in ours}
     for name, short in plain.items():
-        theirs_given = np.array([args[0] for other, args in theirs if other == name and args], float)
+        theirs_given = np.array(
+            [args[0] for other, args in theirs if other == name and args], float
+        )
         ours_given = np.array([value for other, value in ours if other == short])
         if not len(theirs_given):
             continue
@@ -193,15 +242,31 @@ def test_timms_operations_are_drawn_alike(words, monkeypatch):
             theirs_given = theirs_given.clip(1)
         scale = max(np.abs(theirs_given).max(), 1e-9)
         for quantile in (0.1, 0.3, 0.7, 0.9):
-            low, high = np.quantile(theirs_given, [max(quantile - 0.08, 0), min(quantile + 0.08, 1)])
-            assert low - 0.02 * scale <= np.quantile(ours_given, quantile) <= high + 0.02 * scale, (name, quantile)
+            low, high = np.quantile(
+                theirs_given, [max(quantile - 0.08, 0), min(quantile + 0.08, 1)]
+            )
+            assert low - 0.02 * scale <= np.quantile(ours_given, quantile) <= high + 0.02 * scale, (
+                name,
+                quantile,
+            )
 
 
 @pytest.mark.parametrize(
     "words",
-    ["", "yes", "rand-x9", "rand-m", "rand-mabc", "rand-m9-tfoo", "rand-m9-nX", "augmix-m3", "rand-mstdinf", "rand--",
-     "rand-n2-tweights"],
-)  # fmt: skip
+    [
+        "",
+        "yes",
+        "rand-x9",
+        "rand-m",
+        "rand-mabc",
+        "rand-m9-tfoo",
+        "rand-m9-nX",
+        "augmix-m3",
+        "rand-mstdinf",
+        "rand--",
+        "rand-n2-tweights",
+    ],
+)
 def test_other_words_are_refused(words):
     with pytest.raises(UserError, match="randaugment must be torchvision or timm's words .* got"):
         randaugment.timms(words, FILL)

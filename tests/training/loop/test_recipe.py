@@ -9,17 +9,36 @@ import torch
 from bvit_interp.data.digits import DigitScenes
 from bvit_interp.errors import UserError
 from bvit_interp.models import cost
-from bvit_interp.training import start
-from bvit_interp.training.recipe import Recipe, available, read
+from bvit_interp.training.loop import build as start
+from bvit_interp.training.loop.recipe import Recipe, available, read
 
 SHIPPED = [
-    "cifar10", "cifar10-d128", "cifar10-d128-pathways", "cifar10-d128-vit", "cifar10-pathways", "cifar10-reg4",
-    "cifar10-te", "cifar10-vit", "digits-s", "digits-s-pathways", "digits-s-reg4", "digits-s-te",
-    "imagenet-distilled", "imagenet-paper", "imagenette", "imagenette-d128", "imagenette-d128-vit", "imagenette-reg4",
-    "imagenette-te", "imagenette-vit", "tickets-digits-s",
-]  # fmt: skip
+    "cifar10",
+    "cifar10-d128",
+    "cifar10-d128-pathways",
+    "cifar10-d128-vit",
+    "cifar10-pathways",
+    "cifar10-reg4",
+    "cifar10-te",
+    "cifar10-vit",
+    "digits-s",
+    "digits-s-pathways",
+    "digits-s-reg4",
+    "digits-s-te",
+    "imagenet-distilled",
+    "imagenet-paper",
+    "imagenette",
+    "imagenette-d128",
+    "imagenette-d128-vit",
+    "imagenette-reg4",
+    "imagenette-te",
+    "imagenette-vit",
+    "tickets-digits-s",
+]
 
-PAIRED = [name for name in SHIPPED if name.endswith(("-vit", "-te", "-reg4")) and "digits" not in name]
+PAIRED = [
+    name for name in SHIPPED if name.endswith(("-vit", "-te", "-reg4")) and "digits" not in name
+]
 
 
 def test_the_shipped_recipes_are_known():
@@ -36,8 +55,8 @@ def test_a_shipped_recipe_can_be_read_and_its_model_built(name):
     assert recipe.warmup_epochs < recipe.epochs
 
 
-# by hand, width D, T tokens of position: patches (p*p*3 D + D), CLS and positions (1 + T) D, a block 12 D^2 + 11 D,
-# the last norm D and the head D C + C
+# by hand, width D, T tokens of position: patches (p*p*3 D + D), CLS and positions (1 + T) D, a
+# block 12 D^2 + 11 D, the last norm D and the head D C + C
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [
@@ -46,7 +65,10 @@ def test_a_shipped_recipe_can_be_read_and_its_model_built(name):
         ("cifar10-reg4", 821_514 + 4 * 256),
         ("cifar10-vit", 821_514 + 11 * (12 * 256**2 + 11 * 256)),
         ("cifar10-d128", 48 * 128 + 128 + 66 * 128 + 12 * 128**2 + 11 * 128 + 128 + 128 * 10 + 10),
-        ("imagenet-paper", 768 * 768 + 768 + 198 * 768 + 12 * 768**2 + 11 * 768 + 768 + 768 * 1000 + 1000),
+        (
+            "imagenet-paper",
+            768 * 768 + 768 + 198 * 768 + 12 * 768**2 + 11 * 768 + 768 + 768 * 1000 + 1000,
+        ),
     ],
 )
 def test_parameters_of_the_recipes_models(name, parameters):
@@ -62,15 +84,26 @@ def test_the_papers_recipe_is_the_papers():
     """Section 4 and appendix H of arXiv 2605.10661, as far as they are printed."""
     recipe = read("imagenet-paper")
     printed = {
-        "epochs": 300, "batch_size": 4 * 256, "weight_decay": 0.05, "warmup_epochs": 30, "warmup_factor": 0.033,
-        "label_smoothing": 0.1, "ema": 0.99995, "crop": "random-resized", "flip": True,
-    }  # fmt: skip
+        "epochs": 300,
+        "batch_size": 4 * 256,
+        "weight_decay": 0.05,
+        "warmup_epochs": 30,
+        "warmup_factor": 0.033,
+        "label_smoothing": 0.1,
+        "ema": 0.99995,
+        "crop": "random-resized",
+        "flip": True,
+    }
     assert {key: getattr(recipe, key) for key in printed} == printed
     assert recipe.erase > 0 and recipe.mixup > 0 and recipe.cutmix > 0 and recipe.randaugment
     assert "drop_path_rate" not in recipe.model
     distilled = read("imagenet-distilled")
     assert distilled.teacher == "torchvision:regnet_y_16gf"
-    assert {**vars(recipe), "model": 0, "teacher": 0} == {**vars(distilled), "model": 0, "teacher": 0}
+    assert {**vars(recipe), "model": 0, "teacher": 0} == {
+        **vars(distilled),
+        "model": 0,
+        "teacher": 0,
+    }
 
 
 def test_extending():
@@ -108,14 +141,20 @@ def test_hardness(recipe):
 @pytest.mark.parametrize(
     ("change", "free"),
     [
-        ({"workers": 3}, True), ({"score_every": 5}, True), ({"data": "cifar10:/elsewhere"}, True),
-        ({"data": "cifar100:/somewhere"}, False), ({"model": {"name": "x", "embed_dim": 1}}, False),
-        ({"seed": 1}, False), ({"lr": 2.0}, False),
+        ({"workers": 3}, True),
+        ({"score_every": 5}, True),
+        ({"data": "cifar10:/elsewhere"}, True),
+        ({"data": "cifar100:/somewhere"}, False),
+        ({"model": {"name": "x", "embed_dim": 1}}, False),
+        ({"seed": 1}, False),
+        ({"lr": 2.0}, False),
     ],
-)  # fmt: skip
+)
 def test_what_a_run_must_share_to_be_continued(change, free):
     settings = {"model": {"name": "x"}, "data": "cifar10:/somewhere", "epochs": 2}
-    assert (Recipe(**settings).identity() == Recipe(**{**settings, **change}).identity()) is free
+    assert (
+        Recipe(**settings).resume_key() == Recipe(**{**settings, **change}).resume_key()
+    ) is free
 
 
 @pytest.mark.parametrize(
@@ -211,7 +250,10 @@ def test_bad_recipe_files(tmp_path):
         ({"speed": 3}, "cannot make the model .*speed"),
         ({"img_size": "big"}, "cannot make the model .*img_size=big"),
         ({"name": "vit_tiny_patch16_224", "num_steps": None}, "vit_tiny_patch16_224"),
-        ({"name": "vit_tiny_patch16_224", "num_steps": 3}, "cannot make the model vit_tiny_patch16_224"),
+        (
+            {"name": "vit_tiny_patch16_224", "num_steps": 3},
+            "cannot make the model vit_tiny_patch16_224",
+        ),
         ({"num_classes": 11}, "model.num_classes is 11, the data has 10 classes"),
         ({"in_chans": 1}, "model.in_chans is 1, images have 3"),
     ],

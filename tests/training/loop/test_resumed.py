@@ -1,4 +1,5 @@
-"""A run that is killed, fails or meets NaN at any place and is started again ends with the very same weights."""
+"""A run that is killed, fails or meets NaN at any place and is started again ends with the very
+same weights."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ import torch
 
 from bvit_interp.errors import UserError
 from bvit_interp.models.checkpoint import load
-from bvit_interp.training import feed, supervised
-from bvit_interp.training import trainer as run_trainer
+from bvit_interp.training.loop import feed, supervised
+from bvit_interp.training.loop import trainer as run_trainer
 
 STEPS = 5  # of an epoch
 
@@ -48,18 +49,33 @@ def bytes_of(folder):
     "change",
     [
         {"full": True},
-        {"accumulate": 2, "crop": "random-resized", "randaugment": "rand-m9-mstd0.5-inc1", "positions": "sincos",
-         "schedule": "epoch", "warmup_epochs": 1, "ema": 0.7, "grad_checkpointing": True, "mixup": 0.5},
+        {
+            "accumulate": 2,
+            "crop": "random-resized",
+            "randaugment": "rand-m9-mstd0.5-inc1",
+            "positions": "sincos",
+            "schedule": "epoch",
+            "warmup_epochs": 1,
+            "ema": 0.7,
+            "grad_checkpointing": True,
+            "mixup": 0.5,
+        },
     ],
     ids=["full", "other words"],
-)  # fmt: skip
+)
 def test_killed_in_any_step_it_ends_with_the_same_weights(
     recipe, pictures, tmp_path, often, monkeypatch, same_run, change, data
 ):
     """Scenes are drawn as they are needed, pictures lie on the device."""
     plan = recipe(**change, **(pictures if data == "pictures" else {}))
     supervised.train(plan, tmp_path / "undisturbed")
-    for step in (0, 1, 3, STEPS, 2 * STEPS - 1):  # 3: one step after a state; STEPS: at the start of an epoch
+    for step in (
+        0,
+        1,
+        3,
+        STEPS,
+        2 * STEPS - 1,
+    ):  # 3: one step after a state; STEPS: at the start of an epoch
         undo = killed_at(step, monkeypatch)
         with pytest.raises(Killed):
             supervised.train(plan, tmp_path / "run", save_minutes=0, overwrite=step == 0)
@@ -68,7 +84,9 @@ def test_killed_in_any_step_it_ends_with_the_same_weights(
     same_run(tmp_path / "undisturbed", tmp_path / "run")
 
 
-def test_workers_and_scoring_may_change_when_it_goes_on(recipe, tmp_path, often, monkeypatch, same_run):
+def test_workers_and_scoring_may_change_when_it_goes_on(
+    recipe, tmp_path, often, monkeypatch, same_run
+):
     supervised.train(recipe(full=True), tmp_path / "undisturbed")
     undo = killed_at(7, monkeypatch)
     with pytest.raises(Killed):
@@ -78,7 +96,9 @@ def test_workers_and_scoring_may_change_when_it_goes_on(recipe, tmp_path, often,
     same_run(tmp_path / "undisturbed", tmp_path / "run")
 
 
-def test_the_memory_of_the_machine_may_change_when_it_goes_on(recipe, pictures, tmp_path, often, monkeypatch, same_run):
+def test_the_memory_of_the_machine_may_change_when_it_goes_on(
+    recipe, pictures, tmp_path, often, monkeypatch, same_run
+):
     """Pictures that lie on the device in one part of the run, and do not fit in the other."""
     plan = recipe(full=True, **pictures)
     supervised.train(plan, tmp_path / "undisturbed")
@@ -91,8 +111,12 @@ def test_the_memory_of_the_machine_may_change_when_it_goes_on(recipe, pictures, 
     same_run(tmp_path / "undisturbed", tmp_path / "run")
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 704 vs 598")])
-def test_a_failure_while_the_state_is_written(recipe, tmp_path, often, monkeypatch, same_run, error):
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 704 vs 598")]
+)
+def test_a_failure_while_the_state_is_written(
+    recipe, tmp_path, often, monkeypatch, same_run, error
+):
     supervised.train(recipe(full=True), tmp_path / "undisturbed")
     original, written = torch.save, []
 
@@ -138,7 +162,9 @@ def test_a_finished_run_started_again_changes_nothing(recipe, tmp_path, monkeypa
     monkeypatch.setattr(run_trainer.Trainer, "_step", None)  # no step is taken
     again = supervised.train(recipe(), tmp_path)
     assert bytes_of(tmp_path) == before
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)
+    )
 
 
 def test_overwrite_starts_again(recipe, tmp_path, often, monkeypatch, same_run):
@@ -149,7 +175,9 @@ def test_overwrite_starts_again(recipe, tmp_path, often, monkeypatch, same_run):
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
-def test_nan_stops_it_with_the_last_good_state_kept(recipe, tmp_path, often, monkeypatch, same_run, kind):
+def test_nan_stops_it_with_the_last_good_state_kept(
+    recipe, tmp_path, often, monkeypatch, same_run, kind
+):
     supervised.train(recipe(), tmp_path / "undisturbed")
     objective, calls = run_trainer.objective, []
 
@@ -159,26 +187,36 @@ def test_nan_stops_it_with_the_last_good_state_kept(recipe, tmp_path, often, mon
             value = objective(*given)(*batch)
             if len(calls) != 8:  # step 3 of the second epoch
                 return value
-            return value * torch.nan if kind == "loss" else value + (0 * value).sqrt()  # whose gradient is 0 / 0
+            return (
+                value * torch.nan if kind == "loss" else value + (0 * value).sqrt()
+            )  # whose gradient is 0 / 0
 
         return loss
 
     monkeypatch.setattr(run_trainer, "objective", poisoned)
     wrong = "the loss is nan" if kind == "loss" else r"the loss is 2.* and its gradient's norm nan"
-    with pytest.raises(UserError, match=rf"{wrong}.* in epoch 2, step 3 of 5; .*run holds the last good state$"):
+    with pytest.raises(
+        UserError, match=rf"{wrong}.* in epoch 2, step 3 of 5; .*run holds the last good state$"
+    ):
         supervised.train(recipe(), tmp_path / "run", save_minutes=0)
     state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
     assert state["done"] == 7
-    assert all(tensor.isfinite().all() for key in ("model", "ema") for tensor in state[key].values())
+    assert all(
+        tensor.isfinite().all() for key in ("model", "ema") for tensor in state[key].values()
+    )
     load(tmp_path / "run")
     monkeypatch.setattr(run_trainer, "objective", objective)
     supervised.train(recipe(), tmp_path / "run", save_minutes=0)
     same_run(tmp_path / "undisturbed", tmp_path / "run")
 
 
-def test_nan_in_the_first_step_leaves_a_run_that_any_recipe_may_start_again(recipe, tmp_path, monkeypatch):
+def test_nan_in_the_first_step_leaves_a_run_that_any_recipe_may_start_again(
+    recipe, tmp_path, monkeypatch
+):
     monkeypatch.setattr(
-        run_trainer, "objective", lambda *given: lambda output, target, images: output.sum() * torch.inf
+        run_trainer,
+        "objective",
+        lambda *given: lambda output, target, images: output.sum() * torch.inf,
     )
     with pytest.raises(UserError, match="in epoch 1, step 1 of 5; .*run holds the last good state"):
         supervised.train(recipe(), tmp_path / "run")

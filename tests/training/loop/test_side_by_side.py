@@ -1,4 +1,5 @@
-"""Several runs in turn on one device, a time limit, precision, and patches left out for a part of the epochs."""
+"""Several runs in turn on one device, a time limit, precision, and patches left out for a part of
+the epochs."""
 
 from __future__ import annotations
 
@@ -14,8 +15,9 @@ from bvit_interp.data.catalog import open_samples
 from bvit_interp.errors import UserError
 from bvit_interp.models.checkpoint import load
 from bvit_interp.models.masks import full
-from bvit_interp.training import feed, start, supervised, throughput
-from bvit_interp.training import trainer as run_trainer
+from bvit_interp.training.loop import build as start
+from bvit_interp.training.loop import feed, supervised, throughput
+from bvit_interp.training.loop import trainer as run_trainer
 
 STEPS = 5  # of an epoch
 NO_BAR = SimpleNamespace(update=lambda: None, set_postfix=lambda **shown: None)
@@ -60,7 +62,9 @@ def test_each_of_two_runs_is_what_it_is_alone(pair, alone, tmp_path, same_run):
     for one, other, model in zip(alone, outs, models, strict=True):
         same_run(one, other)
         trained = load(other)
-        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), trained.parameters(), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(model.parameters(), trained.parameters(), strict=True)
+        )
         assert not model.training
     assert not torch.equal(models[0].head.weight, models[1].head.weight)
 
@@ -80,7 +84,9 @@ def test_they_take_turns_and_share_the_images(pair, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("rounds", [0, 3, STEPS, 2 * STEPS + 2])
-def test_stopped_and_resumed_side_by_side(pair, alone, tmp_path, stopped_after, monkeypatch, same_run, rounds):
+def test_stopped_and_resumed_side_by_side(
+    pair, alone, tmp_path, stopped_after, monkeypatch, same_run, rounds
+):
     """Before the first step, within an epoch, at its end, and when one of the two has finished."""
     outs = [tmp_path / f"beside {i}" for i in range(2)]
     stopped_after(rounds)
@@ -94,7 +100,8 @@ def test_stopped_and_resumed_side_by_side(pair, alone, tmp_path, stopped_after, 
 
 
 def test_stopped_again_and_again_by_the_clock(recipe, pictures, tmp_path, monkeypatch, same_run):
-    """A clock that goes on by a second each time it is looked at; a run is begun anew until it is done."""
+    """A clock that goes on by a second each time it is looked at; a run is begun anew until it is
+    done."""
     plan = recipe(full=True, **pictures)
     supervised.train(plan, tmp_path / "undisturbed")
     ticks, found = iter(range(10**6)), []
@@ -120,13 +127,20 @@ def test_no_time_at_all_leaves_a_run_to_go_on_with(recipe, pictures, tmp_path, s
     same_run(tmp_path / "undisturbed", tmp_path / "run")
 
 
-def test_nan_in_one_of_them_is_told_at_the_pause_too(recipe, pictures, tmp_path, stopped_after, monkeypatch):
+def test_nan_in_one_of_them_is_told_at_the_pause_too(
+    recipe, pictures, tmp_path, stopped_after, monkeypatch
+):
     """No state is saved with losses that nobody has looked at."""
     monkeypatch.setattr(
-        run_trainer, "objective", lambda *given: lambda output, target, images: output.sum() * torch.nan
+        run_trainer,
+        "objective",
+        lambda *given: lambda output, target, images: output.sum() * torch.nan,
     )
     stopped_after(2)
-    with pytest.raises(UserError, match=r"the loss is nan .* in epoch 1, step 1 of 5; .*run holds the last good state"):
+    with pytest.raises(
+        UserError,
+        match=r"the loss is nan .* in epoch 1, step 1 of 5; .*run holds the last good state",
+    ):
         supervised.train(recipe(**pictures), tmp_path / "run", minutes=1.0)
     assert done_of(tmp_path / "run") == 0
 
@@ -134,7 +148,9 @@ def test_nan_in_one_of_them_is_told_at_the_pause_too(recipe, pictures, tmp_path,
 def test_two_runs_in_one_folder_are_refused(pair, tmp_path):
     (tmp_path / "there").mkdir()
     with pytest.raises(UserError, match="two runs in one folder"):
-        supervised.train_all([(pair[0], tmp_path / "run"), (pair[1], tmp_path / "there" / ".." / "run")])
+        supervised.train_all(
+            [(pair[0], tmp_path / "run"), (pair[1], tmp_path / "there" / ".." / "run")]
+        )
     assert not (tmp_path / "run").exists()
 
 
@@ -148,7 +164,11 @@ def test_a_run_of_another_recipe_in_one_folder_stops_all_before_a_step(pair, tmp
 
 # ---- patches left out until a share of the epochs --------------------------------------------------------
 
-DROPPING = {"epochs": 4, "patch_drop_until": 0.5, "model": {"patch_drop_rate": 0.25, "num_classes": 2}}
+DROPPING = {
+    "epochs": 4,
+    "patch_drop_until": 0.5,
+    "model": {"patch_drop_rate": 0.25, "num_classes": 2},
+}
 
 
 def tokens_of(made):
@@ -170,10 +190,16 @@ def test_patches_are_left_out_before_and_not_after(recipe, pictures, tmp_path, m
     assert load(tmp_path / "run").eval()(torch.randn(2, 3, 32, 32)).shape == (2, 2)
 
 
-def test_patches_are_left_out_right_where_it_goes_on(recipe, pictures, tmp_path, stopped_after, monkeypatch, same_run):
+def test_patches_are_left_out_right_where_it_goes_on(
+    recipe, pictures, tmp_path, stopped_after, monkeypatch, same_run
+):
     plan = recipe(full=True, **pictures | DROPPING)
     supervised.train(plan, tmp_path / "undisturbed")
-    for rounds in (STEPS + 2, STEPS - 2, 2):  # in the second epoch, at the third's beginning, within the third
+    for rounds in (
+        STEPS + 2,
+        STEPS - 2,
+        2,
+    ):  # in the second epoch, at the third's beginning, within the third
         stopped_after(rounds)
         supervised.train(plan, tmp_path / "run", minutes=1.0)
     assert done_of(tmp_path / "run") == 2 * STEPS + 2
@@ -198,7 +224,8 @@ def test_precision_is_as_wanted_or_by_a_trial_that_is_made_once(monkeypatch):
 
 @pytest.mark.parametrize(("seconds", "faster"), [((3.0, 2.0), "bf16"), ((2.0, 3.0), "off")])
 def test_the_faster_one_is_chosen(monkeypatch, seconds, faster):
-    """By a clock under which a pass takes so long in fp32, and so long in bf16; and no generator has moved."""
+    """By a clock under which a pass takes so long in fp32, and so long in bf16; and no generator
+    has moved."""
     clock = [0.0]
     forward = throughput.Block.forward
 
@@ -236,7 +263,9 @@ def test_a_run_goes_on_in_the_precision_it_began_with(
 @pytest.fixture
 def shared_gradients(tmp_path, monkeypatch):
     """One process that takes itself for the first of two: gradients are shared, with nobody."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1
+    )
     for module in (supervised.results, feed):
         monkeypatch.setattr(module, "rank_and_world", lambda: (0, 2))
     yield
@@ -247,13 +276,17 @@ def shared_gradients(tmp_path, monkeypatch):
     "masks",
     [False, True],
 )
-def test_patches_are_left_out_alike_by_several_processes(recipe, tmp_path, monkeypatch, shared_gradients, masks):
+def test_patches_are_left_out_alike_by_several_processes(
+    recipe, tmp_path, monkeypatch, shared_gradients, masks
+):
     plan = recipe(epochs=2, patch_drop_until=0.5, model={"patch_drop_rate": 0.25})
     own = full(start.make_model(plan, open_samples(plan.data, "train"))) if masks else None
     made = run_trainer.Trainer(plan, tmp_path / "run", "cpu", 2.0, own)
     monkeypatch.setattr(made, "_finish", lambda epoch: None)  # scores are gathered from both
     seen = []
-    made.forward.module.norm.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[1]))
+    made.forward.module.norm.register_forward_pre_hook(
+        lambda _, given: seen.append(given[0].shape[1])
+    )
     for _ in range(2):
         for _ in made.epoch(NO_BAR):
             pass
@@ -272,20 +305,30 @@ def test_overwrite_touches_nothing_where_one_of_the_runs_cannot_be(recipe, pictu
 
 
 def test_what_cannot_be_shown_or_scored_is_known_before_the_first_step(recipe, tmp_path):
-    """A picture of another size under a crop that does not resize, and a test picture that cannot be read."""
+    """A picture of another size under a crop that does not resize, and a test picture that cannot
+    be read."""
     rng = np.random.default_rng(0)
     for split in ("train", "test"):
         for name in ("a", "b"):
             folder = tmp_path / "data" / split / name
             folder.mkdir(parents=True)
             for i in range(10):
-                Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-    plan = recipe(data=f"folder:{tmp_path / 'data'}", crop="padded", batch_size=4, images_per_epoch=None,
-                  model={"num_classes": 2})  # fmt: skip
+                Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(
+                    folder / f"{i}.png"
+                )
+    plan = recipe(
+        data=f"folder:{tmp_path / 'data'}",
+        crop="padded",
+        batch_size=4,
+        images_per_epoch=None,
+        model={"num_classes": 2},
+    )
     odd = tmp_path / "data" / "train" / "b" / "7.png"
     good = odd.read_bytes()
     Image.fromarray(np.zeros((40, 32, 3), np.uint8)).save(odd)
-    with pytest.raises(UserError, match=r"^b/7\.png: an image of 40 x 32 pixels for a model of 32 x 32: use crop="):
+    with pytest.raises(
+        UserError, match=r"^b/7\.png: an image of 40 x 32 pixels for a model of 32 x 32: use crop="
+    ):
         supervised.train(plan, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     odd.write_bytes(good)

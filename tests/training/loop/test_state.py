@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bvit_interp.errors import UserError
-from bvit_interp.training import supervised
+from bvit_interp.training.loop import supervised
 
 
 @pytest.fixture
@@ -27,7 +27,9 @@ def test_a_state_comes_back_as_it_was(recipe, trainer, saved):
     run.resume(saved, recipe(epochs=1), content_of(saved)["data"])
     content = torch.load(saved, weights_only=True)
     for key, state in (("model", run.model), ("ema", run.ema.module)):
-        assert all(torch.equal(content[key][name], tensor) for name, tensor in state.state_dict().items())
+        assert all(
+            torch.equal(content[key][name], tensor) for name, tensor in state.state_dict().items()
+        )
     moments = run.optimizer.state_dict()["state"]
     assert moments.keys() == content["optimizer"]["state"].keys()
     assert all(
@@ -52,7 +54,9 @@ def test_a_state_comes_back_as_it_was(recipe, trainer, saved):
 def test_another_recipe_is_refused_by_what_differs(recipe, saved, change, named):
     before = saved.read_bytes()
     other = recipe(**{"epochs": 1, **change})
-    with pytest.raises(UserError, match=rf"state.pt is of another recipe \({named}\); --overwrite starts again"):
+    with pytest.raises(
+        UserError, match=rf"state.pt is of another recipe \({named}\); --overwrite starts again"
+    ):
         supervised.train(other, saved.parent)
     assert saved.read_bytes() == before
 
@@ -64,29 +68,38 @@ def test_another_recipe_is_refused_by_what_differs(recipe, saved, change, named)
         lambda content, file: file.write_bytes(b""),
         lambda content, file: file.write_text("a state\nof another kind\n"),
         lambda content, file: torch.save([1, 2], file),
-        lambda content, file: torch.save({key: content[key] for key in content if key != "ema"}, file),
+        lambda content, file: torch.save(
+            {key: content[key] for key in content if key != "ema"}, file
+        ),
         lambda content, file: torch.save({**content, "model": {}}, file),
-        lambda content, file: torch.save({**content, "optimizer": {"state": {}, "param_groups": []}}, file),
+        lambda content, file: torch.save(
+            {**content, "optimizer": {"state": {}, "param_groups": []}}, file
+        ),
         lambda content, file: torch.save({**content, "recipe": None}, file),
     ],
     ids=["cut", "empty", "text", "list", "no ema", "no weights", "no moments", "no recipe"],
 )
 def test_a_damaged_state_is_one_line_and_overwrite_starts_again(recipe, saved, damage):
     damage(torch.load(saved, weights_only=True), saved)
-    with pytest.raises(UserError, match=r"state.pt: not the whole state of a run \(.+\); --overwrite") as error:
+    with pytest.raises(
+        UserError, match=r"state.pt: not the whole state of a run \(.+\); --overwrite"
+    ) as error:
         supervised.train(recipe(epochs=1), saved.parent)
     assert "\n" not in str(error.value)
     supervised.train(recipe(epochs=1), saved.parent, overwrite=True)
 
 
 def test_a_full_disk_leaves_the_state_that_is_there(recipe, trainer, saved):
-    """The limit on a file's size stands for the disk: torch's own writer meets a write that does not fit."""
+    """The limit on a file's size stands for the disk: torch's own writer meets a write that does
+    not fit."""
     before = saved.read_bytes()
     run = trainer(recipe(epochs=1)).run
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
-        with pytest.raises(UserError, match=r"state\.pt: the state cannot be written \(.+\)$") as error:
+        with pytest.raises(
+            UserError, match=r"state\.pt: the state cannot be written \(.+\)$"
+        ) as error:
             run.save(saved, recipe(epochs=1), "data")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

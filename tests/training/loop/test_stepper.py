@@ -1,4 +1,5 @@
-"""One optimiser step on a CPU: parts, clipping, shared gradients, and random numbers that leave no trace."""
+"""One optimiser step on a CPU: parts, clipping, shared gradients, and random numbers that leave no
+trace."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import torch
 from timm.layers import PatchDropout
 from torch import nn
 
-from bvit_interp.training.stepper import GivenPatchDropout, Stepper
+from bvit_interp.training.loop.stepper import GivenPatchDropout, Stepper
 
 
 @pytest.fixture
@@ -23,7 +24,9 @@ def batch():
 
 def model_of(dropout=0.0):
     generator = torch.Generator().manual_seed(1)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 16), nn.Tanh(), nn.Dropout(dropout), nn.Linear(16, 5))
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(48, 16), nn.Tanh(), nn.Dropout(dropout), nn.Linear(16, 5)
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
@@ -41,7 +44,9 @@ def stepper(recipe):
     def make(model, rate=0.5, **settings):
         about = {"unshared": settings.pop("unshared")} if "unshared" in settings else {}
         loss = lambda images, targets: nn.functional.cross_entropy(model(images), targets)  # noqa: E731
-        return Stepper(recipe(**settings), model, torch.optim.SGD(model.parameters(), lr=rate), loss, **about)
+        return Stepper(
+            recipe(**settings), model, torch.optim.SGD(model.parameters(), lr=rate), loss, **about
+        )
 
     return make
 
@@ -49,7 +54,9 @@ def stepper(recipe):
 def by_hand(model, batch):
     """Mean loss of the batch, and its gradient."""
     loss = nn.functional.cross_entropy(model(batch[0]), batch[1])
-    gradient = torch.cat([part.flatten() for part in torch.autograd.grad(loss, [*model.parameters()])])
+    gradient = torch.cat(
+        [part.flatten() for part in torch.autograd.grad(loss, [*model.parameters()])]
+    )
     return loss.item(), gradient
 
 
@@ -151,7 +158,9 @@ TOKENS = torch.arange(8 * 17 * 2.0).view(8, 17, 2)
 def noise_of(*numbers):
     module = GivenPatchDropout(PatchDropout(0.25), 16).train()
     given = []
-    loss = lambda images, targets: given.append(module(TOKENS[: len(images)])) or images.sum() * weight.sum()  # noqa: E731
+    loss = lambda images, targets: (
+        given.append(module(TOKENS[: len(images)])) or images.sum() * weight.sum()
+    )  # noqa: E731
     weight = nn.Parameter(torch.ones(1))
     recipe = SimpleNamespace(accumulate=2, clip=None)
     holder = nn.ParameterList([weight])

@@ -7,20 +7,34 @@ import pandas as pd
 import pytest
 from matplotlib.container import ErrorbarContainer
 
-from bvit_interp.report.study_figure import plot
 from bvit_interp.results import read_table, write_table
+from bvit_interp.training.loop.study_plot import plot
 
 
 @pytest.fixture
 def frame(tmp_path):
     """Two series at two widths; one has three seeds, the other one. As it comes from a CSV."""
     rows = [
-        {"study": "width", "series": series, "width": width, "seed": seed, "ema_top1": top1, "top1": 0.9, "chance": 0.1}
+        {
+            "study": "width",
+            "series": series,
+            "width": width,
+            "seed": seed,
+            "ema_top1": top1,
+            "top1": 0.9,
+            "chance": 0.1,
+        }
         for series, width, seed, top1 in [
-            ("bViT", 128, 0, 0.5), ("bViT", 128, 1, 0.6), ("bViT", 128, 2, 0.7), ("bViT", 64, 0, 0.2),
-            ("bViT", 64, 1, 0.4), ("bViT", 64, 2, 0.3), ("ViT", 64, 0, 0.35), ("ViT", 128, 0, 0.8),
+            ("bViT", 128, 0, 0.5),
+            ("bViT", 128, 1, 0.6),
+            ("bViT", 128, 2, 0.7),
+            ("bViT", 64, 0, 0.2),
+            ("bViT", 64, 1, 0.4),
+            ("bViT", 64, 2, 0.3),
+            ("ViT", 64, 0, 0.35),
+            ("ViT", 128, 0, 0.8),
         ]
-    ]  # fmt: skip
+    ]
     write_table(pd.DataFrame(rows), tmp_path / "study_width.csv")
     return read_table(tmp_path / "study_width.csv")
 
@@ -28,12 +42,16 @@ def frame(tmp_path):
 def test_lines_are_means_and_bars_one_standard_deviation(frame):
     (ax,) = plot(frame).axes
     drawn = {
-        container.get_label(): container for container in ax.containers if isinstance(container, ErrorbarContainer)
+        container.get_label(): container
+        for container in ax.containers
+        if isinstance(container, ErrorbarContainer)
     }
     assert list(drawn) == ["bViT, 3 seeds", "ViT, one seed"]
     line, _, (bars,) = drawn["bViT, 3 seeds"]
     np.testing.assert_allclose(line.get_xydata(), [[64, 0.3], [128, 0.6]])
-    np.testing.assert_allclose(bars.get_segments(), [[[64, 0.2], [64, 0.4]], [[128, 0.5], [128, 0.7]]])
+    np.testing.assert_allclose(
+        bars.get_segments(), [[[64, 0.2], [64, 0.4]], [[128, 0.5], [128, 0.7]]]
+    )
     np.testing.assert_allclose(drawn["ViT, one seed"][0].get_xydata(), [[64, 0.35], [128, 0.8]])
 
 
@@ -45,7 +63,11 @@ def test_chance_axis_and_ticks(frame):
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["64", "128"]
     assert ax.get_ylim()[0] == 0
     legend = ax.get_legend() or ax.figure.legends[0]
-    assert {text.get_text() for text in legend.get_texts()} == {"bViT, 3 seeds", "ViT, one seed", "chance"}
+    assert {text.get_text() for text in legend.get_texts()} == {
+        "bViT, 3 seeds",
+        "ViT, one seed",
+        "chance",
+    }
 
 
 def test_a_single_run_can_be_drawn(frame):

@@ -18,8 +18,8 @@ from bvit_interp.data.digits import DigitScenes
 from bvit_interp.errors import MissingExtra, UserError
 from bvit_interp.models.checkpoint import load
 from bvit_interp.results import read_table
-from bvit_interp.training import scoring, supervised
-from bvit_interp.training import trainer as run_trainer
+from bvit_interp.training.loop import scoring, supervised
+from bvit_interp.training.loop import trainer as run_trainer
 
 STEPS = 5  # of an epoch
 
@@ -28,7 +28,9 @@ def by_numpy(model, scenes):
     """top1, top5 and loss of a model on scenes, from its logits."""
     images, labels, _ = zip(*(scenes.read(i) for i in range(len(scenes))), strict=True)
     mean, std = (np.array(model.pretrained_cfg[key]) for key in ("mean", "std"))
-    pixels = torch.tensor((np.array(images) / 255.0 - mean) / std, dtype=torch.float32).permute(0, 3, 1, 2)
+    pixels = torch.tensor((np.array(images) / 255.0 - mean) / std, dtype=torch.float32).permute(
+        0, 3, 1, 2
+    )
     with torch.no_grad():
         logits = model(pixels).double().numpy()
     own = logits[np.arange(len(labels)), labels]
@@ -50,7 +52,11 @@ def test_a_run_leaves_a_checkpoint_a_table_and_a_card(recipe, tmp_path):
     assert list(table) == list(run_trainer.COLUMNS)
     assert table["epoch"].tolist() == [1, 2, 3]
     for column in ("top1", "ema_top1", "test_loss", "ema_loss", "top5", "ema_top5"):
-        assert table[column].isna().tolist() == [True, False, False]  # the last epoch is always scored
+        assert table[column].isna().tolist() == [
+            True,
+            False,
+            False,
+        ]  # the last epoch is always scored
     last = table.iloc[-1]
     for prefix, name in (("", "run"), ("ema_", "run@ema")):
         top1, top5, loss = by_numpy(load(tmp_path / name), DigitScenes("test"))
@@ -69,7 +75,9 @@ def test_a_run_leaves_a_checkpoint_a_table_and_a_card(recipe, tmp_path):
 def two_classes(tmp_path):
     """Folders of dark and of bright noise, 50 x 40 pixels, to train on and to score on."""
     rng = np.random.default_rng(0)
-    for split, (name, level) in ((s, c) for s in ("train", "test") for c in (("dark", 0), ("light", 155))):
+    for split, (name, level) in (
+        (s, c) for s in ("train", "test") for c in (("dark", 0), ("light", 155))
+    ):
         folder = tmp_path / "data" / split / name
         folder.mkdir(parents=True)
         for i in range(6):
@@ -79,7 +87,8 @@ def two_classes(tmp_path):
 
 
 def test_the_model_that_comes_back_is_the_one_that_opens(recipe, tmp_path):
-    """Nothing of training is left on it: recomputation, or the attention kernel that bf16 is trained with."""
+    """Nothing of training is left on it: recomputation, or the attention kernel that bf16 is
+    trained with."""
     model = supervised.train(recipe(autocast="bf16", grad_checkpointing=True, epochs=1), tmp_path)
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(load(tmp_path)(images), model(images))
@@ -88,11 +97,17 @@ def test_the_model_that_comes_back_is_the_one_that_opens(recipe, tmp_path):
 
 
 def test_two_classes_in_folders(recipe, tmp_path, two_classes):
-    """It learns them; top5 is not defined there: config.json stays JSON, and the card does not speak of it."""
+    """It learns them; top5 is not defined there: config.json stays JSON, and the card does not
+    speak of it."""
     plan = recipe(
-        data=f"folder:{two_classes}", crop="random-resized", images_per_epoch=None, batch_size=4, epochs=4, lr=0.01,
+        data=f"folder:{two_classes}",
+        crop="random-resized",
+        images_per_epoch=None,
+        batch_size=4,
+        epochs=4,
+        lr=0.01,
         model={"num_classes": 2},
-    )  # fmt: skip
+    )
     supervised.train(plan, tmp_path / "run")
     table = read_table(tmp_path / "run" / "history.csv")
     assert table["loss"].iloc[0] > 0.5  # log 2 = 0.69
@@ -111,14 +126,22 @@ def test_two_classes_in_folders(recipe, tmp_path, two_classes):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_data_that_cannot_be_used(recipe, tmp_path, two_classes, workers):
     plan = recipe(
-        data=f"folder:{two_classes}", crop="random-resized", images_per_epoch=None, model={"num_classes": 2},
+        data=f"folder:{two_classes}",
+        crop="random-resized",
+        images_per_epoch=None,
+        model={"num_classes": 2},
         workers=workers,
-    )  # fmt: skip
-    with pytest.raises(UserError, match="an image of 50 x 40 pixels for a model of 32 x 32: use crop=random-resized"):
+    )
+    with pytest.raises(
+        UserError,
+        match="an image of 50 x 40 pixels for a model of 32 x 32: use crop=random-resized",
+    ):
         supervised.train(dataclasses.replace(plan, crop="none"), tmp_path / "run")
     for i in range(6):
         (two_classes / "train" / "dark" / f"{i}.png").write_bytes(b"no picture")
-    with pytest.raises(UserError, match=r"^[^\n]+train/dark/\d\.png: the image cannot be read[^\n]+$"):
+    with pytest.raises(
+        UserError, match=r"^[^\n]+train/dark/\d\.png: the image cannot be read[^\n]+$"
+    ):
         supervised.train(plan, tmp_path / "run")
     (two_classes / "test").rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="has nothing to score on beside its training images"):
@@ -129,9 +152,13 @@ def test_data_that_cannot_be_used(recipe, tmp_path, two_classes, workers):
 def test_a_real_run_on_cifar(recipe, tmp_path, real, monkeypatch):
     monkeypatch.setattr(scoring, "Loader", functools.partial(scoring.Loader, limit=200))
     plan = recipe(
-        data=f"cifar10:{real('cifar10')}", crop="padded", flip=True, epochs=1, images_per_epoch=16,
+        data=f"cifar10:{real('cifar10')}",
+        crop="padded",
+        flip=True,
+        epochs=1,
+        images_per_epoch=16,
         model={"num_steps": 1},
-    )  # fmt: skip
+    )
     supervised.train(plan, tmp_path)
     assert read_table(tmp_path / "history.csv")["top1"].iloc[0] == pytest.approx(0.1, abs=0.08)
 
@@ -141,7 +168,9 @@ def test_tensorboard(recipe, tmp_path, monkeypatch):
     with pytest.raises(MissingExtra, match=r"pip install 'bvit-interp\[tensorboard\]'"):
         supervised.train(recipe(epochs=1), tmp_path / "none", tensorboard=True)
     logged = []
-    writer = SimpleNamespace(add_scalar=lambda *given: logged.append(given), flush=lambda: None, close=lambda: None)
+    writer = SimpleNamespace(
+        add_scalar=lambda *given: logged.append(given), flush=lambda: None, close=lambda: None
+    )
     module = SimpleNamespace(SummaryWriter=lambda folder: writer)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     supervised.train(recipe(), tmp_path / "run", tensorboard=True)
@@ -163,7 +192,9 @@ def watched(trainer, look):
 
     trainer.run.optimizer.step = looked
     while trainer.run.done < trainer.total:
-        for _ in trainer.epoch(SimpleNamespace(update=lambda: None, set_postfix=lambda **shown: None)):
+        for _ in trainer.epoch(
+            SimpleNamespace(update=lambda: None, set_postfix=lambda **shown: None)
+        ):
             pass
     return trainer
 
@@ -171,15 +202,22 @@ def watched(trainer, look):
 @pytest.mark.parametrize("schedule", ["step", "epoch"])
 def test_the_learning_rate_in_the_optimiser(recipe, trainer, schedule):
     found = []
-    plan = recipe(epochs=4, warmup_epochs=1, schedule=schedule, warmup_factor=0.1, lr=0.01, min_lr=0.001)
-    done = watched(trainer(plan), lambda t: found.append([group["lr"] for group in t.run.optimizer.param_groups]))
+    plan = recipe(
+        epochs=4, warmup_epochs=1, schedule=schedule, warmup_factor=0.1, lr=0.01, min_lr=0.001
+    )
+    done = watched(
+        trainer(plan),
+        lambda t: found.append([group["lr"] for group in t.run.optimizer.param_groups]),
+    )
     assert all(len(set(rates)) == 1 for rates in found)
     unit = STEPS if schedule == "step" else 1
     for step, (rate, *_) in enumerate(found):
         t = step if schedule == "step" else step // STEPS
         cosine = 0.001 + 0.009 * (1 + np.cos(np.pi * (t - unit) / (3 * unit))) / 2
         assert rate == pytest.approx(0.01 * (0.1 + 0.9 * t / unit) if t < unit else cosine)
-    assert [row["lr"] for row in done.run.history] == [found[i][0] for i in range(STEPS - 1, 4 * STEPS, STEPS)]
+    assert [row["lr"] for row in done.run.history] == [
+        found[i][0] for i in range(STEPS - 1, 4 * STEPS, STEPS)
+    ]
 
 
 def test_the_average_follows_in_warm_up_and_decays_after(recipe, trainer):
@@ -191,7 +229,10 @@ def test_the_average_follows_in_warm_up_and_decays_after(recipe, trainer):
         average()
         weights.append({key: value.clone() for key, value in made.run.model.state_dict().items()})
         if len(weights) <= 3:  # two steps of warm-up, and the first after it
-            assert all(torch.equal(value, weights[-1][key]) for key, value in made.run.ema.module.state_dict().items())
+            assert all(
+                torch.equal(value, weights[-1][key])
+                for key, value in made.run.ema.module.state_dict().items()
+            )
 
     made.run.average = noted
     watched(made, lambda t: None)
@@ -203,7 +244,8 @@ def test_the_average_follows_in_warm_up_and_decays_after(recipe, trainer):
 
 
 def test_the_papers_decay_in_a_short_run_leaves_an_untrained_average(recipe, trainer):
-    """The trap: 0.99995 forgets the beginning in 20,000 steps; by default the horizon is a share of the run."""
+    """The trap: 0.99995 forgets the beginning in 20,000 steps; by default the horizon is a share of
+    the run."""
     left = {}
     for ema in (0.99995, None):
         made = watched(trainer(recipe(ema=ema, epochs=4, score_every=9)), lambda t: None)
@@ -221,7 +263,9 @@ def test_clipping(recipe, trainer):
         norms = []
 
         def look(t, norms=norms):
-            norms.append(torch.stack([p.grad.norm() for p in t.run.model.parameters()]).norm().item())
+            norms.append(
+                torch.stack([p.grad.norm() for p in t.run.model.parameters()]).norm().item()
+            )
 
         done = watched(trainer(recipe(clip=clip)), look)
         if clip:
@@ -233,16 +277,25 @@ def test_clipping(recipe, trainer):
     assert clipped > 0.1  # told as it was before
 
 
-@pytest.mark.parametrize("change", [{"accumulate": 2}, {"accumulate": 8}, {"grad_checkpointing": True}])
+@pytest.mark.parametrize(
+    "change", [{"accumulate": 2}, {"accumulate": 8}, {"grad_checkpointing": True}]
+)
 def test_parts_and_recomputation_change_nothing(recipe, tmp_path, history, change):
     for name, own in (("one", {}), ("other", change)):
         supervised.train(recipe(crop="padded", mixup=0.2, **own), tmp_path / name)
-    one, other = (safetensors.torch.load_file(tmp_path / name / "model.safetensors") for name in ("one", "other"))
+    one, other = (
+        safetensors.torch.load_file(tmp_path / name / "model.safetensors")
+        for name in ("one", "other")
+    )
     for key, tensor in one.items():
-        if key.endswith("qkv.bias"):  # of the keys: it moves no output, and AdamW enlarges its rounding errors
+        if key.endswith(
+            "qkv.bias"
+        ):  # of the keys: it moves no output, and AdamW enlarges its rounding errors
             tensor[32:64] = other[key][32:64]
         torch.testing.assert_close(other[key], tensor, rtol=0, atol=1e-6)
-    np.testing.assert_allclose(history(tmp_path / "other"), history(tmp_path / "one"), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        history(tmp_path / "other"), history(tmp_path / "one"), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_labels_are_smoothed_once_with_mixup_and_without(recipe, trainer):
@@ -260,7 +313,10 @@ def test_labels_are_smoothed_once_with_mixup_and_without(recipe, trainer):
     ("change", "message"),
     [
         ({"accumulate": 3}, r"batch_size 8 is not divisible by 3 \(processes x accumulate\)"),
-        ({"batch_size": 60_000, "images_per_epoch": None}, "an epoch of 50000 images is less than a batch of 60000"),
+        (
+            {"batch_size": 60_000, "images_per_epoch": None},
+            "an epoch of 50000 images is less than a batch of 60000",
+        ),
         ({"data": "nowhere"}, "no data set or folder 'nowhere'"),
     ],
 )

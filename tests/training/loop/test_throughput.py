@@ -8,7 +8,7 @@ import resource
 import pytest
 import torch
 
-from bvit_interp.training import throughput
+from bvit_interp.training.loop import throughput
 
 # width 32, 17 tokens, 12 steps, patches of 8: multiply-adds x 2
 BLOCK = 2 * 17 * 12 * 32**2 + 2 * 2 * 17**2 * 32
@@ -22,7 +22,9 @@ def test_utilisation_by_hand(make, monkeypatch):
     assert found == pytest.approx(3 * FLOPS * 50 / 1e9)
     assert asked == [("cpu", torch.bfloat16)]
     dropping = make(patch_drop_rate=0.25)
-    assert throughput.utilisation(dropping, 50.0, "cpu", torch.bfloat16) == pytest.approx(0.75 * found)
+    assert throughput.utilisation(dropping, 50.0, "cpu", torch.bfloat16) == pytest.approx(
+        0.75 * found
+    )
 
 
 def test_peak_is_the_best_of_several_products(monkeypatch):

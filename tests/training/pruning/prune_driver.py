@@ -1,7 +1,7 @@
 """Real processes for test_prune.py: one start of Python, and a fork for every process that prunes.
 
-``python prune_driver.py JOB.json``: prunings into one folder, one after another, each of one or two processes; one with
-a `kill` kills itself there with SIGKILL.
+``python prune_driver.py JOB.json``: prunings into one folder, one after another, each of one or two
+processes; one with a `kill` kills itself there with SIGKILL.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from driver import forked
 from bvit_interp import results
 from bvit_interp.data import digits
 from bvit_interp.models.masks import Masks
-from bvit_interp.training import graft, prune
-from bvit_interp.training import trainer as run_trainer
-from bvit_interp.training.recipe import Recipe
+from bvit_interp.training.loop import trainer as run_trainer
+from bvit_interp.training.loop.recipe import Recipe
+from bvit_interp.training.pruning import by_step as prune
+from bvit_interp.training.pruning import grafts as graft
 
 TEST_IMAGES = 40
 
@@ -33,7 +34,8 @@ def die():
 
 
 def dying(owner, name, when, after=False):
-    """Let `owner.name` kill the process at the call for which `when(*arguments)` is true, or after it."""
+    """Let `owner.name` kill the process at the call for which `when(*arguments)` is true, or after
+    it."""
     original = getattr(owner, name)
 
     def call(*given, **named):
@@ -71,10 +73,14 @@ KILLS = {
         Masks, "save", lambda masks, path, model: path.name == "pruned.safetensors", after=True
     ),
     "in a training": lambda: dying(
-        run_trainer.Trainer, "_step", lambda run, *_: (run.out.name, run.run.done) == ("round-02", 3)
+        run_trainer.Trainer,
+        "_step",
+        lambda run, *_: (run.out.name, run.run.done) == ("round-02", 3),
     ),
     "before a row": lambda: dying(results.Table, "append", lambda table, row: row["round"] == 2),
-    "after a row": lambda: dying(results.Table, "append", lambda table, row: row["round"] == 2, after=True),
+    "after a row": lambda: dying(
+        results.Table, "append", lambda table, row: row["round"] == 2, after=True
+    ),
     "while a round is copied": lambda: dying(shutil, "copytree", lambda *_: True, after=True),
 }
 
@@ -85,7 +91,9 @@ def work(job, out, rank, world, meeting, kill):
     digits.LENGTHS["test"] = TEST_IMAGES
     run_trainer._CHECKED_EVERY = 2
     if world > 1:
-        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world
+        )
     if kill is not None:
         KILLS[kill]()
     job["pruning"]["methods"] = tuple(job["pruning"]["methods"])

@@ -1,4 +1,5 @@
-"""Pruning step by step: the schedule of Table 7, what each method prunes, and a run killed at any place."""
+"""Pruning step by step: the schedule of Table 7, what each method prunes, and a run killed at any
+place."""
 
 from __future__ import annotations
 
@@ -21,16 +22,29 @@ from bvit_interp.errors import UserError
 from bvit_interp.models.checkpoint import load
 from bvit_interp.models.masks import PLACES, Masks, full, masks_of
 from bvit_interp.results import read_table
-from bvit_interp.training import graft, prune, start
-from bvit_interp.training import recipe as recipes
-from bvit_interp.training import trainer as run_trainer
+from bvit_interp.training.loop import build as start
+from bvit_interp.training.loop import recipe as recipes
+from bvit_interp.training.loop import trainer as run_trainer
+from bvit_interp.training.pruning import by_step as prune
+from bvit_interp.training.pruning import grafts as graft
 
 DRIVER = Path(__file__).with_name("prune_driver.py")
 KILLS = (  # of the driver, in the order in which a run meets them
-    "while grafts are written", "in a graft", "between grafts and masks", "after the masks", "in a training",
-    "before a row", "after a row", "while a round is copied",
-)  # fmt: skip
-SHAPES = {"qkv": (768, 256), "proj": (256, 256), "fc1": (1024, 256), "fc2": (256, 1024)}  # of the paper's model
+    "while grafts are written",
+    "in a graft",
+    "between grafts and masks",
+    "after the masks",
+    "in a training",
+    "before a row",
+    "after a row",
+    "while a round is copied",
+)
+SHAPES = {
+    "qkv": (768, 256),
+    "proj": (256, 256),
+    "fc1": (1024, 256),
+    "fc2": (256, 1024),
+}  # of the paper's model
 TABLE_7 = {5: 67.23, 10: 89.26, 15: 96.48, 20: 98.85, 25: 99.62, 30: 99.88}
 
 
@@ -60,7 +74,9 @@ def test_table_7_by_the_schedule_of_the_code(ranking):
 
 
 def test_the_smallest_of_all_matrices_go_or_of_each():
-    masks = Masks({"a": torch.ones(2, 1, 4, dtype=torch.bool), "b": torch.ones(2, 6, dtype=torch.bool)})
+    masks = Masks(
+        {"a": torch.ones(2, 1, 4, dtype=torch.bool), "b": torch.ones(2, 6, dtype=torch.bool)}
+    )
     masks["b"][1, 0] = False
     weights = {
         "a": torch.tensor([[[1.0, -2.0, 3.0, -4.0]], [[8.0, 7.0, 6.0, 5.0]]]),
@@ -69,15 +85,32 @@ def test_the_smallest_of_all_matrices_go_or_of_each():
     at_once = prune.smallest_off(masks, weights, 0.2)
     assert at_once["a"].tolist() == [[[False, True, True, True]], [[True] * 4]]  # 1 and -0.5 of ten
     # of nine 7.2 stay: two go, the first two of the equal ones; what was off is not counted
-    assert at_once["b"].tolist() == [[True, True, True, True, False, True], [False, False, False, True, True, True]]
+    assert at_once["b"].tolist() == [
+        [True, True, True, True, False, True],
+        [False, False, False, True, True, True],
+    ]
     each = prune.smallest_off(masks, weights, 0.25, "layer")
     assert each["a"].tolist() == [[[False, True, True, True]], [[True, True, True, False]]]
-    assert each["b"].tolist() == [[False, True, True, True, False, True], [False, False, True, True, True, True]]
+    assert each["b"].tolist() == [
+        [False, True, True, True, False, True],
+        [False, False, True, True, True, True],
+    ]
     assert masks["a"].all()  # what is given stays as it is
 
 
-@pytest.mark.parametrize(("n", "rate", "gone"), [(1, 0.2, 0), (2, 0.2, 0), (3, 0.2, 1), (5, 0.2, 1), (7, 0.2, 1),
-                                                 (8, 0.2, 2), (1, 0.9, 1), (0, 0.5, 0)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("n", "rate", "gone"),
+    [
+        (1, 0.2, 0),
+        (2, 0.2, 0),
+        (3, 0.2, 1),
+        (5, 0.2, 1),
+        (7, 0.2, 1),
+        (8, 0.2, 2),
+        (1, 0.9, 1),
+        (0, 0.5, 0),
+    ],
+)
 def test_a_share_of_few_weights(n, rate, gone):
     masks = Masks({"a": torch.arange(9)[None] < n})
     assert int(prune.smallest_off(masks, {"a": torch.rand(1, 9)}, rate)["a"].sum()) == n - gone
@@ -131,17 +164,24 @@ def test_a_table_of_three_methods_from_the_same_first_round(recipe, first, tmp_p
         history = read_table(tmp_path / method / "round-02" / "history.csv").iloc[-1]
         row = frame[(frame["method"] == method) & (frame["round"] == 2)].iloc[0]
         assert row["train_loss"] == history["loss"]
-        assert all(row[name] == history[name] for name in ("top1", "ema_top1", "test_loss", "ema_loss", "chance"))
+        assert all(
+            row[name] == history[name]
+            for name in ("top1", "ema_top1", "test_loss", "ema_loss", "chance")
+        )
         for fewer, more in ((of[1], of[0]), (of[2], of[1])):
             assert all(not (fewer[name] & ~more[name]).any() for name in PLACES)
-        kept = Masks.load(tmp_path / method / "round-02" / "pruned.safetensors", init)  # over the first weights
+        kept = Masks.load(
+            tmp_path / method / "round-02" / "pruned.safetensors", init
+        )  # over the first weights
         assert kept.fingerprint() == of[2].fingerprint()
         same = torch.equal(of[2]["fc1"][0], of[2]["fc1"][2])
         assert same == (method == "magnitude")
     assert not list(tmp_path.rglob("grafts.pt"))
     assert len(read_table(tmp_path / "rtl" / "round-02" / "grafts.csv")) == 2 * 3
     random = frame[frame["method"] == "random"].iloc[2]
-    assert random["weight_sparsity"] == pytest.approx(0.36**3, abs=0.02)  # three masks drawn one by one
+    assert random["weight_sparsity"] == pytest.approx(
+        0.36**3, abs=0.02
+    )  # three masks drawn one by one
     magnitude = frame[frame["method"] == "magnitude"].iloc[2]
     assert magnitude["weight_sparsity"] == pytest.approx(0.36, abs=1e-4)
 
@@ -156,7 +196,9 @@ def test_what_each_method_ranks_by(recipe, first, tmp_path, monkeypatch):
         return given[-1]
 
     monkeypatch.setattr(graft, "train", noted)
-    prune.run(plan, prune.Pruning(rounds=1, methods=("rtl", "magnitude"), ranking="layer"), tmp_path)
+    prune.run(
+        plan, prune.Pruning(rounds=1, methods=("rtl", "magnitude"), ranking="layer"), tmp_path
+    )
     by_grafts = prune.smallest_off(ones, given[0][0], 0.2, "layer")
     assert masks_in(tmp_path / "rtl" / "round-02").fingerprint() == by_grafts.fingerprint()
     found = masks_in(tmp_path / "magnitude" / "round-02")
@@ -173,14 +215,18 @@ def test_each_round_starts_from_the_first_weights(recipe, first, tmp_path, monke
     original = run_trainer.Trainer.epoch
 
     def noted(trainer, bar):
-        started.append({name: tensor.clone() for name, tensor in trainer.run.model.state_dict().items()})
+        started.append(
+            {name: tensor.clone() for name, tensor in trainer.run.model.state_dict().items()}
+        )
         return original(trainer, bar)
 
     monkeypatch.setattr(run_trainer.Trainer, "epoch", noted)
     prune.run(recipe(epochs=1), prune.Pruning(rounds=2, methods=("magnitude",)), tmp_path)
     assert len(started) == 3
     for state in started:
-        assert all(torch.equal(state[name], tensor) for name, tensor in first().state_dict().items())
+        assert all(
+            torch.equal(state[name], tensor) for name, tensor in first().state_dict().items()
+        )
 
 
 def test_emptied_layers_are_named_and_nothing_is_nan(recipe, tmp_path, caplog):
@@ -199,14 +245,20 @@ def test_emptied_layers_are_named_and_nothing_is_nan(recipe, tmp_path, caplog):
 def test_more_rounds_and_methods_may_follow(recipe, tmp_path, monkeypatch):
     plan = recipe(epochs=1)
     prune.run(plan, prune.Pruning(rounds=1, methods=("random",)), tmp_path / "run")
-    frame = prune.run(plan, prune.Pruning(rounds=2, methods=("magnitude", "random")), tmp_path / "run")
+    frame = prune.run(
+        plan, prune.Pruning(rounds=2, methods=("magnitude", "random")), tmp_path / "run"
+    )
     assert sorted(frame["method"] + frame["round"].astype(str)) == [
         f"{method}{number}" for method in ("magnitude", "random") for number in (1, 2, 3)
     ]
-    whole = prune.run(plan, prune.Pruning(rounds=2, methods=("magnitude", "random")), tmp_path / "whole")
+    whole = prune.run(
+        plan, prune.Pruning(rounds=2, methods=("magnitude", "random")), tmp_path / "whole"
+    )
     keys = ["method", "round"]
     pd.testing.assert_frame_equal(
-        frame.sort_values(keys, ignore_index=True), whole.sort_values(keys, ignore_index=True), check_exact=True
+        frame.sort_values(keys, ignore_index=True),
+        whole.sort_values(keys, ignore_index=True),
+        check_exact=True,
     )
     monkeypatch.setattr(run_trainer.Trainer, "_step", None)  # nothing is missing
     prune.run(plan, prune.Pruning(rounds=2, methods=("magnitude", "random")), tmp_path / "run")
@@ -223,7 +275,9 @@ def test_other_options_are_refused_and_overwrite_starts_again(recipe, tmp_path):
         with pytest.raises(UserError, match=rf"rounds.csv was made with other options \({named}\)"):
             prune.run(plan, prune.Pruning(**few, **change), tmp_path)
     (tmp_path / "rounds.csv").rename(tmp_path / "elsewhere.csv")
-    with pytest.raises(UserError, match=r"holds the pruned magnitude/round-01 and no rounds.csv: .* --overwrite"):
+    with pytest.raises(
+        UserError, match=r"holds the pruned magnitude/round-01 and no rounds.csv: .* --overwrite"
+    ):
         prune.run(recipe(epochs=1), prune.Pruning(**few), tmp_path)
     (tmp_path / "magnitude" / "notes").mkdir()
     frame = prune.run(recipe(epochs=1), prune.Pruning(**few, rate=0.5), tmp_path, overwrite=True)
@@ -236,8 +290,12 @@ def test_masks_of_another_first_model_are_refused(recipe, tmp_path):
     prune.run(recipe(epochs=1), pruning, tmp_path / "a")
     prune.run(recipe(epochs=1, seed=1), pruning, tmp_path / "b")
     other = tmp_path / "b" / "magnitude" / "round-01" / "pruned.safetensors"
-    (tmp_path / "a" / "magnitude" / "round-01" / "pruned.safetensors").write_bytes(other.read_bytes())
-    with pytest.raises(UserError, match=r"round-01/pruned.safetensors: masks of other weights than these"):
+    (tmp_path / "a" / "magnitude" / "round-01" / "pruned.safetensors").write_bytes(
+        other.read_bytes()
+    )
+    with pytest.raises(
+        UserError, match=r"round-01/pruned.safetensors: masks of other weights than these"
+    ):
         prune.run(recipe(epochs=1), pruning, tmp_path / "a")
 
 
@@ -266,7 +324,9 @@ def test_a_model_without_grafts_stops_before_anything_is_written(recipe, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", [name for name in recipes.available() if name.endswith("pathways")])
+@pytest.mark.parametrize(
+    "name", [name for name in recipes.available() if name.endswith("pathways")]
+)
 def test_the_shipped_recipes(name):
     plan = recipes.read(name)
     model = {"img_size", "patch_size", "embed_dim", "num_heads"}
@@ -279,12 +339,34 @@ def test_the_shipped_recipes(name):
 
 def test_the_command(settings, tmp_path, capsys):
     (tmp_path / "tiny.yaml").write_text(json.dumps(settings()))
-    words = ["prune", "--recipe", str(tmp_path / "tiny.yaml"), "--out", str(tmp_path / "out"), "--device", "cpu"]
-    words += ["--epochs", "1", "--rounds", "1", "--methods", "magnitude", "--methods", "random", "--set", "lr=0.002"]
+    words = [
+        "prune",
+        "--recipe",
+        str(tmp_path / "tiny.yaml"),
+        "--out",
+        str(tmp_path / "out"),
+        "--device",
+        "cpu",
+    ]
+    words += [
+        "--epochs",
+        "1",
+        "--rounds",
+        "1",
+        "--methods",
+        "magnitude",
+        "--methods",
+        "random",
+        "--set",
+        "lr=0.002",
+    ]
     assert main(words) == 0
     printed = capsys.readouterr().out
     assert f"wrote {tmp_path / 'out' / 'rounds.csv'}" in printed
-    assert json.loads((tmp_path / "out" / "rounds.json").read_text())["options"]["recipe"]["lr"] == 0.002
+    assert (
+        json.loads((tmp_path / "out" / "rounds.json").read_text())["options"]["recipe"]["lr"]
+        == 0.002
+    )
     for wrong, line in (
         (["--rate", "1.5"], "rate must be between 0 and 1, got 1.5"),
         (["--epochs", "0"], "recipe: epochs must be >= 1, got 0"),
@@ -303,7 +385,15 @@ def test_the_help_and_the_overview(capsys):
         main(["prune", "--help"])
     assert stopped.value.code == 0
     text = capsys.readouterr().out
-    for option in ("--rounds", "--epochs", "--graft-epochs", "--rate", "--ranking", "--methods", "--save-minutes"):
+    for option in (
+        "--rounds",
+        "--epochs",
+        "--graft-epochs",
+        "--rate",
+        "--ranking",
+        "--methods",
+        "--save-minutes",
+    ):
         assert option in text
     assert main([]) == 0
     assert "  prune " in capsys.readouterr().out
@@ -325,9 +415,12 @@ def drive(tmp_path):
     def run(job):
         (tmp_path / "job.json").write_text(json.dumps(job))
         done = subprocess.run(
-            [sys.executable, str(DRIVER), str(tmp_path / "job.json")], capture_output=True, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600,
-        )  # fmt: skip
+            [sys.executable, str(DRIVER), str(tmp_path / "job.json")],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            timeout=600,
+        )
         assert done.returncode == 0, done.stderr[-3000:]
 
     return run
@@ -335,8 +428,15 @@ def drive(tmp_path):
 
 def files(out):
     """Masks, weights and tables of a pruning by path; cards and histories hold dates and speeds."""
-    kept = {f"{word}.safetensors" for word in ("masks", "pruned", "model", "ema")} | {"grafts.csv", "rounds.csv"}
-    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.name in kept}
+    kept = {f"{word}.safetensors" for word in ("masks", "pruned", "model", "ema")} | {
+        "grafts.csv",
+        "rounds.csv",
+    }
+    return {
+        str(path.relative_to(out)): path.read_bytes()
+        for path in out.rglob("*")
+        if path.name in kept
+    }
 
 
 @pytest.mark.slow
@@ -345,7 +445,13 @@ def test_killed_anywhere_it_ends_with_the_same_masks_and_weights(settings, tmp_p
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     plan = settings(full=True, epochs=1)
     runs = [{"out": str(killed), "kill": kill} for kill in KILLS]
-    drive({"recipe": plan, "pruning": pruning, "runs": [*runs, {"out": str(killed)}, {"out": str(whole)}]})
+    drive(
+        {
+            "recipe": plan,
+            "pruning": pruning,
+            "runs": [*runs, {"out": str(killed)}, {"out": str(whole)}],
+        }
+    )
     assert files(killed).keys() == files(whole).keys()
     assert len([name for name in files(whole) if name.endswith("masks.safetensors")]) == 6
     for name, content in files(whole).items():
@@ -355,16 +461,25 @@ def test_killed_anywhere_it_ends_with_the_same_masks_and_weights(settings, tmp_p
 
 @pytest.mark.slow
 def test_two_processes_prune_as_one_does(settings, tmp_path, drive):
-    """Nearly: sums of two halves are rounded otherwise, which may exchange weights of nearly the same size."""
+    """Nearly: sums of two halves are rounded otherwise, which may exchange weights of nearly the
+    same size."""
     one, two = tmp_path / "one", tmp_path / "two"
-    drive({
-        "recipe": settings(crop="padded", epochs=1), "pruning": {"rounds": 1, "graft_epochs": 2, "methods": ["rtl"]},
-        "runs": [{"out": str(one)}, {"out": str(two), "world": 2}],
-    })  # fmt: skip
-    tables = [read_table(folder / "rounds.csv").drop(columns=["method", "fully_pruned"]) for folder in (one, two)]
+    drive(
+        {
+            "recipe": settings(crop="padded", epochs=1),
+            "pruning": {"rounds": 1, "graft_epochs": 2, "methods": ["rtl"]},
+            "runs": [{"out": str(one)}, {"out": str(two), "world": 2}],
+        }
+    )
+    tables = [
+        read_table(folder / "rounds.csv").drop(columns=["method", "fully_pruned"])
+        for folder in (one, two)
+    ]
     np.testing.assert_allclose(*tables, rtol=0, atol=2e-3)
     np.testing.assert_allclose(
-        *(read_table(folder / "rtl" / "round-01" / "grafts.csv") for folder in (one, two)), rtol=0, atol=1e-4
+        *(read_table(folder / "rtl" / "round-01" / "grafts.csv") for folder in (one, two)),
+        rtol=0,
+        atol=1e-4,
     )
     a, b = (load_file(folder / "rtl" / "round-01" / "model.safetensors") for folder in (one, two))
     assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)

@@ -1,4 +1,5 @@
-"""Tickets: schedules and counts by hand, one subset as IMP, kill and resume, every kind of subset, refusals."""
+"""Tickets: schedules and counts by hand, one subset as IMP, kill and resume, every kind of subset,
+refusals."""
 
 from __future__ import annotations
 
@@ -16,8 +17,9 @@ from bvit_interp.errors import UserError
 from bvit_interp.metrics import independent_jaccard, jaccard
 from bvit_interp.models.masks import Masks
 from bvit_interp.results import read_table
-from bvit_interp.training import lottery, routing, subsets, ticket_table, tickets
-from bvit_interp.training.ticket_plan import Tickets, schedule
+from bvit_interp.training.pruning import by_subset as tickets
+from bvit_interp.training.pruning import lottery, routing, subsets, ticket_table
+from bvit_interp.training.pruning.ticket_plan import Tickets, schedule
 
 FEW = {"classes": ("0", "1", "4"), "sparsity": (0.5, 0.75), "iterations": 2, "retrain_epochs": 1}
 
@@ -39,7 +41,9 @@ def test_rounds_meet_every_target_in_equal_ratios():
     density = 1 - np.array([s for s, _ in rounds[2:]])
     ratios = density[1:] / density[:-1]
     np.testing.assert_allclose(ratios, ratios[0])
-    assert 0.8 <= ratios[0] < 0.8 ** (8 / 9)  # ln(0.1 / 0.64) / ln(0.8) = 8.3: nine rounds, and eight were too few
+    assert (
+        0.8 <= ratios[0] < 0.8 ** (8 / 9)
+    )  # ln(0.1 / 0.64) / ln(0.8) = 8.3: nine rounds, and eight were too few
 
 
 def test_pruning_takes_the_smallest_over_all_layers():
@@ -62,7 +66,10 @@ def by_hand():
 
 
 def rows_of(masks, rows, names, **more):
-    return {(row["subset"], row["layer"]): row for row in ticket_table.mask_rows(masks, rows, names, **more)}
+    return {
+        (row["subset"], row["layer"]): row
+        for row in ticket_table.mask_rows(masks, rows, names, **more)
+    }
 
 
 def test_rows_of_masks_worked_out_on_paper(by_hand):
@@ -70,18 +77,30 @@ def test_rows_of_masks_worked_out_on_paper(by_hand):
     assert rows["all", "a"]["parameters"] == 3 and rows["all", "b"]["parameters"] == 1
     assert rows["all", "all"]["parameters"] == 4  # the union
     assert rows["all", "all"]["ratio"] == pytest.approx(4 / 6)
-    assert rows_of(by_hand, 1, ["x", "y", "z"], separate=True)["all", "all"]["parameters"] == 3 + 2 + 4
+    assert (
+        rows_of(by_hand, 1, ["x", "y", "z"], separate=True)["all", "all"]["parameters"] == 3 + 2 + 4
+    )
     assert rows["x", "a"]["similarity"] == pytest.approx((1 / 3 + 2 / 3) / 2)
     assert rows["all", "a"]["similarity"] == pytest.approx((1 / 3 + 2 / 3 + 2 / 3) / 3)
-    assert rows["x", "b"]["similarity"] == pytest.approx(1 / 2)  # 0 with the empty one, 1 with the third
+    assert rows["x", "b"]["similarity"] == pytest.approx(
+        1 / 2
+    )  # 0 with the empty one, 1 with the third
     assert rows["x", "all"]["similarity"] == pytest.approx((1 / 4 + 3 / 4) / 2)
     assert rows["y", "all"]["sparsity"] == pytest.approx(4 / 6)
-    assert rows["all", "b"]["empty"] == 1 and rows["all", "all"]["empty"] == 1 and rows["all", "a"]["empty"] == 0
-    assert rows["all", "mean"]["similarity"] == rows["all", "a"]["similarity"]  # layer b is left out
+    assert (
+        rows["all", "b"]["empty"] == 1
+        and rows["all", "all"]["empty"] == 1
+        and rows["all", "a"]["empty"] == 0
+    )
+    assert (
+        rows["all", "mean"]["similarity"] == rows["all", "a"]["similarity"]
+    )  # layer b is left out
     assert ticket_table.empty_layers(by_hand, 1, ["x", "y", "z"]) == ["b for y"]
     null = rows["x", "all"]["null_similarity"]
     both = [2 * 2 / 4 + 0, 2 * 3 / 4 + 1 / 2]  # expected intersections with y and z, layer by layer
-    assert null == pytest.approx(np.mean([both[0] / (3 + 2 - both[0]), both[1] / (3 + 4 - both[1])]))
+    assert null == pytest.approx(
+        np.mean([both[0] / (3 + 2 - both[0]), both[1] / (3 + 4 - both[1])])
+    )
 
 
 def test_the_null_of_equal_densities_is_q_over_two_minus_q():
@@ -90,19 +109,25 @@ def test_the_null_of_equal_densities_is_q_over_two_minus_q():
     torch.testing.assert_close(null, independent_jaccard(masks.double().mean(1)))
     off = ~torch.eye(6, dtype=torch.bool)
     assert null[off].mean().item() == pytest.approx(0.3 / 1.7, abs=2e-3)
-    assert jaccard(masks)[off].mean().item() == pytest.approx(0.3 / 1.7, abs=3e-3)  # and that is what such masks have
+    assert jaccard(masks)[off].mean().item() == pytest.approx(
+        0.3 / 1.7, abs=3e-3
+    )  # and that is what such masks have
 
 
 def test_rows_of_masks_by_step():
     """Two subsets of two steps: rows are (x, 1), (x, 2), (y, 1), (y, 2)."""
-    masks = Masks({"a.weight": torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0], [0, 0, 1, 0]]).bool()})
+    masks = Masks(
+        {"a.weight": torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0], [0, 0, 1, 0]]).bool()}
+    )
     rows = rows_of(masks, 2, ["x", "y"])
     assert rows["x", "a[1]"]["similarity"] == pytest.approx(2 / 3)
     assert rows["x", "a[2]"]["similarity"] == 0
     assert rows["x", "all"]["similarity"] == pytest.approx(2 / 5)
     assert rows["x", "a[1]"]["step_similarity"] == pytest.approx(1 / 2)
     assert rows["y", "all"]["step_similarity"] == pytest.approx(1 / 3)
-    assert rows["x", "all"]["parameters"] == 2 and rows["all", "all"]["parameters"] == 3  # unions over the steps too
+    assert (
+        rows["x", "all"]["parameters"] == 2 and rows["all", "all"]["parameters"] == 3
+    )  # unions over the steps too
     assert rows_of(masks, 2, ["x", "y"], separate=True)["all", "all"]["parameters"] == 2 + 3
     assert rows["x", "all"]["sparsity"] == pytest.approx(5 / 8)
 
@@ -110,10 +135,13 @@ def test_rows_of_masks_by_step():
 def test_collapse_is_a_rise_above_the_least():
     values = {1: 0.8, 2: 0.6, 3: 0.63, 4: 0.7, 5: 0.62}
     frame = pd.DataFrame(
-        [{"method": m, "subset": "all", "layer": "mean", "round": r, "similarity": s}
-         for r, s in values.items() for m in ("rtl", "multi")]
+        [
+            {"method": m, "subset": "all", "layer": "mean", "round": r, "similarity": s}
+            for r, s in values.items()
+            for m in ("rtl", "multi")
+        ]
         + [{"method": "rtl", "subset": "all", "layer": "all", "round": 1, "similarity": 0.8}]
-    )  # fmt: skip
+    )
     found = ticket_table.with_collapse(frame, 0.05)
     rtl = found[(found["method"] == "rtl") & (found["layer"] == "mean")]
     np.testing.assert_allclose(rtl["rise"], [0, 0, 0.03, 0.1, 0.02], atol=1e-12)
@@ -139,30 +167,49 @@ def test_a_search_leaves_a_table_masks_and_weights(plan, tmp_path):
     frame = tickets.run(plan, Tickets(**FEW), tmp_path)
     assert list(frame) == list(tickets.COLUMNS)
     pd.testing.assert_frame_equal(read_table(tmp_path / "tickets.csv"), frame, check_dtype=False)
-    whole = frame[(frame["subset"] == "all") & (frame["layer"] == "all")].set_index(["method", "round"])
+    whole = frame[(frame["subset"] == "all") & (frame["layer"] == "all")].set_index(
+        ["method", "round"]
+    )
     assert len(whole) == 8
     np.testing.assert_allclose(
-        whole["sparsity"], 1 - whole.index.get_level_values("round").map({1: 0.5, 2: 0.25}), atol=1e-4
+        whole["sparsity"],
+        1 - whole.index.get_level_values("round").map({1: 0.5, 2: 0.25}),
+        atol=1e-4,
     )
     for number in (1, 2):
-        rtl, imp, multi, random = (whole.loc[(method, number)] for method in ("rtl", "imp", "multi", "random"))
-        masks = Masks.load(tmp_path / "subnets" / "rtl" / f"round-{number:02d}" / "00" / "masks.safetensors")
+        rtl, imp, multi, random = (
+            whole.loc[(method, number)] for method in ("rtl", "imp", "multi", "random")
+        )
+        masks = Masks.load(
+            tmp_path / "subnets" / "rtl" / f"round-{number:02d}" / "00" / "masks.safetensors"
+        )
         assert masks.count == 3
         assert rtl["parameters"] == sum(int(m.any(0).sum()) for m in masks.values())
         assert multi["parameters"] == sum(int(m.sum()) for m in masks.values())
-        assert imp["parameters"] == round(sum(m[0].numel() for m in masks.values()) * (1 - imp["sparsity"]))
+        assert imp["parameters"] == round(
+            sum(m[0].numel() for m in masks.values()) * (1 - imp["sparsity"])
+        )
         assert rtl["similarity"] == multi["similarity"] and np.isnan(imp["similarity"])
         assert random["similarity"] == pytest.approx(random["null_similarity"], abs=0.02)
         assert rtl["train_images"] == imp["train_images"] == multi["train_images"]
-        own = frame[(frame["method"] == "imp") & (frame["round"] == number) & (frame["layer"] == "all")]
+        own = frame[
+            (frame["method"] == "imp") & (frame["round"] == number) & (frame["layer"] == "all")
+        ]
         assert own["subset"].tolist() == ["all", "0", "1", "4"]
     assert whole["balanced_accuracy"].between(0, 1).all()
     assert whole["swapped"].notna().groupby("method").all().to_dict() == {
-        "rtl": True, "random": True, "imp": False, "multi": False,
-    }  # fmt: skip
+        "rtl": True,
+        "random": True,
+        "imp": False,
+        "multi": False,
+    }
     done = read_table(tmp_path / "trainings.csv")
     images_of = done.groupby(["method", "purpose", "round"])["images"].sum()
-    for method, extracted in (("rtl", "rtl"), ("imp", "imp"), ("multi", "rtl")):  # equal exposure, as it was trained
+    for method, extracted in (
+        ("rtl", "rtl"),
+        ("imp", "imp"),
+        ("multi", "rtl"),
+    ):  # equal exposure, as it was trained
         images = images_of[extracted, "extract"].sum() + images_of[method, "retrain", 2]
         assert images == whole.loc[(method, 2), "train_images"]
     assert {"0", "1", "4"} == {*read_table(tmp_path / "subsets.csv")["subset"].astype(str)}
@@ -170,14 +217,16 @@ def test_a_search_leaves_a_table_masks_and_weights(plan, tmp_path):
 
 
 def test_scores_are_those_of_the_saved_subnets(plan, tmp_path):
-    """Recall and the swapped null, worked out from the files: the one-vs-rest logit of theta * m_k."""
+    """Recall and the swapped null, worked out from the files: the one-vs-rest logit of theta *
+    m_k."""
     from safetensors.torch import load_file
     from torch.func import functional_call
 
     frame = tickets.run(plan, Tickets(**{**FEW, "sparsity": (0.75,)}, methods=("rtl",)), tmp_path)
     folder, scenes = tmp_path / "subnets" / "rtl" / "round-02" / "00", DigitScenes("test")
     images, labels = zip(
-        *((x, y) for x, y, _ in (scenes.read(i) for i in range(len(scenes))) if y in (0, 1, 4)), strict=True
+        *((x, y) for x, y, _ in (scenes.read(i) for i in range(len(scenes))) if y in (0, 1, 4)),
+        strict=True,
     )
     model = routing.build(plan, subsets.Pool(scenes, ("0", "1", "4"), None)).eval()
     model.load_state_dict(load_file(str(folder / "model.safetensors")))
@@ -191,26 +240,47 @@ def test_scores_are_those_of_the_saved_subnets(plan, tmp_path):
                 own = {n: model.get_parameter(n) * mask[taken] for n, mask in masks.items()}
                 said = (functional_call(model, own, (pixels,))[:, k] > 0).numpy()
                 wanted = (said[truth == k].mean() + (~said[truth != k]).mean()) / 2
-                row = frame[(frame["subset"] == name) & (frame["layer"] == "all") & frame["n"].notna()]
+                row = frame[
+                    (frame["subset"] == name) & (frame["layer"] == "all") & frame["n"].notna()
+                ]
                 assert row[column].item() == pytest.approx(wanted)
 
 
 def test_routing_over_one_subset_is_imp(plan, tmp_path, monkeypatch):
-    """One tensor for one subset, one mask and one model: the same masks, weights and scores, bit for bit."""
+    """One tensor for one subset, one mask and one model: the same masks, weights and scores, bit
+    for bit."""
     monkeypatch.setattr(subsets, "_several", tuple)
-    rows = [{"split": s, "index": i, "one": "x"} for s, n in (("train", 50_000), ("test", 40)) for i in range(n)]
+    rows = [
+        {"split": s, "index": i, "one": "x"}
+        for s, n in (("train", 50_000), ("test", 40))
+        for i in range(n)
+    ]
     pd.DataFrame(rows).to_csv(tmp_path / "one.csv", index=False)
     search = Tickets(
-        by="column", column=f"{tmp_path / 'one.csv'}:one", sparsity=(0.5,), iterations=2, retrain_epochs=1,
+        by="column",
+        column=f"{tmp_path / 'one.csv'}:one",
+        sparsity=(0.5,),
+        iterations=2,
+        retrain_epochs=1,
         methods=("rtl", "imp", "multi"),
-    )  # fmt: skip
+    )
     frame = tickets.run(plan, search, tmp_path / "out")
     whole = frame[(frame["subset"] == "all") & (frame["layer"] == "all")].set_index("method")
-    columns = ["sparsity", "parameters", "recall", "precision", "balanced_accuracy", "accuracy", "train_images"]
+    columns = [
+        "sparsity",
+        "parameters",
+        "recall",
+        "precision",
+        "balanced_accuracy",
+        "accuracy",
+        "train_images",
+    ]
     for other in ("imp", "multi"):
         assert whole.loc[other, columns].tolist() == whole.loc["rtl", columns].tolist()
         for file in ("model.safetensors", "masks.safetensors"):
-            mine, theirs = (tmp_path / "out" / "subnets" / m / "round-01" / "00" / file for m in ("rtl", other))
+            mine, theirs = (
+                tmp_path / "out" / "subnets" / m / "round-01" / "00" / file for m in ("rtl", other)
+            )
             assert mine.read_bytes() == theirs.read_bytes()
 
 
@@ -220,7 +290,9 @@ def test_weights_that_no_subset_keeps_stay_the_first_ones(plan, tmp_path):
 
     from bvit_interp.errors import CheckpointError
 
-    frame = tickets.run(plan, Tickets(**{**FEW, "sparsity": (0.75,)}, rewind=3, methods=("rtl", "random")), tmp_path)
+    frame = tickets.run(
+        plan, Tickets(**{**FEW, "sparsity": (0.75,)}, rewind=3, methods=("rtl", "random")), tmp_path
+    )
     made = routing.build(plan, subsets.Pool(DigitScenes("test"), ("0", "1", "4"), None))
     first = load_file(str(tmp_path / "extraction" / "first.safetensors"))
     mask = tmp_path / "extraction" / "rtl" / "round-02" / "00.safetensors"
@@ -228,7 +300,10 @@ def test_weights_that_no_subset_keeps_stay_the_first_ones(plan, tmp_path):
         Masks.load(mask, made)
     for method in ("rtl", "random"):
         folder = tmp_path / "subnets" / method / "round-02" / "00"
-        weights, masks = load_file(str(folder / "model.safetensors")), Masks.load(folder / "masks.safetensors")
+        weights, masks = (
+            load_file(str(folder / "model.safetensors")),
+            Masks.load(folder / "masks.safetensors"),
+        )
         for name, own in masks.items():
             union = own.any(0)
             assert not union.all() and union.any()
@@ -242,7 +317,11 @@ def test_weights_that_no_subset_keeps_stay_the_first_ones(plan, tmp_path):
 
 def contents(folder):
     """Every file that a search leaves, by its place."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*.*")) if p.suffix != ".json"}
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in sorted(folder.rglob("*.*"))
+        if p.suffix != ".json"
+    }
 
 
 def test_a_search_killed_anywhere_ends_the_same(plan, tmp_path, monkeypatch):
@@ -274,12 +353,14 @@ from pathlib import Path
 from bvit_interp.data import digits
 digits.LENGTHS["test"] = 40
 import bvit_interp.models.bvit
-from bvit_interp.training import lottery, tickets
-from bvit_interp.training.recipe import Recipe
-from bvit_interp.training.ticket_plan import Tickets
+from bvit_interp.training.pruning import lottery
+from bvit_interp.training.pruning import by_subset as tickets
+from bvit_interp.training.loop.recipe import Recipe
+from bvit_interp.training.pruning.ticket_plan import Tickets
 import torch; torch.set_num_threads(1)
 save = lottery.save_model
-lottery.save_model = lambda *a: (save(*a), os.kill(os.getpid(), signal.SIGKILL))  # the file is whole, not yet in place
+# the file is whole, not yet in place
+lottery.save_model = lambda *a: (save(*a), os.kill(os.getpid(), signal.SIGKILL))
 tickets.run(Recipe(**eval(sys.argv[1])), Tickets(**eval(sys.argv[2])), Path(sys.argv[3]))
 """
 
@@ -287,17 +368,21 @@ tickets.run(Recipe(**eval(sys.argv[1])), Tickets(**eval(sys.argv[2])), Path(sys.
 def test_a_search_killed_by_the_system_ends_the_same(plan, settings, tmp_path):
     search = {**FEW, "classes": ("0", "1"), "sparsity": (0.5,), "methods": ("rtl", "imp")}
     given = settings(images_per_epoch=60, warmup_epochs=0.0)
-    killed = subprocess.run([sys.executable, "-c", _KILLED, repr(given), repr(search), str(tmp_path / "stopped")],
-                            capture_output=True)  # fmt: skip
+    killed = subprocess.run(
+        [sys.executable, "-c", _KILLED, repr(given), repr(search), str(tmp_path / "stopped")],
+        capture_output=True,
+    )
     assert killed.returncode == -9, killed.stderr.decode()
-    assert len(read_table(tmp_path / "stopped" / "trainings.csv")) == 2  # the masks of both classes are kept
+    assert (
+        len(read_table(tmp_path / "stopped" / "trainings.csv")) == 2
+    )  # the masks of both classes are kept
     for folder in ("stopped", "whole"):
         tickets.run(plan, Tickets(**search), tmp_path / folder)
     left = list((tmp_path / "stopped").rglob(".*"))
     assert all(path.name.endswith(".partial") for path in left)
-    assert {k: v for k, v in contents(tmp_path / "stopped").items() if not k.endswith(".partial")} == contents(
-        tmp_path / "whole"
-    )
+    assert {
+        k: v for k, v in contents(tmp_path / "stopped").items() if not k.endswith(".partial")
+    } == contents(tmp_path / "whole")
 
 
 def test_another_method_joins_a_search_and_another_option_does_not(plan, tmp_path):
@@ -309,7 +394,9 @@ def test_another_method_joins_a_search_and_another_option_does_not(plan, tmp_pat
     assert contents(tmp_path / "subnets" / "rtl") == before
     with pytest.raises(UserError, match=r"made with other options \(iterations: 2 there, 3 now\)"):
         tickets.run(plan, Tickets(**{**search, "iterations": 3}), tmp_path)
-    frame = tickets.run(plan, Tickets(**{**search, "iterations": 3}, methods=("imp",)), tmp_path, overwrite=True)
+    frame = tickets.run(
+        plan, Tickets(**{**search, "iterations": 3}, methods=("imp",)), tmp_path, overwrite=True
+    )
     assert {*frame["method"]} == {"imp"}
     (tmp_path / "trainings.csv").unlink()
     with pytest.raises(UserError, match=r"holds tickets.csv and no trainings.csv"):
@@ -322,30 +409,42 @@ def test_other_subsets(plan, tmp_path, by):
     if by == "cluster":
         more = {"features": "timm:vit_tiny_patch16_224@random", "clusters": 2}
     if by == "column":
-        tickets.run(plan, Tickets(**{**FEW, "sparsity": (0.5,)}, methods=("imp",)), tmp_path / "first")
+        tickets.run(
+            plan, Tickets(**{**FEW, "sparsity": (0.5,)}, methods=("imp",)), tmp_path / "first"
+        )
         more = {"column": f"{tmp_path / 'first' / 'subsets.csv'}:subset"}
         shutil.copy(tmp_path / "first" / "subsets.csv", tmp_path / "parts.csv")
     search = {**FEW, "sparsity": (0.5,), "by": by, **more}
     frame = tickets.run(plan, Tickets(**search), tmp_path / "out")
     whole = frame[(frame["subset"] == "all") & (frame["layer"] == "all")].set_index("method")
     assert whole["balanced_accuracy"].notna().all() and (whole["by"] == by).all()
-    masks = Masks.load(tmp_path / "out" / "subnets" / "rtl" / "round-01" / "00" / "masks.safetensors")
+    masks = Masks.load(
+        tmp_path / "out" / "subnets" / "rtl" / "round-01" / "00" / "masks.safetensors"
+    )
     assert masks.count == {"class-step": 9, "cluster": 2, "column": 3}[by]
     assert whole.loc["rtl", "parameters"] == sum(int(m.any(0).sum()) for m in masks.values())
     if by == "class-step":
         assert all(name.startswith("blocks.0.") for name in masks)
         assert masks.density().tolist() == pytest.approx([0.5] * 9, abs=1e-3)
-        steps = frame[(frame["method"] == "rtl") & (frame["subset"] == "1") & frame["layer"].str.endswith("fc1[3]")]
+        steps = frame[
+            (frame["method"] == "rtl")
+            & (frame["subset"] == "1")
+            & frame["layer"].str.endswith("fc1[3]")
+        ]
         assert 0 < steps["step_similarity"].item() < 1
     else:
         assert (
             whole.loc["rtl", "n"]
-            == frame[(frame["method"] == "rtl") & frame["n"].notna() & (frame["subset"] != "all")]["n"].sum()
+            == frame[(frame["method"] == "rtl") & frame["n"].notna() & (frame["subset"] != "all")][
+                "n"
+            ].sum()
         )
 
 
 def test_a_layer_that_is_emptied_is_named(plan, tmp_path, caplog):
-    frame = tickets.run(plan, Tickets(**{**FEW, "sparsity": (0.999,), "rate": 0.9}, methods=("rtl",)), tmp_path)
+    frame = tickets.run(
+        plan, Tickets(**{**FEW, "sparsity": (0.999,), "rate": 0.9}, methods=("rtl",)), tmp_path
+    )
     last = frame[(frame["subset"] == "all") & (frame["layer"] == "all")].iloc[-1]
     assert last["empty"] > 0 and last["balanced_accuracy"] >= 0
     assert "layers without a weight:" in caplog.text and " for " in caplog.text
@@ -375,7 +474,9 @@ def test_recipes_that_do_not_do(recipe, tmp_path):
     with pytest.raises(UserError, match="trained without mixup, cutmix; switch it off"):
         tickets.run(recipe(mixup=0.2, cutmix=1.0), Tickets(**FEW), tmp_path)
     with pytest.raises(UserError, match=r"the loss is (nan|inf): a lower lr"):
-        tickets.run(recipe(lr=1e30, images_per_epoch=60), Tickets(**{**FEW, "iterations": 6}), tmp_path)
+        tickets.run(
+            recipe(lr=1e30, images_per_epoch=60), Tickets(**{**FEW, "iterations": 6}), tmp_path
+        )
 
 
 def test_the_command(settings, tmp_path, capsys):
@@ -384,8 +485,23 @@ def test_the_command(settings, tmp_path, capsys):
     from bvit_interp.cli import main
 
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings(images_per_epoch=60)))
-    given = ["tickets", "--recipe", str(tmp_path / "tiny.yaml"), "--out", str(tmp_path / "out"), "--iterations", "2",
-             "--retrain-epochs", "1", "--sparsity", "0.5", "--device", "cpu", "--seed", "3"]  # fmt: skip
+    given = [
+        "tickets",
+        "--recipe",
+        str(tmp_path / "tiny.yaml"),
+        "--out",
+        str(tmp_path / "out"),
+        "--iterations",
+        "2",
+        "--retrain-epochs",
+        "1",
+        "--sparsity",
+        "0.5",
+        "--device",
+        "cpu",
+        "--seed",
+        "3",
+    ]
     assert main([*given, "--classes", "0", "1", "--model", "timm:test_resnet"]) == 0
     assert "null_similarity" in capsys.readouterr().out
     frame = read_table(tmp_path / "out" / "tickets.csv")

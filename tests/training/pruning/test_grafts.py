@@ -1,4 +1,5 @@
-"""Grafts: the batched computation against twelve trained one after the other, written out; and a run that survives."""
+"""Grafts: the batched computation against twelve trained one after the other, written out; and a
+run that survives."""
 
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ from bvit_interp.models import stepping
 from bvit_interp.models.checkpoint import load
 from bvit_interp.models.masks import PLACES, Masks, full
 from bvit_interp.models.unroll import unroll
-from bvit_interp.training import feed, graft, start, supervised
+from bvit_interp.training.loop import build as start
+from bvit_interp.training.loop import feed, supervised
+from bvit_interp.training.pruning import grafts as graft
 
 TE = {"model": {"name": "bvit_small_te_patch16_224"}}
 
@@ -34,7 +37,12 @@ def trained(recipe, samples, tmp_path):
         plan = recipe(lr=5e-3, **changes)
         init = start.make_model(plan, samples)
         generator = torch.Generator().manual_seed(0)
-        masks = Masks({name: torch.rand(mask.shape, generator=generator) < 0.6 for name, mask in full(init).items()})
+        masks = Masks(
+            {
+                name: torch.rand(mask.shape, generator=generator) < 0.6
+                for name, mask in full(init).items()
+            }
+        )
         supervised.train(plan, tmp_path / "main", masks=masks)
         return plan, init, masks, load(f"{tmp_path / 'main'}@masked")
 
@@ -42,19 +50,26 @@ def trained(recipe, samples, tmp_path):
 
 
 def one_after_the_other(plan, epochs, init, main, masks, samples):
-    """The matrices of the grafts, and their mean losses, by an optimiser and T applications for each."""
+    """The matrices of the grafts, and their mean losses, by an optimiser and T applications for
+    each."""
     of, losses = {name: [] for name in PLACES}, []
     shortened = graft.shortened(plan, epochs)
     for t in range(len(main.blocks)):
         block = copy.deepcopy(unroll(init).blocks[t])
-        free = {name: tensor.detach().clone().requires_grad_() for name, tensor in block.named_parameters()}
+        free = {
+            name: tensor.detach().clone().requires_grad_()
+            for name, tensor in block.named_parameters()
+        }
         if "step_embed" in free:
             free["step_embed"] = main.blocks[t].step_embed.detach()
         learned = [tensor for tensor in free.values() if tensor.requires_grad]
         optimizer = torch.optim.AdamW(
-            [{"params": [p for p in learned if p.ndim < 2], "weight_decay": 0.0},
-             {"params": [p for p in learned if p.ndim > 1], "weight_decay": plan.weight_decay}], lr=plan.lr
-        )  # fmt: skip
+            [
+                {"params": [p for p in learned if p.ndim < 2], "weight_decay": 0.0},
+                {"params": [p for p in learned if p.ndim > 1], "weight_decay": plan.weight_decay},
+            ],
+            lr=plan.lr,
+        )
         steps = plan.images_per_epoch // plan.batch_size
         schedule = start.schedule(optimizer, shortened, steps)
         for epoch in range(epochs):
@@ -65,8 +80,10 @@ def one_after_the_other(plan, epochs, init, main, masks, samples):
                 tokens = stepping.embed(main, images).tokens
                 for s, frozen in enumerate(main.blocks):
                     if s == t:
-                        sparse = {f"{place}.weight": free[f"{place}.weight"] * masks[name][t]
-                                  for name, place in PLACES.items()}  # fmt: skip
+                        sparse = {
+                            f"{place}.weight": free[f"{place}.weight"] * masks[name][t]
+                            for name, place in PLACES.items()
+                        }
                         tokens = functional_call(block, {**free, **sparse}, tokens)
                     else:
                         tokens = frozen(tokens)
@@ -84,14 +101,19 @@ def one_after_the_other(plan, epochs, init, main, masks, samples):
 
 @pytest.mark.parametrize(
     "change",
-    [{"clip": 0.3, "warmup_epochs": 0.5}, {**TE, "schedule": "epoch", "warmup_epochs": 1, "grad_checkpointing": True}],
+    [
+        {"clip": 0.3, "warmup_epochs": 0.5},
+        {**TE, "schedule": "epoch", "warmup_epochs": 1, "grad_checkpointing": True},
+    ],
     ids=["plain", "te"],
 )
 def test_all_at_once_is_one_after_the_other(trained, samples, tmp_path, monkeypatch, change):
     """In float64, as AdamW turns rounding of a small gradient into a step."""
     plan, init, masks, main = trained(**change)
     if "model" in change:
-        assert main.blocks[0].step_embed.abs().max() > 1e-3  # it was trained, and differs from the first, zero
+        assert (
+            main.blocks[0].step_embed.abs().max() > 1e-3
+        )  # it was trained, and differs from the first, zero
     init, main = init.double(), main.double()
     coloured = feed.Augmentation.coloured
     monkeypatch.setattr(feed.Augmentation, "coloured", lambda *given: coloured(*given).double())
@@ -104,7 +126,9 @@ def test_all_at_once_is_one_after_the_other(trained, samples, tmp_path, monkeypa
         assert not torch.allclose(weights[name][0], weights[name][1], atol=1e-4)
     assert list(table) == list(graft.COLUMNS)
     found = {(row["epoch"], row["step"]): row["loss"] for row in table.to_dict("records")}
-    assert found == pytest.approx({(row["epoch"], row["step"]): row["loss"] for row in losses}, abs=1e-5)
+    assert found == pytest.approx(
+        {(row["epoch"], row["step"]): row["loss"] for row in losses}, abs=1e-5
+    )
 
 
 def test_every_row_of_the_answers_is_the_model_with_one_graft(trained, images):
@@ -112,7 +136,9 @@ def test_every_row_of_the_answers_is_the_model_with_one_graft(trained, images):
     grafts = graft.Grafts(init, main, masks)
     with torch.no_grad():
         for parameter in grafts.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
+            parameter += 0.05 * torch.randn(
+                parameter.shape, generator=torch.Generator().manual_seed(3)
+            )
         rows = graft.answers(main, grafts, images)
         assert rows.shape == (3, 4, 10)
         for t in range(3):
@@ -125,7 +151,10 @@ def test_every_row_of_the_answers_is_the_model_with_one_graft(trained, images):
 
 def test_what_is_frozen_and_what_learns(trained, samples, tmp_path):
     plan, init, masks, main = trained(full=True, **TE)
-    before = {name: tensor.clone() for name, tensor in (*main.state_dict().items(), *init.state_dict().items())}
+    before = {
+        name: tensor.clone()
+        for name, tensor in (*main.state_dict().items(), *init.state_dict().items())
+    }
     weights, _ = graft.train(plan, 1, init, main, masks, samples, tmp_path / "grafts.pt")
     after = {**main.state_dict(), **init.state_dict()}
     assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
@@ -170,7 +199,9 @@ def test_the_state_of_other_grafts_is_refused(trained, samples, tmp_path):
     plan, init, masks, main = trained()
     state = tmp_path / "grafts.pt"
     graft.train(plan, 1, init, main, masks, samples, state)
-    with pytest.raises(UserError, match=r"grafts.pt is of other grafts \(other epochs\); --overwrite starts again"):
+    with pytest.raises(
+        UserError, match=r"grafts.pt is of other grafts \(other epochs\); --overwrite starts again"
+    ):
         graft.train(plan, 2, init, main, masks, samples, state)
     with pytest.raises(UserError, match=r"\(other masks\)"):
         graft.train(plan, 1, init, main, full(init), samples, state)
@@ -179,7 +210,9 @@ def test_the_state_of_other_grafts_is_refused(trained, samples, tmp_path):
     with pytest.raises(UserError, match=r"\(other main\)"):
         graft.train(plan, 1, init, main, masks, samples, state)
     state.write_bytes(state.read_bytes()[:3000])
-    with pytest.raises(UserError, match=r"grafts.pt: not the whole state of grafts \(.*\); remove it"):
+    with pytest.raises(
+        UserError, match=r"grafts.pt: not the whole state of grafts \(.*\); remove it"
+    ):
         graft.train(plan, 1, init, main, masks, samples, state)
 
 
@@ -194,12 +227,17 @@ def test_nan_stops_and_the_last_good_state_stays(trained, samples, tmp_path, mon
             value = made(*given)(*batch)
             if len(calls) != 3 * 7 + 2:  # step 8 of 10, the second graft
                 return value
-            return value * math.nan if kind == "loss" else value + (0 * value).sqrt()  # whose gradient is 0 / 0
+            return (
+                value * math.nan if kind == "loss" else value + (0 * value).sqrt()
+            )  # whose gradient is 0 / 0
 
         return loss
 
     monkeypatch.setattr(graft, "objective", poisoned)
-    with pytest.raises(UserError, match=r"graft of step 2, or its gradient, is nan in epoch 2; .* the last good state"):
+    with pytest.raises(
+        UserError,
+        match=r"graft of step 2, or its gradient, is nan in epoch 2; .* the last good state",
+    ):
         graft.train(plan, 2, init, main, masks, samples, tmp_path / "grafts.pt", save_minutes=0)
     state = torch.load(tmp_path / "grafts.pt", weights_only=True)
     assert state["done"] == 7

@@ -8,12 +8,13 @@ from safetensors.torch import load_file
 
 from bvit_interp.data.catalog import open_samples
 from bvit_interp.errors import UserError
+from bvit_interp.metrics.streaming.scores import Classification
 from bvit_interp.models.checkpoint import load
 from bvit_interp.models.masks import PLACES, Masks, full, masked
-from bvit_interp.probes.scores import Classification
 from bvit_interp.results import read_table
-from bvit_interp.training import start, supervised
-from bvit_interp.training import trainer as run_trainer
+from bvit_interp.training.loop import build as start
+from bvit_interp.training.loop import supervised
+from bvit_interp.training.loop import trainer as run_trainer
 
 
 @pytest.fixture
@@ -24,7 +25,12 @@ def first(recipe):
 
 def half(model, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return Masks({name: torch.rand(mask.shape, generator=generator) < 0.5 for name, mask in full(model).items()})
+    return Masks(
+        {
+            name: torch.rand(mask.shape, generator=generator) < 0.5
+            for name, mask in full(model).items()
+        }
+    )
 
 
 def killed_at(step, monkeypatch):
@@ -41,8 +47,12 @@ def killed_at(step, monkeypatch):
 
 def test_full_masks_train_as_no_masks_do(recipe, first, tmp_path):
     supervised.train(recipe(full=True, autocast="off"), tmp_path / "plain")
-    supervised.train(recipe(full=True, autocast="off"), tmp_path / "masked", masks=full(first(full=True)))
-    plain, under = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "masked"))
+    supervised.train(
+        recipe(full=True, autocast="off"), tmp_path / "masked", masks=full(first(full=True))
+    )
+    plain, under = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("plain", "masked")
+    )
     assert all(torch.allclose(under[name], tensor, atol=1e-6) for name, tensor in plain.items())
     assert not (tmp_path / "plain" / "masks.safetensors").exists()
 
@@ -54,7 +64,10 @@ def test_weights_that_no_step_keeps_stay_as_they_were(recipe, first, tmp_path):
     trained = load(tmp_path).blocks[0]
     for name, place in PLACES.items():
         kept = masks.union()[name][0]
-        before, after = init.blocks[0].get_submodule(place).weight, trained.get_submodule(place).weight
+        before, after = (
+            init.blocks[0].get_submodule(place).weight,
+            trained.get_submodule(place).weight,
+        )
         assert torch.equal(after[~kept], before[~kept])
         assert (after[kept] != before[kept]).float().mean() > 0.99
     assert not torch.equal(trained.norm1.weight, init.blocks[0].norm1.weight)
@@ -66,7 +79,12 @@ def test_scores_are_those_of_the_masked_model(recipe, first, tmp_path):
     samples = open_samples("digits-s")
     model, averaged = load(f"{tmp_path}@masked"), masked(load(f"{tmp_path}@ema"), masks, baked=True)
     mean, std = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
-    shown = torch.stack([(torch.from_numpy(samples.read(i)[0]).permute(2, 0, 1) / 255 - mean) / std for i in range(40)])
+    shown = torch.stack(
+        [
+            (torch.from_numpy(samples.read(i)[0]).permute(2, 0, 1) / 255 - mean) / std
+            for i in range(40)
+        ]
+    )
     labels = torch.tensor([samples.read(i)[1] for i in range(40)])
     last = read_table(tmp_path / "history.csv").iloc[-1]
     for one, column in ((model, "test_loss"), (averaged, "ema_loss")):
@@ -99,7 +117,9 @@ def test_a_run_goes_on_under_its_own_masks_alone(recipe, first, tmp_path):
     supervised.train(recipe(epochs=1), tmp_path / "masked", masks=masks)
     supervised.train(recipe(epochs=1), tmp_path / "plain")
     for folder, other in (("masked", half(first(), seed=1)), ("masked", None), ("plain", masks)):
-        with pytest.raises(UserError, match=r"state.pt was trained under other masks than these; --overwrite"):
+        with pytest.raises(
+            UserError, match=r"state.pt was trained under other masks than these; --overwrite"
+        ):
             supervised.train(recipe(epochs=1), tmp_path / folder, masks=other)
     supervised.train(recipe(epochs=1), tmp_path / "masked", overwrite=True)
     assert not (tmp_path / "masked" / "masks.safetensors").exists()

@@ -1,4 +1,5 @@
-"""Routing: what a masked step moves, Adam of each weight on its own batches, batches, subsets and the models built."""
+"""Routing: what a masked step moves, Adam of each weight on its own batches, batches, subsets and
+the models built."""
 
 from __future__ import annotations
 
@@ -16,10 +17,10 @@ from bvit_interp.data.digits import DigitScenes
 from bvit_interp.errors import DataError, UserError
 from bvit_interp.models.masks import Masks
 from bvit_interp.models.unroll import unroll
-from bvit_interp.training import routing, subsets
-from bvit_interp.training.masked_adam import MaskedAdam
-from bvit_interp.training.routing import Batches, Subnets
-from bvit_interp.training.subsets import Part, Pool
+from bvit_interp.training.pruning import routing, subsets
+from bvit_interp.training.pruning.masked_adam import MaskedAdam
+from bvit_interp.training.pruning.routing import Batches, Subnets
+from bvit_interp.training.pruning.subsets import Part, Pool
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +39,12 @@ def random_masks(model, places, count, seed=0):
 
 
 @pytest.mark.parametrize("kind", ["bvit", "resnet", "by step"])
-def test_pruned_weights_are_left_bit_for_bit_on_their_subsets_batch_and_move_on_others(recipe, kind, images):
-    arguments = {"name": "test_resnet", "num_classes": 10} if kind == "resnet" else dict(recipe().model)
+def test_pruned_weights_are_left_bit_for_bit_on_their_subsets_batch_and_move_on_others(
+    recipe, kind, images
+):
+    arguments = (
+        {"name": "test_resnet", "num_classes": 10} if kind == "resnet" else dict(recipe().model)
+    )
     model = timm.create_model(arguments.pop("name"), **arguments)
     places = routing.places_of(model, by_step=kind == "by step")
     rows = len(next(iter(places.values())))
@@ -60,7 +65,9 @@ def test_pruned_weights_are_left_bit_for_bit_on_their_subsets_batch_and_move_on_
             assert (now[union] != before[name][union]).any(), name
         head = model.get_classifier().weight.detach()
         name = next(n for n, p in model.named_parameters() if p is model.get_classifier().weight)
-        assert ((head != before[name]).any(1)).nonzero().flatten().tolist() == [k]  # the subset's own output
+        assert ((head != before[name]).any(1)).nonzero().flatten().tolist() == [
+            k
+        ]  # the subset's own output
 
 
 def test_the_gradient_is_that_of_the_masked_model_times_the_mask(recipe, images):
@@ -114,7 +121,8 @@ def test_adam_with_everything_kept_is_torchs():
 
 
 def test_adam_of_a_weight_is_adam_on_the_batches_that_keep_it():
-    """Two weights of one tensor, kept in turn: each ends where an AdamW that saw only its own batches ends."""
+    """Two weights of one tensor, kept in turn: each ends where an AdamW that saw only its own
+    batches ends."""
     gradients = torch.randn(8, 2, generator=torch.Generator().manual_seed(1))
     ours = nn.Parameter(torch.ones(2))
     mine = MaskedAdam([{"params": [ours], "weight_decay": 0.1}], lr=0.1)
@@ -135,9 +143,12 @@ def test_adam_of_a_weight_is_adam_on_the_batches_that_keep_it():
 
 def test_linear_layers_and_convolutions_are_masked_and_the_classifier_is_not(tiny):
     assert set(routing.places_of(tiny)) == {
-        "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.attn.proj.weight", "blocks.0.mlp.fc1.weight",
+        "patch_embed.proj.weight",
+        "blocks.0.attn.qkv.weight",
+        "blocks.0.attn.proj.weight",
+        "blocks.0.mlp.fc1.weight",
         "blocks.0.mlp.fc2.weight",
-    }  # fmt: skip
+    }
     resnet = timm.create_model("test_resnet")
     convolutions = {f"{n}.weight" for n, m in resnet.named_modules() if isinstance(m, nn.Conv2d)}
     assert set(routing.places_of(resnet)) == convolutions
@@ -206,7 +217,9 @@ def test_batches_of_a_class_are_half_its_own_and_go_through_all_of_them(recipe, 
         batches.view = Plain()
         images, labels = batches[j]
         np.testing.assert_array_equal(labels, train.labels[batches.places(j)])
-        np.testing.assert_array_equal(images[2].byte().permute(1, 2, 0), train.read(batches.places(j)[2]))
+        np.testing.assert_array_equal(
+            images[2].byte().permute(1, 2, 0), train.read(batches.places(j)[2])
+        )
         drawn.append(np.array(batches.view.drawn))
     np.testing.assert_array_equal(drawn[0], drawn[2])  # of the seed, the key and the batch alone
     assert len({value for table in drawn[:2] for value in table.flat}) == 2 * 8 * 4
@@ -232,7 +245,9 @@ def test_pool_takes_the_images_of_its_classes(pools):
 
 
 def test_by_class_refuses_a_class_without_images_and_one_alone():
-    train, test = (Pool(DigitScenes(split, 8), DigitScenes.classes, None) for split in ("train", "test"))
+    train, test = (
+        Pool(DigitScenes(split, 8), DigitScenes.classes, None) for split in ("train", "test")
+    )
     with pytest.raises(DataError, match=r"class \d has no (training|test) image among the 8"):
         subsets.by_class(train, test)
     with pytest.raises(UserError, match="no class cat; classes: 0, 1"):
@@ -272,14 +287,24 @@ def test_by_column_reads_the_rows_in_any_order(pools, column):
     [
         (lambda f: f.drop(index=4), r"no side for 1 of the \d+ train images, as that of index"),
         (lambda f: f[f["split"] == "train"], r"no side for \d+ of the \d+ test images"),
-        (lambda f: f.rename(columns={"side": "place"}), "no column 'side'; columns: split, index, place"),
+        (
+            lambda f: f.rename(columns={"side": "place"}),
+            "no column 'side'; columns: split, index, place",
+        ),
         (lambda f: pd.concat([f, f.iloc[:1]]), "several rows for train image"),
         (lambda f: f.assign(side="one"), r"one subset only \(one\)"),
-        (lambda f: f.assign(side=["new", *f["side"][1:]]), "subset new has 1 training image: nothing"),
-        (lambda f: f.assign(side=["new" if s == "train" and i % 3 else x for s, i, x in f.values.tolist()]),
-         "subset new has no test image"),
+        (
+            lambda f: f.assign(side=["new", *f["side"][1:]]),
+            "subset new has 1 training image: nothing",
+        ),
+        (
+            lambda f: f.assign(
+                side=["new" if s == "train" and i % 3 else x for s, i, x in f.values.tolist()]
+            ),
+            "subset new has no test image",
+        ),
     ],
-)  # fmt: skip
+)
 def test_columns_that_do_not_do(pools, column, change, message):
     with pytest.raises(UserError, match=message):
         subsets.by_column(*pools, column(change))
@@ -296,7 +321,8 @@ def test_a_column_needs_a_file(pools, tmp_path):
 
 @pytest.fixture
 def blobs(monkeypatch, pools):
-    """Features in the place of a model's: two far blobs, by whether the image's place is even, and one outlier."""
+    """Features in the place of a model's: two far blobs, by whether the image's place is even, and
+    one outlier."""
 
     def features(pool, spec, device):
         rng = np.random.default_rng(len(pool))
@@ -326,7 +352,9 @@ def test_features_are_the_last_cls(pools, tiny, monkeypatch):
     mean, std = (np.array(tiny.pretrained_cfg[key]) for key in ("mean", "std"))
     pixels = torch.tensor((pools[1].read(4) / 255 - mean) / std).float().permute(2, 0, 1)[None]
     with torch.no_grad():
-        np.testing.assert_allclose(found[4], tiny.forward_features(pixels)[0, 0], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            found[4], tiny.forward_features(pixels)[0, 0], rtol=1e-4, atol=1e-5
+        )
 
 
 def test_the_table_of_a_partition_is_a_column_again(pools, tmp_path):

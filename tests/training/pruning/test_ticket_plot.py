@@ -6,24 +6,37 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bvit_interp.report.ticket_figure import plot
 from bvit_interp.results import read_table, write_table
-from bvit_interp.training.ticket_table import COLUMNS
+from bvit_interp.training.pruning.ticket_plot import plot
+from bvit_interp.training.pruning.ticket_table import COLUMNS
 
 
 @pytest.fixture
 def frame(tmp_path):
-    """Two methods, two rounds of which the second is scored, two subsets, two layers. As it comes from a CSV."""
+    """Two methods, two rounds of which the second is scored, two subsets, two layers. As it comes
+    from a CSV."""
     rows = []
     for method in ("rtl", "imp"):
         for number, sparsity in ((1, 0.25), (2, 0.5)):
-            keys = {"method": method, "by": "class", "round": number, "sparsity": sparsity, "ratio": 1 - sparsity / 2}
+            keys = {
+                "method": method,
+                "by": "class",
+                "round": number,
+                "sparsity": sparsity,
+                "ratio": 1 - sparsity / 2,
+            }
             scored = number == 2
             for k, subset in enumerate(("cat", "dog", "all")):
                 right = {"balanced_accuracy": 0.6 + 0.1 * k, "swapped": 0.55} if scored else {}
                 rows.append({**keys, "subset": subset, "layer": "all", **right})
-            for layer, alike in (("fc1", 0.9 - number / 10), ("fc2", 0.5), ("mean", 0.7 - number / 20)):
-                more = {"null_similarity": 0.3, "collapsed": float(scored)} if layer == "mean" else {}
+            for layer, alike in (
+                ("fc1", 0.9 - number / 10),
+                ("fc2", 0.5),
+                ("mean", 0.7 - number / 20),
+            ):
+                more = (
+                    {"null_similarity": 0.3, "collapsed": float(scored)} if layer == "mean" else {}
+                )
                 here = {} if method == "imp" else {"similarity": alike, **more}
                 rows.append({**keys, "subset": "all", "layer": layer, **here})
     write_table(pd.DataFrame(rows, columns=[*COLUMNS]), tmp_path / "tickets.csv")
@@ -41,7 +54,9 @@ def test_methods_are_lines_of_the_scored_rounds_with_all_subsets_as_bars(frame):
     np.testing.assert_allclose(lines["routed tickets (RTL)"][:, 0], [0.5], atol=0.01)
     assert lines["without looking"][0][1] == 0.5
     np.testing.assert_allclose(lines["RTL under the next subset's mask"], [[0.5, 0.55]])
-    np.testing.assert_allclose([c.get_segments()[0][:, 1] for c in right.collections], [[0.6, 0.7]] * 2)
+    np.testing.assert_allclose(
+        [c.get_segments()[0][:, 1] for c in right.collections], [[0.6, 0.7]] * 2
+    )
     np.testing.assert_allclose(lines_of(large)["one mask, one model (IMP)"], [[0.5, 0.75]])
 
 

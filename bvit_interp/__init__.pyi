@@ -1,0 +1,7 @@
+from .models.bvit import BViT as BViT
+from .models.checkpoint import load as load
+from .models.checkpoint import save as save
+from .models.unroll import unroll as unroll
+from .probes.probe import Probe as Probe
+
+__version__: str

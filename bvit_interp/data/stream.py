@@ -1,0 +1,238 @@
+"""The one pass over the images: each model's view of every batch, on its device.
+
+An analysis says what to compute from a batch, and consumes what comes back:
+
+    def record(batch: ModelBatch) -> Tensor:
+        return probes[batch.model].record(batch.images, "resid_post", tokens="cls")["resid_post"]
+
+    for name, states in stream(models, data, config, record, progress="energy-rank"):
+        grams[name].update(states)
+
+The images are decoded once for all models. Under torchrun each process sees its own share of them.
+`compute` should only compute: where GPU memory does not suffice it is called again on halves of the
+batch, so results are added to statistics by the loop, outside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from bvit_interp.data.geometry import Geometry
+from bvit_interp.data.labels import label_map
+from bvit_interp.data.loader import Batch, Loader
+from bvit_interp.data.options import LoaderOptions
+from bvit_interp.data.partners import Partners
+from bvit_interp.data.samples import Samples
+from bvit_interp.errors import UserError
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelBatch:
+    """B images as one model sees them."""
+
+    model: str
+    """Name of the model."""
+    index: Tensor
+    """Positions in the data set, ``(B,)`` int64, on the CPU."""
+    names: tuple[str, ...]
+    """Names of the images."""
+    geometry: Geometry
+    """How the images were brought to the model's size."""
+    images: Tensor
+    """``(B, 3, H, W)`` float, normalised, on the model's device."""
+    masks: Tensor | None
+    """``(B, H, W)`` int64 on the model's device: 0 background, label + 1 an object, 1000 ignored.
+    None if the data set has none."""
+    data_labels: Tensor
+    """Labels in the data set's classes, ``(B,)`` int64, on the model's device."""
+    model_labels: Tensor | None = None
+    """Labels in the model's classes; see `labels`."""
+    partner: tuple[Tensor, Tensor] | None = None
+    """Another image for each image, and its label in the model's classes; see `partner_images`."""
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def device(self) -> torch.device:
+        """The model's device."""
+        return self.images.device
+
+    @property
+    def labels(self) -> Tensor:
+        """Labels in the model's classes, ``(B,)`` int64, on its device; with ``stream(labels=True)``."""
+        if self.model_labels is None:
+            raise ValueError("this pass has no labels: stream(..., labels=True)")
+        return self.model_labels
+
+    @property
+    def partner_images(self) -> Tensor:
+        """Another image for each image, ``(B, 3, H, W)``; with ``stream(partners=...)``."""
+        return self._partner()[0]
+
+    @property
+    def partner_labels(self) -> Tensor:
+        """The labels of `partner_images` in the model's classes, ``(B,)``."""
+        return self._partner()[1]
+
+    def _partner(self) -> tuple[Tensor, Tensor]:
+        if self.partner is None:
+            raise ValueError("this pass has no partners: stream(..., partners=...)")
+        return self.partner
+
+    def take(self, rows: Tensor | slice) -> ModelBatch:
+        """The images of these rows: a slice, int64 ``(b,)``, or bool ``(B,)``; on the CPU."""
+        chosen = torch.arange(len(self))[rows]
+
+        def of(tensor: Tensor) -> Tensor:
+            return tensor[rows] if isinstance(rows, slice) else tensor[chosen.to(tensor.device)]
+
+        return replace(
+            self,
+            index=of(self.index),
+            names=tuple(self.names[i] for i in chosen.tolist()),
+            images=of(self.images),
+            masks=None if self.masks is None else of(self.masks),
+            data_labels=of(self.data_labels),
+            model_labels=None if self.model_labels is None else of(self.model_labels),
+            partner=None if self.partner is None else (of(self.partner[0]), of(self.partner[1])),
+        )
+
+
+def stream(
+    models: Mapping[str, VisionTransformer],
+    data: Samples,
+    options: LoaderOptions,
+    compute: Callable[[ModelBatch], Result],
+    *,
+    progress: str,
+    labels: bool = False,
+    partners: Partners | None = None,
+    images_at_once: Mapping[str, int] | None = None,
+    grad: bool = False,
+) -> Iterator[tuple[str, Result]]:
+    """What `compute` returns for every model and batch, as (name of the model, result).
+
+    Parameters
+    ----------
+    models : name -> model.
+    data : the data set.
+    options : which images, how many at once, and how they are read.
+    compute : called with each model's batch, under ``torch.inference_mode`` unless `grad`.
+    progress : text of the progress bar.
+    labels : translate labels to each model's classes.
+    partners : give each image's partner beside it.
+    images_at_once : name -> the most images of one call; larger batches are halved beforehand.
+    grad : leave gradients on.
+
+    Raises
+    ------
+    DataError
+        For classes that do not match a model's, with `labels`; for an image that cannot be read.
+    UserError
+        For a single image that does not fit in memory.
+    """
+    sights = {
+        name: _Sight(
+            name,
+            next(model.parameters()).device,
+            Geometry.of(model, data, options.resize),
+            label_map(data, model) if labels else None,
+            partners,
+        )
+        for name, model in models.items()
+    }
+    loader = Loader(
+        data,
+        [sight.geometry for sight in sights.values()],
+        options.batch_size,
+        limit=options.limit,
+        workers=options.workers,
+        skip_corrupt=options.skip_corrupt,
+        progress=progress,
+    )
+
+    def run(batch: ModelBatch) -> Result:
+        with torch.inference_mode(not grad):
+            return compute(batch)
+
+    for batch in loader:
+        for name, sight in sights.items():
+            for part in _parts(sight.of(batch), (images_at_once or {}).get(name)):
+                for result in halve_on_oom(run, part):
+                    yield name, result
+
+
+@dataclass(frozen=True)
+class _Sight:
+    """How one model sees the data set."""
+
+    name: str
+    device: torch.device
+    geometry: Geometry
+    classes: Tensor | None
+    partners: Partners | None
+
+    def of(self, batch: Batch) -> ModelBatch:
+        images, masks = batch.views[self.geometry]
+        partner = None
+        if self.partners is not None:
+            others, labels = self.partners(batch.index, self.geometry)
+            known = labels if self.classes is None else self.classes[labels]
+            partner = (others.to(self.device), known.to(self.device))
+        return ModelBatch(
+            model=self.name,
+            index=batch.index,
+            names=tuple(batch.names),
+            geometry=self.geometry,
+            images=images.to(self.device),
+            masks=None if masks is None else masks.to(self.device),
+            data_labels=batch.labels.to(self.device),
+            model_labels=(
+                None if self.classes is None else self.classes[batch.labels].to(self.device)
+            ),
+            partner=partner,
+        )
+
+
+def _parts(batch: ModelBatch, at_once: int | None) -> Iterator[ModelBatch]:
+    """The batch in halves of halves, of at most `at_once` images, but at least one."""
+    if at_once is None or len(batch) <= max(at_once, 1):
+        yield batch
+    else:
+        for half in _halves(batch):
+            yield from _parts(half, at_once)
+
+
+def _halves(batch: ModelBatch) -> tuple[ModelBatch, ModelBatch]:
+    middle = len(batch) // 2
+    return batch.take(slice(middle)), batch.take(slice(middle, None))
+
+
+def halve_on_oom(compute: Callable[[ModelBatch], Result], batch: ModelBatch) -> list[Result]:
+    """Results of `compute` on the batch, or, where GPU memory does not suffice, on its halves.
+
+    Raises
+    ------
+    UserError
+        For a single image that does not fit.
+    """
+    try:
+        return [compute(batch)]
+    except torch.OutOfMemoryError:
+        if len(batch) == 1:
+            raise UserError(
+                f"out of GPU memory with a single image ({batch.names[0]}): use a smaller model or"
+                " --device cpu"
+            ) from None
+    # outside the handler: the exception holds the failed run's tensors
+    torch.cuda.empty_cache()
+    return [result for half in _halves(batch) for result in halve_on_oom(compute, half)]
