@@ -105,7 +105,7 @@ def kept_bytes(result: Any) -> int:
 
 
 def measure(size: int, batch: int, rounds: int, device: str) -> list[str]:
-    """Rows of the table at one image size, and whether the goal was met."""
+    """PerImage of the table at one image size, and whether the goal was met."""
     images = torch.randn(batch, 3, size, size, device=device, dtype=timing.dtype_of(device))
     kept, able, notes = {}, {}, []
     with torch.inference_mode():

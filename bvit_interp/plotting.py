@@ -7,14 +7,15 @@ close.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from bvit_interp.results import replacing
@@ -34,9 +35,7 @@ def canvas(
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     for ax in axes.flat:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(axis="y", color="0.9", linewidth=0.8)
-        ax.set_axisbelow(True)
+        _house_style(ax)
     return figure, axes
 
 
@@ -49,6 +48,84 @@ def line_style(i: int) -> dict[str, Any]:
         "markersize": 4,
         "linewidth": 1.6,
     }
+
+
+def line(
+    ax: Axes,
+    frame: pd.DataFrame,
+    x: str,
+    y: str = "value",
+    *,
+    style: Mapping[str, Any],
+    label: str | None = None,
+    interval: tuple[str, str] | None = ("low", "high"),
+    null: str | None = None,
+    null_label: str | None = None,
+) -> None:
+    """A line of column `y` over column `x`, with its interval as a band and its null in grey.
+
+    Parameters
+    ----------
+    frame : one line's rows, in any order.
+    style : of `line_style`.
+    interval : the columns of the band's ends; None for no band.
+    null : the column of the null, drawn in the dash of the line; None for none.
+    """
+    rows = frame.sort_values(x, kind="stable")
+    at = rows[x].astype(float)
+    ax.plot(at, rows[y].astype(float), **style, label=label)
+    if interval is not None:
+        low, high = (rows[end].astype(float) for end in interval)
+        ax.fill_between(at, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    if null is not None:
+        dash = {"linestyle": style.get("linestyle", "-")}
+        ax.plot(at, rows[null].astype(float), **NULL, **dash, label=null_label)
+
+
+def points(
+    ax: Axes,
+    at: Iterable[float],
+    frame: pd.DataFrame,
+    y: str = "value",
+    *,
+    style: Mapping[str, Any],
+    label: str | None = None,
+    interval: tuple[str, str] | None = ("low", "high"),
+    null: str | None = None,
+    null_label: str | None = None,
+) -> None:
+    """Points of column `y` at the places `at`, with error bars, and a grey tick for each null.
+
+    Parameters
+    ----------
+    at : places on the x axis, one per row of `frame`.
+    """
+    places = list(at)
+    value = frame[y].to_numpy(dtype=float)
+    errors = None
+    if interval is not None:
+        low, high = (frame[end].to_numpy(dtype=float) for end in interval)
+        errors = np.clip([value - low, high - value], 0, None)
+    unjoined = dict(style) | {"linestyle": "", "linewidth": 1.0}
+    ax.errorbar(places, value, errors, **unjoined, label=label)
+    if null is not None:
+        colour = NULL["color"]
+        nulls = frame[null].to_numpy(dtype=float)
+        ax.plot(places, nulls, "_", markersize=9, color=colour, label=null_label)
+
+
+def subcanvas(panel: SubFigure, columns: int = 1, rows: int = 1, **options: Any) -> np.ndarray:
+    """Axes ``(rows, columns)`` of a part of a figure, in the style of `canvas`."""
+    axes = panel.subplots(rows, columns, squeeze=False, **options)
+    for ax in axes.flat:
+        _house_style(ax)
+    return axes
+
+
+def _house_style(ax: Axes) -> None:
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(axis="y", color="0.9", linewidth=0.8)
+    ax.set_axisbelow(True)
 
 
 def step_axis(ax: Axes, steps: Iterable[float]) -> None:

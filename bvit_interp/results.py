@@ -20,6 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.distributed as dist
@@ -71,6 +72,18 @@ def read_table(path: Path) -> pd.DataFrame:
         )
     except ValueError as error:  # pandas' ParserError and EmptyDataError are ones
         raise UserError(f"{path}: not a table ({' '.join(str(error).split())})") from error
+
+
+def write_arrays(path: Path, **arrays: np.ndarray) -> None:
+    """Write named arrays as a compressed ``.npz``; under torchrun only the first process writes."""
+    if rank_and_world()[0] == 0:
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            np.savez_compressed(file, **arrays)
+
+
+def file_stem(name: str) -> str:
+    """A model's name as part of a file name: without "/" and "@"."""
+    return name.replace("/", "_").replace("@", "_")
 
 
 def write_json(content: Mapping[str, Any], path: Path) -> None:

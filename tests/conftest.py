@@ -19,10 +19,14 @@ from typing import Any
 import pytest
 import timm
 import torch
+from jaxtyping import install_import_hook
 from torch import nn
 from torch.nn import functional as F
 
-import bvit_interp.models.bvit  # noqa: F401  (registers the models with timm)
+sys.path.append(str(Path(__file__).parent))
+install_import_hook("bvit_interp", "typechecking.checked")  # before any test imports the package
+
+import bvit_interp.models  # noqa: E402  (registers the models with timm)
 
 torch.set_num_threads(1)
 

@@ -1,10 +1,28 @@
-"""What is asked of a model: one file a question, one word in five places.
+"""What is asked of a model: a folder per question.
 
-Each module has a docstring (the question, figure, formula, source, cost, expectation), `Config`,
-`COLUMNS`, `measure(models, data, config, folder) -> DataFrame` and `plot(frame) -> Figure`, and
-nothing else public. Modules import torch, pandas and matplotlib inside their functions: help needs
-none of them, and a CSV can be drawn without torch.
+Each folder holds
+
+- ``__init__.py``: the question, `Config` (its options) and `COLUMNS` (its table); imports nothing heavy;
+- ``measure.py``: ``measure(models, data, config) -> DataFrame`` and ``summary(frame)``;
+- ``plot.py``: ``plot(frame) -> Figure``, from the table alone;
+- its instruments, for use on their own.
+
+    from bvit_interp.analyses import ablation
+
+    frame = ablation.measure(models, data, ablation.Config(limit=1000))
+    figure = ablation.plot(frame)
+
+`measure`, `summary` and `plot` are loaded on first use.
 """
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import lazy_loader
 
 OF_THE_PAPER = (
     "features",
@@ -31,5 +49,26 @@ THROUGH_TIME = (
     "schedule",
     "circuits",
 )
-"""Questions that one block at every step makes possible; ours."""
+"""Questions that one block at every step makes possible; not in the paper."""
 ANALYSES = OF_THE_PAPER + THROUGH_TIME
+
+
+class _Question(ModuleType):
+    """A folder whose `measure` and `plot` are the functions, also once their modules are loaded."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("measure", "plot") and isinstance(value, ModuleType):
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+def attach(
+    package: str,
+) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """``__getattr__``, ``__dir__`` and ``__all__`` of a question: its functions on first use."""
+    module = sys.modules[package]
+    module.__class__ = _Question
+    getattribute, _, names = lazy_loader.attach(
+        package, submod_attrs={"measure": ["measure", "summary"], "plot": ["plot"]}
+    )
+    return getattribute, lambda: sorted({*vars(module), *names}), names

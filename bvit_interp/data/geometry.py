@@ -92,5 +92,12 @@ class Geometry:
         ]  # no tv_tensors.Mask: it would get the legacy nearest
         return view, self._crop(ids, InterpolationMode.NEAREST_EXACT)[0]
 
+    def to_pixels(self, images: torch.Tensor) -> torch.Tensor:
+        """Normalised images ``(..., 3, H, W)`` as the model sees them, ``(..., H, W, 3)`` uint8."""
+        mean, std = (
+            torch.tensor(v, device=images.device).view(3, 1, 1) for v in (self.mean, self.std)
+        )
+        return ((images * std + mean).clamp(0, 1) * 255).round().byte().movedim(-3, -1)
+
     def _crop(self, pixels: torch.Tensor, mode: InterpolationMode) -> torch.Tensor:
         return F.center_crop(F.resize(pixels, [self.resize], mode, antialias=True), list(self.size))

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -33,6 +33,7 @@ _UNREADABLE = (  # what PIL raises, depending on the format and the damage
 )
 
 
+@runtime_checkable
 class Samples(Protocol):
     """A data set, read one image at a time."""
 

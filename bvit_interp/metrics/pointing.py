@@ -51,8 +51,10 @@ def point_hits(maps: Tensor, positive: Tensor, ignored: Tensor) -> Tensor:
     positive : bool ``(B, P)``, patches whose point is on the object.
     ignored : bool ``(B, P)``, patches whose point is on ignored ground.
 
-    Returns ------- ``(B, ...)`` float64 in 0..1 or nan (Zhang et al., ECCV 2016, with the
-    expectation over ties as ours).
+    Returns
+    -------
+    ``(B, ...)`` float64 in 0..1 or nan (Zhang et al., ECCV 2016, with the expectation over ties as
+    ours).
     """
     tied = maps == maps.amax(-1, keepdim=True)
     between = (slice(None), *[None] * (maps.ndim - 2), slice(None))

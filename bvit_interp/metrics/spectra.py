@@ -91,8 +91,10 @@ def spectral_centroid(images: Tensor) -> Tensor:
     images : ``(..., channels, height, width)``; grey is the mean over channels, its own mean is
         taken off.
 
-    Returns ------- float64 ``(...)``, cycles a pixel, 0 to 0.71; white noise has about 0.38, an
-    image of one grey nan.
+    Returns
+    -------
+    float64 ``(...)``, cycles a pixel, 0 to 0.71; white noise has about 0.38, an image of one grey
+    nan.
     """
     grey = images.double().mean(-3)
     grey = grey - grey.mean((-2, -1), keepdim=True)

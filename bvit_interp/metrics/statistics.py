@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import numpy as np
 import torch
+from scipy import stats
 from torch import Tensor
+
+Z_95 = float(stats.norm.ppf(0.975))
+"""Quantile of the standard normal distribution that bounds a two-sided 95 % interval."""
+
+
+def t_95(degrees: int) -> float:
+    """The same quantile of Student's t with so many degrees of freedom."""
+    return float(stats.t.ppf(0.975, degrees))
 
 
 def mean_over_images(values: np.ndarray, classes: np.ndarray | None = None) -> np.ndarray:
@@ -92,24 +100,50 @@ def interval(draws: np.ndarray) -> tuple[float, float]:
 
 
 def wilson_interval(hits: float, n: int) -> tuple[float, float]:
-    """95 % interval of a proportion `hits / n` (Wilson, 1927)."""
+    """95 % interval of a proportion `hits / n` (Wilson, 1927); nan for none of none.
+
+    Parameters
+    ----------
+    hits : 0..n; not whole where ties count by expectation (scipy's `proportion_ci` takes whole
+        counts alone).
+    n : at least 0.
+    """
     if n == 0:
         return math.nan, math.nan
-    z, share = 1.959963984540054, hits / n
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    square, share = Z_95**2, hits / n
+    centre = (share + square / (2 * n)) / (1 + square / n)
+    half = Z_95 / (1 + square / n) * math.sqrt(share * (1 - share) / n + square / (4 * n * n))
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def jackknife_half_width(without: np.ndarray) -> np.ndarray:
+    """Half a 95 % interval of a measure, by the delete-one-group jackknife.
+
+    ``t_{F-1} sqrt((F - 1) / F sum_f (m_f - mean m)^2)`` (Quenouille, 1949; Tukey, 1958), with m_f
+    the measure without group f.
+
+    Parameters
+    ----------
+    without : ``(F, ...)``, the measure with each of F groups left out.
+
+    Returns
+    -------
+    ``(...)``.
+    """
+    groups = len(without)
+    return t_95(groups - 1) * np.sqrt((groups - 1) * without.var(0))
+
+
 def pairing_p_value(agreement: np.ndarray, seed: int = 0, draws: int = 5000) -> float:
-    """Share of one-to-one pairings of rows with columns that agree as well as equal numbers do: the
-    null that numbers mean nothing (Fisher's permutation test).
+    """Share of one-to-one pairings of rows with columns that agree as well as equal numbers do.
+
+    The null is that numbers mean nothing (Fisher's permutation test).
 
     Parameters
     ----------
     agreement : ``(H, H)``, of each row with each column.
-    seed, draws : of the random pairings where there are too many to take all (H > 7); equal numbers
-        count as a draw.
+    seed, draws : of the random pairings where there are more than `draws`; the observed pairing
+        counts as one.
 
     Returns
     -------
@@ -118,32 +152,34 @@ def pairing_p_value(agreement: np.ndarray, seed: int = 0, draws: int = 5000) -> 
     count = len(agreement)
     if count < 2 or np.isnan(agreement).any():
         return math.nan
-    if count <= 7:
-        columns = np.array(list(itertools.permutations(range(count))))
-    else:
-        shuffled = np.random.default_rng(seed).permuted(
-            np.tile(np.arange(count), (draws, 1)), axis=1
-        )
-        columns = np.vstack([np.arange(count), shuffled])
-    totals = agreement[np.arange(count), columns].sum(1)
-    return float((totals >= np.trace(agreement) - 1e-12).mean())
+
+    def total(columns: np.ndarray, axis: int = -1) -> np.ndarray:
+        return agreement[np.arange(count), columns.astype(int)].sum(axis)
+
+    found = stats.permutation_test(
+        (np.arange(count),),
+        total,
+        permutation_type="pairings",
+        vectorized=True,
+        alternative="greater",
+        n_resamples=draws if math.factorial(count) > draws else np.inf,
+        rng=np.random.default_rng(seed),
+    )
+    return float(found.pvalue)
 
 
 def rank_trend(values: np.ndarray) -> np.ndarray:
-    """Spearman's correlation of each row ``(..., columns)`` with the order of the columns,
-    ``(...)`` in -1..1.
+    """Spearman's correlation of each row ``(..., columns)`` with the order of the columns, ``(...)``
+    in -1..1.
 
     nan is left out and ties share their mean rank; nan for a row of one value, or of fewer than
     three.
     """
     present = ~np.isnan(values)
-    below = (values[..., None, :] < values[..., :, None]).sum(-1)
-    tied = (values[..., None, :] == values[..., :, None]).sum(-1)
+    order = np.where(present, np.arange(values.shape[-1], dtype=float), np.nan)
+    ranks, places = (stats.rankdata(each, axis=-1, nan_policy="omit") for each in (values, order))
     count = present.sum(-1, keepdims=True)
-    ranks, places = (
-        np.where(present, r - (count - 1) / 2, 0.0)
-        for r in (below + (tied - 1) / 2, present.cumsum(-1) - 1)
-    )
+    ranks, places = (np.where(present, r - (count + 1) / 2, 0.0) for r in (ranks, places))
     with np.errstate(invalid="ignore"):
         rho = (ranks * places).sum(-1) / np.sqrt((ranks**2).sum(-1) * (places**2).sum(-1))
     return np.where(count[..., 0] >= 3, rho, math.nan)
@@ -169,8 +205,10 @@ def one_vs_rest(said: Tensor, truth: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     ----------
     said, truth : bool ``(n, C)``: was the image said to be of the class, and is it.
 
-    Returns ------- Three float64 ``(C,)``; precision is 0 for a class that was never said; recall
-    is nan without an image of the class, balanced accuracy also without another image.
+    Returns
+    -------
+    Three float64 ``(C,)``; precision is 0 for a class that was never said; recall is nan without an
+    image of the class, balanced accuracy also without another image.
     """
     right = (said & truth).sum(0).double()
     recall = right / truth.sum(0)

@@ -7,6 +7,7 @@ state is the model's bit for bit and hooks fire as ever.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from timm.models.vision_transformer import VisionTransformer
@@ -64,6 +65,23 @@ def proceed(unrolled: VisionTransformer, state: State, until: int | None = None)
     for _ in range(state.step, len(unrolled.blocks) if until is None else until):
         state = advance(unrolled, state)
     return state
+
+
+def states(
+    unrolled: VisionTransformer, images: Tensor, until: int | None = None
+) -> Iterator[State]:
+    """The states after steps 0, 1, ..., `until`; by default up to the unroll's last.
+
+    Parameters
+    ----------
+    unrolled : a tied unroll or a stacked ViT.
+    images : ``(B, C, H, W)``, normalised.
+    """
+    state = embed(unrolled, images)
+    yield state
+    for _ in range(len(unrolled.blocks) if until is None else until):
+        state = advance(unrolled, state)
+        yield state
 
 
 def answer(model: VisionTransformer, state: State) -> Tensor:

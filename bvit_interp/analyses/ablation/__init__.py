@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import lazy_loader
-
+from bvit_interp.analyses import attach
 from bvit_interp.data.options import LoaderOptions
 from bvit_interp.errors import UserError
 
@@ -65,6 +64,4 @@ COLUMNS = {
 }
 
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__, submod_attrs={"measure": ["measure", "summary"], "plot": ["plot"]}
-)
+__getattr__, __dir__, __all__ = attach(__name__)

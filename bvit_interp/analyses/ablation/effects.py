@@ -146,8 +146,10 @@ class Ablator:
         spans : steps at which the unit is ablated; the run goes on clean from there.
         donors : images ``(B, C, H, W)`` whose own clean activations are filled in.
 
-        Returns ------- ``(B, methods, units, spans, 4)`` float64, the last axis as `ANSWERS`, the
-        units as `units` lists them.
+        Returns
+        -------
+        ``(B, methods, units, spans, 4)`` float64, the last axis as `ANSWERS`, the units as `units`
+        lists them.
         """
         view, labels = self.probe.model, labels.to(self.device)
         states = [embed(view, images.to(self.device))]
@@ -251,13 +253,14 @@ def steps_and_units(
     counts : images of each fold, ``(K,)``.
     seed, draws : of the permutations.
 
-    Returns ------- `variance_steps`, `variance_units`, `variance_both`: each `value`, the `null`
-    expected with the units shuffled within each step (`variance_steps`: the steps within each
-    unit), and `low` and `high`, the delete-a-fold jackknife's 95 % interval, if there are ten
-    folds. `reliability`, the correlation over images of even and of odd folds of the differences
-    between the units of a step: `value`, `null` 0, and `p_value`, with the units renumbered in
-    every fold anew but at all its steps alike, as an image's noise is in all of them. nan where all
-    is noise.
+    Returns
+    -------
+    `variance_steps`, `variance_units`, `variance_both`: each `value`, the `null` expected with the
+    units shuffled within each step (`variance_steps`: the steps within each unit), and `low` and
+    `high`, the delete-a-fold jackknife's 95 % interval, if there are ten folds. `reliability`, the
+    correlation over images of even and of odd folds of the differences between the units of a step:
+    `value`, `null` 0, and `p_value`, with the units renumbered in every fold anew but at all its
+    steps alike, as an image's noise is in all of them. nan where all is noise.
     """
     there = counts > 0
     weighted, counts = effects[there] * counts[there, None, None], counts[there]

@@ -42,7 +42,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -50,14 +50,14 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from bvit_interp.analyses.ablation import COLUMNS, Config
+from bvit_interp.analyses.ablation import COLUMNS, Config, Scope
 from bvit_interp.analyses.ablation.effects import ANSWERS, FOLDS, Ablator, steps_and_units
 from bvit_interp.data.geometry import Geometry
 from bvit_interp.data.labels import label_map
 from bvit_interp.data.loader import Batch, run_in_halves
 from bvit_interp.data.partners import Partners
 from bvit_interp.data.samples import Samples, spread
-from bvit_interp.metrics.streaming.means import Moments
+from bvit_interp.metrics.streaming.means import MeanCI
 
 _BYTES_OF_DONORS = 2**30
 
@@ -157,8 +157,8 @@ class _Tally:
             len(ANSWERS),
         )
         self.whole, self.folds = (
-            Moments(*shape).to(ablator.device),
-            Moments(FOLDS, *shape).to(ablator.device),
+            MeanCI(*shape).to(ablator.device),
+            MeanCI(FOLDS, *shape).to(ablator.device),
         )
 
     def take(

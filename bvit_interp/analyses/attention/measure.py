@@ -45,7 +45,7 @@ from bvit_interp.data.geometry import Geometry
 from bvit_interp.data.loader import run_in_halves
 from bvit_interp.data.samples import Samples, spread
 from bvit_interp.errors import UserError
-from bvit_interp.metrics.streaming.means import MapPairs, Moments
+from bvit_interp.metrics.streaming.means import MapPairs, MeanCI
 from bvit_interp.probes.probe import Probe
 from bvit_interp.results import rank_and_world, replacing
 
@@ -99,14 +99,14 @@ class _Tally:
     def __init__(self, probe: Probe) -> None:
         self.probe, steps, heads = probe, probe.num_steps, probe.num_heads
         self.pairs = torch.triu_indices(steps, steps, 1)
-        self.moments = {name: Moments(steps, heads + 1) for name in statistics(probe)}
+        self.moments = {name: MeanCI(steps, heads + 1) for name in statistics(probe)}
         self.maps: dict[str, MapPairs] = {}
         if probe.model.has_class_token:
             self.moments |= {
-                "rollout_entropy": Moments(steps, 1),
-                "rollout_agreement": Moments(steps, 1),
+                "rollout_entropy": MeanCI(steps, 1),
+                "rollout_agreement": MeanCI(steps, 1),
             }
-            self.moments["agreement"] = Moments(self.pairs.shape[1], heads + 1)
+            self.moments["agreement"] = MeanCI(self.pairs.shape[1], heads + 1)
             for name, maps in (("agreement", heads), ("rollout_agreement", 2)):
                 self.maps[name] = MapPairs(steps, maps, math.prod(probe.grid))
         for metric in (*self.moments.values(), *self.maps.values()):

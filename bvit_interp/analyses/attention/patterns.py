@@ -177,8 +177,10 @@ def example_maps(
     places : positions in the data set.
     skip_corrupt : leave out images that cannot be read.
 
-    Returns ------- `index` ``(n,)``, `image` as the model sees it ``(n, height, width, 3)`` uint8,
-    `maps` ``(n, T, H, rows, columns)`` float32.
+    Returns
+    -------
+    `index` ``(n,)``, `image` as the model sees it ``(n, height, width, 3)`` uint8, `maps` ``(n, T,
+    H, rows, columns)`` float32.
 
     Raises
     ------

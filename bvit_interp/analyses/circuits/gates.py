@@ -33,7 +33,7 @@ from bvit_interp.data.geometry import Geometry
 from bvit_interp.data.loader import Batch, run_in_halves
 from bvit_interp.errors import UserError
 from bvit_interp.metrics import jaccard
-from bvit_interp.metrics.streaming.means import Moments
+from bvit_interp.metrics.streaming.means import MeanCI
 from bvit_interp.metrics.streaming.scores import Classification
 from bvit_interp.models.stepping import State, answer, embed, proceed
 from bvit_interp.probes.ablate import SITES_OF_UNITS, ablate, neuron_groups
@@ -270,9 +270,9 @@ class Judged:
     def __init__(self, num_classes: int, draws: Sequence[int], device: torch.device) -> None:
         self.draws = list(draws)
         self._whole = Classification(num_classes).to(device)
-        self._means = Moments(len(self.draws), 3).to(device)
-        self._excess = Moments(len(self.draws)).to(device)
-        self._each = Moments(sum(self.draws)).to(device)
+        self._means = MeanCI(len(self.draws), 3).to(device)
+        self._excess = MeanCI(len(self.draws)).to(device)
+        self._each = MeanCI(sum(self.draws)).to(device)
 
     def update(self, whole: Tensor, gated: Tensor, labels: Tensor) -> None:
         """Add a batch: the whole model's logits ``(B, C)``, the gated ones ``(V, B, C)``, labels
@@ -296,7 +296,7 @@ class Judged:
 
     def compute(self) -> dict[str, Any]:
         """`whole`: what `Classification` gives; `kl`, `accuracy`, `agreement`, `excess` (KL less
-        the first condition's, image by image): what `Moments` gives, each ``(conditions,)``;
+        the first condition's, image by image): what `MeanCI` gives, each ``(conditions,)``;
         `kl_least` and `kl_most` of a draw."""
         means, each = self._means.compute(), self._each.compute()["value"].split(self.draws)
         found: dict[str, Any] = {"whole": self._whole.compute(), "excess": self._excess.compute()}

@@ -48,8 +48,8 @@ from bvit_interp.data.loader import Batch, run_in_halves
 from bvit_interp.data.samples import Samples
 from bvit_interp.errors import UserError
 from bvit_interp.metrics import participation_ratio, random_participation_ratio
-from bvit_interp.metrics.streaming.reducers import Gram
 from bvit_interp.metrics.streaming.similarity import StatePairs
+from bvit_interp.metrics.streaming.statistics import Gram
 from bvit_interp.models.unroll import run_on
 from bvit_interp.probes.probe import Probe
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bvit_interp.errors import UserError
-from bvit_interp.metrics.streaming.means import Moments
+from bvit_interp.metrics.streaming.means import MeanCI
 
 _RETURNS = ("return", "return_direction")
 
@@ -105,7 +105,7 @@ def turn(own: Tensor, cross: Tensor) -> Tensor:
     return torch.where(size > 0, (product / size).clamp(-1, 1), torch.nan)
 
 
-class Motion(Moments):
+class Motion(MeanCI):
     """Movement of one kind of token, streamed in constant memory.
 
     Parameters
@@ -115,8 +115,10 @@ class Motion(Moments):
         D numbers.
     trained : step T the model was made for; above S, what is measured from it is left out.
 
-    Returns ------- ``compute``: a dict of measures, each a dict of `step`, `other` (-1: none),
-    `value` (mean over images), `low`, `high`, `null` (nan: none) and `n`, all of shape ``(rows,)``:
+    Returns
+    -------
+    ``compute``: a dict of measures, each a dict of `step`, `other` (-1: none), `value` (mean over
+    images), `low`, `high`, `null` (nan: none) and `n`, all of shape ``(rows,)``:
 
     - ``norm``: root mean square over tokens of ||z_t||, t = 0..S;
     - ``step_size``: ||z_t - z_{t-1}|| / ||z_{t-1}||, t = 1..S;

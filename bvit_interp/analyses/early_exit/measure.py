@@ -37,7 +37,7 @@ from bvit_interp.data.loader import Batch, run_in_halves
 from bvit_interp.data.samples import Samples
 from bvit_interp.errors import UserError
 from bvit_interp.metrics import wilson_interval
-from bvit_interp.metrics.streaming.reducers import Rows
+from bvit_interp.metrics.streaming.statistics import PerImage
 from bvit_interp.models.cost import flops
 from bvit_interp.models.exits import FILE, Exits, check_exits, run_with_exits
 from bvit_interp.models.stepping import advance, answer, embed
@@ -68,7 +68,7 @@ def measure(models: Mapping[str, VisionTransformer], data: Samples, config: Conf
         check_exits(found[name].steps, model)
     views = {name: unroll(model) for name, model in models.items()}
     classes = {name: label_map(data, model) for name, model in models.items()}
-    rows, timed = {name: Rows() for name in models}, list["Batch"]()
+    rows, timed = {name: PerImage() for name in models}, list["Batch"]()
     loader, geometries = config.loader(data, models, "early-exit")
     for batch in loader:
         if sum(map(len, timed)) < config.timed_images:

@@ -28,7 +28,7 @@ from bvit_interp.data.loader import run_in_halves
 from bvit_interp.data.samples import Samples
 from bvit_interp.errors import UserError
 from bvit_interp.metrics import energy_rank, random_energy_rank, singular_values_of_gram
-from bvit_interp.metrics.streaming.reducers import Gram
+from bvit_interp.metrics.streaming.statistics import Gram
 from bvit_interp.probes.probe import Probe
 
 

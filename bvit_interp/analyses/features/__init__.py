@@ -6,8 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-import lazy_loader
-
+from bvit_interp.analyses import attach
 from bvit_interp.analyses.features.maximise import Recipe
 from bvit_interp.data.options import LoaderOptions
 from bvit_interp.errors import UserError
@@ -93,6 +92,4 @@ COLUMNS = {
 }
 
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__, submod_attrs={"measure": ["measure", "summary"], "plot": ["plot"]}
-)
+__getattr__, __dir__, __all__ = attach(__name__)

@@ -320,8 +320,10 @@ def maximise(
     neurons, steps : ``(K,)`` int64.
     progress : text of a progress bar on stderr; by default none.
 
-    Returns ------- Start image ``(3, height, width)`` and the K images ``(K, 3, height, width)``,
-    in 0..1, on the CPU.
+    Returns
+    -------
+    Start image ``(3, height, width)`` and the K images ``(K, 3, height, width)``, in 0..1, on the
+    CPU.
 
     Raises
     ------

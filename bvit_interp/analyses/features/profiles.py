@@ -27,8 +27,10 @@ def answers(probe: Probe, images: Tensor) -> tuple[Tensor, Tensor]:
     ----------
     images : ``(B, 3, height, width)``, normalised.
 
-    Returns ------- Mean of `mlp_post` over the patches, and the patch where it is largest (row by
-    row from 0), both ``(B, T, F)``.
+    Returns
+    -------
+    Mean of `mlp_post` over the patches, and the patch where it is largest (row by row from 0), both
+    ``(B, T, F)``.
     """
     found: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -72,10 +74,11 @@ class StepProfiles(Metric):
     ----------
     steps, neurons : T, F.
 
-    Returns ------- ``compute``: `spread` ``(T, F)``, standard deviation over the images, and
-    `correlation` ``(T - 1, F)`` with the next step, over the images (Pearson's; nan where a spread
-    is zero); `change` ``(F,)``, 1 - the mean of it over the steps, 0..2; float64; and `count`,
-    images.
+    Returns
+    -------
+    ``compute``: `spread` ``(T, F)``, standard deviation over the images, and `correlation` ``(T -
+    1, F)`` with the next step, over the images (Pearson's; nan where a spread is zero); `change`
+    ``(F,)``, 1 - the mean of it over the steps, 0..2; float64; and `count`, images.
 
     Raises
     ------

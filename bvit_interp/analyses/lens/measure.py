@@ -57,7 +57,7 @@ from bvit_interp.data.loader import run_in_halves
 from bvit_interp.data.samples import Samples, Subset, spread
 from bvit_interp.errors import UserError
 from bvit_interp.metrics import wilson_interval
-from bvit_interp.metrics.streaming.reducers import Rows
+from bvit_interp.metrics.streaming.statistics import PerImage
 from bvit_interp.models.unroll import unroll
 from bvit_interp.results import rank_and_world, replacing
 
@@ -149,7 +149,8 @@ def _tune(
     States are gathered in the order of the data set, so every process trains the same maps."""
     views = {name: unroll(model) for name, model in models.items()}
     cached = {
-        name: {kind: Rows() for kind in (*kinds(view), "answers")} for name, view in views.items()
+        name: {kind: PerImage() for kind in (*kinds(view), "answers")}
+        for name, view in views.items()
     }
     loader, geometries = replace(config, limit=None).loader(fitted, models, "lens, tuning")
     for batch in loader:

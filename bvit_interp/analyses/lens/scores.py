@@ -24,9 +24,9 @@ from bvit_interp.data.loader import Batch, run_in_halves
 from bvit_interp.data.samples import IGNORE
 from bvit_interp.metrics import at_patch_centres, entropy, point_hits, unit_maps, wilson_interval
 from bvit_interp.metrics.streaming.answers import Answers
-from bvit_interp.metrics.streaming.means import MapPairs, Moments
-from bvit_interp.metrics.streaming.reducers import Rows
+from bvit_interp.metrics.streaming.means import MapPairs, MeanCI
 from bvit_interp.metrics.streaming.scores import Classification
+from bvit_interp.metrics.streaming.statistics import PerImage
 
 LENSES = ("raw", "tuned")
 BYTES_OF_LOGITS = 2**27
@@ -41,8 +41,10 @@ class CrossPairs(Metric):
     ----------
     steps, width : T and K.
 
-    Returns ------- ``compute``: `same_image` and `other_images`, ``(T,)`` on the CPU; the second is
-    nan below two images.
+    Returns
+    -------
+    ``compute``: `same_image` and `other_images`, ``(T,)`` on the CPU; the second is nan below two
+    images.
     """
 
     full_state_update = False
@@ -92,7 +94,7 @@ class LensScores:
 
     def __init__(self, steps: int, classes: int, device: torch.device) -> None:
         self.classes = classes
-        self.moments = Moments(len(self.means), steps).to(device)
+        self.moments = MeanCI(len(self.means), steps).to(device)
         self.answers = Answers(steps, classes).to(device)
         self.of_steps = [Classification(classes).to(device) for _ in range(steps)]
         self.likelihood, self.agreement = (CrossPairs(steps, classes).to(device) for _ in range(2))
@@ -184,11 +186,11 @@ class MapScores:
     """
 
     def __init__(self, steps: int, patches: int, masks: bool, device: torch.device) -> None:
-        self.steps, self.mean = steps, Moments(steps, patches).to(device)
-        self.entropies, self.likeness = Moments(2, steps).to(device), Moments(steps).to(device)
+        self.steps, self.mean = steps, MeanCI(steps, patches).to(device)
+        self.entropies, self.likeness = MeanCI(2, steps).to(device), MeanCI(steps).to(device)
         self.pairs = MapPairs(steps, 1, patches).to(device)
         self.masks = masks
-        self.pointing = Moments(2, steps).to(device)
+        self.pointing = MeanCI(2, steps).to(device)
         self.hits, self.counted = (CrossPairs(steps, patches).to(device) for _ in range(2))
 
     def update(
@@ -281,7 +283,7 @@ class Readings:
         device, patches = next(view.parameters()).device, view.patch_embed.num_patches
         self.scores = {key: LensScores(self.steps, view.num_classes, device) for key in lenses}
         self.maps = {lens: MapScores(self.steps, patches, masks, device) for lens in LENSES}
-        self.leaving, self.examples, self.kept = Rows(), Rows(), frozenset(examples)
+        self.leaving, self.examples, self.kept = PerImage(), PerImage(), frozenset(examples)
         self._bytes_an_image = 8 * self.steps * patches * view.num_classes * len(LENSES)
 
     def update(self, batch: Batch, geometry: Geometry, classes: Tensor) -> None:
@@ -352,8 +354,10 @@ def leave(confidence: np.ndarray, right: np.ndarray, threshold: float) -> dict[s
     confidence, right : ``(n, T)``, largest probability and whether the answer is right, after every
         step.
 
-    Returns ------- Accuracy (`value`, Wilson's `low` and `high`), `null` if as many left at each
-    step but drawn at random, and `mean_step`.
+    Returns
+    -------
+    Accuracy (`value`, Wilson's `low` and `high`), `null` if as many left at each step but drawn at
+    random, and `mean_step`.
     """
     sure = confidence > threshold
     sure[:, -1] = True

@@ -209,8 +209,10 @@ def cached_states(
     view : a tied unroll or a stacked ViT.
     most : tokens M of a kind that are kept of an image; where there are more, others of each image.
 
-    Returns ------- Kind -> states ``(B, T, M, K, D)``, K the tokens read at once; "answers" -> the
-    model's logits ``(B, C)``.
+    Returns
+    -------
+    Kind -> states ``(B, T, M, K, D)``, K the tokens read at once; "answers" -> the model's logits
+    ``(B, C)``.
     """
     states: dict[str, list[Tensor]] = {}
     with torch.inference_mode():

@@ -6,8 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-import lazy_loader
-
+from bvit_interp.analyses import attach
 from bvit_interp.data.options import LoaderOptions
 from bvit_interp.errors import UserError, choices
 from bvit_interp.vocabulary import TOKEN_WORDS, check_site
@@ -84,6 +83,4 @@ COLUMNS = {
 }
 
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__, submod_attrs={"measure": ["measure", "summary"], "plot": ["plot"]}
-)
+__getattr__, __dir__, __all__ = attach(__name__)

@@ -53,7 +53,7 @@ from bvit_interp.data.partners import Partners
 from bvit_interp.data.samples import Samples
 from bvit_interp.errors import UserError
 from bvit_interp.metrics import wilson_interval
-from bvit_interp.metrics.streaming.means import Moments
+from bvit_interp.metrics.streaming.means import MeanCI
 
 _RUNS = {
     "same": ("own", "own", "partner"),
@@ -137,12 +137,12 @@ def measure(models: Mapping[str, VisionTransformer], data: Samples, config: Conf
     )
 
 
-def _sums(patches: Patches) -> tuple[Recovered, Moments]:
+def _sums(patches: Patches) -> tuple[Recovered, MeanCI]:
     """Of every statistic, value and null, cell and shift; and means of clean, baseline and whether
     a pair counts."""
     device = next(patches.view.parameters()).device
     numbers = len(patches.steps) ** 2 + len(_shifts(patches.steps))
-    return Recovered(len(_STATISTICS), 2, numbers).to(device), Moments(3).to(device)
+    return Recovered(len(_STATISTICS), 2, numbers).to(device), MeanCI(3).to(device)
 
 
 def _parts(batch: Batch, patches: Patches) -> Iterator[Batch]:
@@ -250,13 +250,13 @@ def _with_shifts(cells: Tensor, steps: list[int]) -> Tensor:
 
 
 def _update(
-    recovered: Recovered, levels: Moments, gained: Tensor, whole: Tensor, level: Tensor
+    recovered: Recovered, levels: MeanCI, gained: Tensor, whole: Tensor, level: Tensor
 ) -> None:
     recovered.update(gained, whole[:, :, None, None])
     levels.update(level)
 
 
-def _rows(patches: Patches, recovered: Recovered, levels: Moments) -> Iterator[dict[str, Any]]:
+def _rows(patches: Patches, recovered: Recovered, levels: MeanCI) -> Iterator[dict[str, Any]]:
     """Rows of all cells and shifts of one model, mode and tokens."""
     found, of_runs = recovered.compute(), levels.compute()
     count, images = int(found["n"]), int(of_runs["n"][2])

@@ -21,7 +21,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from bvit_interp.errors import UserError
-from bvit_interp.metrics.streaming.means import NORMAL_95
+from bvit_interp.metrics.statistics import Z_95
 from bvit_interp.models.memory import MemorySteps, UnrolledSteps
 from bvit_interp.models.stepping import State, advance, answer, embed, proceed
 from bvit_interp.models.steps import Steps
@@ -166,9 +166,11 @@ class Recovered(Metric):
     ----------
     *shape : of the numbers gained by one image.
 
-    Returns ------- ``compute``: `value` = mean gained / mean whole, `low` and `high` ``= value -+
-    1.96 sd(gained - value whole) / (sqrt(n) |mean whole|)``, each of `shape`, nan below two images
-    or for a whole of zero; `n` images.
+    Returns
+    -------
+    ``compute``: `value` = mean gained / mean whole, `low` and `high` ``= value -+ 1.96 sd(gained -
+    value whole) / (sqrt(n) |mean whole|)``, each of `shape`, nan below two images or for a whole of
+    zero; `n` images.
 
     References
     ----------
@@ -209,7 +211,7 @@ class Recovered(Metric):
         residual = (
             self.gained_square - 2 * ratio * self.product + ratio.square() * self.whole_square
         ).clamp(min=0)
-        half = NORMAL_95 * (residual * self.count / (self.count - 1)).sqrt() / self.whole.abs()
+        half = Z_95 * (residual * self.count / (self.count - 1)).sqrt() / self.whole.abs()
         half = torch.where(self.count > 1, half, torch.nan)
         found = {"value": ratio, "low": ratio - half, "high": ratio + half, "n": self.count.long()}
         return {key: tensor.cpu() for key, tensor in found.items()}

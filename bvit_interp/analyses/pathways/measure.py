@@ -44,7 +44,7 @@ from bvit_interp.data.loader import run_in_halves
 from bvit_interp.data.samples import Samples
 from bvit_interp.errors import UserError
 from bvit_interp.metrics import wilson_interval
-from bvit_interp.metrics.streaming.reducers import Rows
+from bvit_interp.metrics.streaming.statistics import PerImage
 from bvit_interp.models.masks import PLACES, Masks, masks_of
 
 
@@ -157,7 +157,7 @@ def _accuracies(
         name: Exchanges(model, _masks(name, model), config.swaps, config.shuffles, config.seed)
         for name, model in models.items()
     }
-    scores = {name: Rows() for name in models}
+    scores = {name: PerImage() for name in models}
     loader, geometries = config.loader(data, models, "pathways")
     for batch in loader:
         for name, variant in variants.items():

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from bvit_interp import metrics
+from bvit_interp.metrics.statistics import Z_95
 from bvit_interp.models.masks import Masks
 
 ALL = "all"
 """The components together."""
-_NORMAL_95 = 1.959963984540054
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Compared:
 
         By the normal distribution.
         """
-        half = _NORMAL_95 * self.spread
+        half = Z_95 * self.spread
         low, high = ((self.null + side * half).clamp(least, most) for side in (-1, 1))
         columns = (
             column.reshape(-1).tolist() for column in (self.value, self.null, low, high, self.count)

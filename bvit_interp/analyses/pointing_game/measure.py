@@ -31,7 +31,7 @@ from bvit_interp.analyses.pointing_game import COLUMNS, Config
 from bvit_interp.data.loader import run_in_halves
 from bvit_interp.data.samples import IGNORE, Samples
 from bvit_interp.errors import UserError
-from bvit_interp.metrics.streaming.reducers import Rows
+from bvit_interp.metrics.streaming.statistics import PerImage
 from bvit_interp.probes.probe import Probe
 from bvit_interp.probes.saliency import METHODS
 from bvit_interp.results import rank_and_world, replacing
@@ -60,7 +60,7 @@ def measure(
             "the pointing game needs masks: use digits-s or a folder in ImageNet-S layout"
         )
     probes = {name: Probe(model) for name, model in models.items()}
-    rows = {name: Rows() for name in models}
+    rows = {name: PerImage() for name in models}
     kept: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in models}
     loader, geometries = config.loader(data, models, "pointing-game")
     for batch in loader:

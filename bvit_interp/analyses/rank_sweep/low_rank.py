@@ -197,8 +197,10 @@ class InputMoments(Metric):
     ----------
     matrices : the weights; ``8 in^2`` bytes are kept for each.
 
-    Returns ------- ``compute``: matrix -> ``(in, in)`` float64, about zero and not about the mean,
-    for a cut leaves the bias.
+    Returns
+    -------
+    ``compute``: matrix -> ``(in, in)`` float64, about zero and not about the mean, for a cut leaves
+    the bias.
     """
 
     full_state_update = False

@@ -46,7 +46,7 @@ from bvit_interp.data.loader import run_in_halves
 from bvit_interp.data.samples import Samples, Subset, spread
 from bvit_interp.errors import UserError
 from bvit_interp.metrics import wilson_interval
-from bvit_interp.metrics.streaming.reducers import Rows
+from bvit_interp.metrics.streaming.statistics import PerImage
 from bvit_interp.results import Table
 
 PAPER_RANKS = (64, 128, 256, 384, 512, 640, 702, 744, 760, 768)
@@ -189,7 +189,7 @@ def _count_hits(
     config: Config,
 ) -> dict[str, _Counts]:
     """Hits, images and chance of each model at its unit, in one pass over the images."""
-    rows = {name: Rows() for name in chosen}
+    rows = {name: PerImage() for name in chosen}
     told = dict.fromkeys(
         f"{unit.method} step={unit.step} k={unit.rank}" for unit in chosen.values()
     )

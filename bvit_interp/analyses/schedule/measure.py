@@ -61,7 +61,7 @@ from bvit_interp.data.labels import label_map
 from bvit_interp.data.loader import Batch, run_in_halves
 from bvit_interp.data.samples import Samples, spread
 from bvit_interp.errors import UserError
-from bvit_interp.metrics.streaming.means import Moments
+from bvit_interp.metrics.streaming.means import MeanCI
 from bvit_interp.models.stepping import State, answer, proceed
 from bvit_interp.models.unroll import run_on
 from bvit_interp.probes.probe import Probe
@@ -153,7 +153,7 @@ class _Subject:
             schedule.Outcomes(runs, count).to(self.device)
             for runs in (of_plans, of_matrix, variants)
         )
-        self.distance = Moments(variants).to(self.device)
+        self.distance = MeanCI(variants).to(self.device)
 
     def _each(
         self, work: Callable[..., Any], batch: Batch, geometry: Any, places: set[int]
@@ -221,7 +221,7 @@ class _Subject:
         self.norms = {
             kind: sums[kind, "norm", "fit"].means[:, 0].exp().tolist() for kind in self.kinds
         }
-        self.readings = {key: Moments(self.trained + 1, 3).to(self.device) for key in self.readers}
+        self.readings = {key: MeanCI(self.trained + 1, 3).to(self.device) for key in self.readers}
 
     # ---- second pass: held-out images ------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ from torchmetrics import Metric
 
 from bvit_interp.errors import UserError
 from bvit_interp.metrics import wilson_interval
-from bvit_interp.metrics.streaming.means import Moments
+from bvit_interp.metrics.streaming.means import MeanCI
 from bvit_interp.models.memory import MemoryBlock
 from bvit_interp.models.stepping import State, advance, answer, embed
 from bvit_interp.models.unroll import unroll
@@ -168,14 +168,16 @@ class Plan:
         return torch.stack(found)
 
 
-class Outcomes(Moments):
+class Outcomes(MeanCI):
     """What K changed runs answer, beside the normal run of the same images.
 
-    Returns ------- ``compute``: `accuracy`, `change` (accuracy minus the normal run's), `agreement`
-    (share of the normal run's answers) and `log_prob` (change of the true class's log-probability,
-    nats), each a list of K dicts: `value`, `low`, `high` (95 % over images: Wilson's of shares,
-    normal of changes) and `n`; of shares also `null`, the share of the most frequent class among
-    the images, and the agreement of independent answers given as often.
+    Returns
+    -------
+    ``compute``: `accuracy`, `change` (accuracy minus the normal run's), `agreement` (share of the
+    normal run's answers) and `log_prob` (change of the true class's log-probability, nats), each a
+    list of K dicts: `value`, `low`, `high` (95 % over images: Wilson's of shares, normal of
+    changes) and `n`; of shares also `null`, the share of the most frequent class among the images,
+    and the agreement of independent answers given as often.
     """
 
     said: Tensor

@@ -13,7 +13,7 @@ import torch
 from scipy.stats import beta
 from torch import Tensor
 
-from bvit_interp.metrics.streaming.means import NORMAL_95
+from bvit_interp.metrics.statistics import Z_95
 
 SHARES = ("share_class", "share_step", "share_interaction")
 
@@ -50,7 +50,7 @@ class Selectivity:
         a, b = (k - 1) / 2, (n - k) / 2
         variance = 4 * share * ((1 - share) * (n - k)).square() / max((n * n - 1) * (n + 3), 1)
         variance = variance + a * b / max((a + b) ** 2 * (a + b + 1), 1e-12)
-        half = NORMAL_95 * variance.clamp(min=0).sqrt() / (1 - self.null)
+        half = Z_95 * variance.clamp(min=0).sqrt() / (1 - self.null)
         return self.value - half, self.value + half
 
     def alive(self, threshold: float, level: float = 0.05) -> Tensor:
@@ -146,9 +146,11 @@ def roles(means: Tensor, alive: Tensor, null: bool = False) -> dict[str, Tensor]
     null : of two steps, take at the later one the next unit's profile, of those alive there,
         instead of its own: what correlations are like if no role is kept.
 
-    Returns ------- ``(U,)`` each, nan without such a pair of steps: `role_change`, mean of 1 - r of
-    successive steps, both alive; `role_change_ends`, 1 - r of the first and the last step alive;
-    `stability`, mean r over all pairs of steps alive.
+    Returns
+    -------
+    ``(U,)`` each, nan without such a pair of steps: `role_change`, mean of 1 - r of successive
+    steps, both alive; `role_change_ends`, 1 - r of the first and the last step alive; `stability`,
+    mean r over all pairs of steps alive.
     """
     profiles = means - means.mean(0)
     norms = profiles.norm(dim=0)

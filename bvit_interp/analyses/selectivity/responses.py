@@ -25,7 +25,7 @@ from bvit_interp.data.loader import Batch, run_in_halves
 from bvit_interp.data.options import LoaderOptions
 from bvit_interp.data.samples import Samples, spread
 from bvit_interp.errors import UserError
-from bvit_interp.metrics.streaming.means import Moments
+from bvit_interp.metrics.streaming.means import MeanCI
 from bvit_interp.metrics.streaming.top_images import TopList
 from bvit_interp.models.stepping import State, advance, answer, embed, proceed
 from bvit_interp.probes.ablate import SITES_OF_UNITS, SiteMeans, ablate
@@ -123,9 +123,10 @@ class Profiles(Metric):
     ----------
     classes, steps, units : C, T, U; there are as many random groups as classes.
 
-    Returns ------- ``compute``: on the CPU, float64: `total` ``(3, C, T, U)`` and `count` ``(3,
-    C)`` of the first half by class, the second half by class, and all images by group; `squares`
-    ``(T, U)`` of all.
+    Returns
+    -------
+    ``compute``: on the CPU, float64: `total` ``(3, C, T, U)`` and `count` ``(3, C)`` of the first
+    half by class, the second half by class, and all images by group; `squares` ``(T, U)`` of all.
 
     Raises
     ------
@@ -191,7 +192,7 @@ class Biographies:
             self.profiles[kind] = Profiles(classes, *units).to(device)
             self.fill[kind] = SiteMeans(*places).to(device)
             self.top[kind] = TopList(*units, top).to(device)
-        self.firing = Moments(probe.num_steps, probe.num_neurons).to(device)
+        self.firing = MeanCI(probe.num_steps, probe.num_neurons).to(device)
 
     def update(
         self,
@@ -302,9 +303,9 @@ class Effects:
 
     Attributes
     ----------
-    change : `Moments` ``(2, T + 1, V)`` of accuracy, and of the true class's logit less the mean
+    change : `MeanCI` ``(2, T + 1, V)`` of accuracy, and of the true class's logit less the mean
         logit: ablated at step 1, ..., T, and at every step.
-    hits : `Moments` ``(1,)``, accuracy of the model as it is.
+    hits : `MeanCI` ``(1,)``, accuracy of the model as it is.
     """
 
     def __init__(
@@ -320,8 +321,8 @@ class Effects:
         for v, (kind, unit) in enumerate(units):
             self.keep[kind][v, unit] = False
         self.fill = None if zero else {kind: of.compute().float() for kind, of in seen.fill.items()}
-        self.change = Moments(2, self.probe.num_steps + 1, len(units)).to(device)
-        self.hits = Moments(1).to(device)
+        self.change = MeanCI(2, self.probe.num_steps + 1, len(units)).to(device)
+        self.hits = MeanCI(1).to(device)
 
     def update(self, batch: Batch, geometry: Geometry) -> None:
         """Add the images of a batch."""
@@ -376,8 +377,10 @@ def ablations(
     keep : kind -> ``(V, U)`` bool, the units each variant keeps.
     fill : kind -> ``(T, N, ...)`` what the others become; None for zero.
 
-    Yields ------ Logits ``(V, B, C)``: nothing ablated (V = 1), then ablated at step 1, ..., T,
-    then at every step.
+    Yields
+    ------
+    Logits ``(V, B, C)``: nothing ablated (V = 1), then ablated at step 1, ..., T, then at every
+    step.
     """
     states = [embed(probe.model, images.to(next(probe.model.parameters()).device))]
     for _ in probe.model.blocks:

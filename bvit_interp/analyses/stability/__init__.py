@@ -6,8 +6,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import lazy_loader
-
+from bvit_interp.analyses import attach
 from bvit_interp.data.options import LoaderOptions
 from bvit_interp.errors import UserError
 
@@ -78,6 +77,4 @@ COLUMNS = {
 }
 
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__, submod_attrs={"measure": ["measure", "summary"], "plot": ["plot"]}
-)
+__getattr__, __dir__, __all__ = attach(__name__)

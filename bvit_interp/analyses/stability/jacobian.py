@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from bvit_interp.models.stepping import State, advance
 from bvit_interp.models.unroll import run_on
 
 
+@runtime_checkable
 class Operator(Protocol):
     """A linear map of each image's own: tangents ``(B, N, D)`` to tangents ``(B, N, D)``."""
 
@@ -343,7 +344,9 @@ def of_run(
     at : the P steps whose own Jacobian is looked at.
     horizon : the steps T of `ftle`.
 
-    Returns ------- Per image: `singular` (and `singular_residual`) ``(B, P, leading)``, `radius`
+    Returns
+    -------
+    Per image: `singular` (and `singular_residual`) ``(B, P, leading)``, `radius`
     (`radius_residual`), `rotates` ``(B, P)``, `input_share`, `output_share` ``(B, P, K)``, `gain`
     ``(B, P, K, K)``, `state_growth` ``(B, S)``, `tangent_share` ``(B, S, K)``, `exponent`,
     `exponent_relative` ``(B, S, leading)``, `ftle` (`ftle_residual`), `ftle_relative` ``(B, 1,

@@ -59,7 +59,7 @@ from bvit_interp.data.partners import Partners
 from bvit_interp.data.samples import Samples
 from bvit_interp.errors import UserError
 from bvit_interp.metrics import wilson_interval
-from bvit_interp.metrics.streaming.means import Moments
+from bvit_interp.metrics.streaming.means import MeanCI
 from bvit_interp.models.memory import MemoryBlock
 from bvit_interp.models.stepping import embed
 from bvit_interp.models.unroll import run_on
@@ -159,7 +159,7 @@ class _Plan:
             "same_answer": [*curve],
         }
 
-    def moments(self, curves: bool) -> dict[str, Moments]:
+    def moments(self, curves: bool) -> dict[str, MeanCI]:
         """Means of the statistics, on the model's device: a process without images takes part in
         the gather too."""
         named = {name: axes for name, axes in self.axes().items() if (name in _CURVES) == curves}
@@ -169,7 +169,7 @@ class _Plan:
             if curves
             else {f"{name}_residual": shapes[name] for name in ("singular", "radius", "ftle")}
         )
-        return {name: Moments(*shape).to(self.device) for name, shape in (shapes | more).items()}
+        return {name: MeanCI(*shape).to(self.device) for name, shape in (shapes | more).items()}
 
     def graph_bytes(self) -> int:
         """About what the graphs of a run of one image, and of its gradient, take."""
@@ -268,14 +268,14 @@ def _perturbed(plan: _Plan, geometry: Geometry, batch: Batch) -> dict[str, Tenso
 
 
 def _take_in(
-    run: Callable[[Batch], dict[str, Tensor]], batch: Batch, moments: Mapping[str, Moments]
+    run: Callable[[Batch], dict[str, Tensor]], batch: Batch, moments: Mapping[str, MeanCI]
 ) -> None:
     for found in run_in_halves(run, batch):
         for statistic, values in found.items():
             moments[statistic].update(values)
 
 
-def _means(moments: Mapping[str, Moments]) -> Found:
+def _means(moments: Mapping[str, MeanCI]) -> Found:
     """What the moments come to, in their shape: torchmetrics takes the axes off a single number."""
     found = ((name, metric.count.shape, metric.compute()) for name, metric in moments.items())
     return {

@@ -38,10 +38,12 @@ def perturbed_runs(
     variants : the tokens of all of z_s are moved as one vector; a memory is left.
     kinds : the tokens of each kind that is read.
 
-    Returns ------- `distance` ``||z'_t - z_t|| / ||z_t||`` and `direction`, the root mean square
-    over tokens of the distance between unit vectors, each ``(B, variants, S + 1, kinds)``, and
-    `same_answer` ``(B, variants, S + 1)``; nan before a variant's start, and where the other state
-    is the same. With `_null` the same of the other's own run, without the axis of variants.
+    Returns
+    -------
+    `distance` ``||z'_t - z_t|| / ||z_t||`` and `direction`, the root mean square over tokens of the
+    distance between unit vectors, each ``(B, variants, S + 1, kinds)``, and `same_answer` ``(B,
+    variants, S + 1)``; nan before a variant's start, and where the other state is the same. With
+    `_null` the same of the other's own run, without the axis of variants.
     """
     random = seeded_normal(index.to(clean.tokens.device), clean.tokens.shape[1:], seed, 2).to(
         clean.tokens

@@ -285,9 +285,11 @@ def describe(halves: Tensor, count: Tensor, weights: Tensor, layout: Layout) -> 
     halves : mean terms ``(2, T, P)`` of two halves of the images; `count` ``(2,)`` of them.
     weights : ``(B, P)``.
 
-    Returns ------- Of all steps: `norm` ||g_t||, `share` of the sum of squared norms, `taylor`
-    share of the sum of |w g_t|, each ``(T, P')``. The rest is of steps that share a block, nan at
-    one that does not, and missing if none does:
+    Returns
+    -------
+    Of all steps: `norm` ||g_t||, `share` of the sum of squared norms, `taylor` share of the sum of
+    |w g_t|, each ``(T, P')``. The rest is of steps that share a block, nan at one that does not,
+    and missing if none does:
 
     - `head_share`, `head_taylor` ``(T, H)``, `neuron_share` ``(T, F)``; `owner` ``(T, P' + 2)``,
       the share of weights, of heads and of neurons whose g_t^2 is largest at this step; `cosine`
@@ -446,8 +448,10 @@ def ranking(method: str, terms: Tensor, weights: Tensor, layout: Layout, seed: i
         block's next step.
     terms, weights : ``(T, P)`` and ``(B, P)``.
 
-    Returns ------- int32 ``(B, pruned)``, one order over all blocks; for masks of steps ``(T,
-    pruned)``, an order in each step.
+    Returns
+    -------
+    int32 ``(B, pruned)``, one order over all blocks; for masks of steps ``(T, pruned)``, an order
+    in each step.
     """
     weights, terms = weights[:, : layout.pruned], terms[:, : layout.pruned]
     if method in OF_STEPS:

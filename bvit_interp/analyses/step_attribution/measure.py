@@ -52,7 +52,7 @@ from bvit_interp.data.loader import Batch, run_in_halves
 from bvit_interp.data.samples import Samples, spread
 from bvit_interp.errors import UserError
 from bvit_interp.metrics import wilson_interval
-from bvit_interp.metrics.streaming.reducers import Rows
+from bvit_interp.metrics.streaming.statistics import PerImage
 
 
 def measure(models: Mapping[str, VisionTransformer], data: Samples, config: Config) -> pd.DataFrame:
@@ -235,7 +235,7 @@ def _hits(
     an image is scored under the masks that the half it is not in made."""
     copies, rows = (
         {name: Untied(model) for name, model in models.items()},
-        {name: Rows() for name in models},
+        {name: PerImage() for name in models},
     )
     halves = {place: fold % 2 for place, fold in folds.items()}
     loader, geometries = config.loader(data, models, "step-attribution pruning")

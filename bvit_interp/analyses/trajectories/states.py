@@ -24,8 +24,10 @@ class StateTable(Metric):
     ----------
     steps, width : T and D.
 
-    Returns ------- ``compute``: positions ``(n,)`` int64, labels ``(n,)`` int64 and states ``(n, T,
-    D)`` float32, sorted by position.
+    Returns
+    -------
+    ``compute``: positions ``(n,)`` int64, labels ``(n,)`` int64 and states ``(n, T, D)`` float32,
+    sorted by position.
     """
 
     full_state_update = False

@@ -10,18 +10,20 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-NORMAL_95 = 1.959963984540054
+from bvit_interp.metrics.statistics import Z_95
 
 
-class Moments(Metric):
+class MeanCI(Metric):
     """Mean of each number over images, with a normal 95 % interval; nan is left out.
 
     Parameters
     ----------
     *shape : of the numbers of one image.
 
-    Returns ------- ``compute``: `value`, `low`, `high` (mean, and mean -+ 1.96 standard errors over
-    images; nan below two images) and `n` images that count, each of `shape`.
+    Returns
+    -------
+    ``compute``: `value`, `low`, `high` (mean, and mean -+ 1.96 standard errors over images; nan
+    below two images) and `n` images that count, each of `shape`.
     """
 
     full_state_update = False
@@ -46,7 +48,7 @@ class Moments(Metric):
         """Means over all images, on the CPU."""
         mean = self.total / self.count
         variance = (self.square - self.total * mean).clamp(min=0) / (self.count - 1)
-        half = NORMAL_95 * (variance / self.count).sqrt()
+        half = Z_95 * (variance / self.count).sqrt()
         half = torch.where(self.count > 1, half, torch.nan)
         found = {"value": mean, "low": mean - half, "high": mean + half, "n": self.count.long()}
         return {key: tensor.cpu() for key, tensor in found.items()}
@@ -62,8 +64,10 @@ class MapPairs(Metric):
     ----------
     steps, heads, places : T, H and patches P of the maps.
 
-    Returns ------- ``compute``: `same_image` and `other_images`, each ``(T, H, T, H)``; nan where
-    no pair of maps varies.
+    Returns
+    -------
+    ``compute``: `same_image` and `other_images`, each ``(T, H, T, H)``; nan where no pair of maps
+    varies.
     """
 
     full_state_update = False

@@ -23,7 +23,7 @@ from bvit_interp.errors import UserError
 
 
 class StatePairs(Metric):
-    """Moments of several sets of states of the same images, and what they say of every pair of
+    """MeanCI of several sets of states of the same images, and what they say of every pair of
     sets.
 
     Parameters
@@ -110,8 +110,10 @@ def similarity(
     widths : D_i of each set.
     n : images.
 
-    Returns ------- ``(P, P)`` float64 each; nan where a set does not vary or the images are too few
-    (2; 4 for the debiased form):
+    Returns
+    -------
+    ``(P, P)`` float64 each; nan where a set does not vary or the images are too few (2; 4 for the
+    debiased form):
 
     - ``cka`` = ||X^T Y||_F^2 / (||X^T X||_F ||Y^T Y||_F), 0..1;
     - ``cka_null``: its mean over all permutations of the images of Y, exactly

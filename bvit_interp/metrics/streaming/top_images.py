@@ -22,9 +22,11 @@ class TopList(Metric):
     steps, neurons : T, F.
     k : entries kept.
 
-    Returns ------- ``compute``: values ``(T, F, k)`` float64, largest first, images and patches
-    ``(T, F, k)`` int64; where fewer than k images were seen, -inf, -1 and -1. Of equal values the
-    image of the lower number comes first, whichever process saw it.
+    Returns
+    -------
+    ``compute``: values ``(T, F, k)`` float64, largest first, images and patches ``(T, F, k)``
+    int64; where fewer than k images were seen, -inf, -1 and -1. Of equal values the image of the
+    lower number comes first, whichever process saw it.
 
     Raises
     ------

@@ -27,7 +27,7 @@ from bvit_interp.data.loader import run_in_halves
 from bvit_interp.data.options import LoaderOptions
 from bvit_interp.data.samples import Samples
 from bvit_interp.errors import UserError
-from bvit_interp.metrics.streaming.reducers import Rows
+from bvit_interp.metrics.streaming.statistics import PerImage
 from bvit_interp.models.exits import FILE, Exits, check_exits
 from bvit_interp.models.stepping import advance, embed
 from bvit_interp.models.unroll import unroll
@@ -120,7 +120,7 @@ def cached_states(
         found = torch.load(path, map_location="cpu", weights_only=True)
         if found["about"] == about:
             return found["states"], found["labels"]
-    classes, view, rows = label_map(data, model), unroll(model), Rows()
+    classes, view, rows = label_map(data, model), unroll(model), PerImage()
     device = next(model.parameters()).device
     loader, geometries = plan.loader(data, {"model": model}, "states")
 

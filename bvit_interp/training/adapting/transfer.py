@@ -32,8 +32,8 @@ from bvit_interp.data.options import LoaderOptions
 from bvit_interp.data.samples import Samples
 from bvit_interp.errors import UserError, choices
 from bvit_interp.metrics import wilson_interval
-from bvit_interp.metrics.streaming.reducers import Rows
 from bvit_interp.metrics.streaming.scores import Classification
+from bvit_interp.metrics.streaming.statistics import PerImage
 from bvit_interp.models import checkpoint
 from bvit_interp.models.adapters import FILE, PLACES, Adapted, Mode, Spec
 from bvit_interp.models.unroll import is_unrolled
@@ -396,7 +396,7 @@ class Transfer:
     def _run_once(
         self, model: VisionTransformer, samples: Samples, places: Tensor, limit: int | None
     ) -> Share:
-        rows, geometry = Rows(), Geometry.of(model, self.train, self.plan.resize)
+        rows, geometry = PerImage(), Geometry.of(model, self.train, self.plan.resize)
 
         def run(part: Any) -> tuple[Tensor, Tensor]:
             images = part.views[geometry][0].to(self.device)

@@ -11,7 +11,6 @@ import pytest
 import torch
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-from bvit_interp.analyses import schedule
 from bvit_interp.analyses.schedule import COLUMNS, Config, measure, plot
 from bvit_interp.data.geometry import Geometry
 from bvit_interp.errors import UserError

@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 
 from bvit_interp import metrics
-from bvit_interp.metrics.streaming.means import MapPairs, Moments
+from bvit_interp.metrics.streaming.means import MapPairs, MeanCI
 
 
 def drawn(*shape, seed=0):
@@ -24,7 +24,7 @@ def test_moments_in_any_split(parts):
     values[4, 0] = math.nan
     values[:, 1, 2] = math.nan
     values[1:, 0, 0] = math.nan  # one image alone
-    metric = Moments(2, 3)
+    metric = MeanCI(2, 3)
     for part in values.split(parts):
         metric.update(part)
     found = metric.compute()
@@ -48,7 +48,7 @@ def test_moments_in_any_split(parts):
 
 
 def test_equal_images_have_an_interval_of_no_width():
-    metric = Moments(1)
+    metric = MeanCI(1)
     metric.update(torch.full((50, 1), math.log(17)))
     found = metric.compute()
     assert found["high"] - found["low"] == pytest.approx(0, abs=1e-7)

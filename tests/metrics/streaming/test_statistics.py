@@ -14,7 +14,7 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.aggregation import MaxMetric
 
 from bvit_interp.errors import UserError
-from bvit_interp.metrics.streaming.reducers import Gram, MeanByClass, Rows
+from bvit_interp.metrics.streaming.statistics import Gram, MeanByClass, PerImage
 from bvit_interp.probes.probe import Probe
 
 
@@ -139,14 +139,14 @@ def test_singular_values_of_the_streamed_matrix():
             np.testing.assert_allclose(singular_values_of_gram(found[key])[t], expected, rtol=1e-9)
 
 
-# ---- Rows ----------------------------------------------------------------------------------------------
+# ---- PerImage ----------------------------------------------------------------------------------------------
 
 
 def test_rows_come_back_in_the_order_of_the_data():
     order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
     values = drawn(4, 20, 3)
     values[5, 1] = math.nan
-    metric = Rows()
+    metric = PerImage()
     for part in (slice(0, 3), slice(3, 4), slice(4, 20)):
         metric.update(2 * order[part], values[order[part]])
     index, rows = metric.compute()
@@ -182,7 +182,7 @@ def test_merged_second_moments():
 
 def test_merged_rows():
     values = drawn(7, 11, 3)
-    metrics = [Rows(), Rows()]
+    metrics = [PerImage(), PerImage()]
     for rank, metric in enumerate(metrics):
         metric.update(torch.arange(11)[rank::2], values[rank::2])
     metrics[0].merge_state(metrics[1])

@@ -112,7 +112,7 @@ class Gram(Metric):
         }
 
 
-class Rows(Metric):
+class PerImage(Metric):
     """One row of numbers an image, put back into the data set's order whatever process saw it.
 
     Returns

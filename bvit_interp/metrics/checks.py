@@ -1,0 +1,21 @@
+"""Refusal of NaN and infinite values, with the name of what holds them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bvit_interp.errors import UserError
+
+
+def check_finite(values: Tensor, what: str = "activations") -> Tensor:
+    """The same values.
+
+    Raises
+    ------
+    UserError
+        If one of them is NaN or infinite; the message begins with `what`.
+    """
+    if not torch.isfinite(values).all():
+        raise UserError(f"{what} hold NaN or infinite values")
+    return values
