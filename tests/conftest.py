@@ -24,7 +24,9 @@ from torch import nn
 from torch.nn import functional as F
 
 sys.path.append(str(Path(__file__).parent))
-install_import_hook("bvit_interp", "typechecking.checked")  # before any test imports the package
+from typechecking import modules
+
+install_import_hook(modules(), "typechecking.checked")  # before any test imports the package
 
 import bvit_interp.models  # noqa: E402  (registers the models with timm)
 

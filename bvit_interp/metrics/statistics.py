@@ -154,7 +154,7 @@ def pairing_p_value(agreement: np.ndarray, seed: int = 0, draws: int = 5000) -> 
         return math.nan
 
     def total(columns: np.ndarray, axis: int = -1) -> np.ndarray:
-        return agreement[np.arange(count), columns.astype(int)].sum(axis)
+        return np.asarray(agreement[np.arange(count), columns.astype(int)].sum(axis))
 
     found = stats.permutation_test(
         (np.arange(count),),
