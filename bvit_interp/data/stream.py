@@ -21,7 +21,7 @@ from typing import TypeVar
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from bvit_interp.data.geometry import Geometry
 from bvit_interp.data.labels import label_map
@@ -143,7 +143,7 @@ def stream(
     sights = {
         name: _Sight(
             name,
-            next(model.parameters()).device,
+            device_of(model),
             Geometry.of(model, data, options.resize),
             label_map(data, model) if labels else None,
             partners,
@@ -169,6 +169,11 @@ def stream(
             for part in _parts(sight.of(batch), (images_at_once or {}).get(name)):
                 for result in halve_on_oom(run, part):
                     yield name, result
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of a model's weights, where statistics over its activations are best kept."""
+    return next(model.parameters()).device
 
 
 @dataclass(frozen=True)
