@@ -10,9 +10,9 @@ a cosine, batches of 256, tau = 1, exits after steps 6, 8 and 10.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import pandas as pd
 import torch
@@ -24,16 +24,15 @@ from tqdm import tqdm
 from bvit_interp import results
 from bvit_interp.data.labels import label_map
 from bvit_interp.data.loader import run_in_halves
-from bvit_interp.data.options import LoaderOptions
 from bvit_interp.data.samples import Samples
 from bvit_interp.errors import UserError
 from bvit_interp.metrics.streaming.statistics import PerImage
 from bvit_interp.models.exits import FILE, Exits, check_exits
 from bvit_interp.models.stepping import advance, embed
 from bvit_interp.models.unroll import unroll
+from bvit_interp.training.adapting.exit_plan import Plan
 from bvit_interp.training.loop.feed import fingerprint
 
-Loss = Literal["ce", "ce-auroc"]
 HISTORY, STATES = "exits_history.csv", "exits_states.pt"
 COLUMNS = {
     "epoch": "passes over the cached states, from 1",
@@ -41,38 +40,6 @@ COLUMNS = {
     "exit": "step the exit reads, all for their mean",
     "top1": "share of the training states classified right over the epoch, 0..1",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan(LoaderOptions):
-    """How exits are trained."""
-
-    exits: tuple[int, ...] = (6, 8, 10)
-    """Steps after which an exit reads CLS; the model's own head answers after the last one."""
-    loss: Loss = "ce-auroc"
-    """ce, or ce-auroc: with the term that parts the confidences of right and wrong answers (eq.
-    10)."""
-    temperature: float = 1.0
-    """tau of that term; the paper has none (1); less makes its gradient sharper."""
-    epochs: int = 50
-    """Passes over the states."""
-    images_at_once: int = 256
-    """States of an optimiser step."""
-    lr: float = 1e-3
-    """Adam's, falling to zero by a cosine."""
-    seed: int = 0
-    """Of the order of the states."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.loss not in get_args(Loss):
-            raise UserError(f"loss must be one of {', '.join(get_args(Loss))}, got {self.loss!r}")
-        for name in ("epochs", "images_at_once"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name.replace('_', '-')} must be >= 1, got {getattr(self, name)}")
-        for name in ("temperature", "lr"):
-            if not 0 < getattr(self, name) < 1e6:
-                raise UserError(f"{name} must be > 0 and below 1e6, got {getattr(self, name)}")
 
 
 def train(

@@ -14,7 +14,7 @@ import yaml
 
 from bvit_interp.errors import UserError, choices
 
-FOLDER = Path(__file__).parent / "recipes"
+FOLDER = Path(__file__).parents[1] / "recipes"
 # arguments of timm's factory that would load weights or make another kind of model
 _NOT_OF_A_MODEL = {
     "pretrained",

@@ -27,7 +27,7 @@ from bvit_interp.training.loop import feed, supervised
 from bvit_interp.training.loop import recipe as recipes
 from bvit_interp.training.loop.trainer import HISTORY
 
-FOLDER = Path(__file__).parent / "studies"
+FOLDER = Path(__file__).parents[1] / "studies"
 COLUMNS = {
     "study": "what is varied: width, steps, heads or blocks",
     "series": "line of the figure",

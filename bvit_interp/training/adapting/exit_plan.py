@@ -1,0 +1,43 @@
+"""How early exits are trained: the options of a training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from bvit_interp.data.options import LoaderOptions
+from bvit_interp.errors import UserError
+
+Loss = Literal["ce", "ce-auroc"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(LoaderOptions):
+    """How exits are trained."""
+
+    exits: tuple[int, ...] = (6, 8, 10)
+    """Steps after which an exit reads CLS; the model's own head answers after the last one."""
+    loss: Loss = "ce-auroc"
+    """ce, or ce-auroc: with the term that parts the confidences of right and wrong answers (eq.
+    10)."""
+    temperature: float = 1.0
+    """tau of that term; the paper has none (1); less makes its gradient sharper."""
+    epochs: int = 50
+    """Passes over the states."""
+    images_at_once: int = 256
+    """States of an optimiser step."""
+    lr: float = 1e-3
+    """Adam's, falling to zero by a cosine."""
+    seed: int = 0
+    """Of the order of the states."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss not in get_args(Loss):
+            raise UserError(f"loss must be one of {', '.join(get_args(Loss))}, got {self.loss!r}")
+        for name in ("epochs", "images_at_once"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name.replace('_', '-')} must be >= 1, got {getattr(self, name)}")
+        for name in ("temperature", "lr"):
+            if not 0 < getattr(self, name) < 1e6:
+                raise UserError(f"{name} must be > 0 and below 1e6, got {getattr(self, name)}")

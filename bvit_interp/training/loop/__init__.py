@@ -1,0 +1,1 @@
+"""Training by a recipe: data, schedule, optimiser, checkpoints, distillation and studies."""
