@@ -1,4 +1,9 @@
-"""How many directions do the FFN's weights and the CLS token use, step by step?"""
+"""How many directions do the FFN's weights and the CLS token use, step by step?
+
+The energy rank of a matrix is the least number of singular values that hold 95 % of its energy. It
+is measured for both FFN weights and for the CLS tokens after each step. The null is the energy rank
+of a random matrix of the same shape.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +21,7 @@ class Config(LoaderOptions):
     energy: float = 0.95
     """Share of the squared singular values to hold, 0..1."""
     centred: bool = False
-    """Take the mean CLS token off before the rank; weights are never centred."""
+    """Subtract the mean CLS token before the decomposition; weights are never centred."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -26,16 +31,17 @@ class Config(LoaderOptions):
 
 COLUMNS = {
     "model": "checkpoint",
-    "matrix": "fc1 (in-projection), fc2 (out-projection) or cls (CLS token after the step)",
+    "matrix": "fc1 (in-projection), fc2 (out-projection) or cls (CLS tokens after the step)",
     "step": "step t, from 1; the weights of a bViT are the same at every step",
-    "rank": "energy rank: singular values needed",
+    "rank": "energy rank: number of singular values needed",
     "share": "rank / largest possible rank, 0..1",
-    "random_rank": "null: energy rank of a random Gaussian matrix of this shape",
+    "random_rank": "null: expected energy rank of a Gaussian random matrix of the same shape",
     "full_rank": "largest possible rank, min(rows, columns)",
-    "rows": "rows of the matrix (for cls, images; one less if centred, for the mean takes one dimension)",
+    "rows": "rows of the matrix; for cls the number of images, minus 1 if the tokens are centred",
     "columns": "columns of the matrix",
     "energy": "share of the squared singular values held, 0..1",
-    "mean_share": "share of the squared entries that is the mean CLS token's, before centring, 0..1; none for weights",
+    "mean_share": "share of the tokens' squared norm that lies in their mean, before centring,"
+    " 0..1; empty for weights",
 }
 
 

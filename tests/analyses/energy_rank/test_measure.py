@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 
-from bvit_interp.analyses.energy_rank import COLUMNS, Config, measure, plot
+from bvit_interp.analyses.energy_rank import COLUMNS, Config, measure
 from bvit_interp.data.geometry import Geometry
 from bvit_interp.errors import UserError
 from bvit_interp.models.masks import Masks, full, masked
@@ -47,9 +44,11 @@ def test_weights_and_cls_against_numpy(any_model, digits, energy):
 @pytest.mark.parametrize("baked", [False, True])
 def test_a_step_with_its_own_mask_has_its_own_rank(tiny, digits, baked):
     generator = torch.Generator().manual_seed(0)
-    of = {name: torch.rand(mask.shape, generator=generator) for name, mask in full(tiny).items()}
+    uniform = {
+        name: torch.rand(mask.shape, generator=generator) for name, mask in full(tiny).items()
+    }
     density = torch.linspace(0.02, 0.9, 12)[:, None, None]
-    masks = Masks({name: drawn < density for name, drawn in of.items()})
+    masks = Masks({name: drawn < density for name, drawn in uniform.items()})
     frame = measure({"m": masked(tiny, masks, baked=baked)}, digits, Config(limit=4))
     weight = tiny.blocks[0].mlp.fc1.weight.detach()
     expected = [rank_by_numpy(weight * mask) for mask in masks["fc1"]]
@@ -70,22 +69,22 @@ def test_fewer_images_than_columns(tiny, digits, centred):
     """Twelve rows of 32: rank 12 at most, 11 about their mean, and the null is a matrix of that
     many rows."""
     frame = measure({"m": tiny}, digits, Config(limit=12, centred=centred, energy=0.99))
-    of_cls = frame[frame["matrix"] == "cls"]
+    cls_rows = frame[frame["matrix"] == "cls"]
     rows = 12 - centred
-    assert set(of_cls[["rows", "columns", "full_rank"]].itertuples(index=False, name=None)) == {
+    assert set(cls_rows[["rows", "columns", "full_rank"]].itertuples(index=False, name=None)) == {
         (rows, 32, rows)
     }
     tokens = cls_by_forward(tiny, digits)[:, ::5]
     expected = [rank_by_numpy(step - centred * step.mean(0), 0.99) for step in tokens]
-    assert of_cls["rank"].tolist() == expected
+    assert cls_rows["rank"].tolist() == expected
     gaussian = np.random.default_rng(0).normal(size=(200, 12, 32))
     ranks = [rank_by_numpy(g - centred * g.mean(0), 0.99) for g in gaussian]
-    assert of_cls["random_rank"].iloc[0] == pytest.approx(np.mean(ranks), abs=0.6)
-    assert of_cls["random_rank"].iloc[0] <= rows
+    assert cls_rows["random_rank"].iloc[0] == pytest.approx(np.mean(ranks), abs=0.6)
+    assert cls_rows["random_rank"].iloc[0] <= rows
 
 
 def test_the_share_of_the_mean(tiny, digits):
-    for centred in (False, True):  # it is told in both
+    for centred in (False, True):  # the column is the same in both
         frame = measure({"m": tiny}, digits, Config(centred=centred))
         tokens = cls_by_forward(tiny, digits)
         expected = [60 * np.square(step.mean(0)).sum() / np.square(step).sum() for step in tokens]
@@ -105,10 +104,10 @@ def test_one_image_has_no_rank_about_its_mean(tiny, digits):
 
 def test_null_and_shapes(tiny, digits):
     frame = measure({"m": tiny}, digits, Config(limit=40))
-    of_cls = frame[frame["matrix"] == "cls"].iloc[0]
-    assert (of_cls["rows"], of_cls["columns"], of_cls["full_rank"]) == (40, 32, 32)
+    cls_rows = frame[frame["matrix"] == "cls"].iloc[0]
+    assert (cls_rows["rows"], cls_rows["columns"], cls_rows["full_rank"]) == (40, 32, 32)
     gaussian = [rank_by_numpy(np.random.default_rng(s).normal(size=(40, 32))) for s in range(50)]
-    assert abs(of_cls["random_rank"] - np.mean(gaussian)) <= 1
+    assert abs(cls_rows["random_rank"] - np.mean(gaussian)) <= 1
     fc1 = frame[frame["matrix"] == "fc1"].iloc[0]
     assert fc1["random_rank"] == pytest.approx(
         rank_by_numpy(np.random.default_rng(0).normal(size=(128, 32))), abs=1
@@ -132,33 +131,16 @@ def test_nan_activations_are_an_error(tiny, digits):
         measure({"m": tiny}, digits, Config(limit=2))
 
 
-def test_columns_and_figure_from_the_csv_alone(tiny, stacked, digits):
-    frame = measure({"a": tiny, "b": stacked}, digits, Config(limit=8))
+def test_rows_and_columns(tiny, stacked, digits):
+    frame = measure({"a": tiny, "b": stacked}, digits, Config(limit=8, energy=0.9))
     assert list(frame) == list(COLUMNS)
     assert len(frame) == 3 * 12 + 3 * 3
-    figure = plot(pd.read_csv(io.StringIO(frame.to_csv(index=False))))
-    drawn = figure.axes[2].lines[0].get_ydata()
-    np.testing.assert_array_equal(
-        drawn, frame[(frame["model"] == "a") & (frame["matrix"] == "cls")]["rank"]
-    )
-
-
-def test_widths_that_differ_are_drawn_as_shares_with_a_null_each(tiny, tiny_te, make, digits):
-    wide = make(name="vit_tiny_patch16_224", depth=3, embed_dim=48)
-    frame = measure({"a": tiny, "b": tiny_te, "c": wide}, digits, Config(limit=8))
-    figure = plot(pd.read_csv(io.StringIO(frame.to_csv(index=False))))
-    ax = figure.axes[1]
-    for line, name in zip(ax.lines[:3], "abc", strict=True):
-        part = frame[(frame["model"] == name) & (frame["matrix"] == "fc2")]
-        np.testing.assert_allclose(line.get_ydata(), part["share"])
-    nulls = frame[frame["matrix"] == "fc2"][["random_rank", "full_rank"]].drop_duplicates()
-    assert len(ax.lines) == 3 + len(nulls) == 5
-    told = ", ".join(f"{null.random_rank} of {null.full_rank}" for null in nulls.itertuples())
-    assert [text.get_text() for text in ax.texts] == [f"random: {told}"]
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
-        *"abc",
-        "random matrix of the same shape",
-    ]
+    for name, steps in (("a", 12), ("b", 3)):
+        for matrix in ("fc1", "fc2", "cls"):
+            rows = frame[(frame["model"] == name) & (frame["matrix"] == matrix)]
+            assert rows["step"].tolist() == list(range(1, steps + 1))
+    np.testing.assert_array_equal(frame["share"], frame["rank"] / frame["full_rank"])
+    assert set(frame["energy"]) == {0.9}
 
 
 @pytest.mark.parametrize("energy", [0.0, 1.1, -1.0])
