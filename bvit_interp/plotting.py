@@ -23,7 +23,7 @@ from bvit_interp.results import replacing
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", "-.", ":")
-NULL = {"color": "0.45", "linewidth": 1.0}
+NULL: dict[str, Any] = {"color": "0.45", "linewidth": 1.0}
 SEQUENTIAL = "viridis"
 LONGEST_LABEL = 44  # characters
 
@@ -78,8 +78,8 @@ def line(
         low, high = (rows[end].astype(float) for end in interval)
         ax.fill_between(at, low, high, color=style["color"], alpha=0.15, linewidth=0)
     if null is not None:
-        dash = {"linestyle": style.get("linestyle", "-")}
-        ax.plot(at, rows[null].astype(float), **NULL, **dash, label=null_label)
+        grey: dict[str, Any] = {**NULL, "linestyle": style.get("linestyle", "-")}
+        ax.plot(at, rows[null].astype(float), **grey, label=null_label)
 
 
 def points(
@@ -170,7 +170,7 @@ def heat_map(
     ax.set_yticks(range(len(rows)), rows)
     figure.colorbar(image, ax=ax, label=label, shrink=0.9)
     if numbers and len(columns) <= 14:
-        shade = image.norm(values)
+        shade = np.asarray(image.norm(values))
         for (i, j), value in np.ndenumerate(values):
             ink = "black" if shade[i, j] > 0.6 else "white"
             ax.text(

@@ -78,7 +78,7 @@ def write_arrays(path: Path, **arrays: np.ndarray) -> None:
     """Write named arrays as a compressed ``.npz``; under torchrun only the first process writes."""
     if rank_and_world()[0] == 0:
         with replacing(path) as temporary, temporary.open("wb") as file:
-            np.savez_compressed(file, **arrays)
+            np.savez_compressed(file, allow_pickle=False, **arrays)
 
 
 def file_stem(name: str) -> str:
@@ -105,7 +105,7 @@ def weights_hash(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.values(), key=lambda named: named[0]):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -147,7 +147,7 @@ class Table:
             self._check_options()
             found = read_table(path)
             self.rows += found.to_dict("records")  # type: ignore[arg-type]
-            self.columns = frozenset(found)
+            self.columns = frozenset(map(str, found))
 
     def _check_options(self) -> None:
         try:

@@ -234,8 +234,9 @@ class Adapted:
             with torch.no_grad():
                 for layer in self.view.modules():
                     if parametrize.is_parametrized(layer, "weight"):
-                        original = layer.parametrizations.weight.original
-                        own[names[id(original)]].copy_(layer.weight)
+                        adapted: Any = layer
+                        original = adapted.parametrizations.weight.original
+                        own[names[id(original)]].copy_(adapted.weight)
         return merged
 
     def check_merges(self) -> None:
@@ -316,15 +317,16 @@ def _with_head(
     return other.requires_grad_(False).eval()
 
 
-def _with_time(model: BViT) -> BViT:
+def _with_time(model: VisionTransformer) -> VisionTransformer:
     if not hasattr(model, "model_args"):
         raise UserError(
             "a BViT is rebuilt with a time embedding under its name: use timm.create_model"
         )
     size = list(model.patch_embed.img_size)
-    own: dict[str, Any] = dict(model.model_args)
+    rebuilt: Any = model
+    own: dict[str, Any] = dict(rebuilt.model_args)
     arguments = own | {"num_classes": model.num_classes, "img_size": size, "step_embed": True}
-    other: Any = timm.create_model(model.pretrained_cfg["architecture"], **arguments)
+    other: Any = timm.create_model(rebuilt.pretrained_cfg["architecture"], **arguments)
     other.pretrained_cfg = model.pretrained_cfg
     missing, unexpected = other.load_state_dict(model.state_dict(), strict=False)
     if missing != [_EMBED] or unexpected:

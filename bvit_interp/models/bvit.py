@@ -65,6 +65,11 @@ class BViT(VisionTransformer):
     arXiv 2605.10661, eq. 1-6 and 9, appendix D; parameter counts in its Tables 1-3.
     """
 
+    cls_token: nn.Parameter
+    pos_embed: nn.Parameter
+    reg_token: nn.Parameter | None
+    dist_token: nn.Parameter
+
     def __init__(
         self,
         *,
@@ -88,7 +93,7 @@ class BViT(VisionTransformer):
             raise ValueError(f"order must be 'cycle' or 'repeat', got {order!r}")
         if "depth" in kwargs:
             raise ValueError("a BViT has no depth: give num_blocks and num_steps")
-        block: Callable[..., Block] = TimedBlock if step_embed else Block
+        block: Any = TimedBlock if step_embed else Block
         of_memory = (inner_updates, interval, memory_gradient)
         if memory is not None:
             block = partial(MemoryBlock, memory=Memory(memory, *of_memory))
@@ -102,7 +107,7 @@ class BViT(VisionTransformer):
         if not self.has_class_token or self.no_embed_class or self.pos_embed is None:
             raise ValueError("a BViT has a CLS token with a position (eq. 1)")
         steps = num_blocks * num_steps
-        like_cls = {"device": self.cls_token.device, "dtype": self.cls_token.dtype}
+        like_cls: dict[str, Any] = {"device": self.cls_token.device, "dtype": self.cls_token.dtype}
         table = nn.Parameter(torch.zeros(steps, self.embed_dim, **like_cls)) if step_embed else None
         container = Steps if memory is None else MemorySteps
         self.blocks = container(list(self.blocks), steps, order, num_steps, table)
@@ -194,8 +199,10 @@ class DistilledBViT(BViT, VisionTransformerDistilled):
     ----------
     **kwargs : as `BViT`; only token pooling, behind the final norm, can be had.
 
-    References ---------- Touvron et al. (2021), https://arxiv.org/abs/2012.12877. bViT-B: + 770,536
-    parameters, 33.87 GFLOPs.
+    References
+    ----------
+    Touvron et al. (2021), https://arxiv.org/abs/2012.12877. bViT-B: + 770,536 parameters, 33.87
+    GFLOPs.
     """
 
     def __init__(self, **kwargs: Any) -> None:

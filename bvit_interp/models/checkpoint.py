@@ -188,11 +188,12 @@ def _split(text: str) -> tuple[Path, str]:
 
 def class_names(model: VisionTransformer) -> list[str] | None:
     """The names of the model's classes as its checkpoint tells them, or None."""
-    names = model.pretrained_cfg.get("label_names") or None
+    cfg: Any = model.pretrained_cfg
+    names = cfg.get("label_names") or None
     return list(names) if names else None
 
 
-def _args_of(model: bvit.BViT) -> dict[str, Any]:
+def _args_of(model: Any) -> dict[str, Any]:
     """The arguments that rebuild the model as it is now (it may have been resized or given another
     head)."""
     return model.model_args | {
@@ -205,11 +206,11 @@ def _args_of(model: bvit.BViT) -> dict[str, Any]:
     }
 
 
-def _check_rebuilds(model: bvit.BViT) -> None:
+def _check_rebuilds(model: Any) -> None:
     """Refuse a model that was cut, pruned or grafted: its checkpoint would open as another
     model."""
     with torch.device("meta"):
-        twin = timm.create_model(model.pretrained_cfg["architecture"], **_args_of(model))
+        twin: Any = timm.create_model(model.pretrained_cfg["architecture"], **_args_of(model))
     if len(twin.blocks) != len(model.blocks):
         raise CheckpointError(
             f"the model has {len(model.blocks)} steps but was made with {len(twin.blocks)}: "
@@ -222,7 +223,7 @@ def _check_rebuilds(model: bvit.BViT) -> None:
         )
 
 
-def _config_of(model: bvit.BViT) -> dict[str, Any]:
+def _config_of(model: Any) -> dict[str, Any]:
     cfg = dict(model.pretrained_cfg)
     height, width = model.patch_embed.img_size
     kept = ("crop_pct", "interpolation", "mean", "std", "label_names", "first_conv", "classifier")

@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -131,8 +132,9 @@ class Masks(Mapping[str, Tensor]):
         except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
             raise CheckpointError(f"{path}: truncated or not a file of masks ({error})") from error
         if model is not None:
-            of_steps = isinstance(model, VisionTransformer) and set(masks) == set(PLACES)
-            found = _misfit(unroll(model), masks) if of_steps else None
+            found = None
+            if isinstance(model, VisionTransformer) and set(masks) == set(PLACES):
+                found = _misfit(unroll(model), masks)
             if not found and weights != weights_hash(model):
                 found = "masks of other weights than these"
             if found:
@@ -206,7 +208,7 @@ def masked(model: VisionTransformer, masks: Masks, *, baked: bool = False) -> Vi
 def put_on(block: nn.Module, masks: Masks, t: int, *, baked: bool = False) -> None:
     """Mask a block in place by mask `t` (from 0), as `masked` does every step's."""
     for name, place in PLACES.items():
-        linear = block.get_submodule(place)
+        linear: Any = block.get_submodule(place)
         mask = masks[name][t].to(linear.weight.device)
         if baked:
             linear.weight = nn.Parameter(linear.weight.detach() * mask, requires_grad=False)
@@ -226,10 +228,8 @@ def _misfit(view: VisionTransformer, masks: Masks) -> str | None:
     if masks.count != len(view.blocks):
         return f"masks of {masks.count} steps for a model of {len(view.blocks)}"
     for name, place in PLACES.items():
-        found, wanted = (
-            tuple(masks[name].shape[1:]),
-            tuple(view.blocks[0].get_submodule(place).weight.shape),
-        )
+        linear: Any = view.blocks[0].get_submodule(place)
+        found, wanted = tuple(masks[name].shape[1:]), tuple(linear.weight.shape)
         if found != wanted:
             return f"masks of {name} are {found}, its weight is {wanted}"
     return None

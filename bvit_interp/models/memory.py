@@ -135,7 +135,7 @@ class MemoryBlock(TimedBlock):
             raise ValueError(
                 "a step with a memory needs that of the step before: call the model, or its blocks in turn"
             )
-        masks = {"attn_mask": attn_mask, "is_causal": is_causal}
+        masks: dict[str, Any] = {"attn_mask": attn_mask, "is_causal": is_causal}
         row = self.row(step_embed)
         memory = torch.zeros_like(x) if before.value is None else before.value
         if self.memory.gradient == "truncated":
@@ -143,10 +143,10 @@ class MemoryBlock(TimedBlock):
         if refresh and self.memory.kind == "state":
             memory = x
         elif refresh:
-            timed = row is not None and self.memory.kind == "latent"
+            timed = row if self.memory.kind == "latent" else None
             for update in self.inner or [partial(Block.forward, self)] * self.memory.calls:
                 read = memory + x
-                memory = update(read + row if timed else read, **masks)
+                memory = update(read if timed is None else read + timed, **masks)
         after.value = memory
         read = x + (memory.detach() if self.memory.gradient == "frozen" else memory)
         return Block.forward(self, read if row is None else read + row, **masks)
@@ -165,7 +165,8 @@ class UnrolledSteps(nn.Sequential):
 
     def run(self) -> Iterator[Any]:
         """The calls of one run, each handed the memory of the one before."""
-        return _linked(self, self[0].memory)
+        first: Any = self[0]
+        return _linked(self, first.memory)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """z_T of z_0, ``(B, N, D)``."""

@@ -24,6 +24,8 @@ class TimedBlock(Block):
     and looks the row up itself.
     """
 
+    step_embed: nn.Parameter | None
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.register_parameter("step_embed", None)
@@ -87,7 +89,7 @@ class Steps(nn.Sequential):
 
     def embed_index(self, i: int) -> int:
         """Row of `step_embed` used at application i; beyond the last row the last one is kept."""
-        return min(i, self.step_embed.shape[0] - 1)
+        return i if self.step_embed is None else min(i, len(self.step_embed) - 1)
 
     def __len__(self) -> int:
         return self.length

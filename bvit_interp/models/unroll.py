@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -49,7 +50,7 @@ def unroll(model: VisionTransformer, steps: int | None = None) -> VisionTransfor
         raise UserError(
             f"only a BViT or a timm VisionTransformer unrolls, got {type(model).__name__}"
         )
-    recurrent = isinstance(model.blocks, Steps)
+    container = model.blocks if isinstance(model.blocks, Steps) else None
     steps = len(model.blocks) if steps is None else steps
     if steps < 1:
         raise UserError(f"steps must be >= 1, got {steps}")
@@ -57,21 +58,20 @@ def unroll(model: VisionTransformer, steps: int | None = None) -> VisionTransfor
         raise UserError(
             f"this is an unroll of {len(model.blocks)} steps: unroll the model it came from instead"
         )
-    if not recurrent and steps > len(model.blocks):
+    if container is None and steps > len(model.blocks):
         raise UserError(
             f"this model is a stack of {len(model.blocks)} blocks and cannot take {steps} steps"
         )
     shared = _tensors(model)
     blocks = []
     for i in range(steps):
-        if recurrent:
-            blocks.append(_step(model.blocks, i, shared))
+        if container is not None:
+            blocks.append(_step(container, i, shared))
         else:
             blocks.append(copy.deepcopy(model.blocks[i], dict(shared)))
-    container = (
-        UnrolledSteps if isinstance(model.blocks, (MemorySteps, UnrolledSteps)) else nn.Sequential
-    )
-    view = copy.deepcopy(model, {**shared, id(model.blocks): container(*blocks)})
+    remembers = isinstance(model.blocks, (MemorySteps, UnrolledSteps))
+    unrolled = UnrolledSteps(*blocks) if remembers else nn.Sequential(*blocks)
+    view = copy.deepcopy(model, {**shared, id(model.blocks): unrolled})
     view.blocks.training = model.blocks.training
     view.feature_info = [{**model.feature_info[0], "module": f"blocks.{i}"} for i in range(steps)]
     setattr(view, _TIED, True)
@@ -110,7 +110,7 @@ def _tensors(model: nn.Module) -> dict[int, torch.Tensor]:
 def _step(container: Steps, i: int, shared: dict[int, torch.Tensor]) -> nn.Module:
     """The clone for application i (from 0), owning its row of the time embedding and its inner
     updates, if any."""
-    stored = list(container._modules.values())[container.block_index(i)]
+    stored: Any = list(container._modules.values())[container.block_index(i)]
     block = copy.deepcopy(stored, dict(shared))
     if isinstance(block, TimedBlock) and container.step_embed is not None:
         block.own_step(container.step_embed, container.embed_index(i))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +53,8 @@ class Cache:
             if address.unit is None:
                 return tensor
             try:
-                return tensor[unit_index(address.site, address.unit)]
+                index: Any = unit_index(address.site, address.unit)
+                return tensor[index]
             except IndexError:
                 raise UserError(
                     f"{address}: no such unit in a tensor of shape {tuple(tensor.shape)}"

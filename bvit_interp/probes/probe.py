@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 from tqdm import tqdm
 
@@ -321,7 +321,7 @@ class Probe:
         one = isinstance(sites, (str, Address)) or (
             isinstance(sites, tuple) and [*map(type, sites)] == [str, int]
         )
-        listed = cast("list[Key]", [sites] if one else list(sites))
+        listed: list[Key] = [cast(Key, sites)] if one else list(cast(Sequence[Key], sites))
         if not listed:
             raise UserError(f"no site chosen; sites: {', '.join(SITES)}")
         steps = list(steps) if isinstance(steps, Iterable) else steps
@@ -374,7 +374,8 @@ class Probe:
             "F": self.num_neurons,
             "H": heads,
         }
-        sizes["E"] = int(self.model.blocks[0].attn.head_dim)
+        attention: Any = self.model.blocks[0].attn
+        sizes["E"] = int(attention.head_dim)
         numbers = sum(math.prod(sizes[axis] for axis in axes_of(site)) for site, _ in targets)
         total = numbers * next(self.model.parameters()).element_size()
         if total > self.max_bytes:
@@ -411,7 +412,7 @@ def _change(address: Address, fn: Edit, fired: Fired) -> places.Change:
 
     def change(activation: Tensor) -> Tensor | None:
         fired[str(address)] += 1
-        index = ... if address.unit is None else unit_index(address.site, address.unit)
+        index: Any = ... if address.unit is None else unit_index(address.site, address.unit)
         old = activation[index]
         new = fn(old, address)
         if new is None:
@@ -429,7 +430,7 @@ def _change(address: Address, fn: Edit, fired: Fired) -> places.Change:
     return change
 
 
-def _update(metric: nn.Module, values: Tensor, labels: Tensor) -> None:
+def _update(metric: Any, values: Tensor, labels: Tensor) -> None:
     """Labels go by name, to those that ask: a MeanMetric's second argument is a weight, not a
     label."""
     parameters = inspect.signature(metric.update).parameters

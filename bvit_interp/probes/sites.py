@@ -8,6 +8,7 @@ editing. Attention is computed from the step's own q and k beside the fused kern
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from timm.layers.attention import Attention
@@ -50,6 +51,8 @@ class Step:
                     f"{type(module).__name__} cannot be probed: only timm's Block with its Attention can"
                 )
         self.block = block
+        self.attn: Any = block.attn
+        self.mlp: Any = block.mlp
         self.inner = (
             [Step(update) for update in block.inner] if isinstance(block, MemoryBlock) else []
         )
@@ -58,23 +61,23 @@ class Step:
     @property
     def heads(self) -> int:
         """Number of heads."""
-        return int(self.block.attn.num_heads)
+        return int(self.attn.num_heads)
 
     @property
     def neurons(self) -> int:
         """Number of neurons: what the FFN's out-projection reads."""
-        return int(self.block.mlp.fc2.in_features)
+        return int(self.mlp.fc2.in_features)
 
     def qkv(self, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v ``(B, N, H, E)`` as attention uses them, from the output of `attn.qkv` ``(B, N, 3
         H E)``."""
         q, k, v = fused.unflatten(-1, (3, self.heads, -1)).unbind(2)
-        return self.block.attn.q_norm(q), self.block.attn.k_norm(k), v
+        return self.attn.q_norm(q), self.attn.k_norm(k), v
 
     def scores(self, fused: Tensor, rows: slice) -> Tensor:
         """Scaled scores ``(B, H, Q, K)`` of the query tokens `rows`."""
         q, k, _ = self.qkv(fused)
-        q = q[:, rows] * self.block.attn.scale
+        q = q[:, rows] * self.attn.scale
         return q.transpose(1, 2) @ k.permute(0, 2, 3, 1)
 
     def attention(self, fused: Tensor, site: str, rows: slice) -> Tensor:
@@ -103,7 +106,7 @@ class Step:
 
     def require(self, site: str) -> None:
         """Refuse a site that this block does not have."""
-        if site == "mlp_pre" and self.block.mlp.fc1.out_features != self.neurons:
+        if site == "mlp_pre" and self.mlp.fc1.out_features != self.neurons:
             raise UserError(
                 "a gated FFN has no mlp_pre: its neurons have two inputs each; use mlp_post"
             )
@@ -177,7 +180,7 @@ def _flat(z: Tensor | None) -> Tensor | None:
 
 
 def _change_qkv(step: Step, fused: Tensor, which: int, change: Change) -> Tensor | None:
-    if which < 2 and not isinstance(step.block.attn.q_norm, nn.Identity):
+    if which < 2 and not isinstance(step.attn.q_norm, nn.Identity):
         raise UserError("q and k cannot be edited behind a q/k norm; edit scores or pattern")
     parts = list(fused.unflatten(-1, (3, step.heads, -1)).unbind(2))
     new = change(parts[which])
