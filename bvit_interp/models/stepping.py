@@ -1,8 +1,8 @@
-"""A forward pass one step at a time: read a state, drop images, go on from there.
+"""A forward pass one step at a time: read a state, drop images, continue.
 
-What needs more than a hook: images that leave after their own step, and runs that start again from
-a kept state. Steps are those of the tied unroll, called as its forward calls them, so the last
-state is the model's bit for bit and hooks fire as ever.
+For what needs more than a hook: images that leave after a step of their own, and runs that start
+again from a stored state. The steps are those of the tied unroll, called as its forward calls them,
+so the last state is bit-equal to the model's, and hooks fire as usual.
 """
 
 from __future__ import annotations
@@ -10,15 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+from jaxtyping import Float
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from bvit_interp.models.memory import Carry, MemoryBlock
 
 
 @dataclass(frozen=True)
 class State:
-    """Where a run stands after a step: all that the steps to come depend on.
+    """The state of a run after a step: everything that the later steps depend on.
 
     Attributes
     ----------
@@ -32,24 +34,24 @@ class State:
     memory: Tensor | None = None
 
     def __getitem__(self, images: Tensor | slice) -> State:
-        """The same of some images of the batch: a slice, a mask or indices ``(B',)``."""
+        """The state of some images of the batch: a slice, a mask or indices ``(B',)``."""
         return State(
             self.tokens[images], self.step, None if self.memory is None else self.memory[images]
         )
 
     def repeated(self, times: int) -> State:
-        """The whole batch `times` over, one copy behind the other: ``(times B, N, D)``."""
+        """The whole batch `times` over, one copy after the other: ``(times B, N, D)``."""
         memory = None if self.memory is None else self.memory.repeat(times, 1, 1)
         return State(self.tokens.repeat(times, 1, 1), self.step, memory)
 
 
-def embed(model: VisionTransformer, images: Tensor) -> State:
-    """Step 0: the tokens z_0 of normalised images ``(B, C, H, W)`` (eq. 1)."""
+def embed(model: VisionTransformer, images: Float[Tensor, "batch channels height width"]) -> State:
+    """Step 0: the tokens z_0 of normalised images (eq. 1)."""
     return State(model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images)))))
 
 
 def advance(unrolled: VisionTransformer, state: State) -> State:
-    """The state one step on; `unrolled` is a tied unroll or a stacked ViT."""
+    """The state after one more step; `unrolled` is a tied unroll or a stacked ViT."""
     block = unrolled.blocks[state.step]
     if not isinstance(block, MemoryBlock):
         return State(block(state.tokens), state.step + 1)
@@ -61,21 +63,23 @@ def advance(unrolled: VisionTransformer, state: State) -> State:
 
 
 def proceed(unrolled: VisionTransformer, state: State, until: int | None = None) -> State:
-    """The state after step `until`; by default the unroll's last."""
+    """The state after step `until`; by default the unroll's last step."""
     for _ in range(state.step, len(unrolled.blocks) if until is None else until):
         state = advance(unrolled, state)
     return state
 
 
 def states(
-    unrolled: VisionTransformer, images: Tensor, until: int | None = None
+    unrolled: VisionTransformer,
+    images: Float[Tensor, "batch channels height width"],
+    until: int | None = None,
 ) -> Iterator[State]:
-    """The states after steps 0, 1, ..., `until`; by default up to the unroll's last.
+    """The states after steps 0, 1, ..., `until`; by default up to the unroll's last step.
 
     Parameters
     ----------
     unrolled : a tied unroll or a stacked ViT.
-    images : ``(B, C, H, W)``, normalised.
+    images : normalised.
     """
     state = embed(unrolled, images)
     yield state
@@ -84,7 +88,11 @@ def states(
         yield state
 
 
-def answer(model: VisionTransformer, state: State) -> Tensor:
-    """Logits ``(B, classes)`` of the model's own norm and head after this step (eq. 5 at every
-    t)."""
+def answer(model: VisionTransformer, state: State) -> Float[Tensor, "batch classes"]:
+    """Logits of the model's own norm and head after this step (eq. 5 at every t)."""
     return model.forward_head(model.norm(state.tokens))
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of a model's weights."""
+    return next(model.parameters()).device

@@ -1,37 +1,35 @@
-"""A forward pass one step at a time: bit-equal to the model, also cut, and gone on with from a kept
-state."""
+"""Steps one at a time: bit-equal to the model, also from a stored state."""
 
 from __future__ import annotations
 
+import pytest
 import timm
 import torch
+from jaxtyping import TypeCheckError
 
-from bvit_interp.models.stepping import advance, answer, embed
+from bvit_interp.models.stepping import advance, answer, device_of, embed, proceed, states
 from bvit_interp.models.unroll import unroll
 
 
-def walk(view, images, until=None):
+def walk(view, images):
     """Every state from step 0 on."""
-    states = [embed(view, images)]
-    while states[-1].step < (len(view.blocks) if until is None else until):
-        states.append(advance(view, states[-1]))
-    return states
+    return list(states(view, images))
 
 
 def test_the_last_answer_is_the_models_own_bit_for_bit(any_model, images):
     view = unroll(any_model)
     with torch.inference_mode():
-        states = walk(view, images)
-        assert [state.step for state in states] == list(range(len(any_model.blocks) + 1))
-        assert torch.equal(answer(view, states[-1]), any_model(images))
+        every = walk(view, images)
+        assert [state.step for state in every] == list(range(len(any_model.blocks) + 1))
+        assert torch.equal(answer(view, every[-1]), any_model(images))
 
 
 def test_every_state_is_the_one_by_hand(tiny_te, images, by_hand):
     with torch.no_grad():
-        states = walk(unroll(tiny_te), images)
+        every = walk(unroll(tiny_te), images)
         block = next(tiny_te.blocks.children())
         sites = by_hand.run(tiny_te, images, [block] * 12, step_embed=tiny_te.blocks.step_embed)
-        for state, expected in zip(states, sites, strict=True):
+        for state, expected in zip(every, sites, strict=True):
             assert torch.allclose(state.tokens, expected["resid_post"], atol=1e-4)
 
 
@@ -50,11 +48,15 @@ def test_images_that_leave_do_not_change_the_others(any_model, images):
 def test_a_kept_state_goes_on_as_the_run_did(any_model, images):
     view = unroll(any_model)
     with torch.inference_mode():
-        states = walk(view, images)
-        state = states[1]
+        every = walk(view, images)
+        state = every[1]
         while state.step < len(view.blocks):
             state = advance(view, state)
-        assert torch.equal(state.tokens, states[-1].tokens)
+        assert torch.equal(state.tokens, every[-1].tokens)
+        assert torch.equal(proceed(view, every[1]).tokens, every[-1].tokens)
+        middle = proceed(view, every[1], until=3)
+        assert middle.step == 3
+        assert torch.equal(middle.tokens, every[3].tokens)
 
 
 def test_steps_beyond_the_trained_ones(tiny, images):
@@ -69,3 +71,33 @@ def test_a_timm_model(images):
     ).eval()
     with torch.inference_mode():
         assert torch.equal(answer(model, walk(model, images)[-1]), model(images))
+
+
+def test_states_up_to_a_step(tiny, images):
+    with torch.inference_mode():
+        view = unroll(tiny)
+        some = list(states(view, images, until=2))
+        assert [state.step for state in some] == [0, 1, 2]
+        assert torch.equal(some[2].tokens, walk(view, images)[2].tokens)
+
+
+def test_a_state_of_some_images_and_of_copies(tiny_sc, images):
+    """Tokens and memory alike."""
+    with torch.inference_mode():
+        state = walk(unroll(tiny_sc), images)[2]
+        part, twice = state[1:3], state.repeated(2)
+        assert (part.step, twice.step) == (2, 2)
+        assert torch.equal(part.tokens, state.tokens[1:3])
+        assert torch.equal(part.memory, state.memory[1:3])
+        assert torch.equal(twice.tokens, torch.cat([state.tokens, state.tokens]))
+        assert torch.equal(twice.memory, torch.cat([state.memory, state.memory]))
+
+
+def test_where_the_weights_are(tiny):
+    assert device_of(tiny) == torch.device("cpu")
+    assert device_of(tiny.to("meta")) == torch.device("meta")
+
+
+def test_images_without_a_batch_axis_are_refused(tiny, images):
+    with pytest.raises(TypeCheckError):
+        embed(tiny, images[0])

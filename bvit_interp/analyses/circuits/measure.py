@@ -236,14 +236,14 @@ def _rows(
     steps."""
     whole = found["whole"]
     of_all = {"kind": "all", "step": "all", "n": whole["n"], "chance": whole["chance"]}
-    low, high = wilson_interval(whole["top1"] * whole["n"], whole["n"])
+    low, high = wilson_interval(whole["accuracy"] * whole["n"], whole["n"])
     yield {
         **of_all,
         "method": "none",
         "fraction": 1.0,
         "condition": "full",
         "kl": 0.0,
-        "accuracy": whole["top1"],
+        "accuracy": whole["accuracy"],
         "low": low,
         "high": high,
         "agreement": 1.0,

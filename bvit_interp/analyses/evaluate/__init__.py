@@ -1,4 +1,9 @@
-"""How often is the model right, and how well does it know?"""
+"""How accurate is the model, and how well calibrated is its confidence?
+
+Each model classifies the images once. The table gives top-1 and top-5 accuracy, cross-entropy and
+the expected calibration error. The null of an accuracy is the share of the most frequent class, or
+of the five most frequent. The figure draws the accuracies and the reliability diagram.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +19,7 @@ class Config(LoaderOptions):
     """Options of the evaluation."""
 
     bins: int = 15
-    """Bins of equal width of the confidence, for the calibration error."""
+    """Number of equal-width bins of the confidence, for the calibration error."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -24,17 +29,19 @@ class Config(LoaderOptions):
 
 COLUMNS = {
     "model": "checkpoint; NAME@ema are its averaged weights",
-    "bin": "all images, or bin of the confidence from 1 (the least confident); bins without images have no row",
-    "n": "images",
-    "top1": "share of images classified right, 0..1",
-    "low": "lower end of Wilson's 95 % interval of it",
-    "high": "upper end of it",
-    "top5": "share whose class is among the five of the largest logits, 0..1; none for fewer than 5 classes",
+    "bin": "all for all images, or the number of a confidence bin, 1 for the least confident;"
+    " empty bins have no row",
+    "n": "number of images",
+    "accuracy": "share of images classified correctly, 0..1",
+    "low": "lower end of the 95 % Wilson interval of the accuracy",
+    "high": "upper end of that interval",
+    "top5_accuracy": "share of images whose class is among the five largest logits, 0..1;"
+    " empty for fewer than 5 classes",
     "loss": "mean cross-entropy, nats",
     "confidence": "mean of the largest softmax probability, 0..1",
     "calibration_error": "expected calibration error, 0..1",
-    "chance": "null of top1: share of the most frequent class among the images, 0..1",
-    "chance5": "null of top5: share of the five most frequent classes, 0..1",
+    "chance": "null of the accuracy: share of the most frequent class among the images, 0..1",
+    "top5_chance": "null of the top-5 accuracy: share of the five most frequent classes, 0..1",
 }
 
 

@@ -23,7 +23,7 @@ from bvit_interp.data.geometry import Geometry
 from bvit_interp.data.loader import Batch, run_in_halves
 from bvit_interp.data.samples import IGNORE
 from bvit_interp.metrics import at_patch_centres, entropy, point_hits, unit_maps, wilson_interval
-from bvit_interp.metrics.streaming.answers import Answers
+from bvit_interp.metrics.streaming.predictions import StepPredictions
 from bvit_interp.metrics.streaming.means import MapPairs, MeanCI
 from bvit_interp.metrics.streaming.scores import Classification
 from bvit_interp.metrics.streaming.statistics import PerImage
@@ -95,7 +95,7 @@ class LensScores:
     def __init__(self, steps: int, classes: int, device: torch.device) -> None:
         self.classes = classes
         self.moments = MeanCI(len(self.means), steps).to(device)
-        self.answers = Answers(steps, classes).to(device)
+        self.answers = StepPredictions(steps, classes).to(device)
         self.of_steps = [Classification(classes).to(device) for _ in range(steps)]
         self.likelihood, self.agreement = (CrossPairs(steps, classes).to(device) for _ in range(2))
 

@@ -32,7 +32,7 @@ from bvit_interp.data.loader import run_in_halves
 from bvit_interp.data.samples import Samples
 from bvit_interp.errors import UserError
 from bvit_interp.metrics import wilson_interval
-from bvit_interp.metrics.streaming.answers import Answers
+from bvit_interp.metrics.streaming.predictions import StepPredictions
 from bvit_interp.metrics.streaming.scores import Classification
 from bvit_interp.models.cost import flops
 from bvit_interp.models.stepping import advance, answer, embed
@@ -75,11 +75,11 @@ def measure(models: Mapping[str, VisionTransformer], data: Samples, config: Conf
     return pd.DataFrame(rows)[list(COLUMNS)]
 
 
-def _metrics(view: VisionTransformer, trained: int) -> tuple[list[Classification], Answers]:
+def _metrics(view: VisionTransformer, trained: int) -> tuple[list[Classification], StepPredictions]:
     """Scores of each step and along them, on the model's device from the start: a process without
     images takes part in the gather too."""
     device, steps, classes = next(view.parameters()).device, len(view.blocks), view.num_classes
-    answers = Answers(steps, classes, trained if trained <= steps else None)
+    answers = StepPredictions(steps, classes, trained if trained <= steps else None)
     return [Classification(classes).to(device) for _ in range(steps)], answers.to(device)
 
 
@@ -93,7 +93,7 @@ def _logits(view: VisionTransformer, images: Tensor) -> Tensor:
     return torch.stack(logits)
 
 
-def _update(scores: list[Classification], answers: Answers, logits: Tensor, labels: Tensor) -> None:
+def _update(scores: list[Classification], answers: StepPredictions, logits: Tensor, labels: Tensor) -> None:
     """Score the logits of every step ``(T, B, C)``."""
     for metric, of_step in zip(scores, logits, strict=True):
         metric.update(of_step, labels)

@@ -188,17 +188,17 @@ class Transfer:
         else:
             (loss, scores), exact = self._tune(adapted, recipe, keys, folder / STATE), math.nan
         if self.rank == 0 and not random:
-            accuracy = {"accuracy": scores["top1"], "data": self.data, "seed": seed}
+            accuracy = {"accuracy": scores["accuracy"], "data": self.data, "seed": seed}
             adapted.save(folder / FILE, accuracy)
             if merge:
-                card = f"# {folder.name}\n\n{self.name} adapted to {self.data} by {spec.mode}: {scores['top1']:.4f}.\n"
+                card = f"# {folder.name}\n\n{self.name} adapted to {self.data} by {spec.mode}: {scores['accuracy']:.4f}.\n"
                 checkpoint.save(adapted.merged(), folder / "merged", card, {**keys, **accuracy})
-        low, high = wilson_interval(round(scores["top1"] * scores["n"]), scores["n"])
+        low, high = wilson_interval(round(scores["accuracy"] * scores["n"]), scores["n"])
         values = {
             "trainable": adapted.count(),
             "head": adapted.head_count(),
             "train_loss": loss,
-            "accuracy": scores["top1"],
+            "accuracy": scores["accuracy"],
             "low": low,
             "high": high,
             "n": scores["n"],

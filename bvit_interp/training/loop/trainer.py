@@ -286,12 +286,12 @@ class Trainer:
                     metrics[name].update(model(images), labels)
         raw, ema = metrics["raw"].compute(), metrics["ema"].compute()
         return {
-            "top1": raw["top1"],
-            "top5": raw["top5"],
+            "top1": raw["accuracy"],
+            "top5": raw["top5_accuracy"],
             "test_loss": raw["loss"],
             "chance": raw["chance"],
-            "ema_top1": ema["top1"],
-            "ema_top5": ema["top5"],
+            "ema_top1": ema["accuracy"],
+            "ema_top5": ema["top5_accuracy"],
             "ema_loss": ema["loss"],
         }
 

@@ -1,4 +1,4 @@
-"""Scores equal numpy's and torchmetrics' on all the data at once, however the data came."""
+"""Scores against numpy and torchmetrics, in batches of any size."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jaxtyping import TypeCheckError
 from torchmetrics.classification import MulticlassCalibrationError
 
 from bvit_interp.errors import UserError
@@ -39,8 +40,8 @@ def by_hand(logits, labels, bins=15):
             error += inside.mean() * abs(hits[inside].mean() - confidences[inside].mean())
     return {
         "n": len(labels),
-        "top1": hits.mean(),
-        "top5": np.mean(top5),
+        "accuracy": hits.mean(),
+        "top5_accuracy": np.mean(top5),
         "loss": np.mean(losses),
         "confidence": confidences.mean(),
         "calibration_error": error,
@@ -92,7 +93,7 @@ def test_four_images_worked_out_on_paper():
     metric = Classification(2, bins=5)
     metric.update(logits, torch.tensor([0, 1, 0, 0]))  # right, wrong, right, wrong
     found = metric.compute()
-    assert found["top1"] == 0.5
+    assert found["accuracy"] == 0.5
     assert found["confidence"] == pytest.approx(0.75)
     assert found["loss"] == pytest.approx(-np.mean(np.log([0.9, 0.1, 0.6, 0.4])))
     assert found["bin_n"] == (0, 0, 2, 0, 2)  # (0.4, 0.6] and (0.8, 1.0]
@@ -101,8 +102,8 @@ def test_four_images_worked_out_on_paper():
     assert math.isnan(found["bin_accuracy"][0])
     assert found["calibration_error"] == pytest.approx((0.4 + 0.1) / 2)
     assert found["chance"] == 0.75
-    assert math.isnan(found["top5"])  # no five classes
-    assert math.isnan(found["chance5"])
+    assert math.isnan(found["top5_accuracy"])  # no five classes
+    assert math.isnan(found["top5_chance"])
 
 
 def test_the_edges_of_the_confidence_lie_in_a_bin():
@@ -121,7 +122,7 @@ def test_chance_is_the_share_of_the_most_frequent_classes():
     for label in labels:
         metric.update(torch.zeros(1, 8), label[None])
     assert metric.compute()["chance"] == 0.3
-    assert metric.compute()["chance5"] == 0.8  # 3 + 2 + 1 + 1 + 1 of 10
+    assert metric.compute()["top5_chance"] == 0.8  # 3 + 2 + 1 + 1 + 1 of 10
 
 
 def test_sums_do_not_lose_what_float32_would():
@@ -156,7 +157,7 @@ def test_two_processes_add_up_to_one():
             one._reductions[name](torch.stack([getattr(first, name), getattr(second, name)])),
         )
     assert_equal(first.compute(), one.compute())
-    assert first.bin_n.dtype == first.top5.dtype == torch.int64
+    assert first.bin_n.dtype == first.top5_hits.dtype == torch.int64
     assert first.loss.dtype == torch.float64
 
 
@@ -177,6 +178,8 @@ def test_bad_input():
         metric.update(torch.zeros(2, 4), torch.tensor([0, 4]))
     with pytest.raises(UserError, match=r"labels must be 0\.\.3, got -1\.\.0"):
         metric.update(torch.zeros(2, 4), torch.tensor([0, -1]))
+    with pytest.raises(TypeCheckError):
+        metric.update(torch.zeros(2, 4), torch.tensor([0, 1, 2]))
     with pytest.raises(UserError, match="logits hold NaN"):
         metric.update(torch.full((1, 4), torch.nan), torch.tensor([0]))
     with (
