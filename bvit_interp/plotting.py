@@ -150,7 +150,7 @@ def legend(ax: Axes) -> None:
 
 
 def heat_map(
-    figure: Figure,
+    figure: Figure | SubFigure,
     ax: Axes,
     values: np.ndarray,
     columns: list[Any],
