@@ -37,7 +37,7 @@ demo: setup
 	$(BIN)/bvit-interp cost $(ALL)
 	$(BIN)/bvit-interp selectivity $(ONE) --limit 60 --ablated 2 --nulls 1
 	$(BIN)/bvit-interp patching $(ONE) --limit 16
-	$(BIN)/bvit-interp ablation $(ONE) --limit 40 --images 4 --methods mean --groups 0
+	$(BIN)/bvit-interp ablation $(ONE) --limit 40 --n-ablated 4 --methods mean --groups 0
 	$(BIN)/bvit-interp lens $(ONE) --limit 60 --fit-images 100 --iterations 5
 	$(BIN)/bvit-interp stability $(ONE) --limit 16 --jacobian-images 1 --steps 13 --spectra 1 --leading 1 --iterations 3
 	$(BIN)/bvit-interp step-attribution $(ONE) --limit 24 --folds 4 --methods magnitude stepwise random --sparsities 0.5

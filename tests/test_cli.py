@@ -139,7 +139,7 @@ QUICK = {
     "trajectories": ["--methods", "pca"],
     "early_exit": ["--timed-images", "6", "--timed-batch", "3"],
     "selectivity": ["--ablated", "2", "--nulls", "1"],
-    "ablation": ["--images", "2", "--methods", "mean", "--groups", "0", "--scopes", "each"],
+    "ablation": ["--n-ablated", "2", "--methods", "mean", "--groups", "0", "--scopes", "each"],
     "patching": ["--steps", "1", "12"],
     "lens": ["--fit-images", "6", "--iterations", "3"],
     "stability": [
@@ -484,9 +484,8 @@ def test_a_full_disk_leaves_the_old_table(ckpt, tmp_path, capfd, monkeypatch):
 
 
 def test_interrupt_keeps_finished_rows(ckpt, tmp_path, capfd, monkeypatch):
-    from bvit_interp.analyses import rank_sweep
-
-    original, calls = rank_sweep._count_hits, []
+    module = importlib.import_module("bvit_interp.analyses.rank_sweep.measure")
+    original, calls = module._count_hits, []
 
     def count(*args):
         calls.append(1)
@@ -494,7 +493,7 @@ def test_interrupt_keeps_finished_rows(ckpt, tmp_path, capfd, monkeypatch):
             raise KeyboardInterrupt
         return original(*args)
 
-    monkeypatch.setattr(rank_sweep, "_count_hits", count)
+    monkeypatch.setattr(module, "_count_hits", count)
     arguments = [
         "rank-sweep",
         "--ckpt",

@@ -46,7 +46,7 @@ COMMANDS = {
     "units": [
         ("selectivity --ablated 5", 41),
         ("patching --steps 1 3 12 --tokens all cls", 41),
-        ("ablation --groups 2 --images 7", 7),
+        ("ablation --groups 2 --n-ablated 7", 7),
         ("ablation --groups 0 --methods mean zero", 1),
     ],
     "states": [

@@ -27,14 +27,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "early_exit": {"timed_images": 8, "timed_batch": 4},
     "attention": {},
     "cost": {"runs": 2},
-    "selectivity": {"ablated": 6, "nulls": 1},
+    "selectivity": {"n_ablated": 6, "random_units": 1},
     "patching": {"mode": ("same", "other", "corrupted"), "tokens": ("all", "cls"), "limit": 12},
-    "ablation": {"groups": 2, "images": 6, "limit": 24},
+    "ablation": {"groups": 2, "n_ablated": 6, "limit": 24},
     "lens": {"fit_images": 24, "iterations": 4},
     "stability": {
-        "jacobian_images": 2,
+        "n_jacobian": 2,
         "steps": 5,
-        "spectra": (1,),
+        "jacobian_steps": (1,),
         "leading": 2,
         "iterations": 3,
         "limit": 12,
@@ -78,7 +78,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str | None]] = {
     ),
     "ablated to zero": (
         "selectivity",
-        {"ablated": 4, "nulls": 1, "zero": True, "units": ("z:1", "mlp_post:3")},
+        {"n_ablated": 4, "random_units": 1, "zero": True, "units": ("z:1", "mlp_post:3")},
         None,
     ),
     "neurons before GELU": (

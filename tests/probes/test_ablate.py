@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 
 from bvit_interp.errors import UserError
 from bvit_interp.models.stepping import advance, answer, embed, proceed
-from bvit_interp.probes.ablate import SiteMeans, ablate, neuron_groups
+from bvit_interp.probes.ablate import SiteMeans, ablate, neuron_groups, site_sums
 from bvit_interp.probes.probe import Probe
 
 
@@ -75,3 +76,23 @@ def test_means_add_up_over_batches_and_start_in_shape():
     assert torch.equal(metric.compute(), torch.full((2, 3), 3.0, dtype=torch.float64))
     with pytest.raises(UserError, match="NaN"):
         metric.update(torch.full((2, 3), torch.nan), 3)
+    with pytest.raises(ValueError, match="shape"):
+        metric.update(torch.ones(3), 1)  # it would broadcast
+
+
+def test_sums_of_sites_are_those_of_recorded_activations(any_model, images):
+    probe = Probe(any_model)
+    sums = site_sums(probe, images)
+    assert list(sums) == ["z", "mlp_post"]
+    cache = probe.record(images, list(sums))
+    for site, total in sums.items():
+        assert total.dtype == torch.float64
+        torch.testing.assert_close(total, cache[site].double().sum(0), rtol=1e-5, atol=1e-6)
+    assert list(site_sums(probe, images, ["resid_mid"])) == ["resid_mid"]
+
+
+def test_wrong_shapes_are_refused(tiny, images):
+    with pytest.raises(TypeCheckError):
+        ablate(torch.ones(4))  # an axis of variants is missing
+    with pytest.raises(TypeCheckError):
+        site_sums(Probe(tiny), images[0])

@@ -1,7 +1,15 @@
-"""Which heads and neurons does the answer need, and at which step does it need them?"""
+"""Which heads and neurons does the answer need, and at which step does it need them?
+
+Each head, and each group of neighbouring neurons, is replaced by zero, by its mean over images, or
+by its value on another image. This is done at one step, from a step on, or at all steps. The table
+has the change of accuracy, of the true class's logit and log-probability, and the KL divergence
+from the clean answer. The null of a head is the ablation of as many random channels. A two-way
+analysis of variance shows how much of the effect depends on the step, on the unit, and on both.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -10,8 +18,6 @@ from bvit_interp.data.options import LoaderOptions
 from bvit_interp.errors import UserError
 
 Method = Literal["zero", "mean", "resample"]
-
-
 Scope = Literal["each", "from", "all"]
 
 
@@ -19,22 +25,22 @@ Scope = Literal["each", "from", "all"]
 class Config(LoaderOptions):
     """Options of the ablation."""
 
-    images: int | None = 100
-    """Images that are ablated, spread evenly over the data set, at most `limit`; the means are over
-    all that are used. None for all of them."""
+    n_ablated: int | None = 100
+    """Number of images to ablate, evenly spaced over the data set and at most `limit`. The means of
+    mean ablation are over all images. None for all."""
     methods: tuple[Method, ...] = ("zero", "mean", "resample")
-    """What a unit becomes: zero, its mean, or its activation on another image (resample)."""
+    """Replacement of a unit: zero, its mean, or its activation on another image (resample)."""
     scopes: tuple[Scope, ...] = ("each", "from", "all")
-    """Steps at which a unit is ablated: each in turn, from each on, all."""
+    """Steps of the ablation: each step alone, from each step on, all steps."""
     groups: int = 4
-    """Groups of neighbouring neurons; 0 for none."""
+    """Number of groups of neighbouring neurons; 0 for none."""
     seed: int = 0
-    """Of the null's random channels and of the shuffles."""
+    """Random seed for the channels of the null and for permutations."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.images is not None and self.images < 1:
-            raise UserError(f"images must be >= 1, got {self.images}")
+        if self.n_ablated is not None and self.n_ablated < 1:
+            raise UserError(f"n-ablated must be >= 1, got {self.n_ablated}")
         for name, literal in (("methods", Method), ("scopes", Scope)):
             given, allowed = getattr(self, name), get_args(literal)
             if not given or set(given) - set(allowed) or len(set(given)) < len(given):
@@ -47,21 +53,28 @@ class Config(LoaderOptions):
 COLUMNS = {
     "model": "checkpoint",
     "method": "zero, mean or resample",
-    "kind": "head or neurons",
-    "statistic": "each, from, all, sum or excess of a unit; variance_steps, variance_units, variance_both or"
-    " reliability of the table of each",
-    "answer": "accuracy (share, change -1..1), logit (of the true class), log_prob (of it, nats) or kl (from the clean"
-    " answer, nats)",
-    "step": "the step ablated, or the first of them; none for all, sum, excess and the table's",
-    "unit": "head or group of neurons, from 0; none for the table's",
-    "value": "mean over images of the change; a share of variance (noise may leave it outside 0..1), a correlation",
-    "low": "lower end of its 95 % interval over images: normal, of a share by the jackknife over tenths of the images",
-    "high": "upper end of it",
-    "null": "null: random channels of z, as many; neurons: mean over the groups; of the table: units shuffled within"
-    " steps (variance_steps: steps within units)",
-    "p_value": "of reliability: share of renumberings of the units, new in each tenth of the images, that give as much",
-    "n": "images ablated",
+    "site": "z (units are heads) or mlp_post (units are groups of neurons)",
+    "scope": "steps of the ablation of a unit: each, from, all, sum or excess; or a statistic of"
+    " the table of each: variance_steps, variance_units, variance_interaction or reliability",
+    "metric": "accuracy (0..1), logit or log_prob (of the true class; nats), all three as changes;"
+    " or kl (from the clean answer, nats)",
+    "step": "the ablated step, for from the first one; none for the other scopes",
+    "unit": "head or group of neurons, from 0; none for a statistic of the table",
+    "value": "mean change over images; a share of variance (noise may put it outside 0..1); or a"
+    " correlation",
+    "low": "lower end of the 95 % interval over images: normal; for a share of variance, by the"
+    " jackknife over ten folds",
+    "high": "upper end of the interval",
+    "null": "head: as many random channels of z; neurons: mean over the groups; share of variance:"
+    " units shuffled within each step (variance_steps: steps shuffled within each unit)",
+    "p_value": "for reliability: share of permutations of the units with at least that correlation",
+    "n": "number of ablated images",
 }
+
+
+def drawn_method(methods: Collection[str]) -> str:
+    """The method that the figure and the summary show: mean if it is there, else the first."""
+    return "mean" if "mean" in methods else next(iter(methods))
 
 
 __getattr__, __dir__, __all__ = attach(__name__)

@@ -1,46 +1,50 @@
-"""Which heads and neurons does the answer need, and at which step does it need them?
+"""Ablation of heads and groups of neurons over spans of steps, and the analysis of variance.
 
-Ours; not in bViT (arXiv 2605.10661), which ablates no unit. A unit, one head (`z`) or one of
-`groups` runs of neighbouring neurons (`mlp_post`), is replaced at all tokens by zero (Michel et
-al., 2019), by its mean over images at that step and token, or by what it is on another image
-(`resample`; Chan et al., 2022). `statistic` says at which steps:
+Ours; bViT (arXiv 2605.10661) ablates no unit. A unit is one head (site `z`) or one of `groups` runs
+of neighbouring neurons (site `mlp_post`). At all tokens it is replaced by zero (Michel et al.,
+2019), by its mean over images at that step and token, or by its value on another image (`resample`;
+Chan et al., 2022). The column `scope` says at which steps:
 
 - `each`: at step t alone; `from`: at every step from t on; `all`: at every step;
-- `sum`: the sum over t of the changes by `each`; `excess`: `all` less `sum`, 0 if single steps add
-  up to all of them.
+- `sum`: the sum over t of the changes of `each`; `excess`: `all` minus `sum`, which is 0 if the
+  effects of single steps add up to the effect of all of them.
 
-`value` is the change of what `answer` names, ablated less clean, mean over images of differences
-within an image: `accuracy`, the true class's `logit` and its log-probability `log_prob` (which no
-shift of all logits changes); `kl` is KL(clean || ablated). `null` of a head is the same with as
-many random channels of `z`, drawn from all heads, the same at every step: what any ablation of that
-width does. Groups of neurons are arbitrary: theirs is the mean over groups.
+`value` is the change of the `metric`, ablated minus clean, as a mean over images of the difference
+within an image: `accuracy`, the true class's `logit`, and its log-probability `log_prob` (which
+does not change if all logits shift together). `kl` is KL(clean || ablated). The `null` of a head is
+the same ablation with as many random channels of `z`, drawn from all heads and the same at every
+step: the effect of any ablation of that width. Groups of neurons are arbitrary, so their null is
+the mean over groups.
 
-Which units matter when, of the table of `each` over steps and units, by a two-way analysis of
-variance free of the images' noise (products of different tenths of the images): the shares
-`variance_steps`, `variance_units` (the same units at every step) and `variance_both` (which unit
-depends on the step). Their null shuffles the units within each step, as if a head's number meant
-nothing from one step to the next: so it is in a stack, where head h of two blocks shares its number
-alone. Large effects rule the shares; where the effects on images cancel (`accuracy`, `log_prob`)
-they may be all noise, and their intervals then wide. `reliability` is the correlation between
-halves of the images of the units' differences.
+Which units matter at which steps: a two-way analysis of variance of the table of `each` over steps
+and units. It is cross-validated, so the noise of the images does not count (see `variance.py`). Its
+shares are `variance_steps`, `variance_units` (the same units at every step) and
+`variance_interaction` (which units matter depends on the step). The null shuffles the units within
+each step, as if the number of a head had no meaning from one step to the next. In a stack it has
+none: head h of two blocks shares the number alone. Large effects dominate the shares. Where effects
+on different images cancel (`accuracy`, `log_prob`) the shares may be noise, and their intervals are
+then wide. `reliability` is the correlation of the differences between units in two halves of the
+images.
 
-Runs start again from the clean state before the first ablated step. With a memory (bViT-fl, -sc)
-the step's own block is ablated, its inner updates stay whole.
+Runs start again from the clean state before the first ablated step. In a model with a memory
+(bViT-fl, bViT-sc) the step's own block is ablated; its inner updates stay intact.
 
-Cost: a unit and method take T (T + 1) / 2 applications of the block for `each` and one less than as
-many for `from`, which has `all` in it: 155 for T = 12, 13 forwards; a forward for the means of each
-image, of which `images` are then ablated. Of 1000 images of 32 px, 100 of them ablated, a bViT of
-width 128 with four heads takes 4 minutes on one core (348 forwards an image ablated; scaled from 80
-images). Computed from forwards, not measured: 8 minutes on two cores for width 256 and eight heads;
-for bViT-B on ImageNet's 50,000 images 116,000 forwards, 5 minutes at 400 images a second. Expected:
-no number is printed. Where a head is the same weights at every step, its main effect should be
-above the null, in a stack at it.
+Cost: per unit and method, `each` takes T (T + 1) / 2 applications of the block and `from`, which
+includes `all`, as many less one: 155 for T = 12, or 13 forwards. The means take one forward per
+image of the data set; `n_ablated` of these images are then ablated. 1000 images of 32 px, 100 of
+them ablated, take a bViT of width 128 with four heads 4 minutes on one core (348 forwards per
+ablated image; scaled from 80 images). Computed from the number of forwards, not measured: 8 minutes
+on two cores for width 256 and eight heads; for bViT-B on ImageNet's 50,000 images 116,000 forwards,
+5 minutes at 400 images per second.
+
+Expected: no number is printed. Where a head has the same weights at every step, its main effect
+should be above the null; in a stack it should equal the null.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -50,208 +54,185 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from bvit_interp.analyses.ablation import COLUMNS, Config, Scope
-from bvit_interp.analyses.ablation.effects import ANSWERS, FOLDS, Ablator, steps_and_units
-from bvit_interp.data.geometry import Geometry
-from bvit_interp.data.labels import label_map
-from bvit_interp.data.loader import Batch, run_in_halves
+from bvit_interp.analyses.ablation import COLUMNS, Config, Scope, drawn_method
+from bvit_interp.analyses.ablation.effects import METRICS, Ablator
+from bvit_interp.analyses.ablation.variance import FOLDS, cross_validated_anova, fold_numbers
 from bvit_interp.data.partners import Partners
 from bvit_interp.data.samples import Samples, spread
+from bvit_interp.data.stream import ModelBatch, stream
 from bvit_interp.metrics.streaming.means import MeanCI
 
 _BYTES_OF_DONORS = 2**30
-
-
-_SUMMARIES = ("variance_steps", "variance_units", "variance_both", "reliability")
+_ANOVA = ("variance_steps", "variance_units", "variance_interaction", "reliability")
 
 
 def measure(models: Mapping[str, VisionTransformer], data: Samples, config: Config) -> pd.DataFrame:
-    """What ablating every unit of every model does.
+    """Effects of ablating every unit of every model.
 
     Parameters
     ----------
     models : name -> model; all see each image in one pass.
-    data : labelled images, of the models' classes.
+    data : labelled images, in the models' classes.
 
     Returns
     -------
     A table of `COLUMNS`.
     """
-    classes = {name: label_map(data, model) for name, model in models.items()}
     ablators = {name: Ablator(model, config.groups, config.seed) for name, model in models.items()}
-    ablated = replace(
-        config, limit=min(x for x in (config.images, config.limit, len(data)) if x is not None)
-    )
-    wants_others = "resample" in config.methods
-    partners = Partners(data, ablated.limit, config.skip_corrupt) if wants_others else None
-    place = {index: i for i, index in enumerate(spread(len(data), ablated.limit))}
-    tallies = {name: _Tally(ablator, config) for name, ablator in ablators.items()}
+    limits = (config.n_ablated, config.limit, len(data))
+    ablated = replace(config, limit=min(limit for limit in limits if limit is not None))
+    partners, at_once = None, None
+    if "resample" in config.methods:
+        partners = Partners(data, ablated.limit, config.skip_corrupt)
+        at_once = {
+            name: _BYTES_OF_DONORS // ablator.donor_bytes() for name, ablator in ablators.items()
+        }
     if "mean" in config.methods:
-        _take_means(models, ablators, data, config)
-    loader, geometries = ablated.loader(data, models, "ablation")
-    for batch in loader:
-        for name, ablator in ablators.items():
-            for part in _parts(batch, ablator.donor_bytes() if partners else 0):
-                with torch.inference_mode():
-                    tallies[name].take(part, place, classes[name], geometries[name], partners)
+        ablators = _with_means(models, ablators, data, config)
+    positions = spread(len(data), ablated.limit)
+    folds = dict(zip(positions, fold_numbers(len(positions)), strict=True))
+    tallies = {name: _Tally(ablator, config) for name, ablator in ablators.items()}
+
+    def effects(batch: ModelBatch) -> tuple[Tensor, Tensor]:
+        return batch.index, ablators[batch.model].effects(
+            batch.images,
+            batch.labels,
+            config.methods,
+            tallies[batch.model].spans,
+            batch.partner_images if partners else None,
+        )
+
+    for name, (index, changes) in stream(
+        models,
+        data,
+        ablated,
+        effects,
+        progress="ablation",
+        labels=True,
+        partners=partners,
+        images_at_once=at_once,
+    ):
+        tallies[name].update(changes, [folds[position] for position in index.tolist()])
     rows = [{"model": name, **row} for name, tally in tallies.items() for row in tally.rows()]
-    return (
-        pd.DataFrame(rows).reindex(columns=list(COLUMNS)).astype({"step": "Int64", "unit": "Int64"})
-    )
+    frame = pd.DataFrame(rows).reindex(columns=list(COLUMNS))
+    return frame.astype({"step": "Int64", "unit": "Int64"})
 
 
-def _take_means(
+def summary(frame: pd.DataFrame) -> pd.DataFrame:
+    """For heads: the shares of variance of KL, and each head's largest loss of log-probability."""
+    heads = frame[frame["site"] == "z"]
+    scope = next(scope for scope in get_args(Scope) if (heads["scope"] == scope).any())
+    drawn = heads[
+        (heads["method"] == drawn_method(list(heads["method"])))
+        & (heads["metric"] == "log_prob")
+        & (heads["scope"] == scope)
+    ]
+    largest = drawn.sort_values("value", kind="stable").drop_duplicates(["model", "unit"])
+    of_table = heads["scope"].isin(_ANOVA) & (heads["metric"] == "kl")
+    return heads[of_table | heads.index.isin(largest.index)].drop(columns="site")
+
+
+def _with_means(
     models: Mapping[str, VisionTransformer],
     ablators: Mapping[str, Ablator],
     data: Samples,
     config: Config,
-) -> None:
-    """The mean activations that mean ablation fills in, in a pass of its own."""
-    means = {name: ablator.site_means() for name, ablator in ablators.items()}
-    loader, geometries = config.loader(data, models, "ablation: means")
-    for batch in loader:
-        for name, ablator in ablators.items():
-            with torch.inference_mode():
-                parts = run_in_halves(
-                    lambda part, a=ablator, g=geometries[name]: (
-                        a.sums(part.views[g][0]),
-                        len(part),
-                    ),
-                    batch,
-                )
-            for sums, count in parts:
-                for site, total in sums.items():
-                    means[name][site].update(total, count)
-    for name, ablator in ablators.items():
-        ablator.means = {site: metric.compute() for site, metric in means[name].items()}
+) -> dict[str, Ablator]:
+    """Ablators with the mean activations over all images, from a pass of its own."""
+    means = {name: ablator.empty_means() for name, ablator in ablators.items()}
 
+    def sums(batch: ModelBatch) -> tuple[dict[str, Tensor], int]:
+        return ablators[batch.model].clean_sums(batch.images), len(batch)
 
-def _parts(batch: Batch, image_bytes: int) -> Iterator[Batch]:
-    """The batch in parts whose donors' activations take at most 1 GiB."""
-    if len(batch) > 1 and image_bytes * len(batch) > _BYTES_OF_DONORS:
-        for half in batch.half():
-            yield from _parts(half, image_bytes)
-    else:
-        yield batch
+    # with labels, so that classes that do not match are refused before this pass
+    for name, (totals, count) in stream(
+        models, data, config, sums, progress="ablation: means", labels=True
+    ):
+        for site, total in totals.items():
+            means[name][site].update(total, count)
+    return {
+        name: ablator.with_means({site: mean.compute() for site, mean in means[name].items()})
+        for name, ablator in ablators.items()
+    }
 
 
 class _Tally:
-    """The changes of one model's answers, while images stream by."""
+    """Streaming means of one model's effects, over all images and over each fold."""
 
     def __init__(self, ablator: Ablator, config: Config) -> None:
-        self.ablator, self.config, last = ablator, config, ablator.probe.num_steps
+        self.config, self.units = config, ablator.units
+        self.last = last = ablator.probe.num_steps
         steps = range(1, last + 1)
-        of_scope = {
-            "each": [(t, t) for t in steps],
-            "from": [(t, last) for t in steps],
+        spans = {
+            "each": [(step, step) for step in steps],
+            "from": [(step, last) for step in steps],
             "all": [(1, last)],
         }
-        self.rows_of = [(scope, span) for scope in config.scopes for span in of_scope[scope]]
-        self.spans = list(dict.fromkeys(span for _, span in self.rows_of))
+        self.scopes = [(scope, span) for scope in config.scopes for span in spans[scope]]
+        self.spans = list(dict.fromkeys(span for _, span in self.scopes))
         self.adds_up = {"each", "all"} <= set(config.scopes)
-        self.kinds = [units.kind for units in ablator.units for _ in units.keep]
-        shape = (
-            len(config.methods),
-            len(self.kinds),
-            len(self.spans) + 2 * self.adds_up,
-            len(ANSWERS),
-        )
-        self.whole, self.folds = (
-            MeanCI(*shape).to(ablator.device),
-            MeanCI(FOLDS, *shape).to(ablator.device),
-        )
+        variants = sum(len(units.keep) for units in self.units)
+        columns = len(self.spans) + 2 * self.adds_up
+        shape = (len(config.methods), variants, columns, len(METRICS))
+        self.whole = MeanCI(*shape).to(ablator.device)
+        self.by_fold = MeanCI(FOLDS, *shape).to(ablator.device)
 
-    def take(
-        self,
-        batch: Batch,
-        place: Mapping[int, int],
-        classes: Tensor,
-        geometry: Geometry,
-        partners: Partners | None,
-    ) -> None:
-        """Ablate every unit on the images of a batch."""
+    def update(self, changes: Tensor, folds: Sequence[int]) -> None:
+        """Add effects ``(B, methods, units, spans, metrics)`` of images in these folds."""
+        if self.adds_up:
+            changes = torch.cat([changes, *self._sum_and_excess(changes)], dim=3)
+        self.whole.update(changes)
+        by_fold = changes.new_full((len(changes), FOLDS, *changes.shape[1:]), math.nan)
+        by_fold[range(len(folds)), folds] = changes
+        self.by_fold.update(by_fold)
 
-        def run(part: Batch) -> tuple[Tensor, Tensor]:
-            donors = partners(part.index, geometry)[0] if partners else None
-            images, labels = part.views[geometry][0], classes[part.labels]
-            return part.index, self.ablator.effects(
-                images, labels, self.config.methods, self.spans, donors
-            )
+    def _sum_and_excess(self, changes: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum over single steps, and the effect of all steps at once beyond it."""
+        total = changes[:, :, :, self._single_steps()].sum(3, keepdim=True)
+        return total, changes[:, :, :, [self.spans.index((1, self.last))]] - total
 
-        for index, changes in run_in_halves(run, batch):
-            if self.adds_up:
-                changes = torch.cat([changes, *self._sums(changes)], dim=3)
-            self.whole.update(changes)
-            of_folds = changes.new_full((len(changes), FOLDS, *changes.shape[1:]), math.nan)
-            half = max(len(place) // 2, 1)  # an image and its partner lie in one fold
-            fold = [place[int(i)] % half % FOLDS for i in index]
-            of_folds[range(len(fold)), fold] = changes
-            self.folds.update(of_folds)
-
-    def _sums(self, changes: Tensor) -> list[Tensor]:
-        """Of changes ``(B, M, U, S, 4)`` the sum over single steps, and what all at once do beyond
-        it."""
-        last = self.ablator.probe.num_steps
-        single = [self.spans.index((t, t)) for t in range(1, last + 1)]
-        total = changes[:, :, :, single].sum(3, keepdim=True)
-        return [total, changes[:, :, :, [self.spans.index((1, last))]] - total]
+    def _single_steps(self) -> list[int]:
+        return [self.spans.index((step, step)) for step in range(1, self.last + 1)]
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Rows of every unit, then of the table of single steps."""
-        listed: list[tuple[str, int | None, int]] = [
+        """Rows of every unit, then of the analysis of variance, by method, site and metric."""
+        whole = {key: values.numpy() for key, values in self.whole.compute().items()}
+        folds = {key: values.numpy() for key, values in self.by_fold.compute().items()}
+        for m, method in enumerate(self.config.methods):
+            for site in dict.fromkeys(units.site for units in self.units):
+                for a, metric in enumerate(METRICS):
+                    keys = {"method": method, "site": site, "metric": metric}
+                    chosen = {key: values[m, :, :, a] for key, values in whole.items()}
+                    yield from (keys | row for row in self._unit_rows(chosen, site))
+                    if "each" in self.config.scopes:
+                        chosen = {key: values[:, m, :, :, a] for key, values in folds.items()}
+                        yield from (keys | row for row in self._anova_rows(chosen, site))
+
+    def _unit_rows(self, whole: Mapping[str, np.ndarray], site: str) -> Iterator[dict[str, Any]]:
+        """Rows of every scope and unit, of means ``(units, spans)`` and their intervals."""
+        columns: list[tuple[str, int | None, int]] = [
             (scope, None if scope == "all" else span[0], self.spans.index(span))
-            for scope, span in self.rows_of
+            for scope, span in self.scopes
         ]
         if self.adds_up:
-            listed += [("sum", None, len(self.spans)), ("excess", None, len(self.spans) + 1)]
-        whole = {key: values.numpy() for key, values in self.whole.compute().items()}
-        folds = {key: values.numpy() for key, values in self.folds.compute().items()}
-        for m, method in enumerate(self.config.methods):
-            for kind in dict.fromkeys(kind for kind in self.kinds if kind != "null"):
-                places = [i for i, each in enumerate(self.kinds) if each == kind]
-                for a, answer in enumerate(ANSWERS):
-                    keys = {"method": method, "kind": kind, "answer": answer}
-                    for statistic, step, s in listed:
-                        found = {key: values[m, :, s, a] for key, values in whole.items()}
-                        null = found["value"][
-                            self.kinds.index("null") if kind == "head" else places
-                        ].mean()
-                        for unit, i in enumerate(places):
-                            values = {key: column[i] for key, column in found.items()}
-                            yield (
-                                keys
-                                | {"statistic": statistic, "step": step, "unit": unit, "null": null}
-                                | values
-                            )
-                    if "each" in self.config.scopes:
-                        yield from (keys | row for row in self._table(folds, m, places, a))
+            columns += [("sum", None, len(self.spans)), ("excess", None, len(self.spans) + 1)]
+        variants = self._variants(site)
+        nulls = self._variants(site, null=True) or variants
+        for scope, step, column in columns:
+            null = whole["value"][nulls, column].mean()
+            for unit, variant in enumerate(variants):
+                values = {key: each[variant, column] for key, each in whole.items()}
+                yield {"scope": scope, "step": step, "unit": unit, "null": null, **values}
 
-    def _table(
-        self, folds: Mapping[str, np.ndarray], m: int, places: list[int], a: int
-    ) -> Iterator[dict[str, Any]]:
-        """How the effects over steps and units part."""
-        single = [self.spans.index((t, t)) for t in range(1, self.ablator.probe.num_steps + 1)]
-        effects = folds["value"][:, m][:, places][:, :, single, a].swapaxes(1, 2)
-        counts = folds["n"][:, m, 0, 0, a]
-        found = steps_and_units(effects, counts, self.config.seed)
-        for statistic, values in found.items():
-            yield {"statistic": statistic, "n": int(np.sum(counts)), **values}
+    def _anova_rows(self, folds: Mapping[str, np.ndarray], site: str) -> Iterator[dict[str, Any]]:
+        """Rows of the table of single steps, of fold means ``(folds, units, spans)``."""
+        effects = folds["value"][:, self._variants(site)][:, :, self._single_steps()]
+        counts = folds["n"][:, 0, 0]
+        table = cross_validated_anova(effects.swapaxes(1, 2), counts, self.config.seed)
+        for scope, values in table.items():
+            yield {"scope": scope, "n": int(np.sum(counts)), **values}
 
-
-def main_method(frame: pd.DataFrame) -> str:
-    """The method that is drawn."""
-    return "mean" if (frame["method"] == "mean").any() else str(frame["method"].iloc[0])
-
-
-def summary(frame: pd.DataFrame) -> pd.DataFrame:
-    """Of heads: how their KL parts, and each one's largest loss of log-probability."""
-    heads = frame[frame["kind"] == "head"]
-    scope = next(s for s in get_args(Scope) if (heads["statistic"] == s).any())
-    main = heads[
-        (heads["method"] == main_method(heads))
-        & (heads["answer"] == "log_prob")
-        & (heads["statistic"] == scope)
-    ]
-    largest = main.sort_values("value", kind="stable").drop_duplicates(["model", "unit"])
-    table = heads["statistic"].isin(_SUMMARIES) & (heads["answer"] == "kl")
-    return heads[table | heads.index.isin(largest.index)].drop(columns="kind")
+    def _variants(self, site: str, null: bool = False) -> list[int]:
+        """Positions of the units of a site, or of its null, among all variants."""
+        listed = [(units.site, units.is_null) for units in self.units for _ in units.keep]
+        return [position for position, each in enumerate(listed) if each == (site, null)]

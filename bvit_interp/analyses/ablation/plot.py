@@ -3,131 +3,150 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bvit_interp import plotting
-from bvit_interp.analyses.ablation.measure import main_method
+from bvit_interp.analyses.ablation import drawn_method
+
+_UNITS = {"z": "head", "mlp_post": "group"}
 
 
 def plot(frame: pd.DataFrame) -> Figure:
-    """Of one method, mean if it is there: the true class's log-probability at every step and unit
-    of each model; the KL of its heads beside random channels; heads ablated from a step on; units
-    at all steps beside their single steps.
+    """Panels of one method (mean if it is there), by scope.
+
+    Each unit at each single step: the change of log-probability, one panel per model. Each head at
+    each single step: KL beside random channels, one panel per model. Each head ablated from a step
+    on. Each unit at all steps, beside the sum of its single steps.
     """
-    method = main_method(frame)
+    method = drawn_method(list(frame["method"]))
     frame = frame[frame["method"] == method]
-    units = frame["unit"].astype("Int64").astype(str)
-    frame = frame.assign(name=frame["kind"].map({"head": "head ", "neurons": "group "}) + units)
-    there, models = set(frame["statistic"]), list(dict.fromkeys(frame["model"]))
-    panels: list[tuple[Any, str | None]] = []
-    if "each" in there:
-        panels += [(draw, name) for draw in (_draw_map, _draw_profiles) for name in models]
-    panels += [(_draw_from, None)] * ("from" in there) + [(_draw_all, None)] * ("all" in there)
+    unit = frame["unit"].astype("Int64").astype(str)
+    frame = frame.assign(name=frame["site"].map(_UNITS) + " " + unit)
+    scopes, models = set(frame["scope"]), list(dict.fromkeys(frame["model"]))
+    panels: list[Callable[[Figure, Axes], None]] = []
+    if "each" in scopes:
+        panels += [_map_panel(frame, model) for model in models]
+        panels += [_profile_panel(frame, model) for model in models]
+    if "from" in scopes:
+        panels.append(_from_panel(frame))
+    if "all" in scopes:
+        panels.append(_all_panel(frame))
     columns = min(max(len(models), 2), len(panels))
     figure, axes = plotting.canvas(columns, math.ceil(len(panels) / columns), width=5.2, height=3.1)
-    for ax, (draw, name) in zip(axes.flat, panels, strict=False):
-        draw(figure, ax, frame, name)
+    for ax, draw in zip(axes.flat, panels, strict=False):
+        draw(figure, ax)
         ax.title.set_fontsize(10)
     for ax in axes.flat[len(panels) :]:
         ax.set_visible(False)
-    figure.suptitle(
-        f"{method} ablation: change of the true class's log-probability, and KL from the clean answer",
-        fontsize=11,
-    )
+    figure.suptitle(f"{method} ablation: change from the clean answer", fontsize=11)
     return figure
 
 
-def _draw_map(figure: Figure, ax: Axes, frame: pd.DataFrame, name: str) -> None:
-    """Every unit at every single step; all models in the same colours."""
+def _map_panel(frame: pd.DataFrame, model: str) -> Callable[[Figure, Axes], None]:
+    """Log-probability for each unit at each single step; all models share the colours."""
     each = _rows(frame, "each", "log_prob")
-    table = each[each["model"] == name].pivot(index="name", columns="step", values="value")
-    table = table.loc[list(dict.fromkeys(each["name"][each["model"] == name]))]
     limits = (each["value"].min(), each["value"].max())
+    rows = each[each["model"] == model]
+    table = rows.pivot(index="name", columns="step", values="value")
+    table = table.loc[list(dict.fromkeys(rows["name"]))]
     steps = [int(step) for step in table.columns]
-    plotting.heat_map(figure, ax, table.to_numpy(), steps, list(table.index), "nats", limits=limits)
-    ax.set(xlabel="step ablated", title=f"{name}: log-probability, at one step")
+
+    def draw(figure: Figure, ax: Axes) -> None:
+        names, label = list(table.index), "change of log-probability, nats"
+        plotting.heat_map(figure, ax, table.to_numpy(), steps, names, label, limits=limits)
+        ax.set(xlabel="ablated step", title=f"{model}: one unit at one step")
+
+    return draw
 
 
-def _draw_profiles(figure: Figure, ax: Axes, frame: pd.DataFrame, name: str) -> None:
-    """KL of every head at every single step, with its interval, and of the random channels."""
-    each = _rows(frame, "each", "kl")
-    each = each[each["kind"] == "head"]
-    floor = 0.5 * each["value"].clip(lower=1e-9).min()  # an interval may reach below 0
-    part = each[each["model"] == name]
-    for i, (_, of_head) in enumerate(part.groupby("unit", sort=True)):
-        style = plotting.line_style(i)
-        ax.plot(of_head["step"], of_head["value"], **style, label=of_head["name"].iloc[0])
-        low = of_head["low"].clip(lower=floor)
-        ax.fill_between(
-            of_head["step"], low, of_head["high"], color=style["color"], alpha=0.12, linewidth=0
-        )
-    ax.plot(of_head["step"], of_head["null"], **plotting.NULL, label="random channels, as many")
-    ax.set(title=f"{name}: KL, a head at one step", ylabel="KL, nats", yscale="log")
-    ax.set_ylim(floor, 2 * each[["value", "high"]].max().max())
-    plotting.step_axis(ax, part["step"])
-    plotting.legend(ax)
+def _profile_panel(frame: pd.DataFrame, model: str) -> Callable[[Figure, Axes], None]:
+    """KL of each head at each single step, with its interval, beside random channels."""
+    kl = _rows(frame, "each", "kl")
+    kl = kl[kl["site"] == "z"]
+    floor = 0.5 * kl["value"].clip(lower=1e-9).min()  # an interval may reach below 0
+    top = 2 * kl[["value", "high"]].max().max()
+    rows = kl[kl["model"] == model].assign(low=kl["low"].clip(lower=floor))
 
-
-def _draw_from(figure: Figure, ax: Axes, frame: pd.DataFrame, name: None) -> None:
-    """Every head ablated from a step on: a line a head in the colour of its model."""
-    part = _rows(frame, "from", "log_prob")
-    part = part[part["kind"] == "head"]
-    for i, (model, of_model) in enumerate(part.groupby("model", sort=False)):
-        style = plotting.line_style(i) | {"linewidth": 1.0, "markersize": 3}
-        shade = {"color": style["color"], "alpha": 0.1, "linewidth": 0}
-        for unit, of_head in of_model.groupby("unit"):
-            ax.plot(
-                of_head["step"],
-                of_head["value"],
-                **style,
-                label=None if unit else f"{model}: each head",
+    def draw(figure: Figure, ax: Axes) -> None:
+        heads = [head for _, head in rows.groupby("unit", sort=True)]
+        for i, head in enumerate(heads):
+            plotting.line(
+                ax, head, "step", style=plotting.line_style(i), label=head["name"].iloc[0]
             )
-            ax.fill_between(of_head["step"], of_head["low"], of_head["high"], **shade)
-        null = plotting.NULL | {"linestyle": style["linestyle"]}
-        ax.plot(of_head["step"], of_head["null"], **null, label=f"{model}: random channels")
-    ax.set(title="log-probability, a head from the step on", ylabel="nats")
-    plotting.step_axis(ax, part["step"])
-    plotting.legend(ax)
+        ax.plot(heads[0]["step"], heads[0]["null"], **plotting.NULL, label="null: random channels")
+        ax.set(title=f"{model}: one head at one step", ylabel="KL, nats", yscale="log")
+        ax.set_ylim(floor, top)
+        plotting.step_axis(ax, rows["step"])
+        ax.set_xlabel("ablated step")
+        plotting.legend(ax)
+
+    return draw
 
 
-def _draw_all(figure: Figure, ax: Axes, frame: pd.DataFrame, name: None) -> None:
-    """Every unit at all steps, and beside it, open, the sum of its single steps."""
+def _from_panel(frame: pd.DataFrame) -> Callable[[Figure, Axes], None]:
+    """Log-probability for each head ablated from a step on, in the colour of its model."""
+    rows = _rows(frame, "from", "log_prob")
+    rows = rows[rows["site"] == "z"]
+
+    def draw(figure: Figure, ax: Axes) -> None:
+        for i, (model, part) in enumerate(rows.groupby("model", sort=False)):
+            style = plotting.line_style(i) | {"linewidth": 1.0, "markersize": 3}
+            for j, (_, head) in enumerate(part.groupby("unit")):
+                is_first = j == 0
+                plotting.line(
+                    ax,
+                    head,
+                    "step",
+                    style=style,
+                    label=f"{model}: each head" if is_first else None,
+                    null="null" if is_first else None,
+                    null_label="null: random channels" if is_first and i == 0 else None,
+                )
+        ax.set(title="one head, from a step on", ylabel="change of log-probability, nats")
+        plotting.step_axis(ax, rows["step"])
+        ax.set_xlabel("first ablated step")
+        plotting.legend(ax)
+
+    return draw
+
+
+def _all_panel(frame: pd.DataFrame) -> Callable[[Figure, Axes], None]:
+    """Log-probability for each unit at all steps and, hollow, the sum of its single steps."""
     units = list(dict.fromkeys(_rows(frame, "all", "log_prob")["name"]))
-    for i, (model, of_model) in enumerate(frame.groupby("model", sort=False)):
-        style = plotting.line_style(i) | {"linestyle": "", "markersize": 5}
-        for statistic, shift, word in (
-            ("all", 0.0, "all steps"),
-            ("sum", 0.12, "sum of single steps"),
-        ):
-            part = _rows(of_model, statistic, "log_prob")
-            if not len(part):
-                continue
-            x = [units.index(unit) + 0.35 * i - 0.2 + shift for unit in part["name"]]
-            face = {} if statistic == "all" else {"markerfacecolor": "white"}
-            error = (part["value"] - part["low"], part["high"] - part["value"])
-            ax.errorbar(x, part["value"], error, **style | face, label=f"{model}: {word}")
-            ax.plot(
-                x,
-                part["null"],
-                "_",
-                **plotting.NULL,
-                markersize=9,
-                label=None if i or shift else "null",
-            )
-    ax.set_xticks(range(len(units)), [f"{unit[0]}{unit.split()[1]}" for unit in units])
-    ax.set(
-        title="log-probability, a unit at all steps",
-        ylabel="nats",
-        xlabel="h: head, g: group of neurons",
-    )
-    low, high = ax.get_ylim()
-    ax.set_ylim(low - 0.6 * (high - low), high)  # room for the legend
-    plotting.legend(ax)
+    scopes = (("all", 0.0, "all steps"), ("sum", 0.12, "sum of single steps"))
+
+    def draw(figure: Figure, ax: Axes) -> None:
+        for i, (model, part) in enumerate(frame.groupby("model", sort=False)):
+            style = plotting.line_style(i) | {"markersize": 5}
+            for scope, shift, words in scopes:
+                rows = _rows(part, scope, "log_prob")
+                if not len(rows):
+                    continue
+                plotting.points(
+                    ax,
+                    [units.index(unit) + 0.35 * i - 0.2 + shift for unit in rows["name"]],
+                    rows,
+                    style=style if scope == "all" else style | {"markerfacecolor": "white"},
+                    label=f"{model}: {words}",
+                    null="null",
+                    null_label="null" if i == 0 and scope == "all" else None,
+                )
+        ax.set_xticks(range(len(units)), [f"{unit[0]}{unit.split()[1]}" for unit in units])
+        ax.set(
+            title="one unit at all steps",
+            ylabel="change of log-probability, nats",
+            xlabel="h: head, g: group of neurons",
+        )
+        low, high = ax.get_ylim()
+        ax.set_ylim(low - 0.6 * (high - low), high)  # room for the legend
+        plotting.legend(ax)
+
+    return draw
 
 
-def _rows(frame: pd.DataFrame, statistic: str, answer: str) -> pd.DataFrame:
-    return frame[(frame["statistic"] == statistic) & (frame["answer"] == answer)]
+def _rows(frame: pd.DataFrame, scope: str, metric: str) -> pd.DataFrame:
+    return frame[(frame["scope"] == scope) & (frame["metric"] == metric)]

@@ -1,5 +1,4 @@
-"""Ablated runs against whole runs with a hook written by hand; the analysis of variance against its
-textbook form."""
+"""Ablated runs against whole runs with a hook written by hand."""
 
 from __future__ import annotations
 
@@ -8,9 +7,10 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 from torch import nn
 
-from bvit_interp.analyses.ablation.effects import ANSWERS, Ablator, steps_and_units
+from bvit_interp.analyses.ablation.effects import METRICS, Ablator
 from bvit_interp.errors import UserError
 from bvit_interp.models.unroll import unroll
 from bvit_interp.probes.probe import Probe
@@ -58,11 +58,11 @@ def test_effects_are_whole_runs_with_a_hook(any_model, images):
     with torch.inference_mode():
         found = Probe(any_model).record(images, ["z", "mlp_post"])
         given = Probe(any_model).record(others, ["z", "mlp_post"])
-        for site, total in ablator.sums(images).items():
-            ablator.means[site] = total / len(images)
-            mean = torch.stack([found[site, t].mean(0) for t in range(1, last + 1)])
-            assert torch.allclose(ablator.means[site].float(), mean, atol=1e-5)
-        effects = ablator.effects(images, LABELS, methods, spans, others)
+        means = {site: total / len(images) for site, total in ablator.clean_sums(images).items()}
+        for site, values in means.items():
+            expected = torch.stack([found[site, t].mean(0) for t in range(1, last + 1)])
+            assert torch.allclose(values.float(), expected, atol=1e-5)
+        effects = ablator.with_means(means).effects(images, LABELS, methods, spans, others)
         width = any_model.embed_dim // heads
         order = torch.randperm(heads * width, generator=torch.Generator().manual_seed(5))
         channels = [("z", list(range(h * width, (h + 1) * width))) for h in range(heads)] + [
@@ -72,7 +72,7 @@ def test_effects_are_whole_runs_with_a_hook(any_model, images):
             -(-ablator.probe.num_neurons * g // 3) for g in range(4)
         ]  # three runs of neighbours
         channels += [("mlp_post", list(range(*pair))) for pair in itertools.pairwise(bounds)]
-        assert effects.shape == (4, 3, len(channels), len(spans), len(ANSWERS))
+        assert effects.shape == (4, 3, len(channels), len(spans), len(METRICS))
         clean = any_model(images)
         for (u, (site, which)), (s, span), (m, method) in itertools.product(
             enumerate(channels[heads - 1 : heads + 2], start=heads - 1),
@@ -95,7 +95,7 @@ def test_variants_that_do_not_fit_at_once_are_run_in_turn(tiny, images, monkeypa
     ablator = Ablator(tiny, groups=0)
     with torch.inference_mode():
         whole = ablator.effects(images, LABELS, ["zero"], [(3, 12)])
-        monkeypatch.setattr("bvit_interp.analyses.ablation.effects._BYTES_OF_A_RUN", 1)
+        monkeypatch.setattr("bvit_interp.analyses.ablation.effects._BYTES_PER_RUN", 1)
         torch.testing.assert_close(
             ablator.effects(images, LABELS, ["zero"], [(3, 12)]), whole, rtol=1e-4, atol=1e-5
         )
@@ -116,106 +116,53 @@ def test_what_cannot_be_done_is_refused(tiny, images, monkeypatch):
         Ablator(tiny, groups=0).effects(images, LABELS, ["zero"], [(12, 12)])
     monkeypatch.setattr("bvit_interp.analyses.ablation.effects._BYTES_OF_MEANS", 1)
     with pytest.raises(UserError, match="means of every step"):
-        Ablator(tiny, groups=0).site_means()
+        Ablator(tiny, groups=0).empty_means()
 
 
-def same_in_all_folds(table):
-    return np.repeat(np.asarray(table, float)[None], 10, axis=0), np.full(10, 7)
+def test_means_come_before_mean_ablation_and_donors_before_resample(tiny, images):
+    ablator = Ablator(tiny, groups=2)
+    for method, lacking in (("mean", "with_means"), ("resample", "donors")):
+        with pytest.raises(ValueError, match=lacking), torch.inference_mode():
+            ablator.effects(images, LABELS, [method], [(1, 1)])
+    means = {site: mean.total for site, mean in ablator.empty_means().items()}
+    assert {site: tuple(mean.shape) for site, mean in means.items()} == {
+        "z": (12, 17, 4, 8),
+        "mlp_post": (12, 17, 128),
+    }
+    ready = ablator.with_means(means)  # means of zero are zero ablation
+    with torch.inference_mode():
+        effects = ready.effects(images, LABELS, ["zero", "mean"], [(2, 3)])
+    torch.testing.assert_close(effects[:, 0], effects[:, 1], rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="means of mlp_post"):
+        ablator.with_means({"z": means["z"]})
+    with pytest.raises(ValueError, match="means of z must have the shape"):
+        ablator.with_means(means | {"z": means["z"][1:]})
 
 
-def test_shares_without_noise_are_those_of_the_textbook():
-    table = np.random.default_rng(0).normal(size=(5, 3)) + np.arange(5)[:, None]
-    found = steps_and_units(*same_in_all_folds(table))
-    total = ((table - table.mean()) ** 2).sum()
-    of_steps = 3 * ((table.mean(1) - table.mean()) ** 2).sum()
-    of_units = 5 * ((table.mean(0) - table.mean()) ** 2).sum()
-    both = sum(
-        (table[t, u] - table[t].mean() - table[:, u].mean() + table.mean()) ** 2
-        for t in range(5)
-        for u in range(3)
-    )
-    for name, expected in (("steps", of_steps), ("units", of_units), ("both", both)):
-        row = found[f"variance_{name}"]
-        assert [row["value"], row["low"], row["high"]] == pytest.approx([expected / total] * 3)
-    assert found["reliability"]["value"] == pytest.approx(1.0)
+def test_the_memory_of_donors_is_that_of_their_activations(tiny, images):
+    cache = Probe(tiny).record(images, ["z", "mlp_post"])
+    numbers = cache["z"][0].numel() + cache["mlp_post"][0].numel()
+    assert Ablator(tiny, groups=1).donor_bytes() == 4 * numbers
+    assert Ablator(tiny, groups=0).donor_bytes() == 4 * cache["z"][0].numel()
 
 
-def test_nulls_are_means_over_all_shuffles():
-    table = np.random.default_rng(1).normal(size=(3, 3)) + np.array([0.0, 1.0, 2.0])
-    found = steps_and_units(*same_in_all_folds(table))
-    orders = [list(order) for order in itertools.permutations(range(3))]
-    shares = []
-    for chosen in itertools.product(orders, repeat=3):
-        shuffled = np.array([row[order] for row, order in zip(table, chosen, strict=True)])
-        total = ((shuffled - shuffled.mean()) ** 2).sum()
-        shares.append(3 * ((shuffled.mean(0) - shuffled.mean()) ** 2).sum() / total)
-    units = found["variance_units"]
-    assert units["null"] == pytest.approx(np.mean(shares))
-    assert found["variance_both"]["null"] == pytest.approx(
-        1 - found["variance_steps"]["value"] - units["null"]
-    )
-    across = steps_and_units(*same_in_all_folds(table.T))[
-        "variance_units"
-    ]  # steps within units are units within steps
-    assert found["variance_steps"]["null"] == pytest.approx(across["null"])
-    assert found["variance_steps"]["value"] == pytest.approx(across["value"])
+def test_variants_at_once_fit_in_the_memory_of_a_run(tiny, images, monkeypatch):
+    """A variant of four images holds 4 * 17 tokens of four states and the neurons."""
+    ablator, batches = Ablator(tiny, groups=0), []
+    numbers = 4 * 17 * (4 * 32 + 128)
+    monkeypatch.setattr("bvit_interp.analyses.ablation.effects._BYTES_PER_RUN", 3 * 4 * numbers + 5)
+    last = ablator.probe.model.blocks[11]
+    handle = last.register_forward_pre_hook(lambda _, args: batches.append(len(args[0])))
+    with torch.inference_mode():
+        ablator.effects(images, LABELS, ["zero"], [(3, 12)])
+    handle.remove()
+    assert batches == [4, 12, 4, 4]  # clean; three heads and one; the null
 
 
-def test_noise_of_images_is_no_interaction():
-    rng, found = np.random.default_rng(2), []
-    table = np.arange(6.0)[:, None] + np.array([0.0, 3.0, 1.0])  # steps and units add up
-    for _ in range(60):
-        folds = table + rng.normal(scale=3, size=(10, 6, 3))
-        rows = steps_and_units(folds, np.full(10, 5), draws=1)
-        found.append([rows[f"variance_{name}"]["value"] for name in ("units", "both")])
-        noisy = folds.mean(0)
-        rest = noisy - noisy.mean(0) - noisy.mean(1, keepdims=True) + noisy.mean()
-        found[-1].append(rest.var() / noisy.var())
-    units, both, plain = np.mean(found, axis=0)
-    assert abs(both) < 0.05
-    assert plain > 0.08
-    expected = table.mean(0).var() / table.var()
-    assert units == pytest.approx(expected, abs=0.05)
-
-
-def test_reliability_is_the_correlation_of_the_halves():
-    rng = np.random.default_rng(3)
-    folds, counts = rng.normal(size=(10, 4, 3)) + rng.normal(size=(4, 3)), np.array([3, 2] * 5)
-    row = steps_and_units(folds, counts)["reliability"]
-    halves = [folds[k::2].mean(0) for k in range(2)]
-    halves = [half - half.mean(1, keepdims=True) for half in halves]
-    assert row["value"] == pytest.approx(np.corrcoef(halves[0].ravel(), halves[1].ravel())[0, 1])
-    assert row["null"] == 0
-    alike = steps_and_units(*same_in_all_folds(rng.normal(size=(4, 3))))["reliability"]
-    assert alike["p_value"] < 0.01
-
-
-def test_few_images_one_unit_and_nothing_at_all():
-    rng = np.random.default_rng(4)
-    folds = np.full((10, 4, 3), np.nan)
-    folds[:3] = rng.normal(size=(3, 4, 3))
-    few = steps_and_units(folds, np.array([1, 1, 1] + [0] * 7))
-    assert np.isnan(few["variance_units"]["low"])
-    assert -1 <= few["reliability"]["value"] <= 1
-    one_image = steps_and_units(folds[:1], np.array([1]))
-    assert all(np.isnan(row["value"]) for row in one_image.values())
-    one_unit = steps_and_units(*same_in_all_folds(np.arange(4.0)[:, None]))
-    assert one_unit["variance_steps"]["value"] == 1
-    assert np.isnan(one_unit["reliability"]["p_value"])
-    nothing = steps_and_units(*same_in_all_folds(np.zeros((4, 3))))
-    assert np.isnan(nothing["variance_both"]["value"])
-    assert np.isnan(nothing["reliability"]["value"])
-
-
-def test_noise_that_a_unit_has_at_all_steps_is_not_reliable():
-    rng, below = np.random.default_rng(5), 0
-    for seed in range(200):  # no unit differs; half the noise of a fold is the unit's at every step
-        folds = rng.normal(size=(10, 12, 4)) + rng.normal(size=(10, 1, 4))
-        below += (
-            steps_and_units(folds, np.full(10, 8), seed, draws=99)["reliability"]["p_value"] <= 0.05
-        )
-    assert below <= 22  # 10 are expected, 22 are four standard deviations more
-    folds += np.array([0.0, 1.0, 2.0, 3.0])
-    assert steps_and_units(folds, np.full(10, 8), draws=99)["reliability"][
-        "p_value"
-    ] == pytest.approx(0.01)
+def test_wrong_shapes_are_refused(tiny, images):
+    ablator = Ablator(tiny, groups=0)
+    for wrong in ((images[0], LABELS), (images, LABELS[:3]), (images, LABELS.float())):
+        with pytest.raises(TypeCheckError):
+            ablator.effects(*wrong, ["zero"], [(1, 1)])
+    with pytest.raises(TypeCheckError):
+        ablator.effects(images, LABELS, ["resample"], [(1, 1)], donors=images[:2])

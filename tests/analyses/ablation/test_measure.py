@@ -1,9 +1,8 @@
-"""Effects of ablation against whole runs with a hook, image by image; any batches, any model, its
-table and figure."""
+"""Effects of ablation against whole runs with a hook, image by image; any batches, any model."""
 
 from __future__ import annotations
 
-import io
+import sys
 
 import numpy as np
 import pandas as pd
@@ -11,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from bvit_interp.analyses.ablation import COLUMNS, Config, measure, plot
+from bvit_interp.analyses.ablation import COLUMNS, Config, measure, summary
+from bvit_interp.analyses.ablation.effects import Ablator
 from bvit_interp.data.digits import DigitScenes
 from bvit_interp.data.geometry import Geometry
 from bvit_interp.data.samples import spread
@@ -19,7 +19,7 @@ from bvit_interp.errors import UserError
 from bvit_interp.models.unroll import unroll
 from bvit_interp.probes.probe import Probe
 
-SHORT = {"groups": 2, "images": 6}
+SHORT = {"groups": 2, "n_ablated": 6}
 
 
 def batch_of(model, data, places):
@@ -63,7 +63,7 @@ def three(make):
 
 
 def test_every_scope_and_method_against_runs_with_a_hook(three, digits):
-    frame = measure({"m": three}, digits, Config(limit=12, images=6, groups=0))
+    frame = measure({"m": three}, digits, Config(limit=12, n_ablated=6, groups=0))
     images, labels = batch_of(three, digits, spread(60, 6))
     others, _ = batch_of(
         three, digits, np.roll(spread(60, 6), -3)
@@ -82,9 +82,9 @@ def test_every_scope_and_method_against_runs_with_a_hook(three, digits):
                 "mean": lambda t, head=head: means[t][:, head],
                 "resample": lambda t, head=head: given[t][:, :, head],
             }[method]
-            of_head = rows(frame, method=method, unit=head, answer="log_prob", kind="head")
+            of_head = rows(frame, method=method, unit=head, metric="log_prob", site="z")
             single = []
-            for statistic, step, steps in [
+            for scope, step, steps in [
                 ("each", 1, [1]),
                 ("each", 2, [2]),
                 ("each", 3, [3]),
@@ -93,14 +93,14 @@ def test_every_scope_and_method_against_runs_with_a_hook(three, digits):
                 ("all", None, [1, 2, 3]),
             ]:
                 change = log_prob(with_head(three, images, head, steps, fill), labels) - clean
-                found = rows(of_head, statistic=statistic)
+                found = rows(of_head, scope=scope)
                 found = found[found["step"].isna()] if step is None else rows(found, step=step)
                 assert found["value"].item() == pytest.approx(change.mean(), rel=1e-4, abs=1e-6)
                 half = 1.959963984540054 * change.std(ddof=1) / 6**0.5
                 assert found["high"].item() - found["value"].item() == pytest.approx(half, rel=1e-3)
                 assert found["n"].item() == 6
-                single += [change] if statistic == "each" else []
-            total, excess = (rows(of_head, statistic=name).iloc[0] for name in ("sum", "excess"))
+                single += [change] if scope == "each" else []
+            total, excess = (rows(of_head, scope=name).iloc[0] for name in ("sum", "excess"))
             assert total["value"] == pytest.approx(sum(single).mean(), rel=1e-4, abs=1e-6)
             difference = change - sum(single)
             assert excess["value"] == pytest.approx(difference.mean(), rel=1e-3, abs=1e-6)
@@ -119,21 +119,19 @@ def test_the_null_of_a_head_is_random_channels_and_of_a_group_the_mean_group(thr
     )
     with torch.inference_mode():
         change = log_prob(view(images), labels) - log_prob(three(images), labels)
-    at_two = rows(frame, answer="log_prob", statistic="each", step=2)
-    assert rows(at_two, kind="head")["null"].tolist() == pytest.approx(
-        [change.mean()] * 2, rel=1e-4
-    )
-    groups = rows(at_two, kind="neurons")
+    at_two = rows(frame, metric="log_prob", scope="each", step=2)
+    assert rows(at_two, site="z")["null"].tolist() == pytest.approx([change.mean()] * 2, rel=1e-4)
+    groups = rows(at_two, site="mlp_post")
     assert groups["null"].tolist() == pytest.approx([groups["value"].mean()] * 2)
     assert groups["unit"].tolist() == [0, 1]
 
 
 def test_the_table_of_single_steps_parts_as_written_down(three, digits):
     frame = measure(
-        {"m": three}, digits, Config(images=20, groups=0, methods=("zero",), scopes=("each",))
+        {"m": three}, digits, Config(n_ablated=20, groups=0, methods=("zero",), scopes=("each",))
     )
     each = (
-        rows(frame, answer="kl", statistic="each")
+        rows(frame, metric="kl", scope="each")
         .pivot(index="step", columns="unit", values="value")
         .to_numpy()
     )
@@ -156,7 +154,7 @@ def test_the_table_of_single_steps_parts_as_written_down(three, digits):
         np.concatenate([within[..., k::10] for k in range(first, 10, 2)], -1).mean(-1)
         for first in (0, 1)
     )
-    found = frame[frame["answer"] == "kl"].set_index("statistic")
+    found = frame[frame["metric"] == "kl"].set_index("scope")
     expected = np.corrcoef(even.ravel(), odd.ravel())[0, 1]
     assert found.loc["reliability", "value"] == pytest.approx(expected, rel=1e-3)
     of_units, total = 0.0, 0.0  # products of images of different folds alone
@@ -167,7 +165,7 @@ def test_the_table_of_single_steps_parts_as_written_down(three, digits):
                 of_units += 3 * (a.mean(0) * b.mean(0)).sum()
                 total += (a * b).sum()
     assert found.loc["variance_units", "value"] == pytest.approx(of_units / total, rel=1e-3)
-    shares = found.loc[["variance_steps", "variance_units", "variance_both"]]
+    shares = found.loc[["variance_steps", "variance_units", "variance_interaction"]]
     assert shares["value"].sum() == pytest.approx(1)
     assert (shares["low"] < shares["high"]).all()
     assert found.loc["variance_units", "null"] == pytest.approx(
@@ -177,20 +175,20 @@ def test_the_table_of_single_steps_parts_as_written_down(three, digits):
 
 def test_any_model(any_model, digits):
     before = {name: tensor.clone() for name, tensor in any_model.state_dict().items()}
-    config = Config(images=4, groups=1, methods=("mean", "resample"), scopes=("from", "all"))
+    config = Config(n_ablated=4, groups=1, methods=("mean", "resample"), scopes=("from", "all"))
     frame = measure({"m": any_model}, digits, config)
     steps, heads = Probe(any_model).num_steps, any_model.blocks[0].attn.num_heads
     assert len(frame) == 2 * 4 * (heads + 1) * (steps + 1)
     assert frame["value"].notna().all() and frame["null"].notna().all()
-    changes = frame[frame["answer"] == "kl"]
+    changes = frame[frame["metric"] == "kl"]
     assert (changes["value"] > 0).all()
-    first = rows(frame, statistic="from", step=1)["value"].to_numpy()
-    np.testing.assert_array_equal(first, rows(frame, statistic="all")["value"].to_numpy())
+    first = rows(frame, scope="from", step=1)["value"].to_numpy()
+    np.testing.assert_array_equal(first, rows(frame, scope="all")["value"].to_numpy())
     assert all(torch.equal(tensor, before[name]) for name, tensor in any_model.state_dict().items())
 
 
 def test_batches_of_any_size_give_the_same_table(three, stacked, digits):
-    config = {"limit": 9, "images": 7, "groups": 2}
+    config = {"limit": 9, "n_ablated": 7, "groups": 2}
     models = {"a": three, "b": stacked}
     whole = measure(models, digits, Config(**config))
     pd.testing.assert_frame_equal(
@@ -204,7 +202,7 @@ def test_batches_of_any_size_give_the_same_table(three, stacked, digits):
 
 
 def test_out_of_memory_halves_the_batch_and_counts_no_image_twice(three, digits, monkeypatch):
-    config = Config(limit=8, images=8, groups=2)
+    config = Config(limit=8, n_ablated=8, groups=2)
     whole = measure({"m": three}, digits, config)
     head, calls = type(three).forward_head, []
 
@@ -226,58 +224,83 @@ def test_out_of_memory_halves_the_batch_and_counts_no_image_twice(three, digits,
 def test_donors_that_do_not_fit_at_once_come_in_parts(three, digits, monkeypatch):
     config = Config(limit=6, groups=0, methods=("resample",), scopes=("all",))
     whole = measure({"m": three}, digits, config)
-    monkeypatch.setattr("bvit_interp.analyses.ablation._BYTES_OF_DONORS", 1)
-    pd.testing.assert_frame_equal(measure({"m": three}, digits, config), whole, atol=1e-5)
+    effects, sizes = Ablator.effects, []
+
+    def counted(self, images, *args):
+        sizes.append(len(images))
+        return effects(self, images, *args)
+
+    monkeypatch.setattr(Ablator, "effects", counted)
+    module = sys.modules[measure.__module__]
+    for images, expected in ((6, [6]), (3, [3, 3]), (2, [1, 2, 1, 2]), (0.5, [1] * 6)):
+        limit = int(images * 4 * 3 * 17 * 32)  # 3 steps, 17 tokens, 2 heads of 16, floats
+        monkeypatch.setattr(module, "_BYTES_OF_DONORS", limit)
+        pd.testing.assert_frame_equal(measure({"m": three}, digits, config), whole, atol=1e-5)
+        assert sizes == expected
+        sizes.clear()
 
 
-def test_columns_headline_and_figure_from_the_csv_alone(three, stacked, digits):
+def test_columns_and_summary(three, stacked, digits):
     config = Config(**SHORT)
     frame = measure({"a": three, "b": stacked}, digits, config)
     assert list(frame) == list(COLUMNS)
-    shown = config.headline(frame)
+    shown = summary(frame)
     assert len(shown) == 2 * 3 * 4 + 2 + stacked.blocks[0].attn.num_heads
-    least = shown[(shown["statistic"] == "each") & (shown["model"] == "a")].set_index("unit")[
-        "value"
-    ]
-    mean = rows(frame, model="a", method="mean", kind="head", answer="log_prob", statistic="each")
+    least = shown[(shown["scope"] == "each") & (shown["model"] == "a")].set_index("unit")["value"]
+    mean = rows(frame, model="a", method="mean", site="z", metric="log_prob", scope="each")
     assert least.to_dict() == mean.groupby("unit")["value"].min().to_dict()
-    figure = plot(pd.read_csv(io.StringIO(frame.to_csv(index=False))))
-    titles = [ax.get_title() for ax in figure.axes if ax.get_title()]
-    assert titles == [
-        "a: log-probability, at one step",
-        "b: log-probability, at one step",
-        "a: KL, a head at one step",
-        "b: KL, a head at one step",
-        "log-probability, a head from the step on",
-        "log-probability, a unit at all steps",
-    ]
-    profile = next(ax for ax in figure.axes if ax.get_title() == "a: KL, a head at one step")
-    kl = rows(frame, model="a", method="mean", kind="head", answer="kl", statistic="each")
-    np.testing.assert_allclose(profile.lines[1].get_ydata(), rows(kl, unit=1)["value"])
-    np.testing.assert_allclose(profile.lines[2].get_ydata(), rows(kl, unit=1)["null"])
+
+
+def test_partners_are_resampled_from_and_share_a_fold(three, digits):
+    """Sixteen images: image i is resampled from image i + 8, and both are in fold i modulo 8."""
+    config = Config(n_ablated=16, groups=0, methods=("resample",), scopes=("each",))
+    frame = measure({"m": three}, digits, config)
+    images, _ = batch_of(three, digits, spread(60, 16))
+    donors = images.roll(-8, 0)
+    with torch.inference_mode():
+        given = Probe(three).record(donors, "z")["z"]
+        clean = three(images).double().log_softmax(-1)
+        changes = np.zeros((3, 2, 16))
+        for t in range(3):
+            for head in range(2):
+                logits = with_head(
+                    three, images, head, [t + 1], lambda s, head=head: given[:, s - 1, :, head]
+                )
+                kl = (clean.exp() * (clean - logits.double().log_softmax(-1))).sum(-1)
+                changes[t, head] = kl.numpy()
+    squares, total = 0.0, 0.0
+    for i in range(16):
+        for j in range(16):
+            if i % 8 != j % 8:
+                a, b = (changes[..., k] - changes[..., k].mean() for k in (i, j))
+                squares += 2 * (a.mean(1) * b.mean(1)).sum()
+                total += (a * b).sum()
+    shares = rows(frame, metric="kl", scope="variance_steps")
+    assert shares["value"].item() == pytest.approx(squares / total, rel=1e-3)
+    assert shares["n"].item() == 16
+    assert shares["low"].isna().all()  # eight of ten folds
 
 
 @pytest.mark.parametrize("scopes", [("all",), ("from",), ("each",), ("each", "all")])
 def test_scopes_alone(three, digits, scopes):
-    config = Config(images=3, groups=0, methods=("zero",), scopes=scopes)
+    config = Config(n_ablated=3, groups=0, methods=("zero",), scopes=scopes)
     frame = measure({"m": three}, digits, config)
-    assert ("sum" in set(frame["statistic"])) == (len(scopes) == 2)
-    assert ("reliability" in set(frame["statistic"])) == ("each" in scopes)
-    assert len(config.headline(frame)) >= 2
-    assert plot(frame).axes
+    assert ("sum" in set(frame["scope"])) == (len(scopes) == 2)
+    assert ("reliability" in set(frame["scope"])) == ("each" in scopes)
+    assert len(summary(frame)) >= 2
 
 
 def test_images_are_at_most_the_limit(three, digits):
     config = {"groups": 0, "methods": ("zero",), "scopes": ("all",)}
     assert (measure({"m": three}, digits, Config(**config, limit=5))["n"] == 5).all()
-    assert (measure({"m": three}, digits, Config(**config, images=None))["n"] == 60).all()
+    assert (measure({"m": three}, digits, Config(**config, n_ablated=None))["n"] == 60).all()
     one = measure({"m": three}, digits, Config(**config, limit=1))
     assert one["value"].notna().all() and one["low"].isna().all()
 
 
 def test_bad_input(three, digits):
-    with pytest.raises(UserError, match="images must be >= 1, got 0"):
-        Config(images=0)
+    with pytest.raises(UserError, match="n-ablated must be >= 1, got 0"):
+        Config(n_ablated=0)
     with pytest.raises(
         UserError,
         match="methods must be one or more of zero, mean, resample, each once, got 'median'",
