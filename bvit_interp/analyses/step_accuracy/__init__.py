@@ -1,4 +1,10 @@
-"""How accurate is the head after every step, also past the trained ones?"""
+"""How accurate is the head after every step, also beyond the trained number of steps?
+
+The model's own final norm and head read the tokens after every step, in one pass over the images.
+A recurrent model continues beyond the number of steps it was trained for; a stacked ViT stops at
+its last block. The null of the accuracy is the share of the most frequent class. The rank of the
+true class and the flips between steps have nulls of their own.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +20,7 @@ class Config(LoaderOptions):
     """Options of the step accuracy."""
 
     steps: int = 24
-    """Steps to run, from 1; a stacked ViT (one of timm, or a matched `vit_rms_*`) stops at its last
+    """Number of steps to run; a stacked ViT (from timm, or a matched `vit_rms_*`) stops at its last
     block."""
 
     def __post_init__(self) -> None:
@@ -25,25 +31,29 @@ class Config(LoaderOptions):
 
 COLUMNS = {
     "model": "checkpoint",
-    "step": "step t after which the head answers, from 1",
-    "trained_steps": "steps T the model was made for; of a stack, its blocks",
-    "n": "images",
-    "top1": "share of images classified right, 0..1",
-    "low": "lower end of Wilson's 95 % interval of it",
-    "high": "upper end of it",
-    "top5": "share whose class is among the five of the largest logits, 0..1; none for fewer than 5 classes",
+    "step": "step t after which the head reads the tokens, from 1",
+    "trained_steps": "number of steps T the model was trained for; for a stack, its blocks",
+    "n": "number of images",
+    "accuracy": "share of images classified correctly, 0..1",
+    "low": "lower end of the 95 % Wilson interval of the accuracy",
+    "high": "upper end of that interval",
+    "top5_accuracy": "share of images whose class is among the five largest logits, 0..1;"
+    " empty for fewer than 5 classes",
     "loss": "mean cross-entropy, nats",
     "confidence": "mean of the largest softmax probability, 0..1",
     "entropy": "mean entropy of the softmax, nats",
-    "true_rank": "mean rank of the true class among the logits, 1 (largest) to C",
-    "rank_null": "null: the rank expected of logits in random order, (C + 1) / 2",
-    "agreement": "share of images with the answer of step T, 0..1; none if fewer steps are run",
-    "flips": "share of images whose answer differs from the step before's, 0..1; none at step 1",
-    "flips_null": "null: the same if both steps' answers were independent and as frequent, 0..1; none at step 1",
-    "gflops": "10^9 FLOPs of an image up to this step and the head, without QK^T and AV as in the paper;"
-    " none where not known",
-    "gflops_attention": "the same with QK^T and AV",
-    "chance": "null: share of the most frequent class among the images, 0..1",
+    "true_rank": "mean rank of the true class among the logits, from 1 (largest) to C",
+    "true_rank_null": "null of the rank: its mean for logits in random order, (C + 1) / 2",
+    "agreement": "share of images with the same prediction as step T, 0..1;"
+    " empty if fewer than T steps are run",
+    "flips": "share of images whose prediction differs from the previous step, 0..1;"
+    " empty at step 1",
+    "flips_null": "null of the flips: their share if both steps predicted independently with the"
+    " same class frequencies, 0..1; empty at step 1",
+    "gflops": "10^9 FLOPs per image up to this step, with the head, without QK^T and AV as in the"
+    " paper; empty where not known",
+    "gflops_attention": "10^9 FLOPs per image including QK^T and AV",
+    "chance": "null of the accuracy: share of the most frequent class among the images, 0..1",
 }
 
 

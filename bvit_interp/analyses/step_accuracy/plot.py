@@ -3,48 +3,57 @@
 from __future__ import annotations
 
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bvit_interp import plotting
 
+# column: title, null column, label of the null
+_PANELS = {
+    "accuracy": (
+        "top-1 accuracy of the head after the step",
+        "chance",
+        "chance: most frequent class",
+    ),
+    "agreement": ("same prediction as after step T", None, None),
+    "true_rank": ("mean rank of the true class", "true_rank_null", "logits in random order"),
+    "flips": ("prediction differs from the previous step", "flips_null", "independent predictions"),
+}
+
 
 def plot(frame: pd.DataFrame) -> Figure:
-    """Fig. 8: accuracy against step; then agreement with step T, flips between steps, and the true
-    class's rank."""
+    """Fig. 8: accuracy against step; then agreement with step T, rank of the true class, and flips
+    between steps."""
     figure, axes = plotting.canvas(columns=2, rows=2, width=5.0, height=3.2)
-    panels = {
-        "top1": ("top-1 of the head after the step", "chance", "chance: most frequent class"),
-        "agreement": ("same answer as after step T", None, ""),
-        "true_rank": ("mean rank of the true class", "rank_null", "logits in random order"),
-        "flips": ("answer differs from the step before's", "flips_null", "independent answers"),
-    }
-    for ax, (column, (title, null, label)) in zip(axes.flat, panels.items(), strict=True):
-        for i, (name, part) in enumerate(frame.groupby("model", sort=False)):
-            style = plotting.line_style(i)
-            ax.plot(part["step"], part[column], **style, label=name if column == "top1" else None)
-            if column == "top1":
-                ax.fill_between(
-                    part["step"],
-                    part["low"],
-                    part["high"],
-                    color=style["color"],
-                    alpha=0.15,
-                    linewidth=0,
-                )
-            if null:
-                ax.plot(part["step"], part[null], **plotting.NULL, label=None if i else label)
-        for trained in sorted(set(frame["trained_steps"])):
-            ax.axvline(
-                trained,
-                **plotting.NULL,
-                linestyle="--",
-                label=f"trained for T = {trained}" if column == "top1" else None,
-            )
-        ax.set_title(title, fontsize=10)
-        ax.set_ylim(*((1, None) if column == "true_rank" else (0, 1.02)))
-        ax.set_xlim(0, frame["step"].max() + 1)
-        plotting.step_axis(ax, frame["step"])
-        plotting.legend(ax)
+    for ax, column in zip(axes.flat, _PANELS, strict=True):
+        _plot_column(ax, frame, column)
     for ax, label in zip(axes[:, 0], ("share of images", "rank, 1 = first"), strict=True):
         ax.set_ylabel(label)
     return figure
+
+
+def _plot_column(ax: Axes, frame: pd.DataFrame, column: str) -> None:
+    """One column of every model against the step, with its null."""
+    title, null, null_label = _PANELS[column]
+    first = column == "accuracy"
+    names = list(dict.fromkeys(frame["model"]))
+    for i, name in enumerate(names):
+        plotting.line(
+            ax,
+            frame[frame["model"] == name],
+            "step",
+            column,
+            style=plotting.line_style(i),
+            label=name if first else None,
+            interval=("low", "high") if first else None,
+            null=null,
+            null_label=null_label if name == names[-1] else None,
+        )
+    for trained in sorted(set(frame["trained_steps"])):
+        label = f"trained for T = {trained}" if first else None
+        ax.axvline(trained, **plotting.NULL, linestyle="--", label=label)
+    ax.set_title(title, fontsize=10)
+    ax.set_ylim(*((1, None) if column == "true_rank" else (0, 1.02)))
+    ax.set_xlim(0, frame["step"].max() + 1)
+    plotting.step_axis(ax, frame["step"])
+    plotting.legend(ax)
