@@ -3,7 +3,6 @@ batches."""
 
 from __future__ import annotations
 
-import io
 import math
 
 import numpy as np
@@ -11,7 +10,8 @@ import pandas as pd
 import pytest
 import torch
 
-from bvit_interp.analyses.stability import COLUMNS, Config, jacobian, measure, plot
+from bvit_interp.analyses.stability import COLUMNS, Config, jacobian, measure, summary
+from bvit_interp.analyses.stability.vectors import seeded_normal
 from bvit_interp.data.geometry import Geometry
 from bvit_interp.data.partners import Partners
 from bvit_interp.errors import UserError
@@ -20,23 +20,23 @@ from bvit_interp.models.unroll import run_on, unroll
 
 SMALL = {
     "limit": 3,
-    "jacobian_images": 1,
+    "n_jacobian": 1,
     "steps": 3,
-    "spectra": (1,),
+    "jacobian_steps": (1,),
     "leading": 2,
     "iterations": 4,
     "starts": (1,),
     "eps": (0.1,),
 }
-KEYS = ["model", "statistic", "step", "index", "tokens", "source", "start", "eps"]
+KEYS = ["model", "metric", "step", "index", "tokens", "source", "start", "eps"]
 
 
 def small(**changes):
     return Config(**{**SMALL, **changes})
 
 
-def only(frame, statistic, **where):
-    part = frame[frame["statistic"] == statistic]
+def only(frame, metric, **where):
+    part = frame[frame["metric"] == metric]
     for key, value in where.items():
         part = part[part[key] == value]
     return part
@@ -46,14 +46,16 @@ def image_of(model, data, place):
     return Geometry.of(model, data)(data.read(place)[0], None)[0][None]
 
 
-@pytest.mark.parametrize("permuted", [False, True])
-def test_against_the_full_jacobians(make, digits, permuted):
-    """One image; singular values, radius and exponents from numpy's decompositions of 160 x 160
-    matrices."""
-    tiny = make(img_size=16)
-    frame = measure({"m": tiny}, digits, small(limit=2, steps=2, spectra=(2,), iterations=60))
+@pytest.mark.parametrize(("steps", "permuted"), [(2, False), (2, True), (4, False), (4, True)])
+def test_against_the_full_jacobians(make, digits, steps, permuted):
+    """One image, T = 2; singular values, radius and exponents from numpy's decompositions of 160 x
+    160 matrices, also where the run goes on past T."""
+    tiny = make(img_size=16, num_steps=2)
+    frame = measure(
+        {"m": tiny}, digits, small(limit=2, steps=steps, jacobian_steps=(2,), iterations=60)
+    )
     column = "null" if permuted else "value"
-    view = jacobian.differentiable(tiny, 2, 0 if permuted else None)
+    view = jacobian.differentiable(tiny, steps, 0 if permuted else None)
     states = [embed(view, image_of(tiny, digits, 0).double())]
     states.append(proceed(view, states[0], 1))
     matrices = []
@@ -66,9 +68,9 @@ def test_against_the_full_jacobians(make, digits, permuted):
         )
     matrices = [each.reshape(160, 160).numpy() for each in matrices]
     u, s, vh = np.linalg.svd(matrices[1])
-    np.testing.assert_allclose(only(frame, "singular", step=2)[column], s[:2], rtol=1e-5)
-    assert only(frame, "singular")["residual"].max() < 1e-2
-    radius = only(frame, "radius", step=2)
+    np.testing.assert_allclose(only(frame, "singular_value", step=2)[column], s[:2], rtol=1e-5)
+    assert only(frame, "singular_value")["residual"].max() < 1e-2
+    radius = only(frame, "spectral_radius", step=2)
     assert radius[column].item() == pytest.approx(
         np.abs(np.linalg.eigvals(matrices[1])).max(), rel=1e-4
     )
@@ -84,15 +86,22 @@ def test_against_the_full_jacobians(make, digits, permuted):
     grown = math.log(norms[2] / norms[0]) / 2
     np.testing.assert_allclose(only(frame, "ftle_relative")[column], worst - grown, rtol=1e-5)
     assert only(frame, "state_growth", step=2)[column].item() == pytest.approx(norms[2] / norms[1])
+    assert only(frame, "ftle")["step"].tolist() == [2, 2]
+    # the gain of one random change of CLS alone, read in patches
+    probe = seeded_normal(torch.tensor([0]), (2, 5, 32), 0, 0)[0, 1].flatten().numpy()
+    probe[32:] = 0
+    passed = np.linalg.norm((matrices[1] @ probe)[32:]) / np.linalg.norm(probe)
+    gain = only(frame, "gain", step=2, source="cls", tokens="patches")[column].item()
+    assert gain == pytest.approx(passed)
     # Benettin: the volume that two tangents span
-    tangents = jacobian.seeded_normal(torch.tensor([0]), (2, 5, 32), 0, 1)[0].flatten(1).numpy()
+    tangents = seeded_normal(torch.tensor([0]), (2, 5, 32), 0, 1)[0].flatten(1).numpy()
     before, after = (
         np.linalg.qr(each.T)[1] for each in (tangents, tangents @ (matrices[1] @ matrices[0]).T)
     )
     logs = np.log(np.abs(np.diag(after) / np.diag(before))) / 2
-    np.testing.assert_allclose(only(frame, "exponent", step=2)[column], logs, rtol=1e-6)
+    np.testing.assert_allclose(only(frame, "lyapunov_exponent", step=2)[column], logs, rtol=1e-6)
     np.testing.assert_allclose(
-        only(frame, "exponent_relative", step=2)[column], logs - grown, rtol=1e-6
+        only(frame, "lyapunov_exponent_relative", step=2)[column], logs - grown, rtol=1e-6
     )
     first = tangents[0] @ (matrices[1] @ matrices[0]).T
     share = np.square(first[:32]).sum() / np.square(first).sum()
@@ -123,7 +132,7 @@ def test_curves_against_runs_by_hand(tiny, digits):
     half = 1.96 * np.std(far, ddof=1) / 2
     assert row["high"] - row["value"] == pytest.approx(half, rel=1e-3)
     assert row["n"] == 4
-    assert only(frame, "same_answer", source="partner", step=3)["value"].item() == np.mean(same)
+    assert only(frame, "same_prediction", source="partner", step=3)["value"].item() == np.mean(same)
     at_start = only(frame, "distance", source="random", step=1)
     assert at_start["step"].tolist() == [1, 1]
     assert only(frame, "distance", step=0).empty
@@ -135,7 +144,7 @@ def test_every_model_with_its_kinds_of_token(any_model, digits):
     assert list(frame) == list(COLUMNS)
     assert not frame.duplicated(KEYS).any()
     assert frame["value"].notna().all()
-    assert frame.loc[frame["statistic"] != "token_share", "null"].notna().all()
+    assert frame.loc[frame["metric"] != "token_share", "null"].notna().all()
     assert (frame["trained_steps"] == len(any_model.blocks)).all()
     kinds = {"cls", "patches"} | ({"reg"} if any_model.reg_token is not None else set())
     kinds |= {"dist"} if hasattr(any_model, "dist_token") else set()
@@ -143,8 +152,8 @@ def test_every_model_with_its_kinds_of_token(any_model, digits):
     kinds |= {"memory"} if hasattr(any_model.blocks[0], "memory") else set()
     gains = only(frame, "gain", step=1)
     assert set(gains["tokens"]) == set(gains["source"]) == kinds
-    for statistic in ("token_share", "input_share"):
-        shares = only(frame, statistic).groupby("step", dropna=False)["value"].sum()
+    for metric in ("token_share", "input_share"):
+        shares = only(frame, metric).groupby("step", dropna=False)["value"].sum()
         np.testing.assert_allclose(shares, 1)
     if "memory" in kinds:  # it starts at zero and is the part that cannot have been stretched yet
         assert only(frame, "token_share", tokens="memory")["value"].item() == 0.5
@@ -152,32 +161,34 @@ def test_every_model_with_its_kinds_of_token(any_model, digits):
 
 
 def test_tables_do_not_depend_on_batches_or_on_other_models(tiny, tiny_te, digits):
-    options = {"limit": 5, "jacobian_images": 3}
+    options = {"limit": 5, "n_jacobian": 3}
     whole = measure({"a": tiny, "b": tiny_te}, digits, small(**options))
     ones = measure({"b": tiny_te}, digits, small(**options, batch_size=2))
     of_b = whole[whole["model"] == "b"].reset_index(drop=True)
     pd.testing.assert_frame_equal(of_b, ones, rtol=1e-6, atol=1e-6)
-    assert (only(of_b, "singular")["n"] == 3).all()
+    assert (only(of_b, "singular_value")["n"] == 3).all()
     assert (only(of_b, "distance")["n"] == 5).all()
 
 
 def test_steps_past_the_last_and_of_a_stack(tiny, stacked, digits):
     frame = measure(
-        {"a": tiny, "b": stacked}, digits, small(limit=2, steps=14, spectra=(2, 14), starts=(2, 13))
+        {"a": tiny, "b": stacked},
+        digits,
+        small(limit=2, steps=14, jacobian_steps=(2, 14), starts=(2, 13)),
     )
     of = dict(list(frame.groupby("model")))
-    assert set(only(of["a"], "singular")["step"]) == {2, 12, 14}
-    assert set(only(of["b"], "singular")["step"]) == {2, 3}
+    assert set(only(of["a"], "singular_value")["step"]) == {2, 12, 14}
+    assert set(only(of["b"], "singular_value")["step"]) == {2, 3}
     assert set(only(of["a"], "ftle")["step"]) == {12}
-    assert only(of["a"], "exponent")["step"].max() == 14
-    assert only(of["b"], "exponent")["step"].max() == 3
-    assert set(only(of["a"], "same_answer")["start"]) == {2, 13}
-    assert set(only(of["b"], "same_answer")["start"]) == {2}
+    assert only(of["a"], "lyapunov_exponent")["step"].max() == 14
+    assert only(of["b"], "lyapunov_exponent")["step"].max() == 3
+    assert set(only(of["a"], "same_prediction")["start"]) == {2, 13}
+    assert set(only(of["b"], "same_prediction")["start"]) == {2}
 
 
-def test_one_jacobian_image_has_no_interval(tiny, digits):
+def test_one_image_has_no_interval(tiny, digits):
     frame = measure({"m": tiny}, digits, small(limit=2))
-    row = only(frame, "radius").iloc[0]
+    row = only(frame, "spectral_radius").iloc[0]
     assert math.isnan(row["low"])
     assert row["n"] == 1
 
@@ -188,49 +199,24 @@ def test_an_unroll_is_its_model(tiny, digits):
     pd.testing.assert_frame_equal(frame, view, rtol=1e-6)
 
 
-def test_figure_from_the_csv_alone(tiny, stacked, digits):
-    frame = measure({"a": tiny, "b": stacked}, digits, small(limit=2, eps=(0.1, 0.2)))
-    figure = plot(pd.read_csv(io.StringIO(frame.to_csv(index=False))))
-    local, spectrum, run, far, same, gain = figure.axes
-    drawn = [line.get_ydata() for line in local.lines]
-    for statistic in ("singular", "radius"):
-        part = only(frame, statistic, model="a")
-        for column in ("value", "null"):
-            expected = part[part["index"].isna() | (part["index"] == 1)][column].to_numpy()
-            assert any(np.array_equal(expected, line) for line in drawn)
-    ftle = only(frame, "ftle", model="b")["value"].to_numpy()
-    assert any(np.array_equal(ftle, line.get_ydata()) for line in spectrum.lines)
-    relative = only(frame, "exponent_relative", model="b", index=1)["value"].to_numpy()
-    assert any(np.array_equal(relative, line.get_ydata()) for line in run.lines)
-    for ax, statistic, more in ((far, "direction", {"tokens": "cls"}), (same, "same_answer", {})):
-        curve = only(frame, statistic, model="a", source="partner", eps=0.2, **more)[
-            "value"
-        ].to_numpy()
-        assert any(np.array_equal(curve, line.get_ydata()) for line in ax.lines)
-    assert [label.get_text() for label in gain.get_xticklabels()] == [
-        "CLS\nto CLS",
-        "CLS\nto patches",
-        "patches\nto CLS",
-        "patches\nto patches",
-    ]
-
-
-def test_headline(tiny, digits):
-    frame = measure({"m": tiny}, digits, small(limit=2, steps=13, spectra=(13,), eps=(0.1, 0.2)))
-    shown = small(eps=(0.1, 0.2)).headline(frame)
+def test_summary(tiny, digits):
+    frame = measure(
+        {"m": tiny}, digits, small(limit=2, steps=13, jacobian_steps=(13,), eps=(0.1, 0.2))
+    )
+    shown = summary(frame)
     assert set(shown["step"]) == {12, 13}
-    numbers = shown[shown["statistic"] != "direction"]
-    assert set(numbers["statistic"]) == {
-        "singular",
-        "radius",
-        "exponent",
-        "exponent_relative",
+    numbers = shown[shown["metric"] != "direction_distance"]
+    assert set(numbers["metric"]) == {
+        "singular_value",
+        "spectral_radius",
+        "lyapunov_exponent",
+        "lyapunov_exponent_relative",
         "ftle",
         "ftle_relative",
     }
     assert len(numbers) == 10
     assert set(numbers["index"].dropna()) == {1}
-    far = shown[shown["statistic"] == "direction"]
+    far = shown[shown["metric"] == "direction_distance"]
     assert far[["source", "step"]].to_numpy().tolist() == [
         ["random", 12],
         ["random", 13],
@@ -241,7 +227,7 @@ def test_headline(tiny, digits):
     assert (far["tokens"] == "cls").all()
 
 
-def test_identity_leaves_out_how_it_is_run():
+def test_resume_key_leaves_out_how_it_is_run():
     assert small(batch_size=3).resume_key() == small(batch_size=7).resume_key()
     assert small(seed=1).resume_key() != small().resume_key()
 
@@ -250,10 +236,10 @@ def test_identity_leaves_out_how_it_is_run():
     ("options", "message"),
     [
         ({"steps": 0}, "steps must be >= 1, got 0"),
-        ({"jacobian_images": 0}, "jacobian-images must be >= 1, got 0"),
+        ({"n_jacobian": 0}, "n-jacobian must be >= 1, got 0"),
         ({"leading": 0}, "leading must be >= 1, got 0"),
         ({"iterations": 1}, r"iterations must be >= leading \(2\), got 1"),
-        ({"spectra": (0, 3)}, r"spectra must be steps >= 1, got \(0, 3\)"),
+        ({"jacobian_steps": (0, 3)}, r"jacobian-steps must be >= 1, got \(0, 3\)"),
         ({"starts": ()}, r"starts must be steps >= 0, got \(\)"),
         ({"starts": (-1,)}, "starts must be steps >= 0"),
         ({"eps": (0.0,)}, "eps must be > 0 and finite"),
@@ -270,7 +256,9 @@ def test_bad_options(options, message):
 def test_bad_input(tiny, stacked, digits):
     with pytest.raises(UserError, match="at least 2 are needed, got 1"):
         measure({"m": tiny}, digits, small(limit=1))
-    with pytest.raises(UserError, match=r"b runs on past none of the starts \(7,\); its own: 0..2"):
+    with pytest.raises(
+        UserError, match=r"b has no step after any of the starts \(7,\); its starts: 0..2"
+    ):
         measure({"a": tiny, "b": stacked}, digits, small(steps=12, starts=(7,)))
     with torch.no_grad():
         tiny.blocks[0].mlp.fc1.weight[0, 0] = math.nan

@@ -5,21 +5,22 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 
-from bvit_interp.analyses.stability.jacobian import seeded_normal
 from bvit_interp.analyses.stability.perturbations import perturbed_runs
+from bvit_interp.analyses.stability.vectors import seeded_normal
 from bvit_interp.errors import UserError
 from bvit_interp.models.stepping import State, answer, embed, proceed
 from bvit_interp.models.unroll import run_on
 
 INDEX = torch.tensor([2, 5])
-VARIANTS = [("random", 0, 0.3), ("partner", 2, 0.3)]
+PERTURBATIONS = [("random", 0, 0.3), ("partner", 2, 0.3)]
 
 
-def runs(view, own, other, variants=VARIANTS, kinds=(slice(0, 1), slice(1, None))):
+def runs(view, own, other, perturbations=PERTURBATIONS, kinds=(slice(0, 1), slice(1, None))):
     with torch.inference_mode():
         return perturbed_runs(
-            view, embed(view, own), embed(view, other), INDEX, variants, kinds, seed=3
+            view, embed(view, own), embed(view, other), INDEX, perturbations, kinds, seed=3
         )
 
 
@@ -33,7 +34,7 @@ def test_against_a_loop(any_model, images):
     random = seeded_normal(INDEX, embed(view, own).tokens.shape[1:], 3, 2).float()
     with torch.no_grad():
         for i in range(2):
-            for v, (source, start, eps) in enumerate(VARIANTS):
+            for v, (source, start, eps) in enumerate(PERTURBATIONS):
                 clean, beside = (
                     proceed(view, embed(view, x[i : i + 1]), start) for x in (own, other)
                 )
@@ -53,14 +54,14 @@ def test_against_a_loop(any_model, images):
                             np.linalg.norm(a / np.linalg.norm(a) - b / np.linalg.norm(b))
                             for a, b in pairs
                         ]
-                        assert found["direction"][i, v, t, k].item() == pytest.approx(
+                        assert found["direction_distance"][i, v, t, k].item() == pytest.approx(
                             np.sqrt(np.mean(np.square(apart))), rel=1e-4
                         )
                     same = (
                         answer(view, perturbed).argmax()
                         == answer(view, proceed(view, clean, t)).argmax()
                     )
-                    assert found["same_answer"][i, v, t] == float(same)
+                    assert found["same_prediction"][i, v, t] == float(same)
 
 
 def test_the_null_is_the_other_images_run(tiny, images):
@@ -71,7 +72,7 @@ def test_the_null_is_the_other_images_run(tiny, images):
     expected = (other - own)[:, 1:].flatten(1).norm(dim=1) / own[:, 1:].flatten(1).norm(dim=1)
     torch.testing.assert_close(found["distance_null"][:, 3, 1].float(), expected)
     # CLS has seen nothing at step 0
-    assert (found["direction_null"][:, 0, 0] == 0).all()
+    assert (found["direction_distance_null"][:, 0, 0] == 0).all()
 
 
 def test_a_small_perturbation_grows_as_its_tangent(tiny, images):
@@ -90,15 +91,22 @@ def test_a_small_perturbation_grows_as_its_tangent(tiny, images):
     )
 
 
-def test_towards_an_equal_image_there_is_no_way(tiny, images):
+def test_an_equal_image_gives_no_direction(tiny, images):
     view = run_on(tiny, 3)
     found = runs(view, images[:2], torch.stack([images[0], images[3]]))
     assert found["distance"][0, 1].isnan().all()
-    assert found["same_answer"][0, 1].isnan().all()
-    assert found["same_answer"][1, 1, 2:].isfinite().all()
-    assert found["same_answer"][0, 0].isfinite().all()
+    assert found["same_prediction"][0, 1].isnan().all()
+    assert found["same_prediction"][1, 1, 2:].isfinite().all()
+    assert found["same_prediction"][0, 0].isfinite().all()
 
 
 def test_states_that_are_not_finite(tiny, images):
     with pytest.raises(UserError, match="NaN or infinite"):
         runs(run_on(tiny, 3), images[:2] * torch.nan, images[2:])
+
+
+def test_a_wrong_shape_is_refused(tiny, images):
+    view = run_on(tiny, 2)
+    own, other = (embed(view, each) for each in (images[:2], images[2:]))
+    with pytest.raises(TypeCheckError):
+        perturbed_runs(view, own, other, INDEX[None], PERTURBATIONS, [slice(None)], seed=3)
