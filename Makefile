@@ -39,7 +39,7 @@ demo: setup
 	$(BIN)/bvit-interp patching $(ONE) --limit 16
 	$(BIN)/bvit-interp ablation $(ONE) --limit 40 --n-ablated 4 --methods mean --groups 0
 	$(BIN)/bvit-interp lens $(ONE) --limit 60 --fit-images 100 --iterations 5
-	$(BIN)/bvit-interp stability $(ONE) --limit 16 --jacobian-images 1 --steps 13 --spectra 1 --leading 1 --iterations 3
+	$(BIN)/bvit-interp stability $(ONE) --limit 16 --n-jacobian 1 --steps 13 --jacobian-steps 1 --leading 1 --iterations 3
 	$(BIN)/bvit-interp step-attribution $(ONE) --limit 24 --folds 4 --methods magnitude stepwise random --sparsities 0.5
 	$(BIN)/bvit-interp schedule $(ONE) --limit 40 --scored 8 --runs 6 24
 	$(BIN)/bvit-interp circuits $(ONE) --limit 8 --fit-images 16 --fractions 0.5 --draws 1

@@ -143,11 +143,11 @@ QUICK = {
     "patching": ["--steps", "1", "12"],
     "lens": ["--fit-images", "6", "--iterations", "3"],
     "stability": [
-        "--jacobian-images",
+        "--n-jacobian",
         "1",
         "--steps",
         "13",
-        "--spectra",
+        "--jacobian-steps",
         "1",
         "--leading",
         "1",

@@ -52,8 +52,8 @@ COMMANDS = {
     "states": [
         ("lens --fit-images 24 --iterations 5", 41),
         ("lens --fit-images 24 --iterations 5", 1),
-        ("stability --jacobian-images 3 --steps 13 --spectra 1 --leading 2 --iterations 3", 7),
-        ("stability --jacobian-images 1 --steps 13 --spectra 1 --leading 2 --iterations 3", 3),
+        ("stability --n-jacobian 3 --steps 13 --jacobian-steps 1 --leading 2 --iterations 3", 7),
+        ("stability --n-jacobian 1 --steps 13 --jacobian-steps 1 --leading 2 --iterations 3", 3),
     ],
     "weights, gates": [
         ("step-attribution --folds 6 --sparsities 0.5", 41),
