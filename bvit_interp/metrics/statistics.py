@@ -1,4 +1,4 @@
-"""Intervals and permutation nulls of numbers over images."""
+"""Confidence intervals and permutation nulls of numbers over images."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import torch
+from jaxtyping import Float, Float64, Shaped
 from scipy import stats
 from torch import Tensor
 
@@ -14,49 +15,56 @@ Z_95 = float(stats.norm.ppf(0.975))
 
 
 def t_95(degrees: int) -> float:
-    """The same quantile of Student's t with so many degrees of freedom."""
+    """Quantile of Student's t for a two-sided 95 % interval, with `degrees` degrees of freedom."""
     return float(stats.t.ppf(0.975, degrees))
 
 
-def mean_over_images(values: np.ndarray, classes: np.ndarray | None = None) -> np.ndarray:
-    """Mean over images, nan left out: of all of them, or of the means of the classes.
+def mean_over_images(
+    values: Float[np.ndarray, " images *shape"],
+    classes: Shaped[np.ndarray, " images"] | None = None,
+) -> Float[np.ndarray, "*shape"]:
+    """Mean over images, or over the means of the classes; nan is left out.
 
     Parameters
     ----------
-    values : ``(n, ...)``, one row an image.
-    classes : ``(n,)`` class of each image. Per column, the mean over the images present in each
-        class, then over the classes that have any; without it the mean over images.
+    values : one row per image.
+    classes : class of each image. Per column, the mean over the images of each class, then over
+        the classes that have any. By default the mean over all images.
 
     Returns
     -------
-    ``(...)``; nan where no image is present.
+    nan where no image has a number.
     """
     order, begins = _by_class(len(values), classes)
     present = ~np.isnan(values[order])
     with np.errstate(invalid="ignore"):
-        means = np.add.reduceat(np.where(present, values[order], 0.0), begins) / np.add.reduceat(
-            present, begins, dtype=np.int64
-        )
-        there = ~np.isnan(means)
-        return np.where(there, means, 0.0).sum(0) / there.sum(0)
+        totals = np.add.reduceat(np.where(present, values[order], 0.0), begins)
+        means = totals / np.add.reduceat(present, begins, dtype=np.int64)
+        has_mean = ~np.isnan(means)
+        return np.asarray(np.where(has_mean, means, 0.0).sum(0) / has_mean.sum(0))
 
 
 def bootstrap_means(
-    values: np.ndarray, classes: np.ndarray | None = None, seed: int = 0, draws: int = 2000
-) -> np.ndarray:
-    """`mean_over_images` of bootstrap resamples of the images (Efron, 1979); their quantiles are
-    the interval.
+    values: Float[np.ndarray, "images columns"],
+    classes: Shaped[np.ndarray, " images"] | None = None,
+    seed: int = 0,
+    draws: int = 2000,
+) -> Float64[np.ndarray, "draws columns"]:
+    """`mean_over_images` of bootstrap resamples of the images (Efron, 1979).
+
+    Quantiles over the draws are a confidence interval; see `interval`.
 
     Parameters
     ----------
-    values : ``(n, columns)``, one row an image; nan is left out of its column's mean.
-    classes : ``(n,)`` class of each image, for the mean of class means; a class that a resample
-        misses is left out.
-    seed, draws : of the resampling.
+    values : one row per image; nan is left out of its column's mean.
+    classes : class of each image, for the mean of class means; a class that a resample misses is
+        left out.
+    seed : random seed for the resampling.
+    draws : number of resamples.
 
     Returns
     -------
-    ``(draws, columns)``; nan where a resample leaves a column without images.
+    nan where a resample leaves a column without images.
     """
     n, columns = values.shape
     means = np.full((draws, columns), np.nan)
@@ -66,9 +74,7 @@ def bootstrap_means(
     order, begins = _by_class(n, classes)
     present = (~np.isnan(values[order])).astype(np.float64)
     filled = np.where(present > 0, values[order], 0.0)
-    for begin in range(
-        0, draws, 100
-    ):  # a block of resamples at a time bounds memory at 100 (n + columns)
+    for begin in range(0, draws, 100):  # blocks bound the memory at 100 (n + columns) numbers
         size = min(100, draws - begin)
         counts = rng.multinomial(n, np.full(n, 1 / n), size=size)[:, order].astype(np.float64)
         total, classes_there = np.zeros((size, columns)), np.zeros((size, columns))
@@ -81,17 +87,8 @@ def bootstrap_means(
     return means
 
 
-def _by_class(n: int, classes: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Order that brings the images of a class together, and where each class begins in it; one
-    class if none."""
-    if classes is None:
-        return np.arange(n), np.zeros(min(n, 1), dtype=np.intp)
-    order = np.argsort(classes, kind="stable")
-    return order, np.unique(classes[order], return_index=True)[1]
-
-
-def interval(draws: np.ndarray) -> tuple[float, float]:
-    """95 % percentile interval of bootstrap draws ``(draws,)``; nan if none is a number."""
+def interval(draws: Float[np.ndarray, " draws"]) -> tuple[float, float]:
+    """95 % percentile interval of bootstrap draws; nan if none of them is a number."""
     draws = draws[~np.isnan(draws)]
     if not len(draws):
         return math.nan, math.nan
@@ -100,13 +97,13 @@ def interval(draws: np.ndarray) -> tuple[float, float]:
 
 
 def wilson_interval(hits: float, n: int) -> tuple[float, float]:
-    """95 % interval of a proportion `hits / n` (Wilson, 1927); nan for none of none.
+    """95 % confidence interval of a proportion `hits / n` (Wilson, 1927); nan for n = 0.
 
     Parameters
     ----------
-    hits : 0..n; not whole where ties count by expectation (scipy's `proportion_ci` takes whole
-        counts alone).
-    n : at least 0.
+    hits : 0..n. It is not whole where ties count by expectation, which scipy's `proportion_ci`
+        does not allow.
+    n : number of trials.
     """
     if n == 0:
         return math.nan, math.nan
@@ -116,38 +113,39 @@ def wilson_interval(hits: float, n: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def jackknife_half_width(without: np.ndarray) -> np.ndarray:
-    """Half a 95 % interval of a measure, by the delete-one-group jackknife.
+def jackknife_half_width(
+    without: Float[np.ndarray, " groups *shape"],
+) -> Float[np.ndarray, "*shape"]:
+    """Half the width of a 95 % confidence interval, by the delete-one-group jackknife.
 
     ``t_{F-1} sqrt((F - 1) / F sum_f (m_f - mean m)^2)`` (Quenouille, 1949; Tukey, 1958), with m_f
     the measure without group f.
 
     Parameters
     ----------
-    without : ``(F, ...)``, the measure with each of F groups left out.
-
-    Returns
-    -------
-    ``(...)``.
+    without : the measure with each of F groups left out.
     """
     groups = len(without)
-    return t_95(groups - 1) * np.sqrt((groups - 1) * without.var(0))
+    return np.asarray(t_95(groups - 1) * np.sqrt((groups - 1) * without.var(0)))
 
 
-def pairing_p_value(agreement: np.ndarray, seed: int = 0, draws: int = 5000) -> float:
+def pairing_p_value(
+    agreement: Float[np.ndarray, "count count"], seed: int = 0, draws: int = 5000
+) -> float:
     """Share of one-to-one pairings of rows with columns that agree as well as equal numbers do.
 
     The null is that numbers mean nothing (Fisher's permutation test).
 
     Parameters
     ----------
-    agreement : ``(H, H)``, of each row with each column.
-    seed, draws : of the random pairings where there are more than `draws`; the observed pairing
-        counts as one.
+    agreement : agreement of each row with each column.
+    seed : random seed for pairings.
+    draws : number of random pairings; all pairings are taken where there are no more. The observed
+        pairing counts as one.
 
     Returns
     -------
-    0..1, at least 1 / H!; nan for one row, or with nan in the table.
+    0..1; nan for one row, or with nan in the table.
     """
     count = len(agreement)
     if count < 2 or np.isnan(agreement).any():
@@ -168,12 +166,11 @@ def pairing_p_value(agreement: np.ndarray, seed: int = 0, draws: int = 5000) -> 
     return float(found.pvalue)
 
 
-def rank_trend(values: np.ndarray) -> np.ndarray:
-    """Spearman's correlation of each row ``(..., columns)`` with the order of the columns, ``(...)``
-    in -1..1.
+def rank_trend(values: Float[np.ndarray, "*rows columns"]) -> Float[np.ndarray, "*rows"]:
+    """Spearman's correlation of each row with the order of its columns, -1..1.
 
-    nan is left out and ties share their mean rank; nan for a row of one value, or of fewer than
-    three.
+    nan is left out and ties share their mean rank. The result is nan for a row whose values are
+    equal, or that has fewer than three.
     """
     present = ~np.isnan(values)
     order = np.where(present, np.arange(values.shape[-1], dtype=float), np.nan)
@@ -185,9 +182,13 @@ def rank_trend(values: np.ndarray) -> np.ndarray:
     return np.where(count[..., 0] >= 3, rho, math.nan)
 
 
-def shuffled_rows(values: np.ndarray, seed: int = 0, draws: int = 2000) -> np.ndarray:
-    """`values` ``(rows, columns)``, each row in a random order of its own, ``(draws, rows,
-    columns)``: the null of a trend over the columns. nan stays where it is."""
+def shuffled_rows(
+    values: Float[np.ndarray, "rows columns"], seed: int = 0, draws: int = 2000
+) -> Float[np.ndarray, "draws rows columns"]:
+    """Each row in random orders of its own: the null of a trend over the columns.
+
+    nan stays where it is.
+    """
     rng = np.random.default_rng(seed)
     shuffled = np.repeat(values[None], draws, axis=0)
     for row, present in enumerate(~np.isnan(values)):
@@ -215,3 +216,11 @@ def one_vs_rest(said: Tensor, truth: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     specificity = (~said & ~truth).sum(0).double() / (~truth).sum(0)
     precision = torch.where(said.any(0), right / said.sum(0), 0.0)
     return recall, precision, (recall + specificity) / 2
+
+
+def _by_class(n: int, classes: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Order that brings the images of a class together, and where each class begins in it."""
+    if classes is None:
+        return np.arange(n), np.zeros(min(n, 1), dtype=np.intp)
+    order = np.argsort(classes, kind="stable")
+    return order, np.unique(classes[order], return_index=True)[1]

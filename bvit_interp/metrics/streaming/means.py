@@ -1,5 +1,4 @@
-"""Means over images: with their intervals, and of how maps correlate within an image and between
-images.
+"""Streamed means with confidence intervals, and mean correlations of maps.
 
 Each is a `torchmetrics.Metric` of sums in float64: constant memory, any number of processes.
 """
@@ -7,6 +6,7 @@ Each is a `torchmetrics.Metric` of sums in float64: constant memory, any number 
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float64, Shaped
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -14,16 +14,16 @@ from bvit_interp.metrics.statistics import Z_95
 
 
 class MeanCI(Metric):
-    """Mean of each number over images, with a normal 95 % interval; nan is left out.
+    """Mean of each number over images, with a normal 95 % confidence interval; nan is left out.
 
     Parameters
     ----------
-    *shape : of the numbers of one image.
+    *shape : shape of the numbers of one image.
 
     Returns
     -------
-    ``compute``: `value`, `low`, `high` (mean, and mean -+ 1.96 standard errors over images; nan
-    below two images) and `n` images that count, each of `shape`.
+    ``compute``: `value` (the mean), `low` and `high` (the mean -+ 1.96 standard errors over images;
+    nan for fewer than two images) and `n` (the images that have a number), each of `shape`.
     """
 
     full_state_update = False
@@ -36,16 +36,16 @@ class MeanCI(Metric):
         for name in ("count", "total", "square"):
             self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, values: Tensor) -> None:
-        """Add a batch ``(B, *shape)``."""
-        there = ~values.isnan()
-        filled = torch.where(there, values.double(), 0.0)
-        self.count += there.sum(0)
+    def update(self, values: Shaped[Tensor, " batch *shape"]) -> None:
+        """Add the numbers of a batch of images."""
+        present = ~values.isnan()
+        filled = torch.where(present, values.double(), 0.0)
+        self.count += present.sum(0)
         self.total += filled.sum(0)
         self.square += filled.square().sum(0)
 
     def compute(self) -> dict[str, Tensor]:
-        """Means over all images, on the CPU."""
+        """Means over all images and processes, on the CPU."""
         mean = self.total / self.count
         variance = (self.square - self.total * mean).clamp(min=0) / (self.count - 1)
         half = Z_95 * (variance / self.count).sqrt()
@@ -54,15 +54,15 @@ class MeanCI(Metric):
         return {key: tensor.cpu() for key, tensor in found.items()}
 
 
-class MapPairs(Metric):
-    """How the maps of every two (step, head) correlate: in one image, and between different images.
+class MapCorrelations(Metric):
+    """Mean correlation of the maps of every two (step, head): within an image, and between images.
 
     The second mean is over all ordered pairs of different images, exactly and in constant memory:
     the sum of all inner products is the inner product of the sums.
 
     Parameters
     ----------
-    steps, heads, places : T, H and patches P of the maps.
+    steps, heads, patches : T, H and P of the maps.
 
     Returns
     -------
@@ -71,44 +71,41 @@ class MapPairs(Metric):
     """
 
     full_state_update = False
-    cross: Tensor
+    products: Tensor
     pairs: Tensor
     maps: Tensor
-    seen: Tensor
+    count: Tensor
 
-    def __init__(self, steps: int, heads: int, places: int) -> None:
+    def __init__(self, steps: int, heads: int, patches: int) -> None:
         super().__init__()
         self.steps, self.heads = steps, heads
         m = steps * heads
-        for name, shape in (
-            ("cross", (m, m)),
-            ("pairs", (m, m)),
-            ("maps", (m, places)),
-            ("seen", (m,)),
-        ):
+        shapes = {"products": (m, m), "pairs": (m, m), "maps": (m, patches), "count": (m,)}
+        for name, shape in shapes.items():
             self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, maps: Tensor) -> None:
-        """Add a batch of `metrics.unit_maps` ``(B, T, H, P)``; a map of zeros is left out."""
+    def update(self, maps: Float64[Tensor, "batch steps heads patches"]) -> None:
+        """Add a batch of `metrics.unit_maps`; a map of zeros is left out."""
         maps = maps.flatten(1, 2)
-        seen = maps.any(-1).double()
+        varies = maps.any(-1).double()
         by_map = maps.transpose(0, 1).flatten(1)
-        self.cross += by_map @ by_map.T
-        self.pairs += seen.T @ seen
+        self.products += by_map @ by_map.T
+        self.pairs += varies.T @ varies
         self.maps += maps.sum(0)
-        self.seen += seen.sum(0)
+        self.count += varies.sum(0)
 
     def compute(self) -> dict[str, Tensor]:
-        """Mean correlations over all images, on the CPU."""
-        between = self.maps @ self.maps.T - self.cross
+        """Mean correlations over all images and processes, on the CPU."""
+        between = self.maps @ self.maps.T - self.products
+        other_pairs = torch.outer(self.count, self.count) - self.pairs
         found = {
-            "same_image": _over(self.cross, self.pairs),
-            "other_images": _over(between, torch.outer(self.seen, self.seen) - self.pairs),
+            "same_image": _mean(self.products, self.pairs),
+            "other_images": _mean(between, other_pairs),
         }
         shape = (self.steps, self.heads, self.steps, self.heads)
         return {key: tensor.reshape(shape).cpu() for key, tensor in found.items()}
 
 
-def _over(total: Tensor, count: Tensor) -> Tensor:
-    """Quotient; nan, not infinity, over nothing."""
+def _mean(total: Tensor, count: Tensor) -> Tensor:
+    """Total over count; nan where nothing was counted."""
     return torch.where(count > 0, total / count, torch.nan)

@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 
 from bvit_interp import metrics
-from bvit_interp.metrics.streaming.means import MapPairs, MeanCI
+from bvit_interp.metrics.streaming.means import MapCorrelations, MeanCI
 
 
 def drawn(*shape, seed=0):
@@ -60,7 +60,7 @@ def test_map_pairs_against_every_pair_of_images(parts):
     out."""
     maps = drawn(6, 2, 3, 10, seed=1).softmax(-1)
     maps[2, 1, 0] = maps[4, 0, 2] = 0.1
-    metric = MapPairs(2, 3, 10)
+    metric = MapCorrelations(2, 3, 10)
     for part in maps.split(parts):
         metric.update(metrics.unit_maps(part))
     found = metric.compute()
@@ -77,7 +77,7 @@ def test_map_pairs_against_every_pair_of_images(parts):
 
 
 def test_one_image_has_no_other():
-    metric = MapPairs(2, 1, 5)
+    metric = MapCorrelations(2, 1, 5)
     metric.update(metrics.unit_maps(drawn(1, 2, 1, 5)))
     found = metric.compute()
     assert found["other_images"].isnan().all()
