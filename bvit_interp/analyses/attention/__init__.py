@@ -1,5 +1,11 @@
-"""How wide and at what does every head look, step by step, and does a head keep looking at the
-same?"""
+"""Where does each head look, how widely, and does that persist?
+
+Attention entropy and attention distance show how wide a head looks, and shares of attention show
+at which kinds of token. The attention map of CLS is correlated between steps, and with attention
+rollout. The null is uniform attention; for correlations between steps it is two different heads. A
+second null correlates maps of different images. A permutation test compares each head with the
+other heads. With --out the CLS attention maps of some images are stored.
+"""
 
 from __future__ import annotations
 
@@ -14,39 +20,46 @@ from bvit_interp.errors import UserError
 class Config(LoaderOptions):
     """Options of the attention statistics."""
 
-    examples: int = 3
-    """Images whose CLS maps are kept for the strips of Fig. 13, spread over the data set; 0 for
-    none."""
-    images: tuple[int, ...] | None = None
-    """Keep the maps of these images instead, by their place in the data set, from 0."""
+    n_examples: int = 3
+    """Number of images whose CLS attention maps are stored and drawn (Fig. 13), evenly spaced over
+    the data set; 0 for none."""
+    example_images: tuple[int, ...] | None = None
+    """Positions of these images in the data set, from 0; replaces --n-examples."""
     seed: int = 0
-    """Of the random pairings of heads, for more than 7."""
+    """Random seed for the permutation test of more than 7 heads."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.examples < 0:
-            raise UserError(f"examples must be >= 0, got {self.examples}")
-        if self.images is not None and min(self.images, default=0) < 0:
-            raise UserError(f"images are places in the data set, from 0, got {self.images}")
+        if self.n_examples < 0:
+            raise UserError(f"n-examples must be >= 0, got {self.n_examples}")
+        if self.example_images is not None and min(self.example_images, default=0) < 0:
+            raise UserError(
+                "example-images are positions in the data set, from 0, got"
+                f" {' '.join(map(str, self.example_images))}"
+            )
 
 
 COLUMNS = {
     "model": "checkpoint",
-    "statistic": "entropy (CLS row, nats) and distance (among patches, patches), each also as _share of log N or of the"
-    " grid's diagonal; cls_on_KIND, patches_on_cls (shares of attention, 0..1); rollout_entropy (nats),"
-    " rollout_agreement (correlation of rollout and heads' mean CLS map, at step 1 the same), agreement (of a head with"
-    " itself at other_step)",
+    "metric": "attention_entropy (of the CLS row, nats) and attention_distance (between patches, in"
+    " patches); normalised_entropy and normalised_distance are the same divided by log N and by the"
+    " diagonal of the grid; cls_to_KIND and patches_to_cls (shares of attention, 0..1);"
+    " rollout_entropy (nats); rollout_correlation (of attention rollout and the CLS map of the"
+    " heads' mean); step_correlation (of a head's CLS map with its own at other_step)",
     "step": "step t, from 1",
-    "other_step": "the later step of an agreement; else none",
-    "head": "head from 0; mean: over the heads of each image (rollout: of the heads' mean attention)",
+    "other_step": "the later step of a step_correlation; empty for other metrics",
+    "head": "head, from 0; mean: mean over the heads of each image (rollout: of the heads' mean"
+    " attention)",
     "value": "mean over images",
-    "low": "lower end of its normal 95 % interval over images",
-    "high": "upper end of it",
-    "null": "what uniform attention gives; agreement: different heads at the two steps; rollout_agreement: none",
-    "shuffled": "null of the agreements: between maps of different images",
-    "p_value": "agreement, head mean: share of pairings of the heads that agree at least as well, 0..1",
-    "n": "images that count",
-    "path": "file of the example maps, if kept",
+    "low": "lower end of its normal 95 % confidence interval over images",
+    "high": "upper end of the interval",
+    "null": "null: value for uniform attention; step_correlation: mean correlation of different"
+    " heads at the two steps; rollout_correlation: empty",
+    "null_other_images": "second null of the two correlations: the maps of different images",
+    "p_value": "step_correlation, head mean: p-value of a permutation test that pairs the heads of"
+    " the two steps at random, 0..1",
+    "n": "number of images",
+    "path": "file of the example maps; empty if none are stored",
 }
 
 

@@ -1,9 +1,9 @@
-"""How each step attends: entropy, distance and masses of its pattern, and rollout, one full pattern
-at a time.
+"""Attention entropy, distance, shares and rollout of every step.
 
-The pattern of a step is reduced in its hook and forgotten: B x H x N x N numbers at once however
-many steps there are, with one N x N matrix an image for rollout. Fused attention stays on and the
-output is untouched. Of a model with a memory this is the step's own block, not its inner updates.
+The attention pattern of a step is reduced in a hook and then freed: at any time one pattern is in
+memory, B x H x N x N numbers, and for rollout one N x N matrix per image. Fused attention stays on
+and the output of the model does not change. In a model with a memory the pattern is that of the
+step's own block, not of its inner updates.
 
 Attention distance: Dosovitskiy et al. (2021, https://arxiv.org/abs/2010.11929), Raghu et al. (2021,
 https://arxiv.org/abs/2108.08810). Rollout: Abnar & Zuidema (2020,
@@ -15,86 +15,76 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from bvit_interp import metrics
-from bvit_interp.data.geometry import Geometry
-from bvit_interp.data.samples import Samples
-from bvit_interp.errors import DataError, UserError
+from bvit_interp.errors import UserError
+from bvit_interp.metrics.checks import check_finite
 from bvit_interp.probes.probe import Probe
-from bvit_interp.probes.saliency import attention
-from bvit_interp.vocabulary import TOKEN_WORDS, Address
+from bvit_interp.probes.saliency import rollout_step
+from bvit_interp.vocabulary import Address
 
 
 @dataclass(frozen=True)
-class Attended:
-    """The attention of a batch, reduced; float64.
+class AttentionStatistics:
+    """Statistics of the attention of B images, float64."""
+
+    metrics: dict[str, Float[Tensor, "batch steps heads"]]
+    """Name -> value of each head; see `metric_names`."""
+    maps: Float[Tensor, "batch steps heads patches"] | None
+    """Attention of CLS on the patches; None without a CLS token."""
+    rollout: Float[Tensor, "batch steps tokens"] | None
+    """CLS row of the rollout up to each step, over all tokens; None without a CLS token."""
+
+
+def metric_names(probe: Probe) -> list[str]:
+    """Names of what `attention_statistics` computes for each step and head.
+
+    - ``attention_distance``: mean distance between a patch and the patches it attends to, weighted
+      by attention, in patches;
+    - ``attention_entropy``: entropy of the CLS row over all tokens, nats;
+    - ``cls_to_KIND``: attention of CLS on that kind of token, 0..1; they add up to 1;
+    - ``patches_to_cls``: attention of a patch on CLS, mean over patches, 0..1.
+
+    A model without a CLS token has the distance alone.
+    """
+    kinds = probe.kinds()
+    if "cls" not in kinds:
+        return ["attention_distance"]
+    to_kinds = [f"cls_to_{kind}" for kind in kinds]
+    return ["attention_distance", "attention_entropy", *to_kinds, "patches_to_cls"]
+
+
+def uniform_value(probe: Probe, metric: str, step: int = 1) -> float:
+    """Value of a metric for uniform attention, its null.
 
     Parameters
     ----------
-    statistics : name -> ``(B, T, H)``: those of `statistics`.
-    maps : CLS row on the patches ``(B, T, H, P)``; None without a CLS token.
-    rollout : CLS row of the rollout up to each step, on all tokens ``(B, T, N)``; None without a
-        CLS token.
+    metric : one of `metric_names`, or ``rollout_entropy``: the entropy of the rollout up to `step`.
+        With uniform attention the rollout is (I / 2 + J / 2)^t = I / 2^t + (1 - 1 / 2^t) J, where
+        every entry of J is 1 / N.
+    step : used for ``rollout_entropy`` alone.
     """
-
-    statistics: dict[str, Tensor]
-    maps: Tensor | None
-    rollout: Tensor | None
-
-
-def token_groups(probe: Probe) -> dict[str, slice]:
-    """The kinds of token a model has (cls, dist, reg, patches), and where they lie among its
-    tokens."""
-    count = probe.num_prefix_tokens + probe.grid[0] * probe.grid[1]
-    groups = {}
-    for word in TOKEN_WORDS:
-        try:
-            groups[word] = probe.rows(word, count)[0]
-        except UserError:  # the model has no such token
-            continue
-    groups.pop("all")
-    return groups
-
-
-def statistics(probe: Probe) -> list[str]:
-    """Names of what `attend` computes for each step and head.
-
-    - ``distance``: mean over patch queries of the distance to the keys, weighted by attention among
-      patches, patches;
-    - ``entropy``: of the CLS row over all keys, nats;
-    - ``cls_on_KIND``: attention of CLS that falls on that kind of token, 0..1; they add up to 1;
-    - ``patches_on_cls``: attention that a patch query pays to CLS, mean over patches, 0..1.
-    """
-    groups = token_groups(probe)
-    of_cls = ["entropy", *(f"cls_on_{kind}" for kind in groups), "patches_on_cls"]
-    return ["distance", *(of_cls if "cls" in groups else [])]
-
-
-def uniform(probe: Probe, statistic: str, step: int = 1) -> float:
-    """What attention that is the same for all N tokens gives: the null of each of `statistics`.
-
-    And of ``rollout_entropy``, up to `step`: the rollout is (I / 2 + J / 2)^t = I / 2^t + (1 - 1 /
-    2^t) J, where every entry of J is 1 / N.
-    """
-    groups = token_groups(probe)
-    tokens = groups["patches"].stop
-    if statistic == "distance":
+    kinds = probe.kinds()
+    tokens = kinds["patches"].stop
+    if metric == "attention_distance":
         return float(metrics.grid_distances(probe.grid).mean())
-    if statistic == "entropy":
+    if metric == "attention_entropy":
         return math.log(tokens)
-    if statistic == "rollout_entropy":
+    if metric == "rollout_entropy":
         row = torch.full((tokens,), (1 - 0.5**step) / tokens, dtype=torch.float64)
         row[0] += 0.5**step
         return float(metrics.entropy(row))
-    of = groups["cls" if statistic == "patches_on_cls" else statistic.removeprefix("cls_on_")]
-    return (of.stop - of.start) / tokens
+    keys = kinds["cls" if metric == "patches_to_cls" else metric.removeprefix("cls_to_")]
+    return (keys.stop - keys.start) / tokens
 
 
-def attend(probe: Probe, images: Tensor) -> Attended:
-    """Run images ``(B, C, H, W)`` of the model's size and reduce the pattern of every step.
+def attention_statistics(
+    probe: Probe, images: Float[Tensor, "batch channels height width"]
+) -> AttentionStatistics:
+    """Run images of the model's size and reduce the attention pattern of every step.
 
     Raises
     ------
@@ -102,9 +92,10 @@ def attend(probe: Probe, images: Tensor) -> Attended:
         For NaN in a pattern, images of another size, and a model whose attention is normed or gated
         before its projection.
     """
-    groups = token_groups(probe)
+    kinds = probe.kinds()
+    tokens = kinds["patches"].stop
     distances = metrics.grid_distances(probe.grid).to(images.device, torch.float32)
-    found: list[dict[str, Tensor]] = []
+    by_step: list[dict[str, Tensor]] = []
     maps: list[Tensor] = []
     rollout: list[Tensor] = []
     mixed: Tensor | None = None
@@ -112,100 +103,44 @@ def attend(probe: Probe, images: Tensor) -> Attended:
     def reduce(pattern: Tensor, address: Address) -> None:
         nonlocal mixed
         pattern = pattern.float()
-        if pattern.shape[-1] != groups["patches"].stop:
+        if pattern.shape[-1] != tokens:
             raise UserError(
-                f"images of the model's size give {groups['patches'].stop} tokens, got {pattern.shape[-1]}"
+                f"images of the model's size give {tokens} tokens, got {pattern.shape[-1]}"
             )
-        if not torch.isfinite(pattern).all():
-            raise UserError(
-                f"attention of step {address.step} holds NaN: the model's activations overflow"
-            )
-        found.append(_of_step(pattern, groups, distances))
-        if "cls" in groups:
-            mixed = rolled_out(pattern, mixed)
-            maps.append(pattern[:, :, groups["cls"].start, groups["patches"]].double())
-            rollout.append(mixed[:, groups["cls"].start].double())
+        check_finite(pattern, f"attention weights of step {address.step}")
+        by_step.append(_reduce_step(pattern, kinds, distances))
+        if "cls" in kinds:
+            mixed = rollout_step(pattern, mixed)
+            maps.append(pattern[:, :, kinds["cls"].start, kinds["patches"]].double())
+            rollout.append(mixed[:, kinds["cls"].start].double())
 
     with (
         torch.inference_mode(),
-        probe.edit({("pattern", t): reduce for t in range(1, probe.num_steps + 1)}),
+        probe.edit({("pattern", step): reduce for step in range(1, probe.num_steps + 1)}),
     ):
         probe(images)
-    return Attended(
-        {name: torch.stack([step[name] for step in found], dim=1) for name in statistics(probe)},
+    return AttentionStatistics(
+        {name: torch.stack([step[name] for step in by_step], 1) for name in metric_names(probe)},
         torch.stack(maps, dim=1) if maps else None,
         torch.stack(rollout, dim=1) if rollout else None,
     )
 
 
-def rolled_out(pattern: Tensor, before: Tensor | None) -> Tensor:
-    """Rollout up to a step: ``(0.5 A + 0.5 I)`` of the heads' mean A, times the rollout `before`
-    it.
-
-    Parameters
-    ----------
-    pattern : ``(B, H, N, N)``; its rows add up to 1, so those of the mixture do.
-    before : rollout up to the step before ``(B, N, N)``; None before the first.
-    """
-    mixture = 0.5 * pattern.mean(1)
-    mixture.diagonal(dim1=-2, dim2=-1).add_(0.5)
-    return mixture if before is None else mixture @ before
-
-
-def _of_step(pattern: Tensor, groups: dict[str, slice], distances: Tensor) -> dict[str, Tensor]:
-    """`statistics` of one step ``(B, H)``, float64, from its pattern ``(B, H, N, N)``."""
-    patches = groups["patches"]
+def _reduce_step(
+    pattern: Float[Tensor, "batch heads tokens tokens"],
+    kinds: dict[str, slice],
+    distances: Float[Tensor, "patches patches"],
+) -> dict[str, Float[Tensor, "batch heads"]]:
+    """The metrics of one step, float64."""
+    patches = kinds["patches"]
     among = pattern[:, :, patches, patches]
-    # a patch that leaves nothing on patches has no distance
-    found = {"distance": ((among * distances).sum(-1) / among.sum(-1)).double().nanmean(-1)}
-    if "cls" in groups:
-        cls = groups["cls"].start
+    # a patch without attention on patches has no distance
+    mean_distances = (among * distances).sum(-1) / among.sum(-1)
+    values = {"attention_distance": mean_distances.double().nanmean(-1)}
+    if "cls" in kinds:
+        cls = kinds["cls"].start
         row = pattern[:, :, cls].double()
-        found["entropy"] = metrics.entropy(row)
-        found |= {f"cls_on_{kind}": row[..., keys].sum(-1) for kind, keys in groups.items()}
-        found["patches_on_cls"] = pattern[:, :, patches, cls].double().mean(-1)
-    return found
-
-
-def example_maps(
-    probe: Probe, data: Samples, places: list[int], geometry: Geometry, skip_corrupt: bool = False
-) -> dict[str, np.ndarray]:
-    """CLS maps of chosen images, for pictures.
-
-    Parameters
-    ----------
-    places : positions in the data set.
-    skip_corrupt : leave out images that cannot be read.
-
-    Returns
-    -------
-    `index` ``(n,)``, `image` as the model sees it ``(n, height, width, 3)`` uint8, `maps` ``(n, T,
-    H, rows, columns)`` float32.
-
-    Raises
-    ------
-    DataError
-        For an image that cannot be read, or none that can.
-    """
-    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (geometry.mean, geometry.std))
-    index, images, maps = [], [], []
-    for i in places:
-        try:
-            pixels, _ = geometry(data.read(i)[0])
-        except DataError:
-            if skip_corrupt:
-                continue
-            raise
-        index.append(i)
-        images.append(((pixels * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0))
-        device = next(probe.model.parameters()).device
-        maps.append(
-            attention(probe, pixels[None].to(device))[0].unflatten(-1, probe.grid).float().cpu()
-        )
-    if not index:
-        raise DataError(f"none of the {len(places)} example images can be read")
-    return {
-        "index": np.array(index),
-        "image": torch.stack(images).numpy(),
-        "maps": torch.stack(maps).numpy(),
-    }
+        values["attention_entropy"] = metrics.entropy(row)
+        values |= {f"cls_to_{kind}": row[..., keys].sum(-1) for kind, keys in kinds.items()}
+        values["patches_to_cls"] = pattern[:, :, patches, cls].double().mean(-1)
+    return values

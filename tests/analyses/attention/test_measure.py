@@ -3,7 +3,6 @@ closed form."""
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
 
@@ -13,12 +12,11 @@ import pytest
 import torch
 from scipy import stats
 
-from bvit_interp.analyses.attention import COLUMNS, Config, measure, plot
+from bvit_interp.analyses.attention import COLUMNS, Config, measure, summary
 from bvit_interp.data.geometry import Geometry
-from bvit_interp.errors import UserError
+from bvit_interp.errors import DataError, UserError
+from bvit_interp.probes import saliency
 from bvit_interp.probes.probe import Probe
-from bvit_interp.probes.saliency import rollout
-from bvit_interp.results import read_table
 
 
 def batch_of(model, data):
@@ -34,9 +32,9 @@ def patterns_of(model, data):
     ].detach().double().numpy(), probe
 
 
-def row(frame, statistic, step, head="mean", other=None):
+def row(frame, metric, step, head="mean", other=None):
     found = frame[
-        (frame["statistic"] == statistic) & (frame["step"] == step) & (frame["head"] == str(head))
+        (frame["metric"] == metric) & (frame["step"] == step) & (frame["head"] == str(head))
     ]
     found = found[found["other_step"].isna() if other is None else found["other_step"] == other]
     assert len(found) == 1
@@ -51,7 +49,7 @@ def test_single_step_rows_in_a_loop(any_model, digits):
     entropy = -(cls * np.log(cls)).sum(-1)
     for t, head in itertools.product(range(steps), [*range(heads), "mean"]):
         each = entropy[:, t].mean(-1) if head == "mean" else entropy[:, t, head]
-        found = row(frame, "entropy", t + 1, head)
+        found = row(frame, "attention_entropy", t + 1, head)
         assert found["value"] == pytest.approx(each.mean(), rel=1e-5)
         low, high = stats.norm.interval(0.95, each.mean(), stats.sem(each))
         assert (found["low"], found["high"]) == (
@@ -59,18 +57,18 @@ def test_single_step_rows_in_a_loop(any_model, digits):
             pytest.approx(high, rel=1e-5),
         )
         assert (found["null"], found["n"]) == (pytest.approx(math.log(tokens)), len(digits))
-        share = row(frame, "entropy_share", t + 1, head)
+        share = row(frame, "normalised_entropy", t + 1, head)
         assert share["null"] == 1
         assert share[["value", "low", "high"]].tolist() == pytest.approx(
             [found[key] / math.log(tokens) for key in ("value", "low", "high")]
         )
-        kept = row(frame, "cls_on_patches", t + 1, head)
+        kept = row(frame, "cls_to_patches", t + 1, head)
         each = cls[..., probe.num_prefix_tokens :].sum(-1)[:, t]
         assert kept["value"] == pytest.approx(
             (each if head == "mean" else each[:, head]).mean(), rel=1e-5
         )
         assert kept["null"] == 16 / tokens
-    distance, share = row(frame, "distance", 2), row(frame, "distance_share", 2)
+    distance, share = row(frame, "attention_distance", 2), row(frame, "normalised_distance", 2)
     assert share["value"] == pytest.approx(distance["value"] / math.hypot(4, 4))
     assert share["null"] == pytest.approx(distance["null"] / math.hypot(4, 4))
 
@@ -91,27 +89,27 @@ def test_agreement_and_its_nulls_in_a_loop(any_model, digits):
         shuffled = np.mean([np.diag(every[i, :, j]) for i, j in others], axis=0)
         table = same_image.mean(0)
         for h in range(heads):
-            found = row(frame, "agreement", s + 1, h, t + 1)
+            found = row(frame, "step_correlation", s + 1, h, t + 1)
             assert found["value"] == pytest.approx(own[:, h].mean(), abs=1e-5)
-            assert found["shuffled"] == pytest.approx(shuffled[h], abs=1e-5)
+            assert found["null_other_images"] == pytest.approx(shuffled[h], abs=1e-5)
             different = [
                 table[a, b] for a in range(heads) for b in range(heads) if a != b and h in (a, b)
             ]
             assert found["null"] == pytest.approx(np.mean(different), abs=1e-5)
             assert math.isnan(found["p_value"])
-        found = row(frame, "agreement", s + 1, "mean", t + 1)
+        found = row(frame, "step_correlation", s + 1, "mean", t + 1)
         assert found["value"] == pytest.approx(own.mean(), abs=1e-5)
         half = 1.959964 * stats.sem(own.mean(1))
         assert found["high"] - found["low"] == pytest.approx(2 * half, rel=1e-3, abs=1e-6)
         assert found["null"] == pytest.approx(
             (table.sum() - np.trace(table)) / (heads * (heads - 1)), abs=1e-5
         )
-        assert found["shuffled"] == pytest.approx(shuffled.mean(), abs=1e-5)
+        assert found["null_other_images"] == pytest.approx(shuffled.mean(), abs=1e-5)
         totals = [
             sum(table[h, p[h]] for h in range(heads)) for p in itertools.permutations(range(heads))
         ]
         assert found["p_value"] == np.mean([total >= totals[0] - 1e-12 for total in totals])
-    pairs = frame[(frame["statistic"] == "agreement") & (frame["head"] == "mean")]
+    pairs = frame[(frame["metric"] == "step_correlation") & (frame["head"] == "mean")]
     assert len(pairs) == steps * (steps - 1) / 2
     assert (pairs["other_step"] > pairs["step"]).all()
 
@@ -119,17 +117,19 @@ def test_agreement_and_its_nulls_in_a_loop(any_model, digits):
 def test_rollout_rows(any_model, digits):
     frame = measure({"m": any_model}, digits, Config(batch_size=13))
     patterns, probe = patterns_of(any_model, digits)
-    rolled = rollout(probe, batch_of(any_model, digits))[:, :, 0].double().numpy()  # (n, T, P)
+    rolled = (
+        saliency.rollout(probe, batch_of(any_model, digits))[:, :, 0].double().numpy()
+    )  # (n, T, P)
     raw = patterns[:, :, :, 0, probe.num_prefix_tokens :].mean(2)
     n = len(digits)
     for t in (0, 1, probe.num_steps - 1):
         every = np.corrcoef(raw[:, t], rolled[:, t])[:n, n:]
-        found = row(frame, "rollout_agreement", t + 1)
+        found = row(frame, "rollout_correlation", t + 1)
         assert found["value"] == pytest.approx(np.trace(every) / n, abs=1e-5)
-        assert found["shuffled"] == pytest.approx(
+        assert found["null_other_images"] == pytest.approx(
             (every.sum() - np.trace(every)) / (n * (n - 1)), abs=1e-5
         )
-    assert row(frame, "rollout_agreement", 1)["value"] == pytest.approx(1)
+    assert row(frame, "rollout_correlation", 1)["value"] == pytest.approx(1)
     cls = 0.5 * patterns[:, 0].mean(1)[:, 0]
     cls[:, 0] += 0.5
     assert row(frame, "rollout_entropy", 1)["value"] == pytest.approx(
@@ -144,14 +144,17 @@ def test_uniform_attention_is_its_nulls_and_its_maps_agree_with_nothing(any_mode
             block.attn.qkv.weight[: 2 * width] = 0
             block.attn.qkv.bias[: 2 * width] = 0
     frame = measure({"m": any_model}, digits, Config(limit=9))
-    agreements = frame["statistic"].str.endswith("agreement")
-    assert frame[agreements][["value", "low", "null", "shuffled", "p_value"]].isna().all(axis=None)
-    assert (frame[agreements]["n"] == 0).all()
-    uniform = frame[~agreements]
+    correlations = frame["metric"].str.endswith("step_correlation")
+    assert (
+        frame[correlations][["value", "low", "null", "null_other_images", "p_value"]]
+        .isna()
+        .all(axis=None)
+    )
+    assert (frame[correlations]["n"] == 0).all()
+    uniform = frame[~correlations]
     for column in ("value", "low", "high"):
         np.testing.assert_allclose(uniform[column], uniform["null"], atol=1e-5)
-    assert uniform["shuffled"].isna().all()
-    plot(read_back(frame))
+    assert uniform["null_other_images"].isna().all()
 
 
 def test_a_stack_of_copies_is_the_bvit(tiny, make, digits):
@@ -184,7 +187,7 @@ def test_heads_of_a_bvit_keep_their_number_and_shuffled_ones_do_not(make, digits
                 block.attn.proj.bias *= 0.01
                 block.mlp.fc2.bias *= 0.01
         frame = measure({"m": model}, digits, Config(limit=20))
-        return frame[(frame["statistic"] == "agreement") & (frame["head"] == "mean")]
+        return frame[(frame["metric"] == "step_correlation") & (frame["head"] == "mean")]
 
     same = put([list(range(4))] * 3)
     assert (same["value"] > same["null"] + 0.2).all()
@@ -198,10 +201,10 @@ def test_one_head_has_no_other_and_registers_are_counted(make, tiny_reg4, digits
     frame = measure(
         {"one": make(num_heads=1, num_steps=2), "r": tiny_reg4}, digits, Config(limit=5)
     )
-    agreement = frame[(frame["model"] == "one") & (frame["statistic"] == "agreement")]
+    agreement = frame[(frame["model"] == "one") & (frame["metric"] == "step_correlation")]
     assert agreement["value"].notna().all()
     assert agreement[["null", "p_value"]].isna().all(axis=None)
-    registers = frame[frame["statistic"] == "cls_on_reg"]
+    registers = frame[frame["metric"] == "cls_to_reg"]
     assert set(registers["model"]) == {"r"}
     assert registers["null"].unique() == pytest.approx([4 / 21])
 
@@ -210,10 +213,8 @@ def test_without_cls(make, tiny, digits, tmp_path):
     pooled = make(name="vit_tiny_patch16_224", depth=2, class_token=False, global_pool="avg")
     frame = measure({"a": pooled, "b": tiny}, digits, Config(limit=5), folder=tmp_path)
     of_a = frame[frame["model"] == "a"]
-    assert set(of_a["statistic"]) == {"distance", "distance_share"}
+    assert set(of_a["metric"]) == {"attention_distance", "normalised_distance"}
     assert of_a["path"].isna().all()
-    plot(read_back(frame))
-    plot(read_back(of_a))
 
 
 def test_several_models_share_one_pass_and_change_nothing(tiny, tiny_reg4, stacked, digits):
@@ -238,45 +239,52 @@ def test_table_is_the_same_for_any_batch_size(tiny, digits):
     pd.testing.assert_frame_equal(a, b, rtol=1e-6, atol=1e-6)
 
 
-def read_back(frame):
-    return pd.read_csv(io.StringIO(frame.to_csv(index=False)))
-
-
-def test_columns_and_figure_from_the_csv_alone(tiny, tiny_reg4, digits, tmp_path):
-    frame = measure({"a": tiny, "b": tiny_reg4}, digits, Config(limit=12), folder=tmp_path)
+def test_files_of_example_maps(tiny, tiny_reg4, digits, tmp_path):
+    frame = measure({"a": tiny, "b": tiny_reg4}, digits, Config(limit=5), folder=tmp_path)
     assert list(frame) == list(COLUMNS)
-    frame.to_csv(tmp_path / "attention.csv", index=False)
-    for read in (read_back(frame), read_table(tmp_path / "attention.csv")):
-        figure = plot(read)
-        assert len(figure.subfigs) == 3 + 2  # lines, masses, agreement, a strip a model
-        entropy, distance = figure.subfigs[0].axes
-        expected = frame[(frame["model"] == "a") & (frame["head"] == "mean")].set_index("statistic")
-        np.testing.assert_allclose(
-            entropy.lines[0].get_ydata(), expected.loc["entropy_share", "value"]
-        )
-        np.testing.assert_allclose(
-            distance.lines[0].get_ydata(), expected.loc["distance_share", "value"]
-        )
-        shown = figure.subfigs[2].axes[0].images[0].get_array()
-        first = expected.loc["agreement"].iloc[0]
-        assert (shown[0, 1], shown[1, 0]) == (
-            pytest.approx(first["value"]),
-            pytest.approx(first["null"]),
-        )
-    with np.load(frame["path"].iloc[0]) as kept:
-        assert kept["maps"].shape == (3, 12, 4, 4, 4)
-        assert kept["index"].tolist() == [0, 20, 40]
-    (tmp_path / "attention_a.npz").unlink()
-    assert len(plot(read).subfigs) == 3 + 1
-    assert len(plot(read.assign(path=None)).subfigs) == 3
+    for name, model in (("a", tiny), ("b", tiny_reg4)):
+        path = str(tmp_path / f"attention_{name}.npz")
+        assert frame.loc[frame["model"] == name, "path"].unique().tolist() == [path]
+        with np.load(path) as arrays:
+            assert arrays["index"].tolist() == [0, 20, 40]
+            assert (arrays["image"].dtype, arrays["maps"].dtype) == (np.uint8, np.float32)
+            geometry = Geometry.of(model, digits)
+            for i, image, maps in zip(*arrays.values(), strict=True):
+                np.testing.assert_allclose(image, digits.read(i)[0], atol=1)
+                pixels = geometry(digits.read(i)[0])[0]
+                expected = saliency.attention(Probe(model), pixels[None])[0]
+                np.testing.assert_allclose(maps.reshape(12, 4, 16), expected, atol=1e-6)
+
+
+def test_example_images_that_cannot_be_read(tiny, digits, tmp_path, monkeypatch):
+    read = digits.read
+
+    def torn(i):
+        if i == 5:
+            raise DataError("torn.png cannot be read")
+        return read(i)
+
+    monkeypatch.setattr(digits, "read", torn)
+    chosen = {"limit": 3, "example_images": (5, 2)}
+    with pytest.raises(DataError, match="torn"):
+        measure({"m": tiny}, digits, Config(**chosen), folder=tmp_path)
+    measure({"m": tiny}, digits, Config(**chosen, skip_corrupt=True), folder=tmp_path)
+    with np.load(tmp_path / "attention_m.npz") as arrays:
+        assert arrays["index"].tolist() == [2]
+        assert len(arrays["image"]) == len(arrays["maps"]) == 1
+    unreadable = Config(limit=3, example_images=(5,), skip_corrupt=True)
+    with pytest.raises(DataError, match="none of the 1 images can be read"):
+        measure({"m": tiny}, digits, unreadable, folder=tmp_path)
 
 
 def test_chosen_images(tiny, digits, tmp_path):
-    frame = measure({"m/x@y": tiny}, digits, Config(limit=4, images=(7, 59, 7)), folder=tmp_path)
+    frame = measure(
+        {"m/x@y": tiny}, digits, Config(limit=4, example_images=(59, 7, 59)), folder=tmp_path
+    )
     assert frame["path"].unique().tolist() == [str(tmp_path / "attention_m_x_y.npz")]
     with np.load(frame["path"].iloc[0]) as kept:
-        assert kept["index"].tolist() == [7, 59]
-    none = measure({"m": tiny}, digits, Config(limit=4, examples=0), folder=tmp_path)
+        assert kept["index"].tolist() == [59, 7]
+    none = measure({"m": tiny}, digits, Config(limit=4, n_examples=0), folder=tmp_path)
     assert none["path"].isna().all()
 
 
@@ -284,18 +292,25 @@ def test_one_image_has_no_interval(tiny, digits):
     frame = measure({"m": tiny}, digits, Config(limit=1))
     assert frame["value"].notna().all()
     assert frame[["low", "high"]].isna().all(axis=None)
-    assert frame["shuffled"].isna().all()
-    plot(read_back(frame))
+    assert frame["null_other_images"].isna().all()
+
+
+def test_summary_has_the_means_without_correlations_between_steps(tiny, digits):
+    shown = summary(measure({"m": tiny}, digits, Config(limit=4)))
+    assert set(shown["head"]) == {"mean"}
+    expected = {"attention_entropy", "normalised_distance", "rollout_correlation", "cls_to_patches"}
+    assert expected < set(shown["metric"])
+    assert "step_correlation" not in set(shown["metric"])
 
 
 def test_bad_input(tiny, digits, tmp_path):
-    with pytest.raises(UserError, match="examples must be >= 0, got -1"):
-        Config(examples=-1)
-    with pytest.raises(UserError, match="places in the data set, from 0, got"):
-        Config(images=(3, -2))
+    with pytest.raises(UserError, match="n-examples must be >= 0, got -1"):
+        Config(n_examples=-1)
+    with pytest.raises(UserError, match="positions in the data set, from 0, got 3 -2"):
+        Config(example_images=(3, -2))
     with pytest.raises(UserError, match=r"no image 60; images: 0\.\.59"):
-        measure({"m": tiny}, digits, Config(images=(60,)), folder=tmp_path)
+        measure({"m": tiny}, digits, Config(example_images=(60,)), folder=tmp_path)
     with torch.no_grad():
         tiny.blocks[0].attn.qkv.weight.mul_(1e30)
-    with pytest.raises(UserError, match="holds NaN"):
+    with pytest.raises(UserError, match="hold NaN"):
         measure({"m": tiny}, digits, Config(limit=2))

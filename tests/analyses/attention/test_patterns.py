@@ -6,22 +6,19 @@ from __future__ import annotations
 import math
 import weakref
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from bvit_interp.analyses.attention import patterns as attending
+from bvit_interp.analyses.attention import patterns as module
 from bvit_interp.analyses.attention.patterns import (
-    attend,
-    example_maps,
-    statistics,
-    token_groups,
-    uniform,
+    attention_statistics,
+    metric_names,
+    uniform_value,
 )
-from bvit_interp.data.digits import DigitScenes
-from bvit_interp.data.geometry import Geometry
-from bvit_interp.errors import DataError, UserError
+from bvit_interp.errors import UserError
 from bvit_interp.probes import saliency
 from bvit_interp.probes.probe import Probe
 
@@ -49,16 +46,16 @@ def statistics_by_hand(pattern, probe):
     first = probe.num_prefix_tokens
     cls = pattern[:, 0]
     found = {
-        "entropy": -(cls * np.log(cls)).sum(-1),
-        "patches_on_cls": pattern[:, first:, 0].mean(-1),
+        "attention_entropy": -(cls * np.log(cls)).sum(-1),
+        "patches_to_cls": pattern[:, first:, 0].mean(-1),
     }
-    found |= {f"cls_on_{kind}": cls[:, rows].sum(-1) for kind, rows in token_groups(probe).items()}
-    found["distance"] = np.zeros(len(pattern))
+    found |= {f"cls_to_{kind}": cls[:, rows].sum(-1) for kind, rows in probe.kinds().items()}
+    found["attention_distance"] = np.zeros(len(pattern))
     places = [(row, col) for row in range(probe.grid[0]) for col in range(probe.grid[1])]
     for head, table in enumerate(pattern[:, first:, first:]):
         for query, row in zip(places, table, strict=True):
             weighted = sum(a * math.dist(query, key) for a, key in zip(row, places, strict=True))
-            found["distance"][head] += weighted / row.sum() / len(places)
+            found["attention_distance"][head] += weighted / row.sum() / len(places)
     return found
 
 
@@ -70,20 +67,20 @@ def test_patterns_of_chosen_q_and_k(tiny, images):
     q[:, 1, :2] = k[:, 1, :2] = 60 * torch.stack([angle.cos(), angle.sin()], -1)
     q[:, 2, 0] = q[:, 3, 0] = k[0, 2, 0] = k[1, 3, 0] = 16
     tiny.blocks[0].attn.qkv = Chosen(q, k)
-    found = attend(Probe(tiny), images)
+    found = attention_statistics(Probe(tiny), images)
     mean = np.mean(distances_by_hand((4, 4)))
     expected = {
-        "entropy": [math.log(17), 0, 0, 0],
+        "attention_entropy": [math.log(17), 0, 0, 0],
         # head 2 leaves almost nothing on patches, and that evenly
-        "distance": [mean, 0, mean, np.mean(distances_by_hand((4, 4), query=0))],
-        "cls_on_cls": [1 / 17, 1, 1, 0],
-        "cls_on_patches": [16 / 17, 0, 0, 1],
-        "patches_on_cls": [1 / 17, 0, 1, 0],
+        "attention_distance": [mean, 0, mean, np.mean(distances_by_hand((4, 4), query=0))],
+        "cls_to_cls": [1 / 17, 1, 1, 0],
+        "cls_to_patches": [16 / 17, 0, 0, 1],
+        "patches_to_cls": [1 / 17, 0, 1, 0],
     }
-    assert set(expected) == set(found.statistics) == set(statistics(Probe(tiny)))
+    assert set(expected) == set(found.metrics) == set(metric_names(Probe(tiny)))
     for name, values in expected.items():
         np.testing.assert_allclose(
-            found.statistics[name], np.tile(values, (4, 12, 1)), atol=2e-6, err_msg=name
+            found.metrics[name], np.tile(values, (4, 12, 1)), atol=2e-6, err_msg=name
         )
     corner = found.maps[0, 0, 3]
     assert corner[0] == pytest.approx(1)
@@ -95,37 +92,57 @@ def test_patterns_of_chosen_q_and_k(tiny, images):
 def test_against_the_forward_written_by_hand(tiny, tiny_reg4, images, by_hand):
     for model in (tiny, tiny_reg4):
         probe = Probe(model)
-        found = attend(probe, images)
+        found = attention_statistics(probe, images)
         with torch.no_grad():
             sites = by_hand.run(model, images, [model.blocks[0]] * 12)[1:]
         for t, site in enumerate(sites):
             for image in range(2):
                 expected = statistics_by_hand(site["pattern"][image].double().numpy(), probe)
-                assert set(expected) == set(found.statistics)
+                assert set(expected) == set(found.metrics)
                 for name, values in expected.items():
                     np.testing.assert_allclose(
-                        found.statistics[name][image, t], values, rtol=2e-4, atol=1e-6
+                        found.metrics[name][image, t], values, rtol=2e-4, atol=1e-6
                     )
+
+
+def test_kinds_of_tokens_by_their_positions(tiny_distilled, images):
+    """CLS, the distillation token, two registers, then sixteen patches."""
+    probe = Probe(tiny_distilled)
+    values = attention_statistics(probe, images).metrics
+    cls = probe.run(images, "pattern", 3)[1]["pattern", 3].detach().double()[:, :, 0]
+    positions = {
+        "cls": slice(0, 1),
+        "dist": slice(1, 2),
+        "reg": slice(2, 4),
+        "patches": slice(4, 20),
+    }
+    for kind, keys in positions.items():
+        np.testing.assert_allclose(
+            values[f"cls_to_{kind}"][:, 2], cls[..., keys].sum(-1), atol=1e-6
+        )
+        share = (keys.stop - keys.start) / 20
+        assert uniform_value(probe, f"cls_to_{kind}") == pytest.approx(share)
+    assert uniform_value(probe, "patches_to_cls") == pytest.approx(1 / 20)
 
 
 def test_every_kind_of_model(any_model, images):
     probe = Probe(any_model)
-    found = attend(probe, images)
+    found = attention_statistics(probe, images)
     patterns = probe.run(images, "pattern")[1]["pattern"].detach().double().numpy()
     for t in range(probe.num_steps):
         for name, values in statistics_by_hand(patterns[1, t], probe).items():
             np.testing.assert_allclose(
-                found.statistics[name][1, t], values, rtol=1e-4, atol=1e-6, err_msg=name
+                found.metrics[name][1, t], values, rtol=1e-4, atol=1e-6, err_msg=name
             )
     np.testing.assert_allclose(found.maps, saliency.attention(probe, images), atol=1e-6)
-    groups = token_groups(probe)
-    total = sum(found.statistics[f"cls_on_{kind}"] for kind in groups)
+    groups = probe.kinds()
+    total = sum(found.metrics[f"cls_to_{kind}"] for kind in groups)
     np.testing.assert_allclose(total, 1, atol=1e-6)
 
 
 def test_rollout_in_a_numpy_loop(any_model, images):
     probe = Probe(any_model)
-    found = attend(probe, images).rollout
+    found = attention_statistics(probe, images).rollout
     patterns = probe.run(images, "pattern")[1]["pattern"].detach().double().numpy()
     for i in range(len(images)):
         rolled = np.eye(patterns.shape[-1])
@@ -148,14 +165,14 @@ def test_the_output_is_untouched_and_fused_attention_stays_on(any_model, images,
         lambda *a, **k: (calls.append(1), fused(*a, **k))[1],
     )
     with probe.model.register_forward_hook(lambda _, __, output: outputs.append(output)):
-        attend(probe, images)
+        attention_statistics(probe, images)
     assert torch.equal(outputs[0], before)
     assert len(calls) >= probe.num_steps
 
 
 def test_one_pattern_at_a_time(tiny, images, monkeypatch):
     """When a step is reduced, the patterns of the steps before it are gone."""
-    alive, reduced = [], attending._of_step
+    alive, reduced = [], module._reduce_step
 
     def watched(pattern, *others):
         assert not [where for where in alive if where() is not None]
@@ -163,8 +180,8 @@ def test_one_pattern_at_a_time(tiny, images, monkeypatch):
         alive.append(weakref.ref(pattern))
         return reduced(pattern, *others)
 
-    monkeypatch.setattr(attending, "_of_step", watched)
-    attend(Probe(tiny), images)
+    monkeypatch.setattr(module, "_reduce_step", watched)
+    attention_statistics(Probe(tiny), images)
     assert len(alive) == 24
 
 
@@ -177,13 +194,13 @@ def test_uniform_attention_is_its_null(any_model, images):
             block.attn.qkv.weight[: 2 * width] = 0
             block.attn.qkv.bias[: 2 * width] = 0
     probe = Probe(any_model)
-    found = attend(probe, images)
-    for name, values in found.statistics.items():
-        np.testing.assert_allclose(values, uniform(probe, name), rtol=1e-6, err_msg=name)
+    found = attention_statistics(probe, images)
+    for name, values in found.metrics.items():
+        np.testing.assert_allclose(values, uniform_value(probe, name), rtol=1e-6, err_msg=name)
     for t in range(1, probe.num_steps + 1):
         row = found.rollout[:, t - 1]
         entropy = -(row * row.log()).sum(-1)
-        np.testing.assert_allclose(entropy, uniform(probe, "rollout_entropy", t), rtol=1e-5)
+        np.testing.assert_allclose(entropy, uniform_value(probe, "rollout_entropy", t), rtol=1e-5)
 
 
 def test_the_distance_of_uniform_attention_in_closed_form(make):
@@ -196,46 +213,26 @@ def test_the_distance_of_uniform_attention_in_closed_form(make):
         for dr in range(-2, 3)
         for dc in range(-4, 5)
     )
-    assert uniform(probe, "distance") == pytest.approx(total / (rows * cols) ** 2)
+    assert uniform_value(probe, "attention_distance") == pytest.approx(total / (rows * cols) ** 2)
 
 
 def test_without_cls_there_is_the_distance_alone(make, images):
     probe = Probe(make(name="vit_tiny_patch16_224", depth=2, class_token=False, global_pool="avg"))
-    found = attend(probe, images)
-    assert statistics(probe) == list(found.statistics) == ["distance"]
+    found = attention_statistics(probe, images)
+    assert metric_names(probe) == list(found.metrics) == ["attention_distance"]
     assert found.maps is None
     assert found.rollout is None
 
 
-def test_examples(tiny, monkeypatch):
-    digits = DigitScenes("test", length=6)
-    probe, geometry = Probe(tiny), Geometry.of(tiny, digits)
-    found = example_maps(probe, digits, [5, 2], geometry)
-    assert found["index"].tolist() == [5, 2]
-    np.testing.assert_allclose(found["image"][1], digits.read(2)[0], atol=1)
-    pixels = torch.stack([geometry(digits.read(i)[0])[0] for i in (5, 2)])
-    np.testing.assert_allclose(
-        found["maps"].reshape(2, 12, 4, 16), saliency.attention(probe, pixels), atol=1e-6
-    )
-    read = digits.read
-
-    def torn(i):
-        if i == 5:
-            raise DataError("torn.png cannot be read")
-        return read(i)
-
-    monkeypatch.setattr(digits, "read", torn)
-    assert example_maps(probe, digits, [5, 2], geometry, skip_corrupt=True)["index"].tolist() == [2]
-    with pytest.raises(DataError, match="torn"):
-        example_maps(probe, digits, [5, 2], geometry)
-    with pytest.raises(DataError, match="none of the 1 example images"):
-        example_maps(probe, digits, [5], geometry, skip_corrupt=True)
+def test_wrong_shapes_are_refused(tiny, images):
+    with pytest.raises(jaxtyping.TypeCheckError):
+        attention_statistics(Probe(tiny), images[0])
 
 
 def test_bad_input(make, tiny, images):
     with pytest.raises(UserError, match="give 17 tokens, got 65"):
-        attend(Probe(make(dynamic_img_size=True)), torch.randn(2, 3, 64, 64))
+        attention_statistics(Probe(make(dynamic_img_size=True)), torch.randn(2, 3, 64, 64))
     with torch.no_grad():
         tiny.blocks[0].attn.qkv.weight.mul_(1e30)
-    with pytest.raises(UserError, match="attention of step 1 holds NaN"):
-        attend(Probe(tiny), images)
+    with pytest.raises(UserError, match="attention weights of step 1 hold NaN or infinite"):
+        attention_statistics(Probe(tiny), images)
