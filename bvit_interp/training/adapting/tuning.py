@@ -30,7 +30,7 @@ from bvit_interp import results
 from bvit_interp.data.samples import first_line
 from bvit_interp.errors import UserError
 from bvit_interp.models.adapters import Adapted
-from bvit_interp.training.loop import build as start
+from bvit_interp.training.loop import build
 from bvit_interp.training.loop.draws import drawn_for
 from bvit_interp.training.loop.feed import Share
 from bvit_interp.training.loop.recipe import Recipe
@@ -67,7 +67,7 @@ def fit(
     rank, world = results.rank_and_world()
     steps = images // recipe.batch_size
     optimizer = _optimizer(adapted, recipe)
-    schedule = start.schedule(optimizer, recipe, steps)
+    schedule = build.schedule(optimizer, recipe, steps)
     done, mean = (
         (0, math.nan) if path is None else _resumed(path, dict(about or {}), adapted, optimizer)
     )

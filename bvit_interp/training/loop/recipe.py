@@ -272,7 +272,8 @@ def _typed(recipe: str, key: str, value: Any) -> Any:
         return "off"
     elif kind not in (int, float) and isinstance(value, dict if key == "model" else kind):
         return value
-    expected = _EXPECTED[kind] + (" or null" if optional else "")
+    expected = choices(_WORDS[key]) if key in _WORDS else _EXPECTED[kind]
+    expected += " or null" if optional else ""
     raise UserError(f"recipe {recipe}: {key} must be {expected}, got {value!r}")
 
 

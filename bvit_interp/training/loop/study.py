@@ -22,8 +22,7 @@ from bvit_interp.errors import UserError, choices
 from bvit_interp.models import cost
 from bvit_interp.models.bvit import BViT
 from bvit_interp.results import Table, read_table
-from bvit_interp.training.loop import build as start
-from bvit_interp.training.loop import feed, supervised
+from bvit_interp.training.loop import build, feed, supervised
 from bvit_interp.training.loop import recipe as recipes
 from bvit_interp.training.loop.trainer import HISTORY
 
@@ -140,7 +139,7 @@ def run(
         raise UserError("a study needs at least one seed")
     samples = open_samples(plans[0][2].data, "train")
     abouts = [
-        _about(start.make_model(plan, samples)) for _, _, plan in plans
+        _about(build.make_model(plan, samples)) for _, _, plan in plans
     ]  # one that cannot be built stops at once
     options = {"study": study.name, "recipe": _shared(plans), "images": feed.fingerprint(samples)}
     table = Table(out / f"study_{study.name}.csv", options, overwrite)

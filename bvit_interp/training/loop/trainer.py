@@ -36,8 +36,7 @@ from bvit_interp.models import checkpoint, cost
 from bvit_interp.models.bvit import BViT
 from bvit_interp.models.masks import FILE as MASKS
 from bvit_interp.models.masks import Masks, masked
-from bvit_interp.training.loop import build as start
-from bvit_interp.training.loop import card, feed
+from bvit_interp.training.loop import build, card, feed
 from bvit_interp.training.loop.distill import objective
 from bvit_interp.training.loop.recipe import Recipe
 from bvit_interp.training.loop.scoring import test_images
@@ -96,7 +95,7 @@ class Trainer:
             left.unlink(missing_ok=True)  # by a process killed while it wrote
         self.samples = open_samples(recipe.data, "train")
         self.data = feed.fingerprint(self.samples)
-        model = start.make_model(recipe, self.samples).to(device)
+        model = build.make_model(recipe, self.samples).to(device)
         self.steps = feed.images_per_epoch(recipe, self.samples) // recipe.batch_size
         self.total = recipe.epochs * self.steps
         self._check(model)
@@ -108,15 +107,15 @@ class Trainer:
             copy.deepcopy(model).requires_grad_(False).eval()
         )  # neither compiled nor its attention changed
         decay, warmup = (
-            start.ema_decay(recipe, self.total),
+            build.ema_decay(recipe, self.total),
             round(recipe.warmup_epochs * self.steps),
         )
         ema = ModelEmaV3(model, decay=decay, update_after_step=warmup)
         self.run = Run(
-            model, ema, start.optimizer(model, recipe), precision=precision(recipe.autocast, device)
+            model, ema, build.optimizer(model, recipe), precision=precision(recipe.autocast, device)
         )
         peak_flops(device, self._dtype())  # measured while nothing else runs
-        self.schedule = start.schedule(self.run.optimizer, recipe, self.steps)
+        self.schedule = build.schedule(self.run.optimizer, recipe, self.steps)
         self.objective = objective(recipe, model, device)
         self.feed = feed.Feed(recipe, self.samples, model, device)  # late: it may read all images
         if self.test.fits:

@@ -20,7 +20,8 @@ from bvit_interp.models import adapters, checkpoint
 from bvit_interp.models.adapters import Adapted, Spec
 from bvit_interp.results import read_table
 from bvit_interp.training.adapting import transfer, tuning
-from bvit_interp.training.adapting.transfer import COLUMNS, Plan, Transfer, places_of, run, summary
+from bvit_interp.training.adapting.transfer import COLUMNS, Transfer, places_of, run, summary
+from bvit_interp.training.adapting.transfer_plan import DEFAULTS, Plan
 from bvit_interp.training.loop import feed
 
 COLOURS = {"red": 0, "green": 1, "blue": 2}
@@ -66,7 +67,7 @@ def test_defaults_are_the_protocol():
     """40 epochs, 5 of warm-up, 128 images for CIFAR and 64 else; learning rate by mode."""
     plan = Plan()
     assert (plan.epochs, plan.seeds, plan.rank, plan.alpha) == (40, (0, 1, 2), 8, 16.0)
-    found = {mode: plan.recipe(mode, 0, "cifar10", 1000) for mode in transfer.DEFAULTS}
+    found = {mode: plan.recipe(mode, 0, "cifar10", 1000) for mode in DEFAULTS}
     assert {r.warmup_epochs for r in found.values()} == {5}
     assert {r.batch_size for r in found.values()} == {128}
     assert plan.recipe("probe", 0, "pets", 1000).batch_size == 64

@@ -14,8 +14,7 @@ from torchvision.transforms import RandomErasing
 from bvit_interp.data.digits import DigitScenes
 from bvit_interp.data.geometry import Geometry
 from bvit_interp.errors import UserError
-from bvit_interp.training.loop import augment
-from bvit_interp.training.loop import build as start
+from bvit_interp.training.loop import augment, build
 from bvit_interp.training.loop.draws import Draws, drawn_for
 
 DRAWS = 400
@@ -33,7 +32,7 @@ def view_of(recipe):
 
     def make(raw=True, **settings):
         plan = recipe(**settings)
-        model = start.make_model(plan, DigitScenes("train"))
+        model = build.make_model(plan, DigitScenes("train"))
         view = augment.Augmentation(plan, model)
         mean, std = (
             torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std")
@@ -51,7 +50,7 @@ def view_of(recipe):
 
 
 def test_without_augmentation_it_is_the_geometry_of_a_test_image(recipe, view_of, image):
-    model = start.make_model(recipe(), DigitScenes("train"))
+    model = build.make_model(recipe(), DigitScenes("train"))
     expected, _ = Geometry.of(model, DigitScenes("test"))(image)
     torch.testing.assert_close(
         view_of(raw=False)(image, 2), expected.expand(2, -1, -1, -1), rtol=0, atol=1e-6
@@ -225,7 +224,7 @@ def test_no_two_parts_draw_from_the_same_numbers(recipe):
     """Each column of an image's row is of one thing: changing those of one part leaves the others
     as they were."""
     plan = recipe(crop="padded", flip=True, randaugment="rand-m9-mstd0.5", erase=0.5, mixup=0.2)
-    view = augment.Augmentation(plan, start.make_model(plan, DigitScenes("train")))
+    view = augment.Augmentation(plan, build.make_model(plan, DigitScenes("train")))
     given = {}
 
     class Row:

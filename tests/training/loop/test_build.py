@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 from bvit_interp.data.digits import DigitScenes
 from bvit_interp.errors import UserError
 from bvit_interp.models.checkpoint import save
-from bvit_interp.training.loop import build as start
+from bvit_interp.training.loop import build
 from bvit_interp.training.loop.recipe import read
 
 SAMPLES = DigitScenes("train")
@@ -20,15 +20,15 @@ SAMPLES = DigitScenes("train")
 
 def test_weights_are_of_the_seed_alone(recipe):
     torch.manual_seed(1)
-    first = start.make_model(recipe(seed=3), SAMPLES).state_dict()
+    first = build.make_model(recipe(seed=3), SAMPLES).state_dict()
     torch.manual_seed(2)
-    again, other = (start.make_model(recipe(seed=seed), SAMPLES).state_dict() for seed in (3, 4))
+    again, other = (build.make_model(recipe(seed=seed), SAMPLES).state_dict() for seed in (3, 4))
     assert all(torch.equal(first[key], again[key]) for key in first)
     assert not torch.equal(first["patch_embed.proj.weight"], other["patch_embed.proj.weight"])
 
 
 def test_the_model_knows_its_classes_and_that_nothing_is_cut_off(recipe):
-    cfg = start.make_model(recipe(), SAMPLES).pretrained_cfg
+    cfg = build.make_model(recipe(), SAMPLES).pretrained_cfg
     assert cfg["label_names"] == list("0123456789")
     assert cfg["crop_pct"] == 1.0
 
@@ -44,7 +44,7 @@ def test_starting_from_a_checkpoint(make, recipe, tmp_path, name, new):
     base = make(patch_size=8)
     folder = save(base, tmp_path / "base")
     arguments = {"name": name, "embed_dim": 32, "num_heads": 4, "num_steps": 12}
-    model = start.make_model(
+    model = build.make_model(
         recipe(model=arguments, init=str(folder), positions="sincos"), SAMPLES
     ).eval()
     own = model.state_dict()
@@ -54,13 +54,13 @@ def test_starting_from_a_checkpoint(make, recipe, tmp_path, name, new):
         images = torch.randn(2, 3, 32, 32)
         assert torch.equal(model(images), base(images))
     with pytest.raises(UserError, match="base does not fit the model: cls_token"):
-        start.make_model(recipe(model={**arguments, "embed_dim": 64}, init=str(folder)), SAMPLES)
+        build.make_model(recipe(model={**arguments, "embed_dim": 64}, init=str(folder)), SAMPLES)
 
 
 @pytest.mark.parametrize("kind", ["", "reg4_", "distilled_"])
 def test_sincos_positions(recipe, kind):
     """Half of the width is of the row, the other half of the column."""
-    model = start.make_model(
+    model = build.make_model(
         recipe(positions="sincos", model={"name": f"bvit_small_{kind}patch16_224"}), SAMPLES
     )
     prefix, patches = model.pos_embed.detach()[0].split([1 + (kind == "distilled_"), 16])
@@ -78,7 +78,7 @@ def test_sincos_positions(recipe, kind):
 def rates(recipe, steps):
     """The learning rate at every step of a run."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=recipe.lr)
-    schedule, found = start.schedule(optimizer, recipe, steps), []
+    schedule, found = build.schedule(optimizer, recipe, steps), []
     for step in range(recipe.epochs * steps):
         schedule.step_update(step)
         schedule.step(step // steps)
@@ -129,7 +129,7 @@ def named(model, group):
 @pytest.mark.parametrize("kind", ["tiny_te", "tiny_reg4", "tiny_sc_block", "tiny_distilled"])
 def test_weight_decay_is_on_matrices_only(request, recipe, kind):
     model = request.getfixturevalue(kind)
-    optimizer = start.optimizer(model, recipe(weight_decay=0.07))
+    optimizer = build.optimizer(model, recipe(weight_decay=0.07))
     groups = {group["weight_decay"]: named(model, group) for group in optimizer.param_groups}
     assert set(groups) == {0.0, 0.07}
     heads = {
@@ -147,7 +147,7 @@ def test_weight_decay_is_on_matrices_only(request, recipe, kind):
 
 
 def test_decay_all(tiny_te, recipe):
-    (group,) = start.optimizer(tiny_te, recipe(weight_decay=0.07, decay_all=True)).param_groups
+    (group,) = build.optimizer(tiny_te, recipe(weight_decay=0.07, decay_all=True)).param_groups
     assert group["weight_decay"] == 0.07
     assert named(tiny_te, group) == {name for name, _ in tiny_te.named_parameters()}
 
@@ -156,7 +156,7 @@ def test_one_block_has_a_twelfth_of_the_stacks_moments(make, recipe):
     sizes = {}
     for name in ("bvit_small_patch16_224", "vit_rms_small_patch16_224"):
         model = make(name=name)
-        optimizer = start.optimizer(model, recipe())
+        optimizer = build.optimizer(model, recipe())
         model(torch.randn(2, 3, 32, 32)).sum().backward()
         optimizer.step()
         sizes[name] = {
@@ -170,7 +170,7 @@ def test_one_block_has_a_twelfth_of_the_stacks_moments(make, recipe):
 
 def test_the_horizon_of_the_average(recipe):
     """The paper's 0.99995 is 20,000 of 375,300 steps; 20 epochs of CIFAR-10 have 391 each."""
-    assert start.ema_decay(recipe(), 300 * 1251) == pytest.approx(0.99995, abs=1e-6)
-    assert start.ema_decay(recipe(), 20 * 391) == pytest.approx(0.99759, abs=1e-5)
-    assert start.ema_decay(recipe(), 3) == 0
-    assert start.ema_decay(recipe(ema=0.9), 300 * 1251) == 0.9
+    assert build.ema_decay(recipe(), 300 * 1251) == pytest.approx(0.99995, abs=1e-6)
+    assert build.ema_decay(recipe(), 20 * 391) == pytest.approx(0.99759, abs=1e-5)
+    assert build.ema_decay(recipe(), 3) == 0
+    assert build.ema_decay(recipe(ema=0.9), 300 * 1251) == 0.9

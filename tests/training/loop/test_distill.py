@@ -13,8 +13,7 @@ from torch import nn
 from bvit_interp.data.digits import DigitScenes
 from bvit_interp.errors import CheckpointError, UserError
 from bvit_interp.models.checkpoint import load, save
-from bvit_interp.training.loop import build as start
-from bvit_interp.training.loop import distill, supervised
+from bvit_interp.training.loop import build, distill, supervised
 
 DISTILLED = {"name": "bvit_small_distilled_patch16_224", "weight_init": ""}
 
@@ -38,7 +37,7 @@ class Colours(nn.Module):
 @pytest.fixture
 def student(recipe):
     """A distilled student in training mode."""
-    return start.make_model(recipe(model=DISTILLED, teacher="any"), DigitScenes("train")).train()
+    return build.make_model(recipe(model=DISTILLED, teacher="any"), DigitScenes("train")).train()
 
 
 @pytest.fixture

@@ -10,8 +10,7 @@ import torch
 from bvit_interp.data.digits import DigitScenes
 from bvit_interp.errors import DataError, UserError
 from bvit_interp.models.checkpoint import load
-from bvit_interp.training.loop import build as start
-from bvit_interp.training.loop import feed, study, supervised
+from bvit_interp.training.loop import build, feed, study, supervised
 from bvit_interp.training.loop import trainer as run_trainer
 from bvit_interp.training.loop.recipe import read
 
@@ -110,15 +109,15 @@ def test_settings_that_would_not_do_what_they_say(recipe, change, message):
 def test_models_that_would_not_be_what_they_seem(recipe, tmp_path):
     samples = DigitScenes("train")
     with pytest.raises(UserError, match=r"patches of \(5, 5\) do not tile \(32, 32\) pixels"):
-        start.make_model(recipe(model={"patch_size": 5}), samples)
+        build.make_model(recipe(model={"patch_size": 5}), samples)
     with pytest.raises(UserError, match="cannot make the model .*divisible by 4"):
-        start.make_model(
+        build.make_model(
             recipe(positions="sincos", model={"embed_dim": 30, "num_heads": 2}), samples
         )
     supervised.train(recipe(epochs=1), tmp_path / "base")
     heads = load(tmp_path / "base").blocks[0].attn.num_heads
     with pytest.raises(UserError, match=f"base has {heads} heads, the model {2 * heads}"):
-        start.make_model(
+        build.make_model(
             recipe(init=str(tmp_path / "base"), model={"num_heads": 2 * heads}), samples
         )
 

@@ -9,7 +9,7 @@ import torch
 from bvit_interp.data.digits import DigitScenes
 from bvit_interp.errors import UserError
 from bvit_interp.models import cost
-from bvit_interp.training.loop import build as start
+from bvit_interp.training.loop import build
 from bvit_interp.training.loop.recipe import Recipe, available, read
 
 SHIPPED = [
@@ -260,5 +260,5 @@ def test_bad_recipe_files(tmp_path):
 )
 def test_a_model_that_cannot_be_made(recipe, arguments, message):
     with pytest.raises(UserError, match=message) as error:
-        start.make_model(recipe(model=arguments), DigitScenes("train"))
+        build.make_model(recipe(model=arguments), DigitScenes("train"))
     assert "\n" not in str(error.value)

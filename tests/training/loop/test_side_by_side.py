@@ -15,8 +15,7 @@ from bvit_interp.data.catalog import open_samples
 from bvit_interp.errors import UserError
 from bvit_interp.models.checkpoint import load
 from bvit_interp.models.masks import full
-from bvit_interp.training.loop import build as start
-from bvit_interp.training.loop import feed, supervised, throughput
+from bvit_interp.training.loop import build, feed, supervised, throughput
 from bvit_interp.training.loop import trainer as run_trainer
 
 STEPS = 5  # of an epoch
@@ -184,7 +183,7 @@ def tokens_of(made):
 @pytest.mark.parametrize("masks", [False, True])
 def test_patches_are_left_out_before_and_not_after(recipe, pictures, tmp_path, masks):
     plan = recipe(**pictures | DROPPING)
-    own = full(start.make_model(plan, open_samples(plan.data, "train"))) if masks else None
+    own = full(build.make_model(plan, open_samples(plan.data, "train"))) if masks else None
     made = run_trainer.Trainer(plan, tmp_path / "run", "cpu", 2.0, own)
     assert tokens_of(made) == [1 + 12] * 2 * STEPS + [1 + 16] * 2 * STEPS
     assert load(tmp_path / "run").eval()(torch.randn(2, 3, 32, 32)).shape == (2, 2)
@@ -280,7 +279,7 @@ def test_patches_are_left_out_alike_by_several_processes(
     recipe, tmp_path, monkeypatch, shared_gradients, masks
 ):
     plan = recipe(epochs=2, patch_drop_until=0.5, model={"patch_drop_rate": 0.25})
-    own = full(start.make_model(plan, open_samples(plan.data, "train"))) if masks else None
+    own = full(build.make_model(plan, open_samples(plan.data, "train"))) if masks else None
     made = run_trainer.Trainer(plan, tmp_path / "run", "cpu", 2.0, own)
     monkeypatch.setattr(made, "_finish", lambda epoch: None)  # scores are gathered from both
     seen = []
