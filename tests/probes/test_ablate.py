@@ -77,7 +77,7 @@ def test_means_add_up_over_batches_and_start_in_shape():
     with pytest.raises(UserError, match="NaN"):
         metric.update(torch.full((2, 3), torch.nan), 3)
     with pytest.raises(ValueError, match="shape"):
-        metric.update(torch.ones(3), 1)  # it would broadcast
+        metric.update(torch.ones(1, 3), 1)  # it would broadcast
 
 
 def test_sums_of_sites_are_those_of_recorded_activations(any_model, images):
