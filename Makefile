@@ -35,13 +35,13 @@ demo: setup
 		--limit-train 128 --limit 100 --random-baseline --out $(RUN)/transfer
 	$(BIN)/bvit-interp attention $(ALL) --limit 80
 	$(BIN)/bvit-interp cost $(ALL)
-	$(BIN)/bvit-interp selectivity $(ONE) --limit 60 --ablated 2 --nulls 1
+	$(BIN)/bvit-interp selectivity $(ONE) --limit 60 --n-ablated 2 --random-units 1
 	$(BIN)/bvit-interp patching $(ONE) --limit 16
 	$(BIN)/bvit-interp ablation $(ONE) --limit 40 --n-ablated 4 --methods mean --groups 0
 	$(BIN)/bvit-interp lens $(ONE) --limit 60 --fit-images 100 --iterations 5
 	$(BIN)/bvit-interp stability $(ONE) --limit 16 --n-jacobian 1 --steps 13 --jacobian-steps 1 --leading 1 --iterations 3
 	$(BIN)/bvit-interp step-attribution $(ONE) --limit 24 --folds 4 --methods magnitude stepwise random --sparsities 0.5
-	$(BIN)/bvit-interp schedule $(ONE) --limit 40 --scored 8 --runs 6 24
+	$(BIN)/bvit-interp schedule $(ONE) --limit 40 --n-scored 8 --runs 6 24
 	$(BIN)/bvit-interp circuits $(ONE) --limit 8 --fit-images 16 --fractions 0.5 --draws 1
 	$(BIN)/bvit-interp report $(RUN)
 

@@ -44,7 +44,7 @@ COMMANDS = {
         ("features --neurons 5 --iterations 1", 1),
     ],
     "units": [
-        ("selectivity --ablated 5", 41),
+        ("selectivity --n-ablated 5", 41),
         ("patching --steps 1 3 12 --tokens all cls", 41),
         ("ablation --groups 2 --n-ablated 7", 7),
         ("ablation --groups 0 --methods mean zero", 1),
@@ -57,7 +57,7 @@ COMMANDS = {
     ],
     "weights, gates": [
         ("step-attribution --folds 6 --sparsities 0.5", 41),
-        ("schedule --scored 6 --runs 6 --shifts 1", 41),
+        ("schedule --n-scored 6 --runs 6 --shifts 1", 41),
         ("circuits --fractions 0.5 --fit-images 16 --draws 1", 41),
         ("circuits --methods gradient learned --epochs 1 --fit-images 16 --fractions 0.5", 1),
     ],

@@ -21,8 +21,8 @@ SHOWN = 1000  # rows of a table; its CSV has them all
 
 
 def write(folder: Path, out: Path | None = None) -> Path:
-    """Write the page of every analysis whose table lies in `folder`, and beside it one of each unit
-    told in full.
+    """Write the page of every analysis whose table lies in `folder`, and beside it one for each
+    described unit.
 
     Returns the page's path.
 
@@ -35,12 +35,11 @@ def write(folder: Path, out: Path | None = None) -> Path:
         raise UserError(f"no folder {folder}")
     sections = [_section(folder, word) for word in ANALYSES if (folder / f"{word}.csv").is_file()]
     if not sections:
-        raise UserError(
-            f"{folder} holds no results; a report needs one of {', '.join(f'{w}.csv' for w in ANALYSES)}"
-        )
+        tables = ", ".join(f"{word}.csv" for word in ANALYSES)
+        raise UserError(f"{folder} holds no results; a report needs one of {tables}")
     out = out or folder / "report.html"
-    lives = folder / "selectivity.csv"
-    units = unit_page.write(read_table(lives), folder, out) if lives.is_file() else {}
+    selectivity = folder / "selectivity.csv"
+    units = unit_page.write(read_table(selectivity), folder, out) if selectivity.is_file() else {}
     templates = jinja2.Environment(
         loader=jinja2.PackageLoader("bvit_interp", "report"), autoescape=True
     )

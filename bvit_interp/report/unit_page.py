@@ -1,5 +1,4 @@
-"""A page for each neuron and head whose life `selectivity` tells in full, beside the report that
-links to it."""
+"""A page for each described unit of `selectivity`, linked from the report."""
 
 from __future__ import annotations
 
@@ -7,40 +6,26 @@ import base64
 import re
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from bvit_interp import plotting
-from bvit_interp.analyses.selectivity import COLUMNS
+from bvit_interp.analyses.selectivity import COLUMNS, UNIT_NAMES
 from bvit_interp.errors import MissingExtra
 from bvit_interp.results import replacing
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 FOLDER = "units"
-_NEEDED = {
-    "model",
-    "kind",
-    "unit",
-    "step",
-    "statistic",
-    "class",
-    "value",
-    "low",
-    "high",
-    "null",
-    "rank",
-    "top",
-    "path",
-}
-_STEPWISE = {
+_PIXELS_PER_IMAGE = 120  # width of a top image on the page
+_PANELS = {
     "selectivity": ("selectivity", "random groups of images"),
     "firing": ("share of patches where it fires", ""),
-    "ablation_logit": ("true logit, ablated at this step", "other units"),
+    "ablation_logit": ("change of the true logit, ablated at this step", "random units"),
 }
-"""Statistics that have a panel: its title, and what the null is."""
+"""Metrics with a panel of their own: its title, and the label of the null."""
 
 
 def write(frame: pd.DataFrame, folder: Path, out: Path) -> dict[str, str]:
@@ -48,9 +33,9 @@ def write(frame: pd.DataFrame, folder: Path, out: Path) -> dict[str, str]:
 
     Parameters
     ----------
-    frame : the table, read back; one with other columns has no units.
-    folder : the results it lies among, with the pictures in `selectivity/`.
-    out : the report, in whose folder `units/` the pages go.
+    frame : the table, read back; a table with other columns has no units.
+    folder : the folder of results that holds the pictures in `selectivity/`.
+    out : the report; the pages go to `units/` in its folder.
 
     Returns
     -------
@@ -61,19 +46,19 @@ def write(frame: pd.DataFrame, folder: Path, out: Path) -> dict[str, str]:
     MissingExtra
         If matplotlib is not installed.
     """
-    if not set(frame) >= _NEEDED:
+    if not set(frame) >= set(COLUMNS) - {"n"}:
         return {}
-    told = frame.loc[
-        frame["statistic"] == "class_mean", ["model", "kind", "unit"]
-    ].drop_duplicates()
+    class_means = frame.loc[frame["metric"] == "class_mean", ["model", "site", "unit"]]
     links = {}
-    for model, kind, unit in told.itertuples(index=False):
-        of_unit = (frame["model"] == model) & (frame["kind"] == kind) & (frame["unit"] == unit)
-        title = f"{kind} {unit:.0f} of {model}"
-        link = f"{FOLDER}/{re.sub(r'[^A-Za-z0-9._-]', '_', model)}_{kind}{unit:.0f}.html"
+    for model, site, unit in class_means.drop_duplicates().itertuples(index=False):
+        name = f"{UNIT_NAMES[site]} {unit:.0f} of {model}"
+        file = re.sub(r"[^A-Za-z0-9._-]", "_", f"{model}_{UNIT_NAMES[site]}{unit:.0f}")
+        link = f"{FOLDER}/{file}.html"
+        chosen = (frame["model"] == model) & (frame["site"] == site) & (frame["unit"] == unit)
         with replacing(out.parent / link) as temporary:
-            temporary.write_text(_page(title, frame[of_unit], folder, out.name), encoding="utf-8")
-        links[title] = link
+            text = _page(name, frame[chosen], folder, out.name)
+            temporary.write_text(text, encoding="utf-8")
+        links[name] = link
     return links
 
 
@@ -82,125 +67,114 @@ def _page(title: str, frame: pd.DataFrame, folder: Path, report: str) -> str:
     templates = jinja2.Environment(
         loader=jinja2.PackageLoader("bvit_interp", "report"), autoescape=True
     )
-    whole, stepwise = frame[frame["step"].isna()], frame[frame["step"].notna()]
-    images, width = _images(stepwise, folder)
+    overall, stepwise = frame[frame["step"].isna()], frame[frame["step"].notna()]
+    images, width = _top_images(stepwise, folder)
     return templates.get_template("unit.html.j2").render(
         title=title,
         back=f"../{report}",
-        life=_in_words(whole, stepwise),
+        summary=_summary(overall, stepwise),
         figure=_png(_figure(stepwise)),
         images=images,
         width=width,
         null=COLUMNS["null"],
         rank=COLUMNS["rank"],
-        life_rows=[
-            [
-                row.statistic
-                + (" (at every step)" if row.statistic.startswith("ablation") else ""),
-                _said(row.value),
-                _said(row.null),
-                _said(row.rank),
-            ]
-            for row in whole.itertuples()
-        ],
-        step_rows=[
-            [
-                _said(row.step),
-                row.statistic,
-                row.top if isinstance(row.top, str) else _said(about),
-                _said(row.value),
-                _said(row.low),
-                _said(row.high),
-                _said(row.null),
-            ]
-            for row, about in zip(stepwise.itertuples(), stepwise["class"], strict=True)
-        ],
+        overall_rows=_overall_cells(overall),
+        step_rows=_step_cells(stepwise),
     )
 
 
-def _said(value: Any) -> str:
-    """A cell: four digits, nothing for nan; a class named by a number is one again."""
+def _overall_cells(overall: pd.DataFrame) -> list[list[str]]:
+    """Metric, value, null and rank of every row over all steps."""
+    rows = overall[["metric", "value", "null", "rank"]].to_dict("records")
+    cells = []
+    for row in rows:
+        metric = str(row["metric"])
+        name = f"{metric} (at every step)" if metric.startswith("ablation") else metric
+        cells.append([name, *(_cell(row[key]) for key in ("value", "null", "rank"))])
+    return cells
+
+
+def _step_cells(stepwise: pd.DataFrame) -> list[list[str]]:
+    """Step, metric, class or images, value, interval and null of every row of one step."""
+    about = stepwise["top_images"].where(stepwise["top_images"].notna(), stepwise["class"])
+    columns = stepwise.assign(about=about)[
+        ["step", "metric", "about", "value", "low", "high", "null"]
+    ]
+    return [[_cell(value) for value in row] for row in columns.itertuples(index=False)]
+
+
+def _cell(value: Any) -> str:
+    """Four digits of a number, nothing for nan; a class that is named by a number stays one."""
     if isinstance(value, float):
         return "" if pd.isna(value) else f"{value:.4g}"
     return str(value)
 
 
-def _in_words(whole: pd.DataFrame, stepwise: pd.DataFrame) -> str:
-    """The life of the unit in a few sentences."""
-    of = whole.set_index("statistic")["value"]
-    steps, last = of.get("lifetime", 0.0), stepwise["step"].max()
-    preferred = stepwise[stepwise["statistic"] == "selectivity"].set_index("step")
-    if not steps > 0:
-        return f"Selective for no class at any of {last:.0f} steps: not more than chance and the threshold allow."
+def _summary(overall: pd.DataFrame, stepwise: pd.DataFrame) -> str:
+    """When the unit is selective and for which classes, in a few sentences."""
+    values = overall.set_index("metric")["value"]
+    lifetime, steps = values.get("lifetime", 0.0), stepwise["step"].max()
+    if not lifetime > 0:
+        return f"Not selective at any of {steps:.0f} steps."
+    onset, offset = values["onset"], values["offset"]
+    classes = stepwise[stepwise["metric"] == "selectivity"].set_index("step")["class"]
     text = (
-        f"Selective at {steps:.0f} of {last:.0f} steps: born at step {of['birth']:.0f}, last alive at step "
-        f"{of['death']:.0f}. It answers most to class {_said(preferred.loc[of['birth'], 'class'])} at the first of "
-        f"them, and to class {_said(preferred.loc[of['death'], 'class'])} at the last."
+        f"Selective at {lifetime:.0f} of {steps:.0f} steps, from step {onset:.0f} to step"
+        f" {offset:.0f}. The class with the largest mean response is {_cell(classes[onset])} at"
+        f" step {onset:.0f}, and {_cell(classes[offset])} at step {offset:.0f}."
     )
-    if of.get("role_change_ends", float("nan")) >= 0:
-        text += f" The two profiles correlate by {1 - of['role_change_ends']:.2f}."
+    change = values.get("profile_change_ends", float("nan"))
+    if pd.notna(change):
+        text += f" The correlation of the two profiles is {1 - change:.2f}."
     return text
 
 
-def _images(stepwise: pd.DataFrame, folder: Path) -> tuple[str | None, int]:
-    """The PNG of the top images, and how many pixels wide to show it; None where its file is
-    missing."""
-    named = stepwise["path"].dropna()
-    path = folder / "selectivity" / Path(named.iloc[0]).name if len(named) else None
+def _top_images(stepwise: pd.DataFrame, folder: Path) -> tuple[str | None, int]:
+    """The PNG of the top-k images, and its width on the page; None where the file is missing."""
+    paths = stepwise["path"].dropna()
+    path = folder / "selectivity" / Path(paths.iloc[0]).name if len(paths) else None
     if path is None or not path.is_file():
         return None, 0
-    return base64.b64encode(path.read_bytes()).decode(), 120 * len(
-        stepwise["top"].dropna().iloc[0].split()
+    images = len(stepwise["top_images"].dropna().iloc[0].split())
+    return base64.b64encode(path.read_bytes()).decode(), _PIXELS_PER_IMAGE * images
+
+
+def _figure(stepwise: pd.DataFrame) -> Figure:
+    """Selectivity, firing rate, effect of ablation, and the class means, over steps."""
+    try:
+        from bvit_interp import plotting
+    except ImportError:
+        raise MissingExtra("matplotlib", "viz") from None
+    shown = [metric for metric in _PANELS if metric in set(stepwise["metric"])]
+    figure, axes = plotting.canvas(columns=len(shown) + 1, width=4.0, height=3.0)
+    *panels, last = axes[0]
+    for i, (ax, metric) in enumerate(zip(panels, shown, strict=True)):
+        title, null = _PANELS[metric]
+        rows, style = stepwise[stepwise["metric"] == metric], plotting.line_style(i)
+        plotting.line(ax, rows, "step", style=style, null="null" if null else None, null_label=null)
+        plotting.step_axis(ax, rows["step"])
+        plotting.legend(ax)
+        ax.set_title(title, fontsize=10)
+    means = stepwise[stepwise["metric"] == "class_mean"]
+    deviations = means.assign(value=means["value"] - means["null"])
+    table = deviations.pivot(index="class", columns="step", values="value")
+    largest = float(table.abs().max().max())
+    plotting.heat_map(
+        figure,
+        last,
+        table.to_numpy(float),
+        [f"{step:.0f}" for step in table.columns],
+        [_cell(name) for name in table.index],
+        "difference from the mean over classes",
+        numbers=False,
+        limits=(-largest, largest),
     )
+    last.set_title("mean response to each class", fontsize=10)
+    last.set_xlabel("step")
+    return figure
 
 
 def _png(figure: Figure) -> str:
     buffer = BytesIO()
     figure.savefig(buffer, dpi=90, format="png", facecolor="white")
     return base64.b64encode(buffer.getvalue()).decode()
-
-
-def _figure(stepwise: pd.DataFrame) -> Figure:
-    """Selectivity, firing, effect of ablation, and the class means, over steps."""
-    try:
-        from bvit_interp import plotting
-    except ImportError:
-        raise MissingExtra("matplotlib", "viz") from None
-    shown = {key: said for key, said in _STEPWISE.items() if key in set(stepwise["statistic"])}
-    figure, axes = plotting.canvas(columns=len(shown) + 1, width=4.0, height=3.0)
-    for i, (ax, (key, (title, null))) in enumerate(zip(axes[0], shown.items(), strict=False)):
-        _line(ax, stepwise[stepwise["statistic"] == key], i, null)
-        ax.set_title(title, fontsize=10)
-    means = stepwise[stepwise["statistic"] == "class_mean"]
-    deviations = means.assign(value=means["value"] - means["null"])
-    table = deviations.pivot(index="class", columns="step", values="value")
-    extent = float(table.abs().max().max())
-    steps, classes = (
-        [f"{step:.0f}" for step in table.columns],
-        [_said(name) for name in table.index],
-    )
-    plotting.heat_map(
-        figure,
-        axes[0, -1],
-        table.to_numpy(float),
-        steps,
-        classes,
-        "from the mean of classes",
-        numbers=False,
-        limits=(-extent, extent),
-    )
-    axes[0, -1].set_title("mean answer to each class", fontsize=10)
-    axes[0, -1].set_xlabel("step")
-    return figure
-
-
-def _line(ax: Axes, part: pd.DataFrame, i: int, null: str) -> None:
-    style = plotting.line_style(i)
-    ax.plot(part["step"], part["value"], **style)
-    ax.fill_between(
-        part["step"], part["low"], part["high"], color=style["color"], alpha=0.2, linewidth=0
-    )
-    if null:
-        ax.plot(part["step"], part["null"], **plotting.NULL, label=null)
-        plotting.legend(ax)
-    plotting.step_axis(ax, part["step"])

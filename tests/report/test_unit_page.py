@@ -65,7 +65,7 @@ def pixels(source):
 def folder(tmp_path, tiny):
     """A result of the analysis: a neuron and a head of a model whose name a file cannot bear."""
     config = selectivity.Config(
-        limit=20, ablated=2, nulls=1, threshold=0.0, units=("mlp_post:37", "z:1")
+        limit=20, n_ablated=2, random_units=1, threshold=0.0, units=("mlp_post:37", "z:1")
     )
     frame = selectivity.measure(
         {"runs/a<b@ema": tiny}, DigitScenes("test", length=20), config, tmp_path
@@ -78,27 +78,27 @@ def read(folder):
     return results.read_table(folder / "selectivity.csv")
 
 
-def test_a_page_for_each_unit_told_in_full(folder):
+def test_a_page_for_each_described_unit(folder):
     links = unit_page.write(read(folder), folder, folder / "report.html")
     assert links == {
         "neuron 37 of runs/a<b@ema": "units/runs_a_b_ema_neuron37.html",
         "head 1 of runs/a<b@ema": "units/runs_a_b_ema_head1.html",
     }
     frame = read(folder)
-    for kind, unit, link in zip(("neuron", "head"), (37, 1), links.values(), strict=True):
+    for site, unit, link in zip(("mlp_post", "z"), (37, 1), links.values(), strict=True):
         seen = Page(folder / link)
         assert seen.links == ["../report.html"]
         assert all(source.startswith("data:image/png;base64,") for source in seen.sources)
         assert not seen.tags & {"script", "link", "iframe", "b"}
-        own = frame[(frame["kind"] == kind) & (frame["unit"] == unit)]
+        own = frame[(frame["site"] == site) & (frame["unit"] == unit)]
         whole, stepwise = own[own["step"].isna()], own[own["step"].notna()]
         cells = np.array(seen.cells[: 4 * len(whole)]).reshape(-1, 4)
         for row, (name, value, null, rank) in zip(whole.itertuples(), cells, strict=True):
-            assert name.split(" (")[0] == row.statistic
+            assert name.split(" (")[0] == row.metric
             for said, number in ((value, row.value), (null, row.null), (rank, row.rank)):
                 assert said == ("" if pd.isna(number) else f"{number:.4g}")
         cells = np.array(seen.cells[4 * len(whole) :]).reshape(-1, 7)
-        assert list(cells[:, 1]) == list(stepwise["statistic"])
+        assert list(cells[:, 1]) == list(stepwise["metric"])
         assert list(cells[:, 3]) == [
             "" if pd.isna(value) else f"{value:.4g}" for value in stepwise["value"]
         ]
@@ -108,14 +108,14 @@ def test_a_page_for_each_unit_told_in_full(folder):
         np.testing.assert_array_equal(images, stored)
 
 
-def test_the_life_in_words(folder):
+def test_the_summary_in_words(folder):
     frame = read(folder).astype({"class": object})  # digits are named by numbers
-    of = frame["kind"].eq("neuron") & frame["unit"].eq(37)
-    for key, value in (("birth", 3), ("death", 9), ("lifetime", 5), ("role_change_ends", 0.75)):
-        frame.loc[of & frame["statistic"].eq(key), "value"] = value
+    chosen = frame["site"].eq("mlp_post") & frame["unit"].eq(37)
+    for key, value in (("onset", 3), ("offset", 9), ("lifetime", 5), ("profile_change_ends", 0.75)):
+        frame.loc[chosen & frame["metric"].eq(key), "value"] = value
     classes = {3: "seven", 9: "two"}
     for step, name in classes.items():
-        frame.loc[of & frame["statistic"].eq("selectivity") & frame["step"].eq(step), "class"] = (
+        frame.loc[chosen & frame["metric"].eq("selectivity") & frame["step"].eq(step), "class"] = (
             name
         )
     (link,) = (
@@ -124,19 +124,17 @@ def test_the_life_in_words(folder):
         if "neuron" in title
     )
     text = " ".join("".join(Page(folder / link).text).split())
-    assert "Selective at 5 of 12 steps: born at step 3, last alive at step 9" in text
-    assert (
-        "It answers most to class seven at the first of them, and to class two at the last." in text
-    )
-    assert "correlate by 0.25" in text
-    frame.loc[of & frame["statistic"].eq("lifetime"), "value"] = 0
+    assert "Selective at 5 of 12 steps, from step 3 to step 9" in text
+    assert "is seven at step 3, and two at step 9" in text
+    assert "0.25" in text
+    frame.loc[chosen & frame["metric"].eq("lifetime"), "value"] = 0
     unit_page.write(frame, folder, folder / "r.html")
-    assert "Selective for no class at any of 12 steps" in "".join(Page(folder / link).text)
+    assert "Not selective at any of 12 steps" in "".join(Page(folder / link).text)
 
 
 def test_without_pictures_and_without_units(folder, tmp_path):
     frame = read(folder)
-    for picture in (folder / "biography").glob("*.png"):
+    for picture in (folder / "selectivity").glob("*.png"):
         picture.unlink()
     links = unit_page.write(frame, folder, tmp_path / "elsewhere" / "page.html")
     seen = Page(tmp_path / "elsewhere" / links["head 1 of runs/a<b@ema"])
@@ -144,16 +142,16 @@ def test_without_pictures_and_without_units(folder, tmp_path):
     assert seen.links == ["../page.html"]
     assert unit_page.write(frame[["model", "value"]], folder, tmp_path / "page.html") == {}
     assert (
-        unit_page.write(frame[frame["statistic"] != "class_mean"], folder, tmp_path / "page.html")
+        unit_page.write(frame[frame["metric"] != "class_mean"], folder, tmp_path / "page.html")
         == {}
     )
 
 
 def test_the_report_links_to_them(folder, monkeypatch):
-    monkeypatch.setattr(page, "ANALYSES", ("biography",))
+    monkeypatch.setattr(page, "ANALYSES", ("selectivity",))
     seen = Page(page.write(folder))
     assert seen.links == [
-        "#biography",
+        "#selectivity",
         "units/runs_a_b_ema_neuron37.html",
         "units/runs_a_b_ema_head1.html",
     ]

@@ -1,5 +1,13 @@
-"""What does each neuron and head answer to at every step: when is it born, does it die, does it
-change its role?"""
+"""Which classes is each head and neuron selective for, step by step?
+
+The response of a neuron to an image is its mean over the patches; that of a head is the mean norm
+of its output over the patches. Class selectivity is the debiased share of the variance of the
+response that lies between classes; onset and offset are the first and the last step at which a unit
+is selective. The profile of a unit is its mean response to each class; profiles are compared
+between steps, and between two halves of the images. The nulls are random groups of images in place
+of classes, and the profile of another unit. Some units are ablated, beside random units, and get a
+page in the report.
+"""
 
 from __future__ import annotations
 
@@ -10,84 +18,97 @@ from bvit_interp.analyses import attach
 from bvit_interp.data.options import LoaderOptions
 from bvit_interp.errors import UserError
 
+RANKED = {"onset": True, "offset": False, "profile_change": True, "profile_stability": True}
+"""Metrics by which units are ranked, and whether the largest value comes first."""
+UNIT_NAMES = {"z": "head", "mlp_post": "neuron"}
+"""Site -> what a unit of it is called."""
 _UNIT = re.compile(r"(mlp_post|z):\d+", re.ASCII)
-
-
-LISTS = {"birth": True, "death": False, "role_change": True, "stability": True}
-"""Unit statistics from which units are chosen, and whether the largest comes first."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(LoaderOptions):
-    """Options of the biographies."""
+    """Options of the class selectivity."""
 
     units: tuple[str, ...] = ()
-    """Units to tell in full, as mlp_post:374 (a neuron) or z:2 (a head); by default the first of
-    the ranked lists."""
+    """Units to describe in full, for example mlp_post:374 (a neuron) or z:2 (a head). By default
+    the first units of each ranked list."""
     count: int = 1
-    """Units taken from each list and kind: latest birth, earliest death, largest role change,
-    largest stability."""
+    """Number of units to describe from each ranked list, for heads and for neurons. The lists are:
+    latest onset, earliest offset, largest change of profile, most stable profile."""
     threshold: float = 0.1
-    """Least selectivity of a unit that is alive, 0..1."""
-    lifetime: int = 3
-    """Units alive at fewer steps are in no ranked list."""
-    top: int = 3
-    """Images kept a unit and step: those of the largest answers."""
-    profile: int = 10
-    """Classes of a chosen unit's profile in the table: those whose means vary most; the .npz has
-    all."""
-    ablated: int = 100
-    """Images on which units are ablated, spread evenly over those used."""
+    """Least class selectivity of a selective unit, 0..1."""
+    min_lifetime: int = 3
+    """Least number of steps at which a unit must be selective to be in a ranked list."""
+    n_top: int = 3
+    """Number of top images per described unit and step."""
+    profile_classes: int = 10
+    """Number of classes of a described unit's profile in the table: those whose means vary most
+    over the steps. The .npz file has all classes."""
+    n_ablated: int = 100
+    """Number of images on which units are ablated, evenly spaced over those used."""
     zero: bool = False
-    """Ablate a unit to zero, not to its mean over the images at that step and token."""
-    nulls: int = 3
-    """Other units of each kind ablated for comparison, drawn at random."""
+    """Ablate a unit to zero instead of its mean over the images at that step and token."""
+    random_units: int = 3
+    """Number of random heads and of random neurons to ablate for comparison."""
     seed: int = 0
-    """Of the halves and groups of images, and of the units drawn."""
+    """Random seed for the halves and groups of images and for the random units."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("count", "lifetime", "top", "profile", "ablated", "nulls"):
+        at_least_one = (
+            "count",
+            "min_lifetime",
+            "n_top",
+            "profile_classes",
+            "n_ablated",
+            "random_units",
+        )
+        for name in at_least_one:
             if getattr(self, name) < 1:
-                raise UserError(f"{name} must be >= 1, got {getattr(self, name)}")
+                raise UserError(f"{name.replace('_', '-')} must be >= 1, got {getattr(self, name)}")
         if not 0 <= self.threshold < 1:
             raise UserError(f"threshold must be 0 or more and below 1, got {self.threshold}")
         for unit in self.units:
             if not _UNIT.fullmatch(unit):
                 raise UserError(
-                    f"units must be as mlp_post:374 (a neuron) or z:2 (a head), got {unit!r}"
+                    f"units must look like mlp_post:374 (a neuron) or z:2 (a head), got {unit!r}"
                 )
-        if len(
-            {(site, int(unit)) for site, unit in (each.split(":") for each in self.units)}
-        ) < len(self.units):
+        pairs = (unit.split(":") for unit in self.units)
+        if len({(site, int(number)) for site, number in pairs}) < len(self.units):
             raise UserError(f"a unit is given twice: {', '.join(self.units)}")
 
 
 COLUMNS = {
     "model": "checkpoint",
-    "kind": "neuron (mlp_post) or head (z); of accuracy the model",
-    "unit": "number of the unit, from 0; none for a number of all units of the kind",
-    "step": "step t, from 1; none for a number of all steps, and for ablation at every step",
-    "statistic": "of all units: selectivity, birth, death, lifetime (steps alive), role_change, role_change_ends (of"
-    " the first and last step alive), stability, share_class, share_step, share_interaction, reliability; of chosen"
-    " units also firing (share of patches where a neuron is above 0), class_mean, top (largest answer),"
-    " ablation_accuracy and ablation_logit (change of the true class's logit, less the mean logit); without a unit: the"
-    " mean of a statistic over units, alive (share of units), and accuracy of the model on the images of the ablation",
-    "class": "of selectivity the class of the largest mean; of class_mean the class",
-    "value": "the statistic: steps of birth, death and lifetime; 1 - r, 0..2, of role changes; r, -1..1, of stability"
-    " and reliability; logits of ablation_logit; activations of class_mean and top; else a share, 0..1",
-    "low": "lower end of a 95 % interval: over images of selectivity, firing and ablation (normal) and accuracy"
-    " (Wilson), over units of alive (Wilson) and means (bootstrap); none for the others",
-    "high": "upper end of it",
-    "null": "null: of selectivity, alive and shares, random groups of images in place of classes; of roles and"
-    " reliability, the next unit's profile; of ablation, other units; of class_mean the mean over classes; none for the"
-    " others",
-    "n": "images; for means over units, and alive, units",
-    "rank": "place in the list of units by birth (the latest first), death (the earliest), role_change or stability"
-    " (the largest), of those alive at `lifetime` steps or more",
-    "top": "real images of the largest answers, IMAGE:ROW,COLUMN: number in the data set, patch where it is strongest",
-    "path": "of top: PNG of these images, a row a step, the patch framed; of means: .npz of all units' class means and"
-    " firing",
+    "site": "mlp_post (the unit is a neuron) or z (a head); none for the accuracy of the model",
+    "unit": "number of the unit, from 0; none for a number over all units of the site",
+    "step": "step t, from 1; none for a number over all steps, and for ablation at every step",
+    "metric": "for every unit: selectivity, onset, offset, lifetime (steps at which it is"
+    " selective), profile_change (between successive steps), profile_change_ends (between onset"
+    " and offset), profile_stability, share_class, share_step, share_interaction, reliability; for"
+    " described units also firing (share of patches where a neuron is above 0), class_mean,"
+    " max_response, ablation_accuracy and ablation_logit (change of the true class's logit minus"
+    " the mean logit); without a unit: the mean of a metric over units, selective_share (share of"
+    " selective units), and accuracy of the model on the images of the ablation",
+    "class": "for selectivity the class of the largest mean; for class_mean the class",
+    "value": "value of the metric: steps for onset, offset and lifetime; 1 - r, 0..2, for changes"
+    " of profile; r, -1..1, for profile_stability and reliability; logits for ablation_logit;"
+    " activations for class_mean and max_response; otherwise a share, 0..1",
+    "low": "lower end of a 95 % confidence interval: over images for selectivity, firing and"
+    " ablation (normal) and accuracy (Wilson), over units for selective_share (Wilson) and means"
+    " (bootstrap); none for the others",
+    "high": "upper end of the interval",
+    "null": "null: for selectivity, selective_share and shares, random groups of images in place"
+    " of classes; for profiles and reliability, the profile of the next unit; for ablation, random"
+    " units; for class_mean, the mean over classes; none for the others",
+    "n": "number of images; for means over units and selective_share, of units",
+    "rank": "rank of the unit, from 1, by onset (latest first), offset (earliest first),"
+    " profile_change or profile_stability (largest first), among units selective at `min_lifetime`"
+    " steps or more",
+    "top_images": "top-k images of max_response as IMAGE:ROW,COLUMN: number in the data set and"
+    " strongest patch",
+    "path": "for max_response: PNG of these images, one row per step, with the patch framed; for"
+    " means over units: .npz with the class means and firing rates of all units",
 }
 
 

@@ -1,62 +1,66 @@
-"""What does each neuron and head answer to at every step: when is it born, does it die, does it
-change its role?
+"""Class selectivity of all units at all steps, and ablation of some.
 
-Ours; not in bViT (arXiv 2605.10661), whose Fig. 3 shows pictures of a few neurons. A unit's answer
-to an image is, of a neuron, the mean of `mlp_post` over the patches, of a head the mean norm of `z`
-over them; its profile at a step the mean answer to each class. `selectivity` is the share of the
-answer's variance over images that lies between classes, eta^2, debiased: 0 on average where labels
-are permuted. A unit is alive at a step whose selectivity is at least `threshold` and beyond chance
-by the F test (0.05, Bonferroni over all units and steps); `birth` and `death` are its first and
-last such step. `role_change` is 1 - the correlation of the profiles of successive steps,
-`stability` that of any two, over steps alive. `share_class`, `share_step` and `share_interaction`
-divide the variance of a unit's table of class means, classes x steps, and sum to 1. `reliability`
-correlates the profiles of two random halves of the images. Formulas and sources are in
-`probes/lives.py`.
+Ours; not in bViT (arXiv 2605.10661), whose Fig. 3 shows pictures of a few neurons. The response of
+a neuron to an image is the mean of `mlp_post` over the patches; that of a head is the mean norm of
+`z` over the patches. The profile of a unit at a step is its mean response to each class.
+`selectivity` is the share of the variance of the response over images that lies between classes,
+eta^2, debiased: it is 0 on average where labels are permuted. A unit is selective at a step where
+its selectivity is at least `threshold` and significant by the F test (0.05, Bonferroni over all
+units and steps). `onset` and `offset` are its first and last such step. `profile_change` is 1 - the
+correlation of the profiles of successive steps, and `profile_stability` is the mean correlation of
+any two, over selective steps. `share_class`, `share_step` and `share_interaction` divide the
+variance of a unit's table of class means, classes x steps, and sum to 1. `reliability` correlates
+the profiles of two random halves of the images. Formulas and sources are in `class_selectivity.py`
+and `profiles.py`.
 
-Nulls: images in random groups in place of classes (selectivity, units alive, shares), the next
-unit's profile in place of a unit's own (roles, reliability), other units of the kind, drawn at
-random (ablation). Chosen units are ablated at one step, or at all, to their mean at each token, and
-told in full: class means, top images, effect on accuracy and on the logit of the true class; the
-report has a page for each. A unit of a stacked ViT is another one in each block, tied to its
-namesakes by nothing but a number: its roles show what a shared block must beat.
+Nulls: images in random groups in place of classes (selectivity, selective units, shares); the
+profile of the next unit in place of a unit's own (changes of profile, reliability); random units of
+the same site (ablation). Described units are ablated to their mean at each token, at one step and
+at all steps, and the table has their class means, top-k images, and the effect on accuracy and on
+the logit of the true class; the report has a page for each. A unit of a stacked ViT is a different
+unit in each block, tied to the others only by its number: its profiles show what a shared block
+must beat.
 
-Cost: a forward an image, and V (T + 3) / 2 of each of the `ablated` for V ablated units, up to 14
-by default. Two models of width 128, 1000 images of 32 px, 200 of them ablated: 316 s of one core's
-time. By the number of forwards, not measured, all of ImageNet's are a pass and 10,000 images more;
-its sums take 0.9 GB a bViT-B. Expected: unknown before; if neurons of a shared block keep their
-meaning, their roles change less than a stack's.
+Cost: one forward per image, and V (T + 3) / 2 forwards for each of the `n_ablated` images with V
+ablated units, up to 14 by default. Two models of width 128, 1000 images of 32 px, 200 of them
+ablated: 316 s of one core's time. Estimated from the number of forwards, not measured: all of
+ImageNet is one pass and 10,000 more images; the sums take 0.9 GB per bViT-B. Expected: none
+published. If neurons of a shared block keep their meaning, their profiles change less than a
+stack's.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
-from bvit_interp.analyses.selectivity import COLUMNS, LISTS, Config
-from bvit_interp.analyses.selectivity.class_selectivity import Lives
+from bvit_interp.analyses.selectivity import COLUMNS, RANKED, UNIT_NAMES, Config, tables
+from bvit_interp.analyses.selectivity.contact_sheet import contact_sheet
 from bvit_interp.analyses.selectivity.responses import (
-    Biographies,
-    Effects,
-    ablate_all,
-    drawn,
-    named,
-    sheet,
-    watch_all,
+    HALVES,
+    ResponseStatistics,
+    UnitResponses,
+    unit_responses,
 )
+from bvit_interp.analyses.selectivity.unit_ablation import AblationEffects, Unit, ablation_effects
+from bvit_interp.analyses.selectivity.unit_statistics import UnitStatistics
 from bvit_interp.data.geometry import Geometry
-from bvit_interp.data.samples import Samples
-from bvit_interp.metrics import bootstrap_means, interval, wilson_interval
-from bvit_interp.results import rank_and_world, replacing
+from bvit_interp.data.samples import Samples, spread
+from bvit_interp.data.stream import ModelBatch, stream
+from bvit_interp.errors import UserError
+from bvit_interp.metrics.streaming.means import MeanCI
+from bvit_interp.probes.probe import Probe
+from bvit_interp.results import file_stem, rank_and_world, replacing, write_arrays
 
-_KINDS = ("neuron", "head")
+_SITES = ("mlp_post", "z")
 
 
 def measure(
@@ -65,209 +69,264 @@ def measure(
     config: Config,
     folder: Path | None = None,
 ) -> pd.DataFrame:
-    """Lives of every unit of every model.
+    """Class selectivity of every unit of every model.
 
     Parameters
     ----------
-    models : name -> model; all see each image in one pass.
+    models : name -> model; all see each image in the same two passes.
     data : labelled images, of the models' classes.
-    folder : where the top images and the .npz go; without it none are kept.
+    folder : where the top-k images and the .npz go; by default neither is written.
 
     Returns
     -------
     A table of `COLUMNS`.
     """
-    given = {name: named(name, model, config.units) for name, model in models.items()}
-    seen = watch_all(models, data, config, config.top, config.seed)
-    lives = {
+    probes = {name: Probe(model) for name, model in models.items()}
+    given = {name: _parse_units(name, probe, config.units) for name, probe in probes.items()}
+    responses = _response_statistics(models, probes, data, config)
+    statistics = {
         name: {
-            kind: Lives.of(sums.compute(), config.threshold) for kind, sums in of.profiles.items()
+            site: UnitStatistics.from_sums(sums.compute(), config.threshold)
+            for site, sums in seen.class_sums.items()
         }
-        for name, of in seen.items()
+        for name, seen in responses.items()
     }
-    chosen = {
-        name: given[name]
-        or [
-            (kind, unit)
-            for kind in _KINDS
-            for unit in of[kind].first_of(LISTS, config.count, config.lifetime)
-        ]
-        for name, of in lives.items()
+    described = {name: given[name] or _first_units(statistics[name], config) for name in models}
+    random = {name: _random_units(probe, config) for name, probe in probes.items()}
+    ablations = {
+        name: _Ablation(
+            probe,
+            units=list(dict.fromkeys(described[name] + random[name])),
+            responses=responses[name],
+            zero=config.zero,
+        )
+        for name, probe in probes.items()
     }
-    others = {name: drawn(of.probe, config.nulls, config.seed) for name, of in seen.items()}
-    ablated = {name: list(dict.fromkeys(chosen[name] + others[name])) for name in models}
-    fewer = replace(config, limit=min(config.ablated, config.limit or config.ablated))
-    effects = ablate_all(seen, ablated, models, data, fewer, config.zero)
+    _ablate(models, ablations, data, config)
     frames = []
-    for name, kinds in lives.items():
-        folders = None if folder is None else (folder, name.replace("/", "_").replace("@", "_"))
-        parts = [part for kind, of in kinds.items() for part in _of_kind(kind, of, data, config)]
-        path = _arrays(kinds, seen[name], data, folders)
-        parts = [part.assign(path=path) if part["unit"].isna().all() else part for part in parts]
-        geometry = Geometry.of(models[name], data, config.resize)
-        for kind, unit in chosen[name]:
-            parts += _of_unit(kind, unit, kinds[kind], seen[name], data, config)
-            parts.append(_top(kind, unit, seen[name], data, geometry, folders))
-        parts += _of_effects(effects[name], chosen[name], ablated[name], others[name])
+    for name, model in models.items():
+        subject = _Subject(
+            name=name,
+            geometry=Geometry.of(model, data, config.resize),
+            grid=probes[name].grid,
+            responses=responses[name],
+            statistics=statistics[name],
+        )
+        parts = subject.tables(described[name], data, config, folder)
+        parts += ablations[name].tables(described[name], random[name])
         frames.append(pd.concat(parts).assign(model=name))
     frame = pd.concat(frames, ignore_index=True).reindex(columns=list(COLUMNS))
     numbers = ["value", "low", "high", "null"]
-    frame[numbers] = (
-        frame[numbers].astype(float).round(7)
-    )  # float32 gives no more, and the file is half as long
+    # float32 has no more digits, and the file is half as long
+    frame[numbers] = frame[numbers].astype(float).round(7)
     return frame.astype({"unit": "Int64", "step": "Int64", "rank": "Int64", "n": "Int64"})
 
 
-def _rows(statistic: str, kind: str, unit: Any, step: Any, **columns: Any) -> pd.DataFrame:
-    """Rows of a statistic; columns are numbers, lists or tensors."""
-    listed = {
-        key: value.tolist() if hasattr(value, "tolist") else value for key, value in columns.items()
-    }
-    rows = max(
-        (len(each) for each in (unit, step, *listed.values()) if isinstance(each, (list, range))),
-        default=1,
-    )
-    about = {"statistic": statistic, "kind": kind, "unit": unit, "step": step}
-    return pd.DataFrame(about | listed, index=range(rows))
-
-
-def _of_kind(kind: str, of: Lives, data: Samples, config: Config) -> Iterator[pd.DataFrame]:
-    """Selectivity and ranked statistics of all units of a kind, and their means."""
-    found, units = of.selectivity, range(of.alive.shape[1])
-    low, high = found.interval()
-    names = [data.classes[i] for i in of.classes.tolist()]
-    for t, value in enumerate(found.value):
-        most = [names[i] for i in of.means[:, t].argmax(0).tolist()]
-        about = {
-            "low": low[t],
-            "high": high[t],
-            "null": of.random.value[t],
-            "n": found.images,
-            "class": most,
-        }
-        yield _rows("selectivity", kind, units, t + 1, value=value, **about)
-    alive, null = of.alive.double().mean(1), of.random.alive(config.threshold).double().mean(1)
-    ends = np.array([wilson_interval(share * len(units), len(units)) for share in alive.tolist()])
-    about = {"low": ends[:, 0], "high": ends[:, 1], "null": null, "n": len(units)}
-    yield _rows("alive", kind, None, range(1, len(alive) + 1), value=alive, **about)
-    for key, columns in of.statistics.items():
-        part = _rows(key, kind, units, None, **columns, n=found.images)
-        if key in LISTS:
-            listed = of.order(key, LISTS[key], config.lifetime).tolist()
-            part["rank"] = part["unit"].map(
-                {unit: place for place, unit in enumerate(listed, start=1)}
-            )
-        yield part
-        there = part[part["value"].notna()]
-        below, above = interval(bootstrap_means(there[["value"]].to_numpy(float))[:, 0])
-        about = {
-            "low": below,
-            "high": above,
-            "null": there["null"].mean() if "null" in there else math.nan,
-        }
-        yield _rows(key, kind, None, None, value=there["value"].mean(), n=len(there), **about)
-
-
-def _of_unit(
-    kind: str, unit: int, of: Lives, seen: Biographies, data: Samples, config: Config
-) -> Iterator[pd.DataFrame]:
-    """Class means of a chosen unit, of the classes whose means vary most, and a neuron's firing."""
-    means = of.means[:, :, unit]
-    null, steps = means.mean(0), range(1, means.shape[1] + 1)
-    spread = (means - null).square().sum(1).argsort(descending=True, stable=True)[: config.profile]
-    for c in spread.sort().values.tolist():
-        about = {"class": data.classes[int(of.classes[c])], "null": null}
-        yield _rows("class_mean", kind, unit, steps, value=means[c], **about)
-    if kind == "neuron":
-        yield _rows(
-            "firing",
-            kind,
-            unit,
-            steps,
-            **{key: x[:, unit] for key, x in seen.firing.compute().items()},
-        )
-
-
-def _arrays(
-    kinds: Mapping[str, Lives], seen: Biographies, data: Samples, folders: tuple[Path, str] | None
-) -> str | None:
-    """The .npz of what the table has of chosen units only, written by the first process."""
-    if folders is None:
-        return None
-    arrays = {f"{kind}_class_means": of.means.float().numpy() for kind, of in kinds.items()}
-    arrays["neuron_firing"] = seen.firing.compute()["value"].float().numpy()
-    arrays["classes"] = np.array([data.classes[i] for i in kinds["neuron"].classes.tolist()])
-    path = folders[0] / f"selectivity_{folders[1]}.npz"
-    if rank_and_world()[0] == 0:
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            np.savez_compressed(file, **arrays)
-    return str(path)
-
-
-def _top(
-    kind: str,
-    unit: int,
-    seen: Biographies,
-    data: Samples,
-    geometry: Geometry,
-    folders: tuple[Path, str] | None,
-) -> pd.DataFrame:
-    """The images of a unit's largest answers at every step, and a PNG of them, a row a step."""
-    found = {key: of[:, unit].cpu() for key, of in seen.top[kind].compute().items()}
-    grid, images, patches, path = (
-        seen.probe.grid,
-        found["images"].tolist(),
-        found["patches"].tolist(),
-        None,
-    )
-    listed = [
-        " ".join(f"{i}:{p // grid[1]},{p % grid[1]}" for i, p in zip(*step, strict=True) if i >= 0)
-        for step in zip(images, patches, strict=True)
-    ]
-    if folders is not None:
-        path = folders[0] / "selectivity" / f"{folders[1]}_{kind}{unit}.png"
-        if rank_and_world()[0] == 0:
-            with replacing(path) as temporary:
-                Image.fromarray(sheet(images, patches, grid, data, geometry)).save(
-                    temporary, format="PNG"
-                )
-    about = {"value": found["values"][:, 0], "top": listed, "path": path and str(path)}
-    return _rows("top", kind, unit, range(1, len(images) + 1), **about)
-
-
-def _of_effects(
-    of: Effects,
-    chosen: list[tuple[str, int]],
-    ablated: list[tuple[str, int]],
-    others: list[tuple[str, int]],
-) -> Iterator[pd.DataFrame]:
-    """What ablating each chosen unit does at each step and at all, beside the other units of its
-    kind."""
-    found, hits = of.change.compute(), of.hits.compute()
-    steps = [*range(1, of.probe.num_steps + 1), None]
-    for i, statistic in enumerate(("ablation_accuracy", "ablation_logit")):
-        for kind, unit in chosen:
-            null = [
-                ablated.index(other)
-                for other in others
-                if other[0] == kind and other != (kind, unit)
-            ]
-            columns = {
-                key: values[i, :, ablated.index((kind, unit))] for key, values in found.items()
-            }
-            yield _rows(
-                statistic, kind, unit, steps, **columns, null=found["value"][i][:, null].mean(1)
-            )
-    n = int(hits["n"])
-    low, high = wilson_interval(float(hits["value"]) * n, n)
-    yield _rows(
-        "accuracy", "model", None, None, value=float(hits["value"]), low=low, high=high, n=n
-    )
-
-
 def summary(frame: pd.DataFrame) -> pd.DataFrame:
-    """Means over a model's neurons, and the first two of each ranked list."""
+    """Means over a model's neurons, and the first two neurons of each ranked list."""
     means = frame["unit"].isna() & frame["step"].isna()
-    listed = frame["statistic"].isin(LISTS) & (frame["rank"] <= 2)
-    kept = frame[(means | listed) & (frame["kind"] == "neuron")]
-    return kept[["model", "statistic", "unit", "value", "low", "high", "null", "n", "rank"]]
+    ranked = frame["metric"].isin(RANKED) & (frame["rank"] <= 2)
+    kept = frame[(means | ranked) & (frame["site"] == "mlp_post")]
+    return kept[["model", "metric", "unit", "value", "low", "high", "null", "n", "rank"]]
+
+
+def _parse_units(name: str, probe: Probe, units: tuple[str, ...]) -> list[Unit]:
+    """Site and number of units written as `mlp_post:374` or `z:2`; an error names the model."""
+    parsed = []
+    for text in units:
+        site, _, number = text.partition(":")
+        try:
+            probe.address(f"{site}[1]:{number}")
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+        parsed.append((site, int(number)))
+    return parsed
+
+
+def _first_units(statistics: Mapping[str, UnitStatistics], config: Config) -> list[Unit]:
+    """The first units of each ranked list, neurons and then heads."""
+    return [
+        (site, unit)
+        for site in _SITES
+        for unit in statistics[site].first_of(RANKED, config.count, config.min_lifetime)
+    ]
+
+
+def _random_units(probe: Probe, config: Config) -> list[Unit]:
+    """Random neurons, then random heads."""
+    rng = np.random.default_rng(config.seed)
+    sizes = {"mlp_post": probe.num_neurons, "z": probe.num_heads}
+    return [
+        (site, int(unit))
+        for site in _SITES
+        for unit in rng.permutation(sizes[site])[: config.random_units]
+    ]
+
+
+def _response_statistics(
+    models: Mapping[str, VisionTransformer],
+    probes: Mapping[str, Probe],
+    data: Samples,
+    config: Config,
+) -> dict[str, ResponseStatistics]:
+    """Responses of all units, accumulated in one pass; halves and groups are drawn from the seed.
+
+    Raises
+    ------
+    UserError
+        For fewer than two images.
+    """
+    positions = spread(len(data), config.limit)
+    if len(positions) < HALVES:
+        raise UserError(
+            f"the images are divided into halves: at least 2 are needed, got {len(positions)}"
+        )
+    draws = torch.zeros(len(data), dtype=torch.int64)
+    draws[positions] = torch.from_numpy(
+        np.random.default_rng(config.seed).permutation(len(positions))
+    )
+    classes = len(data.classes)
+    statistics = {
+        name: ResponseStatistics(probe, classes, config.n_top) for name, probe in probes.items()
+    }
+
+    def respond(batch: ModelBatch) -> tuple[ModelBatch, dict[str, UnitResponses]]:
+        return batch, unit_responses(probes[batch.model], batch.images)
+
+    for name, (batch, seen) in stream(models, data, config, respond, progress="selectivity"):
+        halves, groups = draws[batch.index] % HALVES, draws[batch.index] // HALVES % classes
+        statistics[name].update(seen, batch.data_labels.cpu(), halves, groups, batch.index)
+    return statistics
+
+
+class _Ablation:
+    """Units of a model to ablate, and the means of what that does.
+
+    Parameters
+    ----------
+    probe : of the model.
+    units : site and number of each.
+    responses : where the mean activations come from.
+    zero : ablate to zero instead of the means.
+
+    Attributes
+    ----------
+    changes : means of `AblationEffects.changes`.
+    hits : accuracy of the model without ablation.
+    """
+
+    def __init__(
+        self, probe: Probe, units: list[Unit], responses: ResponseStatistics, zero: bool
+    ) -> None:
+        self.probe, self.units = probe, units
+        means = {site: metric.compute().float() for site, metric in responses.site_means.items()}
+        self.fill = None if zero else means
+        device = next(probe.model.parameters()).device
+        self.changes = MeanCI(2, probe.num_steps + 1, len(units)).to(device)
+        self.hits = MeanCI(1).to(device)
+
+    def effects(self, images: Tensor, labels: Tensor) -> AblationEffects:
+        """Effects on the answers to a batch."""
+        return ablation_effects(self.probe, images, labels, self.units, self.fill)
+
+    def update(self, effects: AblationEffects) -> None:
+        """Add the effects on a batch."""
+        self.hits.update(effects.hits[:, None])
+        self.changes.update(effects.changes)
+
+    def tables(self, described: list[Unit], random: list[Unit]) -> list[pd.DataFrame]:
+        """Rows of the described units, and the accuracy of the model."""
+        changes, hits = self.changes.compute(), self.hits.compute()
+        return [
+            *tables.ablation_rows(changes, self.units, described, random),
+            tables.accuracy_row(hits),
+        ]
+
+
+def _ablate(
+    models: Mapping[str, VisionTransformer],
+    ablations: Mapping[str, _Ablation],
+    data: Samples,
+    config: Config,
+) -> None:
+    """Ablate the units of every model in one pass over `n_ablated` images."""
+
+    def compute(batch: ModelBatch) -> AblationEffects:
+        return ablations[batch.model].effects(batch.images, batch.labels)
+
+    limit = min(config.n_ablated, config.limit or config.n_ablated)
+    fewer, text = replace(config, limit=limit), "selectivity, ablation"
+    for name, effects in stream(models, data, fewer, compute, progress=text, labels=True):
+        ablations[name].update(effects)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Subject:
+    """A model, and everything that its table is made from but the ablation."""
+
+    name: str
+    geometry: Geometry
+    grid: tuple[int, int]
+    responses: ResponseStatistics
+    statistics: dict[str, UnitStatistics]
+
+    def tables(
+        self, described: list[Unit], data: Samples, config: Config, folder: Path | None
+    ) -> list[pd.DataFrame]:
+        """Rows of all units, then of the described ones; every process takes part."""
+        firing = self.responses.firing.compute()
+        parts: list[pd.DataFrame] = []
+        for site, statistics in self.statistics.items():
+            parts += tables.site_rows(site, statistics, data.classes, config.min_lifetime)
+        path = None if folder is None else folder / f"selectivity_{file_stem(self.name)}.npz"
+        if path is not None:
+            self._write_arrays(path, firing["value"], data)
+            parts = [
+                part.assign(path=str(path)) if part["unit"].isna().all() else part for part in parts
+            ]
+        for site, unit in described:
+            statistics = self.statistics[site]
+            parts.append(
+                tables.profile_rows(site, unit, statistics, data.classes, config.profile_classes)
+            )
+            if site == "mlp_post":
+                parts.append(tables.firing_rows(unit, firing))
+            parts.append(self._top_images(site, unit, data, folder))
+        return parts
+
+    def _write_arrays(self, path: Path, firing: Tensor, data: Samples) -> None:
+        """The class means and firing rates of all units; the table has them for described units."""
+        arrays = {
+            f"{UNIT_NAMES[site]}_class_means": statistics.means.float().numpy()
+            for site, statistics in self.statistics.items()
+        }
+        arrays["neuron_firing"] = firing.float().numpy()
+        classes = self.statistics["mlp_post"].classes.tolist()
+        arrays["classes"] = np.array([data.classes[c] for c in classes])
+        write_arrays(path, **arrays)
+
+    def _top_images(self, site: str, unit: int, data: Samples, folder: Path | None) -> pd.DataFrame:
+        """The top-k images of a unit at every step, and a PNG of them with one row per step."""
+        top = {
+            key: values[:, unit].cpu()
+            for key, values in self.responses.top_images[site].compute().items()
+        }
+        path = None
+        if folder is not None:
+            path = folder / "selectivity" / f"{file_stem(self.name)}_{UNIT_NAMES[site]}{unit}.png"
+            if rank_and_world()[0] == 0:
+                sheet = self._contact_sheet(top, data)
+                with replacing(path) as temporary:
+                    Image.fromarray(sheet).save(temporary, format="PNG")
+        return tables.top_image_rows(site, unit, top, self.grid, path)
+
+    def _contact_sheet(self, top: Mapping[str, Tensor], data: Samples) -> np.ndarray:
+        rows = []
+        for numbers, patches in zip(top["images"].tolist(), top["patches"].tolist(), strict=True):
+            pairs = zip(numbers, patches, strict=True)
+            rows.append([(self._pixels(n, data), patch) for n, patch in pairs if n >= 0])
+        return contact_sheet(rows, self.grid)
+
+    def _pixels(self, number: int, data: Samples) -> np.ndarray:
+        """An image as the model sees it, ``(height, width, 3)`` uint8."""
+        return self.geometry.to_pixels(self.geometry(data.read(number)[0])[0]).numpy()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -10,152 +9,148 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bvit_interp import plotting
-from bvit_interp.analyses.selectivity import LISTS
+from bvit_interp.analyses.selectivity import RANKED
 
-_WORDS = {
-    "birth": "born last",
-    "death": "dies first",
-    "role_change": "changes most",
-    "stability": "stablest",
+_FIRST_OF_RANKING = {
+    "onset": "latest onset",
+    "offset": "earliest offset",
+    "profile_change": "largest change",
+    "profile_stability": "most stable",
 }
+_MOST_MODELS = 3  # in the panel of all neurons
+
+Models = list[tuple[Any, pd.DataFrame]]
+"""Name of each model, and its rows."""
 
 
 def plot(frame: pd.DataFrame) -> Figure:
-    """Neurons only: selectivity of all, who lives when, how roles change, how reliable profiles
-    are; chosen lives."""
-    whole = frame.astype({"unit": "Int64", "step": "Int64"})
-    models = list(whole[whole["kind"] == "neuron"].groupby("model", sort=False))
+    """Neurons only: selectivity, onset and offset, changes of profile, and some neurons in full."""
+    typed = frame.astype({"unit": "Int64", "step": "Int64"})
+    models = list(typed[typed["site"] == "mlp_post"].groupby("model", sort=False))
     figure, axes = plotting.canvas(columns=3, rows=2, width=4.6, height=3.6)
-    _raster(figure, axes[0, 0], models)
-    _alive(axes[0, 1], models)
-    _spread(axes[0, 2], models, "role_change_ends", "role_change")
-    axes[0, 2].set_title("role change, first to last step alive (thin: successive)", fontsize=10)
-    axes[0, 2].set_xlabel("1 - r of the profiles")
-    _spread(axes[1, 0], models, "reliability")
+    _all_neurons(figure, axes[0, 0], models)
+    _selective_share(axes[0, 1], models)
+    _distribution(axes[0, 2], models, "profile_change_ends", thin="profile_change")
+    axes[0, 2].set_title("change of profile, onset to offset (thin: successive)", fontsize=10)
+    axes[0, 2].set_xlabel("1 - r of two profiles")
+    _distribution(axes[1, 0], models, "reliability")
     axes[1, 0].set_title("reliability of the profile, all neurons", fontsize=10)
     axes[1, 0].set_xlabel("r of two halves of the images")
     name, first = models[0]
-    chosen = list(dict.fromkeys(first.loc[first["statistic"] == "class_mean", "unit"]))[
-        : len(LISTS)
-    ]
-    led = first[first["rank"] == 1].set_index("statistic")["unit"]
-    said = {
-        unit: [f"neuron {unit}", *(_WORDS[key] for key in LISTS if led.get(key) == unit)]
-        for unit in chosen
-    }
-    labels = {unit: ", ".join(words) for unit, words in said.items()}
-    _chosen_lives(axes[1, 1], first[first["statistic"] == "selectivity"], labels)
-    _chosen_lives(
-        axes[1, 2], first[(first["statistic"] == "ablation_logit") & first["step"].notna()], labels
-    )
-    axes[1, 1].set_title(f"selectivity of chosen neurons, {name}", fontsize=10)
-    axes[1, 2].set_title("ablated at one step: true logit", fontsize=10)
+    labels = _labels_of_described(first)
+    _described(axes[1, 1], first[first["metric"] == "selectivity"], labels)
     axes[1, 1].axhline(0, **plotting.NULL, linestyle="--", label="permuted labels")
+    axes[1, 1].set_title(f"selectivity of described neurons\n{name}", fontsize=10)
+    one_step = first[(first["metric"] == "ablation_logit") & first["step"].notna()]
+    _described(axes[1, 2], one_step, labels, null_label="random neurons")
+    axes[1, 2].set_title("change of the true logit, ablated at one step", fontsize=10)
     for ax in axes.flat[1:]:
         plotting.legend(ax)
     return figure
 
 
-def _raster(figure: Figure, ax: Axes, models: list[tuple[Any, pd.DataFrame]]) -> None:
-    """Selectivity of every neuron at every step, by birth and then death, models side by side."""
+def _all_neurons(figure: Figure, ax: Axes, models: Models) -> None:
+    """Selectivity of every neuron at every step, by onset and then offset; models side by side."""
     ax.grid(visible=False)
-    shown, start = list[pd.DataFrame](), 0
+    shown: list[pd.DataFrame] = []
     ticks: dict[int, str] = {}
-    for name, part in models[:3]:
-        of = part[part["unit"].notna()]
-        table = of[of["statistic"] == "selectivity"].pivot(
-            index="unit", columns="step", values="value"
-        )
-        life = of[of["statistic"].isin(("birth", "death"))].pivot(
-            index="unit", columns="statistic", values="value"
-        )
-        order = life.assign(peak=-table.max(axis=1)).sort_values(["birth", "death", "peak"]).index
-        shown += [table.loc[order].reset_index(drop=True), pd.DataFrame({"gap": [float("nan")]})]
-        ticks |= {
-            start + t - 1: str(t)
-            for t in table.columns
-            if t % 4 == 0 or t in (1, len(table.columns))
-        }
-        ax.text(
-            start + (len(table.columns) - 1) / 2,
-            -0.01 * len(table),
-            name,
-            ha="center",
-            va="bottom",
-            fontsize=7,
-        )
-        start += len(table.columns) + 1
+    start = 0
+    for name, rows in models[:_MOST_MODELS]:
+        table = _by_onset(rows[rows["unit"].notna()])
+        shown += [table, pd.DataFrame({"gap": [float("nan")]})]
+        steps = len(table.columns)
+        ticks |= {start + t - 1: str(t) for t in range(1, steps + 1) if t % 4 == 0 or t == 1}
+        ticks[start + steps - 1] = str(steps)
+        middle = start + (steps - 1) / 2
+        ax.text(middle, -0.01 * len(table), name, ha="center", va="bottom", fontsize=7)
+        start += steps + 1
     matrix = pd.concat(shown[:-1], axis=1).to_numpy(float)
-    image = ax.imshow(matrix, aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
+    image = ax.imshow(
+        matrix, aspect="auto", cmap=plotting.SEQUENTIAL, vmin=0, interpolation="nearest"
+    )
     ax.set_xticks(list(ticks), list(ticks.values()))
-    ax.set(xlabel="step", ylabel="neurons, by birth and death")
+    ax.set(xlabel="step", ylabel="neurons, by onset and offset")
     ax.set_title("selectivity of every neuron\n", fontsize=10)
     figure.colorbar(image, ax=ax, label="debiased $\\eta^2$", shrink=0.9)
 
 
-def _alive(ax: Axes, models: list[tuple[Any, pd.DataFrame]]) -> None:
-    """Share of neurons alive at each step, and as bars those born, and below zero those that died
-    after it."""
-    for i, (name, part) in enumerate(models):
+def _by_onset(rows: pd.DataFrame) -> pd.DataFrame:
+    """Selectivity ``(neurons, steps)``, in the order of onset, then offset, then the peak."""
+    selectivity = rows[rows["metric"] == "selectivity"]
+    table = selectivity.pivot(index="unit", columns="step", values="value")
+    ends = rows[rows["metric"].isin(("onset", "offset"))]
+    period = ends.pivot(index="unit", columns="metric", values="value")
+    order = period.assign(peak=-table.max(axis=1)).sort_values(["onset", "offset", "peak"]).index
+    return table.loc[order].reset_index(drop=True)
+
+
+def _selective_share(ax: Axes, models: Models) -> None:
+    """Share of selective neurons at each step; bars for onsets, and below 0 for offsets."""
+    for i, (name, rows) in enumerate(models):
         style = plotting.line_style(i)
-        alive = part[part["statistic"] == "alive"]
-        ax.plot(alive["step"], alive["value"], **style, label=name)
-        ax.fill_between(
-            alive["step"], alive["low"], alive["high"], color=style["color"], alpha=0.2, linewidth=0
+        share = rows[rows["metric"] == "selective_share"]
+        null_label = None if i else "random groups of images"
+        plotting.line(
+            ax, share, "step", style=style, label=name, null="null", null_label=null_label
         )
-        ax.plot(
-            alive["step"],
-            alive["null"],
-            **plotting.NULL,
-            label=None if i else "alive by random groups",
-        )
-        for key, sign in (("birth", 1), ("death", -1)):
-            steps = part.loc[(part["statistic"] == key) & part["unit"].notna(), "value"].dropna()
-            counts = (
-                steps[(steps < alive["step"].max()) | (sign > 0)].value_counts()
-                * sign
-                / alive["n"].iloc[0]
-            )
-            place = counts.index + 0.3 * (i - (len(models) - 1) / 2)
-            ax.bar(place, counts, width=0.3, color=style["color"], alpha=0.6)
+        last, neurons = share["step"].max(), share["n"].iloc[0]
+        shift = 0.3 * (i - (len(models) - 1) / 2)
+        for metric, sign in (("onset", 1), ("offset", -1)):
+            steps = rows.loc[(rows["metric"] == metric) & rows["unit"].notna(), "value"].dropna()
+            if metric == "offset":  # a neuron that is selective at the last step has not ended
+                steps = steps[steps < last]
+            counts = steps.value_counts()
+            at = counts.index.to_numpy(float) + shift
+            ax.bar(at, sign * counts / neurons, width=0.3, color=style["color"], alpha=0.6)
     plotting.step_axis(ax, models[0][1]["step"].dropna())
     ax.set_ylabel("share of neurons")
-    ax.set_title("alive (bars: born, and below 0 last alive)", fontsize=10)
+    ax.set_title("selective neurons (bars: onset, below 0 offset)", fontsize=10)
 
 
-def _spread(
-    ax: Axes, models: list[tuple[Any, pd.DataFrame]], key: str, thin: str | None = None
-) -> None:
-    """How a statistic is spread over a model's neurons, as cumulative shares, and its null; another
-    as thin lines."""
-    for i, (name, part) in enumerate(models):
-        plain = plotting.line_style(i) | {"marker": ""}
-        lines = (
-            (thin, "value", {"linewidth": 0.8}),
-            (key, "null", plotting.NULL),
-            (key, "value", {"label": name}),
-        )
-        for statistic, column, look in lines:
-            values = (
-                part.loc[(part["statistic"] == statistic) & part["unit"].notna(), column]
-                .dropna()
-                .sort_values()
-            )
-            shares = [(place + 1) / len(values) for place in range(len(values))]
-            ax.plot(values, shares, **{**plain, **look})  # type: ignore[dict-item]
-    ax.plot([], [], **plotting.NULL, label="null: next neuron's")
+def _distribution(ax: Axes, models: Models, metric: str, thin: str | None = None) -> None:
+    """Cumulative shares of neurons by a metric and its null, and by another metric as thin
+    lines."""
+    for i, (name, rows) in enumerate(models):
+        style = plotting.line_style(i) | {"marker": ""}
+        if thin is not None:
+            _cumulative(ax, rows, thin, "value", style | {"linewidth": 0.8})
+        _cumulative(ax, rows, metric, "null", style | plotting.NULL)
+        _cumulative(ax, rows, metric, "value", style | {"label": name})
+    ax.plot([], [], **plotting.NULL, label="profile of the next neuron")
     ax.set(ylabel="share of neurons", ylim=(0, 1.02))
 
 
-def _chosen_lives(ax: Axes, frame: pd.DataFrame, labels: Mapping[int, str]) -> None:
+def _cumulative(
+    ax: Axes, rows: pd.DataFrame, metric: str, column: str, style: dict[str, Any]
+) -> None:
+    units = rows[(rows["metric"] == metric) & rows["unit"].notna()]
+    values = units[column].dropna().sort_values()
+    ax.plot(values, [(rank + 1) / len(values) for rank in range(len(values))], **style)
+
+
+def _labels_of_described(rows: pd.DataFrame) -> dict[int, str]:
+    """Labels of the described neurons: the number, and the rankings that each leads."""
+    described = dict.fromkeys(rows.loc[rows["metric"] == "class_mean", "unit"])
+    leaders = rows[rows["rank"] == 1].set_index("metric")["unit"]
+    labels = {}
+    for unit in list(described)[: len(RANKED)]:
+        led = [_FIRST_OF_RANKING[metric] for metric in RANKED if leaders.get(metric) == unit]
+        labels[int(unit)] = ", ".join([f"neuron {unit}", *led])
+    return labels
+
+
+def _described(
+    ax: Axes, frame: pd.DataFrame, labels: dict[int, str], null_label: str | None = None
+) -> None:
+    """A line per described neuron over the steps; with a label of the null, also the null."""
     for i, (unit, label) in enumerate(labels.items()):
-        part, style = frame[frame["unit"] == unit], plotting.line_style(i)
-        ax.plot(part["step"], part["value"], **style, label=label)
-        ax.fill_between(
-            part["step"], part["low"], part["high"], color=style["color"], alpha=0.15, linewidth=0
+        plotting.line(
+            ax,
+            frame[frame["unit"] == unit],
+            "step",
+            style=plotting.line_style(i),
+            label=label,
+            null="null" if null_label else None,
+            null_label=None if i else null_label,
         )
-        if part["statistic"].iloc[0] != "selectivity":
-            ax.plot(
-                part["step"], part["null"], **plotting.NULL, label=None if i else "other neurons"
-            )
     plotting.step_axis(ax, frame["step"])

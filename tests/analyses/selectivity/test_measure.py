@@ -1,8 +1,7 @@
-"""Biographies against Probe, numpy and scipy; choice of units, files, and what is drawn."""
+"""The table against Probe, numpy and scipy; choice of units and files."""
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
@@ -12,20 +11,29 @@ import torch
 from PIL import Image
 from scipy import stats
 
-from bvit_interp.analyses.selectivity import COLUMNS, Config, measure, plot
+from bvit_interp.analyses.selectivity import (
+    COLUMNS,
+    RANKED,
+    UNIT_NAMES,
+    Config,
+    measure,
+    plot,
+    summary,
+)
+from bvit_interp.analyses.selectivity.measure import _random_units, _response_statistics
 from bvit_interp.data.geometry import Geometry
 from bvit_interp.errors import UserError
 from bvit_interp.models.unroll import unroll
 from bvit_interp.probes.probe import Probe
 
-QUICK = {"limit": 30, "ablated": 4, "nulls": 2, "threshold": 0.0}
-OF_UNITS = [
-    "birth",
-    "death",
+QUICK = {"limit": 30, "n_ablated": 4, "random_units": 2, "threshold": 0.0}
+UNIT_METRICS = [
+    "onset",
+    "offset",
     "lifetime",
-    "role_change",
-    "role_change_ends",
-    "stability",
+    "profile_change",
+    "profile_change_ends",
+    "profile_stability",
     "share_class",
     "share_step",
     "share_interaction",
@@ -33,11 +41,11 @@ OF_UNITS = [
 ]
 
 
-SEEN = np.arange(0, 60, 2)  # 30 of the 60 scenes, spread evenly
+SEEN = np.arange(0, 60, 2)  # 30 of the 60 scenes, evenly spaced
 
 
-def answers_of(model, data, places=SEEN):
-    """Answers ``(n, T, U)`` of neurons and heads to the images of these numbers."""
+def responses_of(model, data, places=SEEN):
+    """Responses ``(n, T, U)`` of neurons and heads to the images of these numbers."""
     geometry, probe = Geometry.of(model, data), Probe(model)
     views = torch.stack([geometry(data.read(int(i))[0], None)[0] for i in places])
     with torch.no_grad():
@@ -45,15 +53,15 @@ def answers_of(model, data, places=SEEN):
             views, ["mlp_post", "z"], range(1, probe.num_steps + 1), tokens="patches"
         )
     heads = cache["z"].norm(dim=-1).double()
-    return {"neuron": cache["mlp_post"].double().mean(2).numpy(), "head": heads.mean(2).numpy()}
+    return {"mlp_post": cache["mlp_post"].double().mean(2).numpy(), "z": heads.mean(2).numpy()}
 
 
 def labels_of(data, places=SEEN):
     return np.array([data.read(int(i))[1] for i in places])
 
 
-def rows(frame, statistic, kind="neuron"):
-    return frame[(frame["statistic"] == statistic) & (frame["kind"] == kind)]
+def rows(frame, metric, site="mlp_post"):
+    return frame[(frame["metric"] == metric) & (frame["site"] == site)]
 
 
 def test_every_model_has_its_table(any_model, digits):
@@ -62,10 +70,10 @@ def test_every_model_has_its_table(any_model, digits):
     frame = measure({"m": any_model}, digits, Config(**QUICK))
     assert list(frame) == list(COLUMNS)
     steps = len(any_model.blocks)
-    of, labels = answers_of(any_model, digits), labels_of(digits)
+    responses, labels = responses_of(any_model, digits), labels_of(digits)
     lots = np.random.default_rng(0).permutation(30)
-    for kind, values in of.items():
-        found = rows(frame, "selectivity", kind).set_index(["unit", "step"])
+    for site, values in responses.items():
+        found = rows(frame, "selectivity", site).set_index(["unit", "step"])
         assert len(found) == steps * values.shape[2]
         for t, u in ((0, 0), (steps - 1, 2), (1, values.shape[2] - 1)):
             x = values[:, t, u]
@@ -84,8 +92,8 @@ def test_every_model_has_its_table(any_model, digits):
             assert found.loc[(u, t + 1), "class"] == digits.classes[largest]
         assert (found["n"] == 30).all()
         assert (found["low"] < found["value"]).all()
-        for statistic in OF_UNITS:
-            part = rows(frame, statistic, kind)
+        for metric in UNIT_METRICS:
+            part = rows(frame, metric, site)
             assert part["unit"].nunique() == values.shape[2]
             assert part["step"].isna().all()
             whole, units = part[part["unit"].isna()], part[part["unit"].notna()]
@@ -93,16 +101,16 @@ def test_every_model_has_its_table(any_model, digits):
                 units["value"].mean(), abs=1e-6, nan_ok=True
             )
             assert whole["n"].item() == units["value"].notna().sum()
-        alive = rows(frame, "alive", kind)
-        assert list(alive["step"]) == list(range(1, steps + 1))
-        assert set(rows(frame, "ablation_logit", kind)["step"].dropna()) == set(range(1, steps + 1))
-        assert rows(frame, "ablation_logit", kind)[["value", "null"]].notna().all(axis=None)
+        share = rows(frame, "selective_share", site)
+        assert list(share["step"]) == list(range(1, steps + 1))
+        assert set(rows(frame, "ablation_logit", site)["step"].dropna()) == set(range(1, steps + 1))
+        assert rows(frame, "ablation_logit", site)[["value", "null"]].notna().all(axis=None)
     shares = [
         rows(frame, f"share_{part}")["value"].to_numpy()
         for part in ("class", "step", "interaction")
     ]
     np.testing.assert_allclose(sum(shares), 1, atol=1e-6)
-    assert not frame.duplicated(["model", "kind", "unit", "step", "statistic", "class"]).any()
+    assert not frame.duplicated(["model", "site", "unit", "step", "metric", "class"]).any()
 
 
 class Shades:
@@ -123,11 +131,11 @@ class Shades:
         return (noise + 70 * (i % 3)).astype(np.uint8), i % 3, None
 
 
-def test_lives_of_neurons_that_tell_shades(make):
-    """Alive, birth and death as scipy's F test has them; the lists in order."""
+def test_neurons_that_are_selective_for_shades(make):
+    """Onset and offset as the F test of scipy has them; the lists in order."""
     model, data = make(num_classes=3), Shades()
-    frame = measure({"m": model}, data, Config(threshold=0.2, count=2, ablated=3, nulls=1))
-    values, labels = answers_of(model, data, range(36))["neuron"], np.arange(36) % 3
+    frame = measure({"m": model}, data, Config(threshold=0.2, count=2, n_ablated=3, random_units=1))
+    values, labels = responses_of(model, data, range(36))["mlp_post"], np.arange(36) % 3
     groups = [values[labels == c].transpose(1, 2, 0) for c in range(3)]
     p = np.array(
         [[stats.f_oneway(*(g[t, u] for g in groups)).pvalue for u in range(128)] for t in range(12)]
@@ -135,23 +143,22 @@ def test_lives_of_neurons_that_tell_shades(make):
     selectivity = (
         rows(frame, "selectivity").pivot(index="step", columns="unit", values="value").to_numpy()
     )
-    alive = (selectivity >= 0.2) & (p < 0.05 / p.size)
-    assert 0.02 < alive.mean() < 0.98  # or the test says little
-    assert (alive[1:] & ~alive[:-1]).any()
-    share = rows(frame, "alive")
-    np.testing.assert_allclose(share["value"], alive.mean(1), atol=1e-6)
+    selective = (selectivity >= 0.2) & (p < 0.05 / p.size)
+    assert 0.02 < selective.mean() < 0.98  # or the test says little
+    assert (selective[1:] & ~selective[:-1]).any()
+    share = rows(frame, "selective_share")
+    np.testing.assert_allclose(share["value"], selective.mean(1), atol=1e-6)
     assert (
         share["null"] <= 0.01
     ).all()  # Bonferroni's: less than one in twenty sets of groups has any
-    units = {key: rows(frame, key).dropna(subset="unit").set_index("unit") for key in OF_UNITS}
+    units = {key: rows(frame, key).dropna(subset="unit").set_index("unit") for key in UNIT_METRICS}
     for u in range(128):
-        there = np.flatnonzero(alive[:, u]) + 1
+        there = np.flatnonzero(selective[:, u]) + 1
         assert units["lifetime"]["value"][u] == len(there)
         ends = [there[0], there[-1]] if len(there) else [np.nan, np.nan]
-        np.testing.assert_array_equal([units[key]["value"][u] for key in ("birth", "death")], ends)
-    lists = {"birth": True, "death": False, "role_change": True, "stability": True}
+        np.testing.assert_array_equal([units[key]["value"][u] for key in ("onset", "offset")], ends)
     expected = []
-    for key, largest in lists.items():
+    for key, largest in RANKED.items():
         listed = units[key].dropna(subset="rank").sort_values("rank")
         assert listed["rank"].tolist() == list(range(1, len(listed) + 1))
         assert (units["lifetime"]["value"][listed.index] >= 3).all()
@@ -163,43 +170,48 @@ def test_lives_of_neurons_that_tell_shades(make):
         expected += [unit for unit in listed.index if unit not in expected][:2]
     assert list(dict.fromkeys(rows(frame, "class_mean")["unit"])) == expected
     means = np.array([g.mean(2) for g in groups])  # (C, T, U)
-    u = next(u for u in expected if alive[:, u].sum() > 1)
-    first, last = np.flatnonzero(alive[:, u])[[0, -1]]
+    u = next(u for u in expected if selective[:, u].sum() > 1)
+    first, last = np.flatnonzero(selective[:, u])[[0, -1]]
     r = np.corrcoef(means[:, first, u], means[:, last, u])[0, 1]
-    assert units["role_change_ends"]["value"][u] == pytest.approx(1 - r, abs=1e-4)
+    assert units["profile_change_ends"]["value"][u] == pytest.approx(1 - r, abs=1e-4)
 
 
 def test_profiles_firing_and_images_of_a_named_unit(tiny_reg4, digits, tmp_path):
-    config = Config(**QUICK, units=("mlp_post:37", "z:1"), profile=3, top=2)
+    config = Config(**QUICK, units=("mlp_post:37", "z:1"), profile_classes=3, n_top=2)
     frame = measure({"a/m@ema": tiny_reg4}, digits, config, tmp_path)
-    of, labels = answers_of(tiny_reg4, digits), labels_of(digits)
+    responses, labels = responses_of(tiny_reg4, digits), labels_of(digits)
     classes = np.unique(labels)
-    told = frame[frame["statistic"].isin(["class_mean", "top"])]
-    assert set(zip(told["kind"], told["unit"], strict=True)) == {("neuron", 37), ("head", 1)}
-    for kind, unit in (("neuron", 37), ("head", 1)):
-        x = of[kind][:, :, unit]
+    described = frame[frame["metric"].isin(["class_mean", "max_response"])]
+    units = set(zip(described["site"], described["unit"], strict=True))
+    assert units == {("mlp_post", 37), ("z", 1)}
+    for site, unit in (("mlp_post", 37), ("z", 1)):
+        x = responses[site][:, :, unit]
         table = np.array([x[labels == c].mean(0) for c in classes])
         varying = np.argsort(-((table - table.mean(0)) ** 2).sum(1))[:3]
-        means = rows(frame, "class_mean", kind)
+        means = rows(frame, "class_mean", site)
         assert set(means["class"]) == {digits.classes[classes[c]] for c in varying}
         for c in varying:
             part = means[means["class"] == digits.classes[classes[c]]]
             np.testing.assert_allclose(part["value"].astype(float), table[c], atol=1e-5)
             np.testing.assert_allclose(part["null"].astype(float), table.mean(0), atol=1e-5)
-        top = rows(frame, "top", kind)
+        top = rows(frame, "max_response", site)
         for row in top.itertuples():
             best = SEEN[np.argsort(-x[:, row.step - 1])[:2]]
-            assert [int(entry.partition(":")[0]) for entry in row.top.split()] == best.tolist()
+            assert [
+                int(entry.partition(":")[0]) for entry in row.top_images.split()
+            ] == best.tolist()
             assert row.value == pytest.approx(x[:, row.step - 1].max(), abs=1e-5)
-            assert Path(row.path) == tmp_path / "biography" / f"a_m_ema_{kind}{unit}.png"
+            assert (
+                Path(row.path) == tmp_path / "selectivity" / f"a_m_ema_{UNIT_NAMES[site]}{unit}.png"
+            )
         assert np.asarray(Image.open(top["path"].iloc[0])).shape == (12 * 32, 2 * 32, 3)
     firing = rows(frame, "firing")
     assert list(firing["step"]) == list(range(1, 13))
     assert firing["value"].between(0, 1).all()
-    (path,) = set(frame.loc[frame["statistic"] == "reliability", "path"].dropna())
+    (path,) = set(frame.loc[frame["metric"] == "reliability", "path"].dropna())
     with np.load(path) as arrays:
         assert list(arrays["classes"]) == [digits.classes[c] for c in classes]
-        expected = np.array([of["neuron"][labels == c].mean(0) for c in classes])
+        expected = np.array([responses["mlp_post"][labels == c].mean(0) for c in classes])
         np.testing.assert_allclose(arrays["neuron_class_means"], expected, atol=1e-5)
         np.testing.assert_allclose(
             arrays["neuron_firing"][:, 37], firing["value"].astype(float), atol=1e-6
@@ -208,9 +220,11 @@ def test_profiles_firing_and_images_of_a_named_unit(tiny_reg4, digits, tmp_path)
 
 def test_ablation_of_a_named_unit(tiny, digits):
     """Against runs with an edit written by hand; the null is the mean of the other units drawn."""
-    frame = measure({"m": tiny}, digits, Config(**{**QUICK, "nulls": 4}, units=("z:1",), zero=True))
+    frame = measure(
+        {"m": tiny}, digits, Config(**{**QUICK, "random_units": 4}, units=("z:1",), zero=True)
+    )
     geometry, probe = Geometry.of(tiny, digits), Probe(tiny)
-    numbers = [0, 15, 30, 45]  # 4 of 60, spread evenly
+    numbers = [0, 15, 30, 45]  # 4 of 60, evenly spaced
     views = torch.stack([geometry(digits.read(i)[0], None)[0] for i in numbers])
     labels = torch.tensor([digits.read(i)[1] for i in numbers])
 
@@ -223,13 +237,13 @@ def test_ablation_of_a_named_unit(tiny, digits):
         for head in range(4):
             with probe.edit({f"z[5]:{head}": lambda z, _: torch.zeros_like(z)}):
                 effects.append((true_logit(probe(views)) - clean).mean().item())
-    row = rows(frame, "ablation_logit", "head").set_index("step").loc[5]
+    row = rows(frame, "ablation_logit", "z").set_index("step").loc[5]
     assert row["value"] == pytest.approx(effects[1], abs=1e-4)
     assert row["null"] == pytest.approx(
         np.mean([effects[h] for h in (0, 2, 3)]), abs=1e-4
     )  # all four were drawn
     assert row["n"] == 4
-    accuracy = frame[frame["statistic"] == "accuracy"]
+    accuracy = frame[frame["metric"] == "accuracy"]
     with torch.no_grad():
         assert accuracy["value"].item() == (tiny(views).argmax(1) == labels).double().mean().item()
 
@@ -256,10 +270,10 @@ def test_models_share_a_pass(tiny, stacked, digits):
 
 
 def test_few_images(tiny, stacked, digits):
-    frame = measure({"m": tiny}, digits, Config(limit=3, ablated=2))
+    frame = measure({"m": tiny}, digits, Config(limit=3, n_ablated=2))
     assert rows(frame, "selectivity")["value"].isna().all()  # as many classes as images
-    assert (rows(frame, "alive")["value"] == 0).all()
-    plot(frame)
+    assert (rows(frame, "selective_share")["value"] == 0).all()
+    plot(frame).draw_without_rendering()
     with pytest.raises(UserError, match="at least 2 are needed, got 1"):
         measure({"m": stacked}, digits, Config(limit=1))
 
@@ -267,13 +281,13 @@ def test_few_images(tiny, stacked, digits):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"units": ("neuron 5",)}, r"units must be as mlp_post:374 .* got 'neuron 5'"),
+        ({"units": ("neuron 5",)}, r"units must look like mlp_post:374 .* got 'neuron 5'"),
         ({"units": ("z:1", "z:1")}, "a unit is given twice"),
         ({"units": ("z:01", "z:1")}, "a unit is given twice"),
         ({"threshold": 1.0}, "threshold must be 0 or more and below 1, got 1.0"),
         ({"count": 0}, "count must be >= 1, got 0"),
-        ({"ablated": 0}, "ablated must be >= 1, got 0"),
-        ({"nulls": 0}, "nulls must be >= 1, got 0"),
+        ({"n_ablated": 0}, "n-ablated must be >= 1, got 0"),
+        ({"random_units": 0}, "random-units must be >= 1, got 0"),
     ],
 )
 def test_bad_options(options, message):
@@ -290,25 +304,45 @@ def test_units_the_model_does_not_have_and_weights_that_are_not_numbers(tiny, di
         measure({"m": tiny}, digits, Config(**QUICK))
 
 
-def test_a_table_read_back_can_be_drawn(tiny, stacked, digits):
-    frame = measure(
-        {"a": tiny, "b": stacked}, digits, Config(**QUICK, units=("mlp_post:3", "mlp_post:9"))
-    )
-    figure = plot(pd.read_csv(io.StringIO(frame.to_csv(index=False))))
-    axes = [ax for ax in figure.axes if ax.get_title()]
-    assert len(axes) == 6
-    (image,) = axes[0].images
-    shown = image.get_array().filled(np.nan)
-    assert shown.shape == (128, 12 + 1 + 3)
-    selectivity = rows(frame[frame["model"] == "a"], "selectivity")
-    np.testing.assert_allclose(
-        np.sort(shown[:, 4]), np.sort(selectivity[selectivity["step"] == 5]["value"])
-    )
-    assert {text.split(",")[0] for text in axes[4].get_legend_handles_labels()[1]} >= {
-        "neuron 3",
-        "neuron 9",
-    }
-    figure.draw_without_rendering()
-    only_heads = measure({"b": stacked}, digits, Config(**QUICK, units=("z:0",)))
-    plot(only_heads).draw_without_rendering()
-    assert len(Config().headline(frame)) <= 40
+def test_halves_and_random_groups_are_drawn_from_the_seed(tiny, digits):
+    config = Config(limit=20, seed=3, n_top=2)
+    found = _response_statistics({"m": tiny}, {"m": Probe(tiny)}, digits, config)["m"]
+    count = found.class_sums["z"].compute()["count"]
+    draws = np.random.default_rng(3).permutation(20)
+    labels = labels_of(digits, [3 * i for i in range(20)])
+    for half in (0, 1):
+        expected = np.bincount(labels[draws % 2 == half], minlength=10)
+        np.testing.assert_array_equal(count[half], expected)
+    np.testing.assert_array_equal(count[2], np.bincount(draws // 2 % 10, minlength=10))
+
+
+def test_random_units_are_distinct_and_no_more_than_there_are(tiny):
+    assert len(set(_random_units(Probe(tiny), Config()))) == 6
+    units = _random_units(Probe(tiny), Config(random_units=9))
+    assert [site for site, _ in units] == ["mlp_post"] * 9 + ["z"] * 4
+    assert units != _random_units(Probe(tiny), Config(random_units=9, seed=1))
+
+
+def test_out_of_memory_halves_the_batch_and_counts_no_image_twice(tiny, digits, monkeypatch):
+    whole = measure({"m": tiny}, digits, Config(**QUICK))
+    block, calls = type(tiny.blocks[0]).forward, []
+
+    def fail_late(self, x, *args, **kwargs):
+        calls.append(len(x))
+        if len(x) > 20 and calls.count(len(x)) % 9 == 0:
+            raise torch.OutOfMemoryError
+        return block(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(type(tiny.blocks[0]), "forward", fail_late)
+    halved = measure({"m": tiny}, digits, Config(**QUICK))
+    assert 15 in calls
+    pd.testing.assert_frame_equal(halved, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_the_summary_is_of_neurons(tiny, digits):
+    frame = measure({"m": tiny}, digits, Config(**QUICK))
+    shown = summary(frame)
+    assert 0 < len(shown) <= 20
+    assert (shown["unit"].isna() | (shown["rank"] <= 2)).all()
+    kept = shown[shown["metric"] == "reliability"]
+    assert kept["value"].item() == rows(frame, "reliability")["value"].iloc[-1]
