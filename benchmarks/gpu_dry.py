@@ -29,7 +29,7 @@ WARM = (
     "tyro",
     "pyarrow.parquet",
     "pytest",
-    "bvit_interp.cli.train",
+    "bvit_interp.cli.run.train",
     "bvit_interp.training.loop.supervised",
     "bvit_interp.analyses",
 )

@@ -44,5 +44,7 @@ COLUMNS = {
     "top5_chance": "null of the top-5 accuracy: share of the five most frequent classes, 0..1",
 }
 
+WITH_AVERAGED_WEIGHTS = True
+"""The command also evaluates the averaged weights of a checkpoint that has them."""
 
 __getattr__, __dir__, __all__ = attach(__name__)

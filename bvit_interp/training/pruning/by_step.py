@@ -20,7 +20,6 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +42,9 @@ from bvit_interp.training.loop.recipe import Recipe
 from bvit_interp.training.loop.state import STATE
 from bvit_interp.training.loop.trainer import HISTORY
 from bvit_interp.training.pruning import grafts as graft
+from bvit_interp.training.pruning.step_plan import METHODS, StepPlan
 
 _log = logging.getLogger(__name__)
-METHODS = ("rtl", "magnitude", "random")
-RANKINGS = ("global", "layer")
 TABLE, PRUNED, GRAFTS, LOSSES = "rounds.csv", "pruned.safetensors", "grafts.pt", "grafts.csv"
 COLUMNS = {
     "method": "rtl (a graft a step), magnitude (one mask for all steps) or random (drawn for each step)",
@@ -75,41 +73,6 @@ _SCORES = {
     "train_loss": "loss",
     "chance": "chance",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pruning:
-    """How often and what is pruned. The paper: 30 prunings, 200 epochs a training (the recipe's),
-    100 a graft."""
-
-    rounds: int = 4
-    """Prunings; one more training follows (paper: 30)."""
-    graft_epochs: int = 1
-    """Epochs of the grafts of a round, which cost five of the training's each (paper: 100)."""
-    rate: float = 0.2
-    """Share of a step's active weights that a pruning takes, between 0 and 1."""
-    ranking: str = "global"
-    """Smallest weights of a step over its four matrices together (global) or in each of them
-    (layer)."""
-    methods: tuple[str, ...] = METHODS
-    """rtl, and the baselines magnitude and random."""
-
-    def __post_init__(self) -> None:
-        for name in ("rounds", "graft_epochs"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be >= 1, got {getattr(self, name)}")
-        if not 0 < self.rate < 1:
-            raise UserError(f"rate must be between 0 and 1, got {self.rate}")
-        if self.ranking not in RANKINGS:
-            raise UserError(f"ranking must be {choices(RANKINGS)}, got {self.ranking!r}")
-        if (
-            not self.methods
-            or set(self.methods) - {*METHODS}
-            or len(set(self.methods)) < len(self.methods)
-        ):
-            raise UserError(
-                f"methods must be of {choices(METHODS)}, each once, got {choices(self.methods) or 'none'}"
-            )
 
 
 def smallest_off(
@@ -142,7 +105,7 @@ def smallest_off(
 
 def run(
     recipe: Recipe,
-    pruning: Pruning,
+    pruning: StepPlan,
     out: Path,
     device: str = "cpu",
     *,
@@ -216,7 +179,7 @@ def run(
 def _next(
     method: str,
     recipe: Recipe,
-    pruning: Pruning,
+    pruning: StepPlan,
     init: BViT,
     masks: Masks,
     samples: Samples,

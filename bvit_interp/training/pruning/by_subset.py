@@ -27,14 +27,28 @@ from bvit_interp.errors import choices
 from bvit_interp.training.loop.recipe import Recipe
 from bvit_interp.training.pruning import ticket_table
 from bvit_interp.training.pruning.lottery import TABLE, Lottery
-from bvit_interp.training.pruning.ticket_plan import Tickets
+from bvit_interp.training.pruning.ticket_plan import TicketPlan
 
 _log = logging.getLogger(__name__)
 COLUMNS = ticket_table.COLUMNS
+SUMMARY = [
+    "method",
+    "sparsity",
+    "ratio",
+    "similarity",
+    "null_similarity",
+    "recall",
+    "precision",
+    "balanced_accuracy",
+    "swapped",
+    "accuracy",
+    "chance",
+]
+"""Columns of the summary."""
 
 
 def run(
-    recipe: Recipe, tickets: Tickets, out: Path, device: str = "cpu", *, overwrite: bool = False
+    recipe: Recipe, tickets: TicketPlan, out: Path, device: str = "cpu", *, overwrite: bool = False
 ) -> pd.DataFrame:
     """Find and train the tickets, or go on where this stopped, and return the table, rows of
     `COLUMNS`.
@@ -77,3 +91,9 @@ def run(
                 )
                 results.write_table(frame, out / TABLE)
     return frame
+
+
+def summary(frame: pd.DataFrame) -> pd.DataFrame:
+    """The scored rounds of every method, over all subsets and layers."""
+    whole = (frame["subset"] == ticket_table.ALL) & (frame["layer"] == ticket_table.ALL)
+    return frame.loc[whole & frame["balanced_accuracy"].notna(), SUMMARY]

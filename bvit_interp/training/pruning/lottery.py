@@ -35,7 +35,7 @@ from bvit_interp.training.pruning import ticket_table as rows_of
 from bvit_interp.training.pruning.by_step import smallest_off
 from bvit_interp.training.pruning.routing import Batches, Places, Subnets
 from bvit_interp.training.pruning.subsets import Part, Pool
-from bvit_interp.training.pruning.ticket_plan import Tickets, schedule
+from bvit_interp.training.pruning.ticket_plan import TicketPlan, schedule
 
 TABLE, TRAININGS, SUBSETS, WEIGHTS = (
     "tickets.csv",
@@ -74,7 +74,7 @@ class Lottery:
     """
 
     def __init__(
-        self, recipe: Recipe, tickets: Tickets, out: Path, device: str, overwrite: bool
+        self, recipe: Recipe, tickets: TicketPlan, out: Path, device: str, overwrite: bool
     ) -> None:
         _check(recipe)
         self.recipe, self.tickets, self.out, self.device = recipe, tickets, out, device
@@ -339,7 +339,7 @@ def _joined(each: Sequence[Masks]) -> Masks:
 
 
 def _partition(
-    tickets: Tickets, train: Pool, test: Pool, seed: int, device: str
+    tickets: TicketPlan, train: Pool, test: Pool, seed: int, device: str
 ) -> subsets.Partition:
     if tickets.column is not None:
         return subsets.by_column(train, test, tickets.column)

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from driver import forked
 
 from bvit_interp import results
 from bvit_interp.data import digits
@@ -24,6 +23,10 @@ from bvit_interp.training.loop import trainer as run_trainer
 from bvit_interp.training.loop.recipe import Recipe
 from bvit_interp.training.pruning import by_step as prune
 from bvit_interp.training.pruning import grafts as graft
+from bvit_interp.training.pruning.step_plan import StepPlan
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "loop"))
+from driver import forked
 
 TEST_IMAGES = 40
 
@@ -97,7 +100,7 @@ def work(job, out, rank, world, meeting, kill):
     if kill is not None:
         KILLS[kill]()
     job["pruning"]["methods"] = tuple(job["pruning"]["methods"])
-    prune.run(Recipe(**job["recipe"]), prune.Pruning(**job["pruning"]), Path(out), save_minutes=0)
+    prune.run(Recipe(**job["recipe"]), StepPlan(**job["pruning"]), Path(out), save_minutes=0)
     if world > 1:
         dist.destroy_process_group()
 

@@ -3,7 +3,6 @@ place."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -16,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bvit_interp.cli import main, train
+from bvit_interp.cli import main
 from bvit_interp.data.catalog import open_samples
 from bvit_interp.errors import UserError
 from bvit_interp.models.checkpoint import load
@@ -27,6 +26,7 @@ from bvit_interp.training.loop import recipe as recipes
 from bvit_interp.training.loop import trainer as run_trainer
 from bvit_interp.training.pruning import by_step as prune
 from bvit_interp.training.pruning import grafts as graft
+from bvit_interp.training.pruning.step_plan import METHODS, StepPlan
 
 DRIVER = Path(__file__).with_name("prune_driver.py")
 KILLS = (  # of the driver, in the order in which a run meets them
@@ -53,7 +53,7 @@ def noise(masks, seed):
     return {name: torch.randn(mask.shape, generator=generator) for name, mask in masks.items()}
 
 
-# ---- the schedule --------------------------------------------------------------------------------------
+# ---- the schedule ----
 
 
 @pytest.mark.parametrize("ranking", ["global", "layer"])
@@ -131,7 +131,7 @@ def test_the_columns_of_masks_by_hand():
     }
 
 
-# ---- runs ----------------------------------------------------------------------------------------------
+# ---- runs ----
 
 
 @pytest.fixture
@@ -145,20 +145,20 @@ def masks_in(folder):
 
 
 def test_a_table_of_three_methods_from_the_same_first_round(recipe, first, tmp_path):
-    plan, pruning = recipe(epochs=1), prune.Pruning(rounds=2, graft_epochs=2)
+    plan, pruning = recipe(epochs=1), StepPlan(rounds=2, graft_epochs=2)
     frame = prune.run(plan, pruning, tmp_path)
     assert list(frame) == list(prune.COLUMNS)
-    assert frame["method"].tolist() == [method for method in prune.METHODS for _ in range(3)]
+    assert frame["method"].tolist() == [method for method in METHODS for _ in range(3)]
     assert frame["prunings"].tolist() == [0, 1, 2] * 3
     assert frame["mask_sparsity"].tolist() == pytest.approx([0, 0.2, 0.36] * 3, abs=1e-4)
     assert frame["mask_sparsity"].tolist() == pytest.approx(frame["expected"].tolist(), abs=1e-4)
     assert (frame["fully_pruned"] == "none").all()
     assert (frame["n"] == 40).all()
     pd.testing.assert_frame_equal(frame, read_table(tmp_path / "rounds.csv"), check_exact=True)
-    one = [tmp_path / method / "round-01" / "model.safetensors" for method in prune.METHODS]
+    one = [tmp_path / method / "round-01" / "model.safetensors" for method in METHODS]
     assert len({file.read_bytes() for file in one}) == 1
     init = first()
-    for method in prune.METHODS:
+    for method in METHODS:
         of = [masks_in(tmp_path / method / f"round-0{number}") for number in (1, 2, 3)]
         assert all(mask.all() for mask in of[0].values())
         history = read_table(tmp_path / method / "round-02" / "history.csv").iloc[-1]
@@ -197,7 +197,7 @@ def test_what_each_method_ranks_by(recipe, first, tmp_path, monkeypatch):
 
     monkeypatch.setattr(graft, "train", noted)
     prune.run(
-        plan, prune.Pruning(rounds=1, methods=("rtl", "magnitude"), ranking="layer"), tmp_path
+        plan, StepPlan(rounds=1, methods=("rtl", "magnitude"), ranking="layer"), tmp_path
     )
     by_grafts = prune.smallest_off(ones, given[0][0], 0.2, "layer")
     assert masks_in(tmp_path / "rtl" / "round-02").fingerprint() == by_grafts.fingerprint()
@@ -221,7 +221,7 @@ def test_each_round_starts_from_the_first_weights(recipe, first, tmp_path, monke
         return original(trainer, bar)
 
     monkeypatch.setattr(run_trainer.Trainer, "epoch", noted)
-    prune.run(recipe(epochs=1), prune.Pruning(rounds=2, methods=("magnitude",)), tmp_path)
+    prune.run(recipe(epochs=1), StepPlan(rounds=2, methods=("magnitude",)), tmp_path)
     assert len(started) == 3
     for state in started:
         assert all(
@@ -230,7 +230,7 @@ def test_each_round_starts_from_the_first_weights(recipe, first, tmp_path, monke
 
 
 def test_emptied_layers_are_named_and_nothing_is_nan(recipe, tmp_path, caplog):
-    pruning = prune.Pruning(rounds=4, rate=0.9, methods=("rtl", "random"))
+    pruning = StepPlan(rounds=4, rate=0.9, methods=("rtl", "random"))
     frame = prune.run(recipe(epochs=1, model={"step_embed": True}), pruning, tmp_path)
     assert frame["mask_sparsity"].iloc[4] == pytest.approx(0.9999, abs=1e-3)
     assert frame["fully_pruned"].iloc[0] == "none"
@@ -244,15 +244,15 @@ def test_emptied_layers_are_named_and_nothing_is_nan(recipe, tmp_path, caplog):
 
 def test_more_rounds_and_methods_may_follow(recipe, tmp_path, monkeypatch):
     plan = recipe(epochs=1)
-    prune.run(plan, prune.Pruning(rounds=1, methods=("random",)), tmp_path / "run")
+    prune.run(plan, StepPlan(rounds=1, methods=("random",)), tmp_path / "run")
     frame = prune.run(
-        plan, prune.Pruning(rounds=2, methods=("magnitude", "random")), tmp_path / "run"
+        plan, StepPlan(rounds=2, methods=("magnitude", "random")), tmp_path / "run"
     )
     assert sorted(frame["method"] + frame["round"].astype(str)) == [
         f"{method}{number}" for method in ("magnitude", "random") for number in (1, 2, 3)
     ]
     whole = prune.run(
-        plan, prune.Pruning(rounds=2, methods=("magnitude", "random")), tmp_path / "whole"
+        plan, StepPlan(rounds=2, methods=("magnitude", "random")), tmp_path / "whole"
     )
     keys = ["method", "round"]
     pd.testing.assert_frame_equal(
@@ -261,32 +261,32 @@ def test_more_rounds_and_methods_may_follow(recipe, tmp_path, monkeypatch):
         check_exact=True,
     )
     monkeypatch.setattr(run_trainer.Trainer, "_step", None)  # nothing is missing
-    prune.run(plan, prune.Pruning(rounds=2, methods=("magnitude", "random")), tmp_path / "run")
+    prune.run(plan, StepPlan(rounds=2, methods=("magnitude", "random")), tmp_path / "run")
 
 
 def test_other_options_are_refused_and_overwrite_starts_again(recipe, tmp_path):
     few = {"rounds": 1, "methods": ("magnitude",)}
-    prune.run(recipe(epochs=1), prune.Pruning(**few), tmp_path)
+    prune.run(recipe(epochs=1), StepPlan(**few), tmp_path)
     for plan, change, named in (
         (recipe(epochs=1), {"rate": 0.3}, "rate: 0.2 there, 0.3 now"),
         (recipe(epochs=1), {"ranking": "layer"}, "ranking: 'global' there, 'layer' now"),
         (recipe(epochs=1, lr=0.5), {}, "recipe.lr: 0.001 there, 0.5 now"),
     ):
         with pytest.raises(UserError, match=rf"rounds.csv was made with other options \({named}\)"):
-            prune.run(plan, prune.Pruning(**few, **change), tmp_path)
+            prune.run(plan, StepPlan(**few, **change), tmp_path)
     (tmp_path / "rounds.csv").rename(tmp_path / "elsewhere.csv")
     with pytest.raises(
         UserError, match=r"holds the pruned magnitude/round-01 and no rounds.csv: .* --overwrite"
     ):
-        prune.run(recipe(epochs=1), prune.Pruning(**few), tmp_path)
+        prune.run(recipe(epochs=1), StepPlan(**few), tmp_path)
     (tmp_path / "magnitude" / "notes").mkdir()
-    frame = prune.run(recipe(epochs=1), prune.Pruning(**few, rate=0.5), tmp_path, overwrite=True)
+    frame = prune.run(recipe(epochs=1), StepPlan(**few, rate=0.5), tmp_path, overwrite=True)
     assert frame["mask_sparsity"].tolist() == pytest.approx([0, 0.5], abs=1e-4)
     assert (tmp_path / "magnitude" / "notes").is_dir()  # not ours
 
 
 def test_masks_of_another_first_model_are_refused(recipe, tmp_path):
-    pruning = prune.Pruning(rounds=1, methods=("magnitude",))
+    pruning = StepPlan(rounds=1, methods=("magnitude",))
     prune.run(recipe(epochs=1), pruning, tmp_path / "a")
     prune.run(recipe(epochs=1, seed=1), pruning, tmp_path / "b")
     other = tmp_path / "b" / "magnitude" / "round-01" / "pruned.safetensors"
@@ -303,7 +303,7 @@ def test_masks_of_another_first_model_are_refused(recipe, tmp_path):
     ("change", "wrong"),
     [
         ({"rounds": 0}, "rounds must be >= 1, got 0"),
-        ({"graft_epochs": 0}, "graft_epochs must be >= 1, got 0"),
+        ({"graft_epochs": 0}, "graft-epochs must be >= 1, got 0"),
         ({"rate": 0.0}, "rate must be between 0 and 1, got 0.0"),
         ({"rate": 1.0}, "rate must be between 0 and 1, got 1.0"),
         ({"rate": float("nan")}, "rate must be between 0 and 1, got nan"),
@@ -315,12 +315,12 @@ def test_masks_of_another_first_model_are_refused(recipe, tmp_path):
 )
 def test_options_that_cannot_be(change, wrong):
     with pytest.raises(UserError, match=wrong):
-        prune.Pruning(**change)
+        StepPlan(**change)
 
 
 def test_a_model_without_grafts_stops_before_anything_is_written(recipe, tmp_path):
     with pytest.raises(UserError, match="this has 2 blocks"):
-        prune.run(recipe(model={"num_blocks": 2}), prune.Pruning(), tmp_path / "out")
+        prune.run(recipe(model={"num_blocks": 2}), StepPlan(), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -334,7 +334,7 @@ def test_the_shipped_recipes(name):
     assert not plan.compile
 
 
-# ---- the command ---------------------------------------------------------------------------------------
+# ---- the command ----
 
 
 def test_the_command(settings, tmp_path, capsys):
@@ -399,13 +399,7 @@ def test_the_help_and_the_overview(capsys):
     assert "  prune " in capsys.readouterr().out
 
 
-def test_the_defaults_of_the_command_are_those_of_the_pruning():
-    command = train.Prune(recipe="any")
-    for field in dataclasses.fields(prune.Pruning):
-        assert getattr(command, field.name) == field.default
-
-
-# ---- killed --------------------------------------------------------------------------------------------
+# ---- killed ----
 
 
 @pytest.fixture

@@ -11,7 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 
+from bvit_interp.cli import main
 from bvit_interp.data.digits import DigitScenes
 from bvit_interp.errors import UserError
 from bvit_interp.metrics import independent_jaccard, jaccard
@@ -19,7 +21,7 @@ from bvit_interp.models.masks import Masks
 from bvit_interp.results import read_table
 from bvit_interp.training.pruning import by_subset as tickets
 from bvit_interp.training.pruning import lottery, routing, subsets, ticket_table
-from bvit_interp.training.pruning.ticket_plan import Tickets, schedule
+from bvit_interp.training.pruning.ticket_plan import TicketPlan, schedule
 
 FEW = {"classes": ("0", "1", "4"), "sparsity": (0.5, 0.75), "iterations": 2, "retrain_epochs": 1}
 
@@ -30,7 +32,7 @@ def plan(recipe):
     return recipe(images_per_epoch=60, warmup_epochs=0.0)
 
 
-# ---- schedule, masks and counts ------------------------------------------------------------------------
+# ---- schedule, masks and counts ----
 
 
 def test_rounds_meet_every_target_in_equal_ratios():
@@ -160,11 +162,11 @@ def test_scores_by_subset_are_those_of_its_images():
     assert whole["recall"] == pytest.approx((2 / 3 + 2 / 3) / 2)
 
 
-# ---- runs ----------------------------------------------------------------------------------------------
+# ---- runs ----
 
 
 def test_a_search_leaves_a_table_masks_and_weights(plan, tmp_path):
-    frame = tickets.run(plan, Tickets(**FEW), tmp_path)
+    frame = tickets.run(plan, TicketPlan(**FEW), tmp_path)
     assert list(frame) == list(tickets.COLUMNS)
     pd.testing.assert_frame_equal(read_table(tmp_path / "tickets.csv"), frame, check_dtype=False)
     whole = frame[(frame["subset"] == "all") & (frame["layer"] == "all")].set_index(
@@ -222,7 +224,7 @@ def test_scores_are_those_of_the_saved_subnets(plan, tmp_path):
     from safetensors.torch import load_file
     from torch.func import functional_call
 
-    frame = tickets.run(plan, Tickets(**{**FEW, "sparsity": (0.75,)}, methods=("rtl",)), tmp_path)
+    frame = tickets.run(plan, TicketPlan(**{**FEW, "sparsity": (0.75,)}, methods=("rtl",)), tmp_path)
     folder, scenes = tmp_path / "subnets" / "rtl" / "round-02" / "00", DigitScenes("test")
     images, labels = zip(
         *((x, y) for x, y, _ in (scenes.read(i) for i in range(len(scenes))) if y in (0, 1, 4)),
@@ -256,7 +258,7 @@ def test_routing_over_one_subset_is_imp(plan, tmp_path, monkeypatch):
         for i in range(n)
     ]
     pd.DataFrame(rows).to_csv(tmp_path / "one.csv", index=False)
-    search = Tickets(
+    search = TicketPlan(
         by="column",
         column=f"{tmp_path / 'one.csv'}:one",
         sparsity=(0.5,),
@@ -291,7 +293,7 @@ def test_weights_that_no_subset_keeps_stay_the_first_ones(plan, tmp_path):
     from bvit_interp.errors import CheckpointError
 
     frame = tickets.run(
-        plan, Tickets(**{**FEW, "sparsity": (0.75,)}, rewind=3, methods=("rtl", "random")), tmp_path
+        plan, TicketPlan(**{**FEW, "sparsity": (0.75,)}, rewind=3, methods=("rtl", "random")), tmp_path
     )
     made = routing.build(plan, subsets.Pool(DigitScenes("test"), ("0", "1", "4"), None))
     first = load_file(str(tmp_path / "extraction" / "first.safetensors"))
@@ -325,7 +327,7 @@ def contents(folder):
 
 
 def test_a_search_killed_anywhere_ends_the_same(plan, tmp_path, monkeypatch):
-    search = Tickets(**{**FEW, "classes": ("0", "1")}, rewind=2)
+    search = TicketPlan(**{**FEW, "classes": ("0", "1")}, rewind=2)
     tickets.run(plan, search, tmp_path / "whole")
     trained, calls = routing.train, []
 
@@ -356,12 +358,12 @@ import bvit_interp.models.bvit
 from bvit_interp.training.pruning import lottery
 from bvit_interp.training.pruning import by_subset as tickets
 from bvit_interp.training.loop.recipe import Recipe
-from bvit_interp.training.pruning.ticket_plan import Tickets
+from bvit_interp.training.pruning.ticket_plan import TicketPlan
 import torch; torch.set_num_threads(1)
 save = lottery.save_model
 # the file is whole, not yet in place
 lottery.save_model = lambda *a: (save(*a), os.kill(os.getpid(), signal.SIGKILL))
-tickets.run(Recipe(**eval(sys.argv[1])), Tickets(**eval(sys.argv[2])), Path(sys.argv[3]))
+tickets.run(Recipe(**eval(sys.argv[1])), TicketPlan(**eval(sys.argv[2])), Path(sys.argv[3]))
 """
 
 
@@ -377,7 +379,7 @@ def test_a_search_killed_by_the_system_ends_the_same(plan, settings, tmp_path):
         len(read_table(tmp_path / "stopped" / "trainings.csv")) == 2
     )  # the masks of both classes are kept
     for folder in ("stopped", "whole"):
-        tickets.run(plan, Tickets(**search), tmp_path / folder)
+        tickets.run(plan, TicketPlan(**search), tmp_path / folder)
     left = list((tmp_path / "stopped").rglob(".*"))
     assert all(path.name.endswith(".partial") for path in left)
     assert {
@@ -387,20 +389,20 @@ def test_a_search_killed_by_the_system_ends_the_same(plan, settings, tmp_path):
 
 def test_another_method_joins_a_search_and_another_option_does_not(plan, tmp_path):
     search = {**FEW, "sparsity": (0.5,)}
-    tickets.run(plan, Tickets(**search, methods=("rtl",)), tmp_path)
+    tickets.run(plan, TicketPlan(**search, methods=("rtl",)), tmp_path)
     before = contents(tmp_path / "subnets" / "rtl")
-    frame = tickets.run(plan, Tickets(**search, methods=("rtl", "multi")), tmp_path)
+    frame = tickets.run(plan, TicketPlan(**search, methods=("rtl", "multi")), tmp_path)
     assert {*frame["method"]} == {"rtl", "multi"}
     assert contents(tmp_path / "subnets" / "rtl") == before
     with pytest.raises(UserError, match=r"made with other options \(iterations: 2 there, 3 now\)"):
-        tickets.run(plan, Tickets(**{**search, "iterations": 3}), tmp_path)
+        tickets.run(plan, TicketPlan(**{**search, "iterations": 3}), tmp_path)
     frame = tickets.run(
-        plan, Tickets(**{**search, "iterations": 3}, methods=("imp",)), tmp_path, overwrite=True
+        plan, TicketPlan(**{**search, "iterations": 3}, methods=("imp",)), tmp_path, overwrite=True
     )
     assert {*frame["method"]} == {"imp"}
     (tmp_path / "trainings.csv").unlink()
     with pytest.raises(UserError, match=r"holds tickets.csv and no trainings.csv"):
-        tickets.run(plan, Tickets(**search), tmp_path)
+        tickets.run(plan, TicketPlan(**search), tmp_path)
 
 
 @pytest.mark.parametrize("by", ["class-step", "cluster", "column"])
@@ -410,12 +412,12 @@ def test_other_subsets(plan, tmp_path, by):
         more = {"features": "timm:vit_tiny_patch16_224@random", "clusters": 2}
     if by == "column":
         tickets.run(
-            plan, Tickets(**{**FEW, "sparsity": (0.5,)}, methods=("imp",)), tmp_path / "first"
+            plan, TicketPlan(**{**FEW, "sparsity": (0.5,)}, methods=("imp",)), tmp_path / "first"
         )
         more = {"column": f"{tmp_path / 'first' / 'subsets.csv'}:subset"}
         shutil.copy(tmp_path / "first" / "subsets.csv", tmp_path / "parts.csv")
     search = {**FEW, "sparsity": (0.5,), "by": by, **more}
-    frame = tickets.run(plan, Tickets(**search), tmp_path / "out")
+    frame = tickets.run(plan, TicketPlan(**search), tmp_path / "out")
     whole = frame[(frame["subset"] == "all") & (frame["layer"] == "all")].set_index("method")
     assert whole["balanced_accuracy"].notna().all() and (whole["by"] == by).all()
     masks = Masks.load(
@@ -443,7 +445,7 @@ def test_other_subsets(plan, tmp_path, by):
 
 def test_a_layer_that_is_emptied_is_named(plan, tmp_path, caplog):
     frame = tickets.run(
-        plan, Tickets(**{**FEW, "sparsity": (0.999,), "rate": 0.9}, methods=("rtl",)), tmp_path
+        plan, TicketPlan(**{**FEW, "sparsity": (0.999,), "rate": 0.9}, methods=("rtl",)), tmp_path
     )
     last = frame[(frame["subset"] == "all") & (frame["layer"] == "all")].iloc[-1]
     assert last["empty"] > 0 and last["balanced_accuracy"] >= 0
@@ -467,23 +469,19 @@ def test_a_layer_that_is_emptied_is_named(plan, tmp_path, caplog):
 )
 def test_options_that_do_not_do(given, message):
     with pytest.raises(UserError, match=message):
-        Tickets(**given)
+        TicketPlan(**given)
 
 
 def test_recipes_that_do_not_do(recipe, tmp_path):
     with pytest.raises(UserError, match="trained without mixup, cutmix; switch it off"):
-        tickets.run(recipe(mixup=0.2, cutmix=1.0), Tickets(**FEW), tmp_path)
+        tickets.run(recipe(mixup=0.2, cutmix=1.0), TicketPlan(**FEW), tmp_path)
     with pytest.raises(UserError, match=r"the loss is (nan|inf): a lower lr"):
         tickets.run(
-            recipe(lr=1e30, images_per_epoch=60), Tickets(**{**FEW, "iterations": 6}), tmp_path
+            recipe(lr=1e30, images_per_epoch=60), TicketPlan(**{**FEW, "iterations": 6}), tmp_path
         )
 
 
 def test_the_command(settings, tmp_path, capsys):
-    import yaml
-
-    from bvit_interp.cli import main
-
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings(images_per_epoch=60)))
     given = [
         "tickets",
@@ -509,8 +507,9 @@ def test_the_command(settings, tmp_path, capsys):
     assert (tmp_path / "out" / "tickets.png").is_file()
     for wrong, message in (
         (["--classes", "9", "cat"], "no class cat; classes: 0, 1"),
-        (["--by", "column", "x.csv:y"], "needs FILE.csv:COLUMN of a file that is there"),
-        (["--by", "class", "x.csv:y"], "--by takes a word"),
+        (["--by", "column", "--column", "x.csv:y"], "needs FILE.csv:COLUMN of a file that is there"),
+        (["--by", "column"], "--column FILE.csv:COLUMN is given with --by column"),
+        (["--by", "colour"], "--by takes class, class-step, cluster, column; got 'colour'"),
         (["--model", "resnet10t"], "--model takes timm:NAME"),
         (["--classes", "7"], "one subset only (7)"),
     ):

@@ -35,7 +35,7 @@ def random_masks(model, places, count, seed=0):
     return Masks({n: torch.rand(count, *own[n].shape, generator=generator) < 0.5 for n in places})
 
 
-# ---- the masked step -----------------------------------------------------------------------------------
+# ---- the masked step ----
 
 
 @pytest.mark.parametrize("kind", ["bvit", "resnet", "by step"])
@@ -138,7 +138,7 @@ def test_adam_of_a_weight_is_adam_on_the_batches_that_keep_it():
         torch.testing.assert_close(ours[i : i + 1], alone)
 
 
-# ---- which weights, which models -----------------------------------------------------------------------
+# ---- which weights, which models ----
 
 
 def test_linear_layers_and_convolutions_are_masked_and_the_classifier_is_not(tiny):
@@ -176,7 +176,7 @@ def test_build_gives_an_output_a_class_and_the_same_weights_for_a_seed(recipe, p
         routing.build(replace(plan, model={"name": "resnet0"}), pools[0])
 
 
-# ---- batches -------------------------------------------------------------------------------------------
+# ---- batches ----
 
 
 class Plain:
@@ -231,7 +231,7 @@ def test_a_small_subset_is_repeated(recipe, pools):
     assert np.bincount(batches.places(2))[[3, 5]].tolist() == [4, 4]
 
 
-# ---- subsets -------------------------------------------------------------------------------------------
+# ---- subsets ----
 
 
 def test_pool_takes_the_images_of_its_classes(pools):

@@ -1,0 +1,1 @@
+"""Options of the commands: dataclasses that are light to import."""

@@ -1,0 +1,78 @@
+"""Runs an analysis: measures, writes table, figure and provenance, prints a summary."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from timm.models.vision_transformer import VisionTransformer
+
+from bvit_interp import results
+from bvit_interp.cli.options.analysis import Inputs
+from bvit_interp.cli.run.output import draw, show
+from bvit_interp.cli.run.processes import processes
+from bvit_interp.data.catalog import open_samples
+from bvit_interp.errors import UserError
+from bvit_interp.models import checkpoint
+
+
+def run(inputs: Inputs, config: Any, analysis: str) -> None:
+    """Run an analysis on the chosen device, under torchrun in several processes."""
+    with processes(inputs.device) as device:
+        run_analysis(analysis, inputs, config, device)
+
+
+def run_analysis(word: str, inputs: Inputs, config: Any, device: str = "cpu") -> pd.DataFrame:
+    """Measure, write `<word>.csv`, `.png` and `.json`, print a summary; returns the table."""
+    question = importlib.import_module(f"bvit_interp.analyses.{word}")
+    data = open_samples(inputs.data, inputs.split, inputs.download)
+    both = getattr(question, "WITH_AVERAGED_WEIGHTS", False)
+    models = _load(_with_averaged(inputs.ckpt) if both else inputs.ckpt, device)
+    results.check_folder(inputs.out)
+    path = inputs.out / f"{word}.csv"
+    options = {
+        "analysis": word,
+        "data": inputs.data,
+        "split": inputs.split,
+        "config": config.resume_key(),
+        "weights": {name: results.weights_hash(model) for name, model in models.items()},
+    }
+    wanted = inspect.signature(question.measure).parameters
+    further: dict[str, Any] = {"folder": inputs.out} if "folder" in wanted else {}
+    if "table" in wanted:
+        further["table"] = results.Table(path, options, inputs.overwrite)
+    frame = question.measure(models, data, config, **further)
+    if results.rank_and_world()[0] == 0:
+        results.write_table(frame, path)
+        about = results.provenance({**options, "config": asdict(config)})
+        results.write_json(about, path.with_suffix(".json"))
+        show(question.summary(frame))
+        print(f"\nwrote {path}")
+        draw(f"bvit_interp.analyses.{word}.plot", frame, path.with_suffix(".png"))
+    return frame
+
+
+def _with_averaged(specs: Sequence[str]) -> list[str]:
+    """The checkpoints, each followed by its averaged weights where it has them."""
+    return [
+        version
+        for spec in specs
+        for version in checkpoint.versions(spec)
+        if version == spec or version not in specs
+    ]
+
+
+def _load(specs: Sequence[str], device: str) -> dict[str, VisionTransformer]:
+    """The models by name; where two folders have one name, by the folder they are in too."""
+    if len(set(specs)) < len(specs):
+        raise UserError(f"a checkpoint is given twice: {', '.join(specs)}")
+    names = [checkpoint.display_name(spec) for spec in specs]
+    if len(set(names)) < len(names):
+        names = ["/".join(Path(spec).parts[-2:]) for spec in specs]
+    labels = names if len(set(names)) == len(names) else list(specs)
+    return {label: checkpoint.load(spec, device) for label, spec in zip(labels, specs, strict=True)}
