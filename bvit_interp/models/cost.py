@@ -1,10 +1,10 @@
-"""Cost of a model: parameters, and FLOPs counted analytically.
+"""Cost of a model: parameters, and FLOPs counted from shapes.
 
 The convention of bViT (arXiv 2605.10661, Tables 1-3): 2 x the multiply-accumulates of Linear and
-Conv weights; biases, norms, softmax and GELU are free, and so are QK^T and AV unless
-`count_attention` asks for them. Counters that watch a forward pass disagree with each other on
+Conv weights. Biases, norms, softmax and GELU are free, and so are QK^T and AV unless
+`count_attention` includes them. Counters that watch a forward pass disagree with each other on
 fused attention; this one reads shapes. A shared block costs its FLOPs at every step and its
-parameters once. Adding a memory to the state is free, as additions are; updating one is an
+parameters once. Adding a memory to the state is free, as additions are; updating a memory is one
 application of the block.
 
 bViT-B: 33.697 GFLOPs (35.128 with attention) = 0.232747 + 2.788688 t at t = 12. bViT-fl (n = 3):
@@ -25,20 +25,20 @@ from bvit_interp.models.steps import Steps
 
 
 def flops(model: VisionTransformer, *, count_attention: bool, steps: int | None = None) -> int:
-    """FLOPs of one image at the model's input size: patch embedding, `steps` steps, the head on one
+    """FLOPs per image at the model's input size: patch embedding, `steps` steps, the head on one
     row.
 
     Parameters
     ----------
     model : a `BViT`, its unroll, or a timm `VisionTransformer` with a plain patch embedding.
-    count_attention : add QK^T and AV, 2 * 2 * N^2 * D a step for N tokens (CLS and registers are
-        tokens).
-    steps : as in `unroll`: by default as many as the model takes; a stack can only be cut.
+    count_attention : add QK^T and AV, 2 * 2 * N^2 * D per step for N tokens (CLS and registers
+        are tokens).
+    steps : as in `unroll`: by default as many as the model takes; a stack can only be shortened.
 
     Raises
     ------
     UserError
-        For a number of steps that cannot be had, or a module whose cost is not known here.
+        For a number of steps that the model cannot take, or a module whose cost is not known here.
     """
     steps = len(model.blocks) if steps is None else steps
     if steps < 1:
@@ -50,8 +50,10 @@ def flops(model: VisionTransformer, *, count_attention: bool, steps: int | None 
 
 
 def flops_per_step(model: VisionTransformer, *, count_attention: bool, step: int = 1) -> int:
-    """FLOPs of one image in step `step` (from 1), with its inner updates; without them all steps of
-    a `BViT` cost the same."""
+    """FLOPs per image of step `step` (from 1), with its inner updates.
+
+    Without inner updates all steps of a `BViT` cost the same.
+    """
     block = _block_of(model, step)
     tokens = model.patch_embed.num_patches + model.num_prefix_tokens
     linear = tokens * sum(
@@ -59,13 +61,39 @@ def flops_per_step(model: VisionTransformer, *, count_attention: bool, step: int
     )
     once = linear + (_attention(block, tokens) if count_attention else 0)
     # in an unroll the inner updates are modules of the step; a recurrent block calls itself
-    calls_itself = isinstance(model.blocks, Steps) and isinstance(block, MemoryBlock)
-    return once * (1 + block.memory.updates(step - 1)) if calls_itself else once
+    if isinstance(model.blocks, Steps) and isinstance(block, MemoryBlock):
+        return once * (1 + block.memory.updates(step - 1))
+    return once
 
 
 def parameters(model: nn.Module) -> int:
-    """Number of parameters; a shared one counts once, so a model and its unroll have as many."""
+    """Number of parameters; shared ones count once, so a model and its unroll have the same."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def parameters_by_part(model: VisionTransformer) -> dict[str, int]:
+    """Number of parameters of the parts `embedding`, `blocks`, `norm` and `head`; their sum is
+    `parameters`.
+
+    The embedding is the patch embedding, the positions and the prefix tokens. Time embeddings
+    belong to the blocks.
+    """
+    counts = dict.fromkeys(("embedding", "blocks", "norm", "head"), 0)
+    for name, parameter in model.named_parameters():
+        counts[_part_of(name)] += parameter.numel()
+    return counts
+
+
+def _part_of(name: str) -> str:
+    """The part of the model that a parameter of this name belongs to."""
+    starts = {
+        "blocks.": "blocks",
+        "norm": "norm",
+        "fc_norm": "norm",
+        "head": "head",
+        "attn_pool": "head",
+    }
+    return next((part for start, part in starts.items() if name.startswith(start)), "embedding")
 
 
 def _block_of(model: VisionTransformer, step: int) -> nn.Module:
@@ -82,7 +110,7 @@ def _per_row(linear: nn.Linear) -> int:
 
 
 def _attention(block: nn.Module, tokens: int) -> int:
-    """QK^T and AV: for each head, two products of tokens x tokens x head width."""
+    """QK^T and AV: per head, two products of tokens x tokens x head width."""
     found = [module for module in block.modules() if isinstance(module, Attention)]
     if not found:
         raise UserError(
@@ -101,7 +129,7 @@ def _patch_embedding(model: VisionTransformer) -> int:
         raise UserError("the model has no fixed image size to count FLOPs at")
     kernel = (
         embedding.proj.weight
-    )  # (D, C, p, p), applied once a patch; prefix tokens are not embedded
+    )  # (D, C, p, p), applied once per patch; prefix tokens are not embedded
     return 2 * kernel.numel() * embedding.num_patches
 
 

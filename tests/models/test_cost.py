@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bvit_interp.errors import UserError
-from bvit_interp.models.cost import flops, flops_per_step, parameters
+from bvit_interp.models.cost import flops, flops_per_step, parameters, parameters_by_part
 from bvit_interp.models.unroll import unroll
 
 
@@ -125,3 +125,24 @@ def test_what_cannot_be_counted_is_refused(tiny, stacked):
     tiny.patch_embed = torch.nn.Identity()
     with pytest.raises(UserError, match="Identity"):
         flops(tiny, count_attention=False)
+
+
+def test_parts_of_a_model_with_every_part(make):
+    """Registers, a distillation token and its head, a time embedding; LayerNorm and attention
+    pooling."""
+    width = 32
+    parts = parameters_by_part(make(name="bvit_small_distilled_patch16_224", reg_tokens=2))
+    assert parts["embedding"] == (3 * 8 * 8 + 1) * width + (16 + 2 + 1 + 1 + 2) * width
+    assert parts["head"] == 2 * (width * 10 + 10)
+    assert parts["norm"] == width
+    timed = parameters_by_part(make(name="bvit_small_te_patch16_224", num_steps=5))
+    plain = parameters_by_part(make(num_steps=5))
+    assert timed["blocks"] - plain["blocks"] == 5 * width
+    pooled = make(name="vit_tiny_patch16_224", depth=2, global_pool="map", class_token=False)
+    found = parameters_by_part(pooled)
+    assert found["head"] == sum(
+        p.numel() for part in (pooled.attn_pool, pooled.head) for p in part.parameters()
+    )
+    assert sum(found.values()) == parameters(pooled)
+    averaged = parameters_by_part(make(name="vit_tiny_patch16_224", depth=2, global_pool="avg"))
+    assert averaged["norm"] == 2 * width  # fc_norm's weight and bias

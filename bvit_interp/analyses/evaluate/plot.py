@@ -38,7 +38,9 @@ def _plot_accuracy(ax: Axes, overall: pd.DataFrame) -> None:
     ax.set(xlim=(0, 1.02), xlabel="share of images")
     ax.set_title("accuracy", fontsize=10)
     plotting.legend(ax)
-    ax.get_legend().set_frame_on(True)  # it may lie on a null
+    legend = ax.get_legend()
+    if legend is not None:
+        legend.set_frame_on(True)  # it may lie on a null
 
 
 def _plot_reliability(ax: Axes, overall: pd.DataFrame, bins: pd.DataFrame) -> None:
