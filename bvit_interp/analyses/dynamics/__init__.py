@@ -1,5 +1,10 @@
-"""Does the recurrence come to rest, return or drift when it runs on, and which of its states are
-alike?"""
+"""Does the run come to rest, return or drift past T, and which states are alike?
+
+The model runs on past its trained steps. The states of each kind of token are compared from step to
+step and with earlier steps. A verdict says whether they settle at a fixed point or a cycle. CKA and
+Procrustes distances compare the states of every two trained steps. The null of a comparison takes
+the second state from another image.
+"""
 
 from __future__ import annotations
 
@@ -13,22 +18,22 @@ from bvit_interp.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Config(LoaderOptions):
-    """Options of the dynamics."""
+    """Options of `dynamics`."""
 
     steps: int = 48
-    """Steps S to run, from 1; a stacked ViT (one of timm, or a matched `vit_rms_*`) stops at its
-    last block."""
+    """Steps S to run, at least 1. A stacked ViT (one of timm, or a matched `vit_rms_*`) stops at
+    its last block."""
     tolerance: float = 0.01
-    """Distance below which a state counts as the same again, as a share of ||z_T||; of a direction,
-    of length 1."""
+    """Distance below which two states count as the same, as a share of ||z_T||; for directions, the
+    distance of unit vectors."""
     state: Literal["cls", "patches"] = "cls"
-    """What an image is in the participation ratio and in pairs: its CLS token, or the mean of its
-    patches."""
+    """What represents an image in the participation ratio and in pairs: its CLS token, or the mean
+    of its patches."""
     pair_steps: tuple[int, ...] | None = None
-    """Steps compared in pairs; by default all the trained ones. One that a model was not trained
-    for is left out."""
+    """Steps that are compared in pairs; by default all trained steps. A step that a model was not
+    trained for is skipped."""
     seed: int = 0
-    """Of the Gaussian matrix in the null of the Procrustes distance."""
+    """Random seed for the Gaussian matrix in the null of the Procrustes distance."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,20 +49,36 @@ class Config(LoaderOptions):
 
 COLUMNS = {
     "model": "checkpoint",
-    "statistic": "norm, step_size, direction, cosine, to_trained, to_last, return, return_direction, period,"
-    " period_direction, participation_ratio, cka, cka_debiased or procrustes",
-    "tokens": "cls, reg, dist or patches; of the participation ratio and of pairs, patches are their mean",
-    "step": "step t, 0 the embedded tokens",
-    "other_model": "of a pair, the model of the second state",
-    "other_step": "step of the state compared with; none for norm, period and participation_ratio",
-    "trained_steps": "steps T the model was made for; of a stack, its blocks",
-    "value": "the value: a norm in units of the tokens, a ratio, a cosine -1..1, a period in steps, CKA 0..1 (debiased"
-    " also just outside), a Procrustes distance 0..2; a mean over images up to return",
-    "low": "lower end of the normal 95 % interval of that mean; none for the others",
-    "high": "upper end of it",
-    "null": "null: the value with the second state from another image; none for norm and period",
-    "n": "images",
+    "metric": (
+        "norm, step_size, direction_change, update_cosine, distance_to_trained, "
+        "distance_to_last, return_distance, direction_return_distance, period, "
+        "direction_period, participation_ratio, cka, cka_debiased or procrustes"
+    ),
+    "tokens": (
+        "kind of token: cls, reg, dist or patches; for participation_ratio and pairs, patches "
+        "means their mean"
+    ),
+    "step": "step t; 0 is the embedded tokens",
+    "other_model": "for a pair, the model of the second state",
+    "other_step": (
+        "step of the state compared with; empty for norm, the two periods and participation_ratio"
+    ),
+    "trained_steps": "steps T that the model was made for; for a stacked ViT, its blocks",
+    "value": (
+        "a norm in units of the tokens, a ratio, a cosine -1..1, a period in steps, a number of "
+        "directions, CKA 0..1 (debiased also slightly outside), or a Procrustes distance 0..2; "
+        "a mean over images for all but the periods, participation_ratio and pairs"
+    ),
+    "low": (
+        "lower end of the normal 95 % confidence interval of the mean; empty for metrics that "
+        "are no mean over images"
+    ),
+    "high": "upper end of the interval",
+    "null": (
+        "null: the value with the second state from another image; for participation_ratio, an "
+        "isotropic Gaussian's; empty for norm and the periods"
+    ),
+    "n": "number of images",
 }
-
 
 __getattr__, __dir__, __all__ = attach(__name__)

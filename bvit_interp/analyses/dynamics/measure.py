@@ -1,34 +1,44 @@
-"""Does the recurrence come to rest, return or drift when it runs on, and which of its states are
-alike?
+"""Does the run come to rest, return or drift past T, and which states are alike?
 
-Appendix E.1 of bViT (arXiv 2605.10661): "bViT is not a fixed-point method". The paper argues from
-Fig. 8's accuracy and gives no number on the states; these measures are ours. A row is one value of
-one `statistic`:
+Appendix E.1 of bViT (arXiv 2605.10661) says "bViT is not a fixed-point method". The paper argues
+from the accuracy in Fig. 8 and gives no number about the states, so these metrics are ours. A row
+is one value of one `metric`.
 
-- of the tokens of a kind (all of an image's as one vector), mean over images: `norm`; `step_size`,
-  the relative step ``||z_t - z_{t-1}|| / ||z_{t-1}||``; `cosine` of the update with the one before
-  it; `to_trained` and `to_last`, the relative distance to the states of step T and of the last step
-  S;
-- `return`, ``||z_t - z_{t-p}|| / ||z_T||`` over the last w = (S - T) // 3 steps t for p = 1..w, and
-  the verdict `period`: the smallest p <= w / 2 at whose every multiple up to w it is below
-  `tolerance`. 1 is a fixed point, more a cycle, 0 neither: drift. In units of ||z_T||, since steps
-  of constant length past growing states look ever smaller;
-- the same of directions z / ||z||, all that the head's norm lets through: `direction`,
-  `return_direction` and `period_direction`. A state that drifts straight on has a fixed point
-  there;
-- `participation_ratio` ``(sum l)^2 / sum l^2`` of the eigenvalues of the covariance over images;
-- of two states, at every trained step of every model: linear `cka` (Kornblith et al., 2019),
-  `cka_debiased` (Nguyen et al., 2021) and the orthogonal `procrustes` distance (Ding et al., 2021).
+Metrics of the tokens of one kind, with all tokens of that kind in an image as one vector, as a mean
+over images:
 
-`null` is the same with the second state from another image, a permutation of the images; the
-participation ratio's is an isotropic Gaussian's. Past T a time embedding stays at its last row; a
-stacked ViT has only its own blocks.
+- `norm`: root mean square over tokens of ||z_t||;
+- `step_size`: the relative step ``||z_t - z_{t-1}|| / ||z_{t-1}||``;
+- `update_cosine`: the cosine of the update of step t and the update before it;
+- `distance_to_trained` and `distance_to_last`: relative distance to the state of step T and of the
+  last step S;
+- `return_distance`: ``||z_t - z_{t-p}|| / ||z_T||`` over the last w = (S - T) // 3 steps t, for p =
+  1..w. It is in units of ||z_T||, because steps of constant length past growing states look ever
+  smaller;
+- `period`: the smallest p <= w / 2 such that the return distance is below `tolerance` at every
+  multiple of p up to w. 1 is a fixed point, more is a cycle, 0 is neither: the state drifts;
+- `direction_change`, `direction_return_distance` and `direction_period`: the same for directions
+  z / ||z||, which is all that the norm before the head lets through. A state that drifts along a
+  straight line has a fixed point there.
 
-Cost: `steps` / T forwards an image and the states of a batch; 300 images of 32 px, a bViT of width
-128 and its ViT take 20 s on one core. Pairs keep a square float64 matrix of side (steps compared x
-width) summed over models: 0.7 GB for bViT-B, 2.7 GB beside ViT-B, three times that while they are
-computed, and an SVD of 768 x 768 a pair; `pair_steps` chooses fewer. Expected: for bViT no fixed
-point: `period` 0 at 48 steps.
+Metrics over images:
+
+- `participation_ratio`: ``(sum l)^2 / sum l^2`` of the eigenvalues of the covariance over images;
+- `cka` (linear; Kornblith et al., 2019), `cka_debiased` (Nguyen et al., 2021) and `procrustes` (the
+  orthogonal distance; Ding et al., 2021) of two states, for every pair of trained steps of all
+  models.
+
+`null`: the same with the second state from another image, by a permutation of the images; for the
+participation ratio, the value of an isotropic Gaussian. Past T a time embedding stays at its last
+row. A stacked ViT has only its own blocks.
+
+Cost: `steps` / T forward passes per image, and the states of a batch. 300 images of 32 px, a bViT
+of width 128 and its stacked ViT take 20 s on one core. Pairs keep a square float64 matrix whose
+side is (steps compared x width), summed over models: 0.7 GB for bViT-B, 2.7 GB with ViT-B beside
+it, and three times that while the measures are computed; each pair needs an SVD of 768 x 768.
+`pair_steps` chooses fewer.
+
+Expected: bViT has no fixed point, so `period` is 0 at 48 steps.
 """
 
 from __future__ import annotations
@@ -37,6 +47,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -44,92 +55,103 @@ from torch import Tensor
 
 from bvit_interp.analyses.dynamics import COLUMNS, Config
 from bvit_interp.analyses.dynamics.motion import Motion, period
-from bvit_interp.data.loader import Batch, run_in_halves
 from bvit_interp.data.samples import Samples
+from bvit_interp.data.stream import ModelBatch, device_of, stream
 from bvit_interp.errors import UserError
 from bvit_interp.metrics import participation_ratio, random_participation_ratio
 from bvit_interp.metrics.streaming.similarity import StatePairs
 from bvit_interp.metrics.streaming.statistics import Gram
+from bvit_interp.models.stepping import states
 from bvit_interp.models.unroll import run_on
 from bvit_interp.probes.probe import Probe
 
-_BYTES_OF_STATES = 2**28
-
-
-_BYTES_OF_PAIRS = 2**34
-
-
+_STATE_BYTES = 2**28
+_PAIR_BYTES = 2**34
 _SIMILARITIES = ("cka", "cka_debiased", "procrustes")
 
 
 def measure(models: Mapping[str, VisionTransformer], data: Samples, config: Config) -> pd.DataFrame:
-    """How the states of every model move, and which are alike.
+    """How the states of every model move, and which states are alike.
 
     Parameters
     ----------
-    models : name -> model; all see each image in one pass.
+    models : name -> model. All see each image in one pass.
     data : images; their labels are not used.
 
     Returns
     -------
-    A table of `COLUMNS`; unordered pairs once.
+    A table of `COLUMNS`, with every unordered pair of states once.
     """
     probes = {name: Probe(run_on(model, config.steps)) for name, model in models.items()}
+    for probe in probes.values():
+        probe.rows(config.state, _num_tokens(probe))  # raises if the model has no such token
     trained = {name: len(model.blocks) for name, model in models.items()}
     motions = {name: _motions(probe, trained[name]) for name, probe in probes.items()}
-    grams = {name: _gram(probe, config) for name, probe in probes.items()}
-    compared = _compared(probes, trained, config)
-    pairs = _pairs(probes, compared, config)
-    loader, geometries = config.loader(data, models, "dynamics")
-    for batch in loader:
-        sets: list[Tensor] = []
-        for name, probe in probes.items():
-            with torch.inference_mode():
-                points = torch.cat(
-                    [
-                        _watch(probe, part, geometries[name], motions[name], config)
-                        for part in _parts(probe, batch)
-                    ]
-                )
-            grams[name].update(points)
-            sets += [points[:, t - 1] for t in compared[name]]
-        pairs.update(sets)
+    grams = {
+        name: Gram(probe.num_steps, probe.model.embed_dim).to(device_of(probe.model))
+        for name, probe in probes.items()
+    }
+    compared = _compared_steps(probes, trained, config)
+    pairs = _empty_pairs(probes, compared, config)
+    kinds = {name: probe.kinds() for name, probe in probes.items()}
+
+    def all_states(batch: ModelBatch) -> Tensor:
+        run = states(probes[batch.model].model, batch.images)
+        return torch.stack([state.tokens for state in run], dim=1)
+
+    waiting: dict[str, list[Tensor]] = {name: [] for name in models}
+    at_once = {name: _images_at_once(probe) for name, probe in probes.items()}
+    for name, tokens in stream(
+        models, data, config, all_states, progress="dynamics", images_at_once=at_once
+    ):
+        for kind, motion in motions[name].items():
+            motion.update(tokens[:, :, kinds[name][kind]])
+        points = tokens[:, 1:, kinds[name][config.state]].double().mean(2)
+        grams[name].update(points)
+        waiting[name].append(points)
+        if len({sum(map(len, parts)) for parts in waiting.values()}) == 1:
+            # every model has seen the same images: a batch may be halved for one of them alone
+            pairs.update(_compared_states(waiting, compared))
+            waiting = {name: [] for name in models}
     rows: list[dict[str, Any]] = []
     for name in models:
         for kind, motion in motions[name].items():
-            rows += _motion_rows(name, kind, motion, config)
-        rows += _spread_rows(name, grams[name].compute(), config)
-    for row in rows:
-        row["trained_steps"] = trained[row["model"]]
-    images = rows[-1]["n"]  # of all processes; `pairs` counts its own
+            rows += _motion_rows(motion, config, {"model": name, "tokens": kind})
+        rows += _participation_rows(name, grams[name].compute(), config)
+    rows = [row | {"trained_steps": trained[row["model"]]} for row in rows]
+    images = rows[-1]["n"]  # those of all processes; `pairs` counts those of its own
     rows += _pair_rows(pairs.compute(), images, compared, trained, config)
     frame = pd.DataFrame(rows).reindex(columns=list(COLUMNS))
     return frame.astype({"other_step": "Int64"})
 
 
+def summary(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows that compare no two steps."""
+    return frame[frame["other_step"].isna()]
+
+
+def _num_tokens(probe: Probe) -> int:
+    return probe.num_prefix_tokens + math.prod(probe.grid)
+
+
+def _images_at_once(probe: Probe) -> int:
+    """How many images' states, as float32, fit in the memory set aside."""
+    numbers = (probe.num_steps + 1) * _num_tokens(probe) * probe.model.embed_dim
+    return _STATE_BYTES // (4 * numbers)
+
+
 def _motions(probe: Probe, trained: int) -> dict[str, Motion]:
-    """One a kind of token, on the model's device: a process without images takes part in the gather
-    too."""
-    device, count = (
-        next(probe.model.parameters()).device,
-        probe.num_prefix_tokens + math.prod(probe.grid),
-    )
-    return {
-        kind: Motion(probe.num_steps, len(range(count)[rows]), probe.model.embed_dim, trained).to(
-            device
-        )
-        for kind, rows in probe.kinds().items()
-    }
+    """One per kind of token, on the model's device: a process without images takes part in the
+    gather too."""
+    width, device = probe.model.embed_dim, device_of(probe.model)
+    motions = {}
+    for kind, tokens in probe.kinds().items():
+        count = len(range(_num_tokens(probe))[tokens])
+        motions[kind] = Motion(probe.num_steps, count, width, trained).to(device)
+    return motions
 
 
-def _gram(probe: Probe, config: Config) -> Any:
-    probe.rows(
-        config.state, probe.num_prefix_tokens + math.prod(probe.grid)
-    )  # or say that it has none
-    return Gram(probe.num_steps, probe.model.embed_dim).to(next(probe.model.parameters()).device)
-
-
-def _compared(
+def _compared_steps(
     probes: Mapping[str, Probe], trained: Mapping[str, int], config: Config
 ) -> dict[str, list[int]]:
     """The steps of each model that are compared in pairs."""
@@ -145,135 +167,97 @@ def _compared(
     return {name: [t for t in steps if t in config.pair_steps] for name, steps in within.items()}
 
 
-def _pairs(
+def _empty_pairs(
     probes: Mapping[str, Probe], compared: Mapping[str, list[int]], config: Config
 ) -> StatePairs:
+    """Moments of all compared states, on the device of the first model."""
     widths = [probe.model.embed_dim for name, probe in probes.items() for _ in compared[name]]
-    if (size := 8 * sum(widths) ** 2) > _BYTES_OF_PAIRS:
+    size = 8 * sum(widths) ** 2
+    if size > _PAIR_BYTES:
         raise UserError(
-            f"pairs of {len(widths)} states would take {size / 2**30:.0f} GiB: choose fewer by pair-steps"
+            f"pairs of {len(widths)} states would take {size / 2**30:.0f} GiB:"
+            " choose fewer by pair-steps"
         )
-    return StatePairs(widths, config.seed).to(
-        next(next(iter(probes.values())).model.parameters()).device
-    )
+    first = next(iter(probes.values()))
+    return StatePairs(widths, config.seed).to(device_of(first.model))
 
 
-def _parts(probe: Probe, batch: Batch) -> Iterator[Batch]:
-    """The batch in parts whose states take at most 256 MiB."""
-    numbers = (
-        (probe.num_steps + 1)
-        * (probe.num_prefix_tokens + math.prod(probe.grid))
-        * probe.model.embed_dim
-    )
-    if len(batch) > 1 and 4 * numbers * len(batch) > _BYTES_OF_STATES:
-        for half in batch.half():
-            yield from _parts(probe, half)
-    else:
-        yield batch
+def _compared_states(
+    points: Mapping[str, list[Tensor]], compared: Mapping[str, list[int]]
+) -> list[Tensor]:
+    """The states ``(B, D)`` of every compared step of every model, from points ``(b, S, D)``."""
+    joined = {name: torch.cat(parts) for name, parts in points.items()}
+    return [joined[name][:, t - 1] for name, steps in compared.items() for t in steps]
 
 
-def _watch(
-    probe: Probe, batch: Batch, geometry: Any, motions: Mapping[str, Motion], config: Config
-) -> Tensor:
-    """Take the states of a batch in; returns what its images are at steps 1..S, ``(B, S, D)``."""
-    device, kinds, points = next(probe.model.parameters()).device, probe.kinds(), []
-
-    def states_of(part: Batch) -> Tensor:
-        return probe.record(
-            part.views[geometry][0].to(device), "resid_post", range(probe.num_steps + 1)
-        )["resid_post"]
-
-    for states in run_in_halves(states_of, batch):
-        for kind, motion in motions.items():
-            motion.update(states[:, :, kinds[kind]])
-        points.append(states[:, 1:, kinds[config.state]].double().mean(2))
-    return torch.cat(points)
-
-
-def _motion_rows(name: str, kind: str, motion: Motion, config: Config) -> list[dict[str, Any]]:
-    """Rows of one kind of token, with the verdicts if six steps past T were run."""
-    rows = []
-    measures = motion.compute()
-    for statistic, columns in measures.items():
+def _motion_rows(motion: Motion, config: Config, keys: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Rows of one kind of token; with periods if at least six steps past T were run."""
+    metrics = motion.compute()
+    for metric, columns in metrics.items():
         for i, step in enumerate(columns["step"].tolist()):
-            other = int(columns["other"][i])
-            rows.append(
-                {
-                    "model": name,
-                    "statistic": statistic,
-                    "tokens": kind,
+            other = int(columns["other_step"][i])
+            numbers = {key: float(columns[key][i]) for key in ("value", "low", "high", "null")}
+            yield (
+                keys
+                | numbers
+                | {
+                    "metric": metric,
                     "step": step,
                     "other_step": other if other >= 0 else None,
                     "n": int(columns["n"][i]),
-                    **{key: float(columns[key][i]) for key in ("value", "low", "high", "null")},
                 }
             )
     if motion.window > 1:
-        for suffix in ("", "_direction"):
-            returns = measures[f"return{suffix}"]["value"].tolist()
-            rows.append(
-                {
-                    "model": name,
-                    "statistic": f"period{suffix}",
-                    "tokens": kind,
-                    "step": motion.shape[0] - 1,
-                    "value": float(period(returns, config.tolerance)),
-                    "n": int(measures["norm"]["n"][0]),
-                }
-            )
-    return rows
+        for prefix in ("", "direction_"):
+            distances = metrics[f"{prefix}return_distance"]["value"].tolist()
+            yield keys | {
+                "metric": f"{prefix}period",
+                "step": motion.steps,
+                "value": float(period(distances, config.tolerance)),
+                "n": int(metrics["norm"]["n"][0]),
+            }
 
 
-def _spread_rows(name: str, moments: Mapping[str, Any], config: Config) -> list[dict[str, Any]]:
+def _participation_rows(
+    name: str, moments: Mapping[str, Tensor], config: Config
+) -> Iterator[dict[str, Any]]:
     images, width = int(moments["count"]), moments["centred"].shape[-1]
-    return [
-        {
+    for t, value in enumerate(participation_ratio(moments["centred"]).tolist(), start=1):
+        yield {
             "model": name,
-            "statistic": "participation_ratio",
+            "metric": "participation_ratio",
             "tokens": config.state,
             "step": t,
             "value": value,
             "null": random_participation_ratio(images, width),
             "n": images,
         }
-        for t, value in enumerate(participation_ratio(moments["centred"]).tolist(), start=1)
-    ]
 
 
 def _pair_rows(
-    measures: Mapping[str, Any],
+    measures: Mapping[str, np.ndarray],
     images: int,
     compared: Mapping[str, list[int]],
     trained: Mapping[str, int],
     config: Config,
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """Rows of every unordered pair of states."""
-    found = {key: values.tolist() for key, values in measures.items()}
-    found["cka_debiased_null"] = [
-        [0.0] * len(row) for row in found["cka"]
-    ]  # of the numerator, exactly
-    sets = [(name, t) for name, steps in compared.items() for t in steps]
-    rows = []
-    for statistic in _SIMILARITIES:
-        for i, (name, step) in enumerate(sets):
-            for j, (other, other_step) in enumerate(sets[i:], start=i):
-                rows.append(
-                    {
-                        "model": name,
-                        "statistic": statistic,
-                        "tokens": config.state,
-                        "step": step,
-                        "other_model": other,
-                        "other_step": other_step,
-                        "trained_steps": trained[name],
-                        "value": found[statistic][i][j],
-                        "null": found[f"{statistic}_null"][i][j],
-                        "n": images,
-                    }
-                )
-    return rows
-
-
-def summary(frame: pd.DataFrame) -> pd.DataFrame:
-    """Without pairs of steps."""
-    return frame[frame["other_step"].isna()]
+    # over all permutations of the images the mean of the debiased numerator is exactly 0
+    nulls = {"cka_debiased": np.zeros_like(measures["cka"])}
+    nulls |= {metric: measures[f"{metric}_null"] for metric in ("cka", "procrustes")}
+    compared_states = [(name, t) for name, steps in compared.items() for t in steps]
+    for metric in _SIMILARITIES:
+        for i, (name, step) in enumerate(compared_states):
+            for j, (other, other_step) in enumerate(compared_states[i:], start=i):
+                yield {
+                    "model": name,
+                    "metric": metric,
+                    "tokens": config.state,
+                    "step": step,
+                    "other_model": other,
+                    "other_step": other_step,
+                    "trained_steps": trained[name],
+                    "value": measures[metric][i, j].item(),
+                    "null": nulls[metric][i, j].item(),
+                    "n": images,
+                }

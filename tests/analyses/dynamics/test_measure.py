@@ -3,20 +3,21 @@ on paper."""
 
 from __future__ import annotations
 
-import io
 import math
+import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from bvit_interp.analyses import dynamics
-from bvit_interp.analyses.dynamics import COLUMNS, Config, measure, plot
+from bvit_interp.analyses.dynamics import COLUMNS, Config, measure, summary
 from bvit_interp.data.geometry import Geometry
 from bvit_interp.errors import UserError
 from bvit_interp.models.steps import Steps
 from bvit_interp.models.unroll import run_on, unroll
+
+MODULE = sys.modules["bvit_interp.analyses.dynamics.measure"]
 
 
 def states_by_forward(model, data):
@@ -32,13 +33,13 @@ def states_by_forward(model, data):
     return torch.stack([first, *after], dim=1).double().numpy()
 
 
-def values_of(frame, statistic, tokens):
-    part = frame[(frame["statistic"] == statistic) & (frame["tokens"] == tokens)]
+def values_of(frame, metric, tokens):
+    part = frame[(frame["metric"] == metric) & (frame["tokens"] == tokens)]
     return part.sort_values("step").set_index("step")
 
 
 def test_against_the_states_themselves(any_model, digits):
-    """Every statistic computed here from the tokens of a forward pass, 15 steps of a bViT, all of a
+    """Every metric computed here from the tokens of a forward pass, 15 steps of a bViT, all of a
     stack."""
     data = type(digits)("test", length=12)
     frame = measure({"m": any_model}, data, Config(steps=15, batch_size=5))
@@ -69,12 +70,12 @@ def test_against_the_states_themselves(any_model, digits):
         )
         cosine = (update[:, 1:] * update[:, :-1]).sum(-1) / size[:, 1:] / size[:, :-1]
         np.testing.assert_allclose(
-            values_of(frame, "cosine", kind)["value"], cosine.mean(0), atol=1e-4
+            values_of(frame, "update_cosine", kind)["value"], cosine.mean(0), atol=1e-4
         )
-        for statistic, s in (("to_trained", trained), ("to_last", steps)):
+        for metric, s in (("distance_to_trained", trained), ("distance_to_last", steps)):
             apart = np.linalg.norm(z - z[:, s : s + 1], axis=-1) / length[:, s : s + 1]
             np.testing.assert_allclose(
-                values_of(frame, statistic, kind)["value"], apart.mean(0), atol=1e-4
+                values_of(frame, metric, kind)["value"], apart.mean(0), atol=1e-4
             )
     cls = states[:, 1:, 0]
     ratio = []
@@ -84,7 +85,7 @@ def test_against_the_states_themselves(any_model, digits):
     np.testing.assert_allclose(
         values_of(frame, "participation_ratio", "cls")["value"], ratio, rtol=1e-4
     )
-    cka = frame[frame["statistic"] == "cka"].set_index(["step", "other_step"])["value"]
+    cka = frame[frame["metric"] == "cka"].set_index(["step", "other_step"])["value"]
     assert len(cka) == trained * (trained + 1) // 2
     for (step, other), value in cka.items():
         x, y = (cls[:, t - 1] - cls[:, t - 1].mean(0) for t in (step, other))
@@ -103,10 +104,8 @@ def moving(model, monkeypatch, rule):
 def verdict(model, data, **options):
     frame = measure({"m": model}, data, Config(limit=4, pair_steps=(1,), **options))
     return {
-        statistic: frame[(frame["statistic"] == statistic) & (frame["tokens"] == "cls")][
-            "value"
-        ].item()
-        for statistic in ("period", "period_direction")
+        metric: frame[(frame["metric"] == metric) & (frame["tokens"] == "cls")]["value"].item()
+        for metric in ("period", "direction_period")
     }
 
 
@@ -130,15 +129,15 @@ def test_verdicts_of_known_maps(make, digits, monkeypatch):
     for name, (rule, expected) in cases.items():
         with monkeypatch.context() as patch:
             found = verdict(moving(make(), patch, rule), digits)
-            assert (found["period"], found["period_direction"]) == expected, name
+            assert (found["period"], found["direction_period"]) == expected, name
 
 
 def test_no_verdict_without_steps_past_the_trained(tiny, stacked, digits):
     frame = measure({"a": tiny, "b": stacked}, digits, Config(steps=14, limit=4, pair_steps=(1,)))
-    assert not frame["statistic"].isin(["period", "return"]).any()
+    assert not frame["metric"].isin(["period", "return_distance"]).any()
     frame = measure({"a": tiny}, digits, Config(steps=5, limit=4))
-    assert not frame["statistic"].isin(["period", "to_trained"]).any()
-    assert frame[frame["statistic"] == "cka"]["step"].max() == 5
+    assert not frame["metric"].isin(["period", "distance_to_trained"]).any()
+    assert frame[frame["metric"] == "cka"]["step"].max() == 5
 
 
 def test_pairs_between_models(tiny, tiny_te, stacked, digits):
@@ -146,9 +145,7 @@ def test_pairs_between_models(tiny, tiny_te, stacked, digits):
     bViT's steps."""
     models = {"a": tiny, "same": unroll(tiny), "stack": stacked}
     frame = measure(models, digits, Config(steps=12, pair_steps=(1, 3, 12)))
-    cka = frame[frame["statistic"] == "cka"].set_index(
-        ["model", "step", "other_model", "other_step"]
-    )
+    cka = frame[frame["metric"] == "cka"].set_index(["model", "step", "other_model", "other_step"])
     assert len(cka) == 8 * 9 // 2  # 3 + 3 + 2 states
     for t in (1, 3, 12):
         assert cka.loc["a", t, "same", t]["value"] == pytest.approx(1)
@@ -156,7 +153,7 @@ def test_pairs_between_models(tiny, tiny_te, stacked, digits):
     assert ("a", 12, "stack", 12) not in cka.index
     assert (cka["value"] <= 1 + 1e-9).all()
     frame = measure({"a": tiny, "te": tiny_te}, digits, Config(steps=2, state="patches"))
-    assert set(frame[frame["statistic"] == "cka"]["tokens"]) == {"patches"}
+    assert set(frame[frame["metric"] == "cka"]["tokens"]) == {"patches"}
 
 
 def test_a_stack_of_copies_moves_as_the_recurrent_model(make, tiny, digits):
@@ -183,27 +180,21 @@ def test_several_models_alone_and_together_and_in_parts(tiny, stacked, digits, m
         every[(every["model"] == "b") & moved].reset_index(drop=True),
         alone[alone["other_model"].isna()],
     )
-    monkeypatch.setattr(
-        dynamics, "_BYTES_OF_STATES", 4 * 21 * 17 * 32 * 3
-    )  # three images at a time
+    monkeypatch.setattr(MODULE, "_STATE_BYTES", 4 * 21 * 17 * 32 * 3)  # three images at a time
     pd.testing.assert_frame_equal(
         measure({"a": tiny, "b": stacked}, digits, config), every, rtol=1e-5, atol=1e-7
     )
 
 
-def test_columns_and_figure_from_the_csv_alone(tiny, tiny_distilled, stacked, digits):
-    frame = measure(
-        {"a": tiny, "b": stacked, "c": tiny_distilled}, digits, Config(steps=24, limit=20)
-    )
+def test_columns_and_summary(tiny, stacked, digits):
+    frame = measure({"a": tiny, "b": stacked}, digits, Config(steps=24, limit=20))
     assert list(frame) == list(COLUMNS)
-    figure = plot(pd.read_csv(io.StringIO(frame.to_csv(index=False))))
-    by_title = {ax.get_title(): ax for ax in figure.axes}
-    drawn = by_title["CLS: relative step size"].lines[0].get_ydata()
-    np.testing.assert_allclose(
-        drawn, values_of(frame[frame["model"] == "a"], "step_size", "cls")["value"]
-    )
-    assert "distillation: norm of a token" in by_title
-    plot(measure({"b": stacked}, digits, Config(limit=5)))  # nothing past T
+    assert set(summary(frame)["metric"]) == {
+        "norm",
+        "period",
+        "direction_period",
+        "participation_ratio",
+    }
 
 
 def test_bad_input(tiny, make, digits):
@@ -232,6 +223,6 @@ def test_bad_input(tiny, make, digits):
 
 
 def test_pairs_too_large_are_refused(tiny, digits, monkeypatch):
-    monkeypatch.setattr(dynamics, "_BYTES_OF_PAIRS", 1000)
+    monkeypatch.setattr(MODULE, "_PAIR_BYTES", 1000)
     with pytest.raises(UserError, match="choose fewer by pair-steps"):
         measure({"m": tiny}, digits, Config(limit=2))
