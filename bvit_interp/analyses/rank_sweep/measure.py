@@ -1,30 +1,30 @@
-"""How much accuracy is left when the FFN's weights are cut to rank k?
+"""Accuracy of models whose FFN weights are cut to rank k.
 
-Fig. 7, section 4.1.3 and Appendix A.2 of bViT (arXiv 2605.10661): both FFN matrices of every block
-are replaced by their truncated SVD, ``W_k = U_k S_k V_k^T``, biases untouched, nothing retrained.
-Ranks are the paper's (64 to 768 at width 768), in proportion for other widths; at full rank the
+Fig. 7, section 4.1.3 and Appendix A.2 of bViT (arXiv 2605.10661). Both FFN matrices of every block
+are replaced by their truncated SVD, ``W_k = U_k S_k V_k^T``. Biases stay, and nothing is retrained.
+Ranks are the paper's (64 to 768 at width 768), in proportion for other widths. At full rank the
 weights themselves are used, so the accuracy is the model's own. The null is `chance`, the share of
 the most frequent class among the images.
 
 Ours, not the paper's: `--methods whitened` keeps the k directions in which the outputs of real
-inputs x live, least ``E||W x - W_k x||^2`` (SVD-LLM, Wang et al., 2024, arXiv 2403.07378), which
-tells a collapse that lies in the weights from one that lies in where they are used; `random` keeps
-k random directions, the null of both (`probes/truncation.py`). E is over all tokens of calibration
+inputs x lie, with the least ``E||W x - W_k x||^2`` (SVD-LLM, Wang et al., 2024, arXiv 2403.07378).
+It separates a collapse that lies in the weights from one that lies in where they are used. `random`
+keeps k random directions, the null of both (`factors.py`). E is over all tokens of calibration
 images in the uncut model, and over the steps that share the weight. `--blocks each` cuts one step
-at a time, the others whole: at which step does low rank hurt? The inner updates of a memory belong
-to their step.
+at a time while the others stay whole: at which step does a low rank hurt? Inner updates of a memory
+belong to their step.
 
-Cost: one forward an image, rank and method, and with `each` step; full rank once. By default three
-models of width 128 and 300 images of 32 px take a minute on one core. Rows are written as they
-finish and the sweep continues where it stopped. Expected: in the paper bViT collapses below rank
-600 or so, ViT later.
+Cost: one forward per image, rank and method; with `each` also per step. Full rank is run once. By
+default three models of width 128 and 300 images of 32 px take a minute on one core. Rows are
+written as they finish, and a sweep continues where it stopped. Expected: in the paper bViT
+collapses below a rank of about 600, ViT later.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -34,37 +34,20 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from bvit_interp.analyses.rank_sweep import COLUMNS, Config, Method
-from bvit_interp.analyses.rank_sweep.low_rank import (
-    InputMoments,
-    Matrix,
-    TruncatedFFN,
-    watch_inputs,
-)
+from bvit_interp.analyses.rank_sweep import ALL_STEPS, COLUMNS, Config, Method
+from bvit_interp.analyses.rank_sweep.input_moments import InputMoments, InputSums, watch_inputs
+from bvit_interp.analyses.rank_sweep.low_rank import Matrix, Truncation, ffn_matrices
 from bvit_interp.data.labels import label_map
-from bvit_interp.data.loader import run_in_halves
 from bvit_interp.data.samples import Samples, Subset, spread
+from bvit_interp.data.stream import ModelBatch, device_of, stream
 from bvit_interp.errors import UserError
 from bvit_interp.metrics import wilson_interval
 from bvit_interp.metrics.streaming.statistics import PerImage
+from bvit_interp.models.unroll import unroll
 from bvit_interp.results import Table
 
 PAPER_RANKS = (64, 128, 256, 384, 512, 640, 702, 744, 760, 768)
-
-
 PAPER_WIDTH = 768
-
-
-class _Unit(NamedTuple):
-    """What a row is about, beside its model."""
-
-    method: Method
-    step: str
-    rank: int
-
-
-_Counts = tuple[int, int, float]
-"""Hits, images and chance."""
 
 
 def measure(
@@ -79,56 +62,112 @@ def measure(
     ----------
     models : name -> model; all see each image in one pass. Their weights are not written.
     data : labelled images.
-    table : rows already there are not measured again; finished ones are added at once.
+    table : rows that are already there are not measured again; finished ones are added at once.
 
     Returns
     -------
     A table of `COLUMNS`; with `table`, all its rows.
     """
-    classes = {name: label_map(data, model) for name, model in models.items()}
-    ffns = {
-        name: TruncatedFFN(model, config.blocks == "each", config.seed)
-        for name, model in models.items()
-    }
-    units = {name: _units(name, ffn, config) for name, ffn in ffns.items()}
-    calibration, scored = _calibration(data, config)
-    for row in [] if table is None else table.rows:
-        row["step"] = str(row.get("step"))  # a CSV without "all" reads as numbers
-    rows: list[dict[str, Any]] = []
-    whole: dict[str, _Counts] = {}  # at full rank a unit is the model itself: counted once
-    for of_models in itertools.zip_longest(*units.values()):
-        chosen = {
-            name: unit
-            for name, unit in zip(models, of_models, strict=True)
-            if unit is not None
-            and not (table is not None and table.has(model=name, **unit._asdict()))
+    for model in models.values():
+        label_map(data, model)  # classes that do not match are refused before any pass
+    subjects = {name: _Subject.of(model, config) for name, model in models.items()}
+    plans = [_cuts(name, subject, config) for name, subject in subjects.items()]
+    rounds = [
+        {
+            name: cut
+            for name, cut in zip(models, cuts, strict=True)
+            if cut is not None and not _is_finished(table, name, cut)
         }
-        if chosen and len(calibration) and not any(ffn.moments for ffn in ffns.values()):
-            _take_moments(models, ffns, calibration, config)
-        new = {
-            name: unit
-            for name, unit in chosen.items()
-            if not (unit.rank == ffns[name].full_rank and name in whole)
-        }
-        counts = {**whole, **(_count_hits(models, new, ffns, classes, data, config) if new else {})}
-        whole |= {
-            name: counts[name] for name, unit in chosen.items() if unit.rank == ffns[name].full_rank
-        }
-        for name, unit in chosen.items():
-            rows.append(_row(name, unit, ffns[name], len(calibration), scored, *counts[name]))
-            if table is not None:
-                table.append(rows[-1])
-    return pd.DataFrame(rows if table is None else table.rows)[list(COLUMNS)]
-
-
-def _units(name: str, ffn: TruncatedFFN, config: Config) -> list[_Unit]:
-    """The rows to measure of a model, in order."""
-    return [
-        _Unit(*unit)
-        for unit in itertools.product(
-            config.methods, ffn.steps, _ranks(name, ffn.full_rank, config)
-        )
+        for cuts in itertools.zip_longest(*plans)
     ]
+    calibration, scored_share = _calibration(data, config)
+    moments: dict[str, dict[Matrix, Tensor]] = {name: {} for name in models}
+    if any(rounds) and len(calibration):
+        moments = _moments(models, subjects, calibration, config)
+    truncations = {
+        name: Truncation(subject.matrices, moments[name], config.seed)
+        for name, subject in subjects.items()
+    }
+    rows: list[dict[str, Any]] = []
+    whole: dict[str, _Hits] = {}  # at full rank a cut is the model itself, which is scored once
+    for cuts in rounds:
+        pending = {
+            name: cut
+            for name, cut in cuts.items()
+            if not (cut.rank == subjects[name].full_rank and name in whole)
+        }
+        hits = dict(whole)
+        if pending:
+            hits |= _count_hits(models, pending, subjects, truncations, data, config)
+        for name, cut in cuts.items():
+            if cut.rank == subjects[name].full_rank:
+                whole[name] = hits[name]
+            row = {
+                "model": name,
+                **cut._asdict(),
+                "share": cut.rank / subjects[name].full_rank,
+                **_accuracy(hits[name]),
+                **_losses(truncations[name], cut),
+                "n_calibration": len(calibration),
+                "calibration_scored": scored_share,
+            }
+            rows.append(row)
+            if table is not None:
+                table.append(row)
+    frame = pd.DataFrame(rows if table is None else table.rows)
+    return frame.astype({"step": str})[list(COLUMNS)]
+
+
+def summary(frame: pd.DataFrame) -> pd.DataFrame:
+    """All of it."""
+    return frame
+
+
+class _Cut(NamedTuple):
+    """What a row is about, apart from its model."""
+
+    method: Method
+    step: str
+    rank: int
+
+
+class _Hits(NamedTuple):
+    """How a model scored."""
+
+    right: int
+    images: int
+    chance: float
+
+
+class _Subject(NamedTuple):
+    """A model and the weights that are cut."""
+
+    unrolled: VisionTransformer
+    matrices: dict[str, list[Matrix]]
+    full_rank: int
+
+    @classmethod
+    def of(cls, model: VisionTransformer, config: Config) -> _Subject:
+        """All steps together, or each step by itself."""
+        unrolled = unroll(model)
+        if config.blocks == "each":
+            steps = range(1, len(unrolled.blocks) + 1)
+            matrices = {str(step): ffn_matrices(unrolled, step) for step in steps}
+        else:
+            matrices = {ALL_STEPS: ffn_matrices(unrolled)}
+        ranks = [min(matrix.weight.shape) for of_step in matrices.values() for matrix in of_step]
+        return cls(unrolled, matrices, min(ranks))
+
+    @property
+    def all_matrices(self) -> list[Matrix]:
+        """The weights of every step."""
+        return [matrix for of_step in self.matrices.values() for matrix in of_step]
+
+
+def _cuts(name: str, subject: _Subject, config: Config) -> list[_Cut]:
+    """The rows to measure of a model, in order."""
+    ranks = _ranks(name, subject.full_rank, config)
+    return [_Cut(*cut) for cut in itertools.product(config.methods, subject.matrices, ranks)]
 
 
 def _ranks(name: str, full: int, config: Config) -> list[int]:
@@ -141,127 +180,118 @@ def _ranks(name: str, full: int, config: Config) -> list[int]:
     return sorted(set(config.ranks))
 
 
+def _is_finished(table: Table | None, name: str, cut: _Cut) -> bool:
+    if table is None:
+        return False
+    # a CSV in which no step is "all" is read back with numbers as steps
+    steps: list[str | int] = [cut.step] if cut.step == ALL_STEPS else [cut.step, int(cut.step)]
+    return any(table.has(model=name, method=cut.method, step=step, rank=cut.rank) for step in steps)
+
+
 def _calibration(data: Samples, config: Config) -> tuple[Subset, float]:
-    """Images for the second moments, spread evenly over those that are not scored, or, where these
-    are too few, over all; and the share of them that are also scored."""
+    """Images for the second moments, and the share of them that are also scored.
+
+    They are evenly spaced over the images that are not scored, or over all images where those are
+    too few.
+    """
+    if not config.n_calibration:
+        return Subset(data, []), 0.0
     scored = set(spread(len(data), config.limit))
-    others = [i for i in range(len(data)) if i not in scored]
-    pool = others if len(others) >= config.calibration_images else range(len(data))
-    places = (
-        [pool[i] for i in spread(len(pool), config.calibration_images)]
-        if config.calibration_images
-        else []
-    )
-    return Subset(data, places), len(scored & set(places)) / max(len(places), 1)
+    others: Sequence[int] = [i for i in range(len(data)) if i not in scored]
+    pool = others if len(others) >= config.n_calibration else range(len(data))
+    chosen = [pool[i] for i in spread(len(pool), config.n_calibration)]
+    return Subset(data, chosen), len(scored & set(chosen)) / len(chosen)
 
 
-def _take_moments(
+def _moments(
     models: Mapping[str, VisionTransformer],
-    ffns: Mapping[str, TruncatedFFN],
+    subjects: Mapping[str, _Subject],
     calibration: Subset,
     config: Config,
-) -> None:
+) -> dict[str, dict[Matrix, Tensor]]:
     """Second moments of what every weight reads in the uncut models, in one pass."""
-    metrics = {name: InputMoments(ffn.matrices).to(ffn.device) for name, ffn in ffns.items()}
-    loader, geometries = replace(config, limit=None).loader(
-        calibration, models, "rank-sweep calibration"
-    )
-    for batch in loader:
-        for name, ffn in ffns.items():
+    metrics = {
+        name: InputMoments(subject.all_matrices).to(device_of(subject.unrolled))
+        for name, subject in subjects.items()
+    }
 
-            def run(part: Any, name: str = name, ffn: TruncatedFFN = ffn) -> Any:
-                with torch.inference_mode(), watch_inputs(ffn.matrices) as found:
-                    ffn.view(part.views[geometries[name]][0].to(ffn.device))
-                return found
+    def sums(batch: ModelBatch) -> InputSums:
+        subject = subjects[batch.model]
+        with watch_inputs(subject.all_matrices) as found:
+            subject.unrolled(batch.images)
+        return found
 
-            for found in run_in_halves(run, batch):
-                metrics[name].update(found)
-    for name, ffn in ffns.items():
-        ffn.moments = metrics[name].compute()
+    options = replace(config, limit=None)
+    for name, found in stream(
+        models, calibration, options, sums, progress="rank-sweep calibration"
+    ):
+        metrics[name].update(found)
+    return {name: metric.compute() for name, metric in metrics.items()}
 
 
 def _count_hits(
     models: Mapping[str, VisionTransformer],
-    chosen: Mapping[str, _Unit],
-    ffns: Mapping[str, TruncatedFFN],
-    classes: Mapping[str, Tensor],
+    cuts: Mapping[str, _Cut],
+    subjects: Mapping[str, _Subject],
+    truncations: Mapping[str, Truncation],
     data: Samples,
     config: Config,
-) -> dict[str, _Counts]:
-    """Hits, images and chance of each model at its unit, in one pass over the images."""
-    rows = {name: PerImage() for name in chosen}
-    told = dict.fromkeys(
-        f"{unit.method} step={unit.step} k={unit.rank}" for unit in chosen.values()
-    )
-    loader, geometries = config.loader(
-        data, {name: models[name] for name in chosen}, f"rank-sweep {', '.join(told)}"
-    )
-    with ExitStack() as stack, torch.inference_mode():
-        for name, unit in chosen.items():
-            stack.enter_context(ffns[name].cut(*unit))
-        for batch in loader:
-            for name in chosen:
+) -> dict[str, _Hits]:
+    """How each model scores with its cut, in one pass over the images."""
+    per_image = {name: PerImage() for name in cuts}
+    labels = dict.fromkeys(f"{cut.method} step={cut.step} k={cut.rank}" for cut in cuts.values())
+    progress = f"rank-sweep {', '.join(labels)}"
 
-                def run(
-                    part: Any, name: str = name, ffn: TruncatedFFN = ffns[name]
-                ) -> tuple[Tensor, Tensor]:
-                    predicted = (
-                        ffn.view(part.views[geometries[name]][0].to(ffn.device)).argmax(-1).cpu()
-                    )
-                    wanted = classes[name][part.labels]
-                    return part.index, torch.stack([predicted == wanted, wanted], dim=1)
+    def score(batch: ModelBatch) -> tuple[Tensor, Tensor]:
+        predicted = subjects[batch.model].unrolled(batch.images).argmax(-1)
+        rows = torch.stack([predicted == batch.labels, batch.labels], dim=1)
+        return batch.index, rows.cpu()
 
-                for index, row in run_in_halves(run, batch):
-                    rows[name].update(index, row)
-    counts = {}
-    for name in chosen:
-        hits, labels = rows[name].compute()[1].unbind(1)
-        counts[name] = (int(hits.sum()), len(hits), int(labels.long().bincount().max()) / len(hits))
-    return counts
+    with ExitStack() as stack:
+        for name, cut in cuts.items():
+            stack.enter_context(truncations[name].cut(*cut))
+        chosen = {name: models[name] for name in cuts}
+        for name, (index, rows) in stream(
+            chosen, data, config, score, progress=progress, labels=True
+        ):
+            per_image[name].update(index, rows)
+    hits = {}
+    for name, metric in per_image.items():
+        right, label = metric.compute()[1].unbind(1)
+        most_frequent = int(label.long().bincount().max())
+        hits[name] = _Hits(int(right.sum()), len(right), most_frequent / len(right))
+    return hits
 
 
-def _row(
-    name: str,
-    unit: _Unit,
-    ffn: TruncatedFFN,
-    calibration_images: int,
-    scored: float,
-    hits: int,
-    n: int,
-    chance: float,
-) -> dict[str, Any]:
-    low, high = wilson_interval(hits, n)
-    factors = ffn.factors(unit.method, unit.step)
-    energy = {m: found.energy(unit.rank) for m, found in factors.items()}
-    error = {
-        m: found.error(unit.rank, ffn.moments[m])
-        for m, found in factors.items()
-        if m in ffn.moments
-    }
+def _accuracy(hits: _Hits) -> dict[str, float]:
+    low, high = wilson_interval(hits.right, hits.images)
+    accuracy = hits.right / hits.images
     return {
-        "model": name,
-        **unit._asdict(),
-        "share": unit.rank / ffn.full_rank,
-        "accuracy": hits / n,
+        "accuracy": accuracy,
         "low": low,
         "high": high,
-        "n": n,
-        "energy_fc1": _mean(energy, "fc1"),
-        "energy_fc2": _mean(energy, "fc2"),
-        "error_fc1": _mean(error, "fc1"),
-        "error_fc2": _mean(error, "fc2"),
-        "calibration_images": calibration_images,
-        "calibration_scored": scored,
-        "chance": chance,
+        "n": hits.images,
+        "chance": hits.chance,
     }
 
 
-def _mean(values: Mapping[Matrix, float], which: str) -> float:
-    """Mean over the weights called `which`; nan of none."""
-    listed = [value for matrix, value in values.items() if matrix.name == which]
-    return sum(listed) / len(listed) if listed else math.nan
+def _losses(truncation: Truncation, cut: _Cut) -> dict[str, float]:
+    """Energy kept and error of the output, each a mean over the distinct weights."""
+    losses: dict[str, float] = {}
+    factors = truncation.factors(cut.method, cut.step)
+    for name in ("fc1", "fc2"):
+        chosen = {matrix: kept for matrix, kept in factors.items() if matrix.name == name}
+        losses[f"energy_{name}"] = _mean([kept.energy(cut.rank) for kept in chosen.values()])
+        losses[f"error_{name}"] = _mean(
+            [
+                kept.error(cut.rank, truncation.moments[matrix])
+                for matrix, kept in chosen.items()
+                if matrix in truncation.moments
+            ]
+        )
+    return losses
 
 
-def summary(frame: pd.DataFrame) -> pd.DataFrame:
-    """All of it."""
-    return frame
+def _mean(values: Sequence[float]) -> float:
+    """The mean; nan of no values."""
+    return sum(values) / len(values) if values else math.nan

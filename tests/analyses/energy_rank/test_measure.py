@@ -100,6 +100,8 @@ def test_one_image_has_no_rank_about_its_mean(tiny, digits):
     ):
         measure({"m": tiny}, digits, Config(limit=1, centred=True))
     assert (measure({"m": tiny}, digits, Config(limit=1))["rank"] >= 1).all()
+    two = measure({"m": tiny}, digits, Config(limit=2, centred=True)).set_index("matrix").loc["cls"]
+    assert set(two["rank"]) == set(two["full_rank"]) == {1}  # they differ along one line
 
 
 def test_null_and_shapes(tiny, digits):
