@@ -126,6 +126,6 @@ def _similarities(figure: Figure, ax: Axes, cka: pd.DataFrame) -> None:
     low, high = cka["null"].min(), cka["null"].max()
     names = ", ".join(dict.fromkeys(models))
     title = f"CKA of {names} (images shuffled: {low:.2f} to {high:.2f})"
-    ax.set_title(textwrap.fill(title, 48), fontsize=8)
+    ax.set_title(textwrap.fill(title, 48, break_on_hyphens=False), fontsize=8)
     ax.set(xlabel="step", ylabel="step")
     ax.tick_params(labelsize=7)
