@@ -1,4 +1,4 @@
-"""bvit_interp: follow heads and neurons through the steps of a recurrent Vision Transformer.
+"""Follow heads and neurons through the steps of a recurrent Vision Transformer.
 
 The names below are loaded on first use. The models are registered with timm when
 `bvit_interp.models` is first imported, so by any of them.

@@ -1,4 +1,4 @@
-"""The errors users meet: one line each, with what was wrong and what would be right."""
+"""The errors that users meet, one line each."""
 
 from __future__ import annotations
 

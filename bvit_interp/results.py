@@ -1,4 +1,4 @@
-"""Output: files that appear whole or not at all, provenance, and tables that continue after a kill.
+"""Output: atomic writes, provenance, and tables that continue after a kill.
 
 A result is `<word>.csv` and `<word>.png` with `<word>.json` beside them: the options, the weights'
 hashes, versions and the command that made them. Under torchrun only the first process writes.
@@ -61,10 +61,11 @@ def read_table(path: Path) -> pd.DataFrame:
     """Read a CSV of `write_table`: floats exactly, models by name also where that is 007 or
     null."""
     exact: dict[str, Any] = {"float_precision": "round_trip"}
+    # there the default is exact, the option deprecated
     if tuple(map(int, pd.__version__.split(".")[:2])) >= (
         3,
         1,
-    ):  # there the default is exact, the option deprecated
+    ):
         exact = {}
     try:
         return pd.read_csv(
@@ -105,7 +106,9 @@ def weights_hash(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.values(), key=lambda named: named[0]):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(
+            tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
     return digest.hexdigest()[:16]
 
 
@@ -117,11 +120,12 @@ def provenance(options: Mapping[str, Any]) -> dict[str, Any]:
             versions[library] = version(library)
         except PackageNotFoundError:
             continue
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     return {
         "options": json.loads(json.dumps(options, default=str)),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "machine": machine,
         "versions": versions,
     }
 
@@ -163,7 +167,8 @@ class Table:
         ]
         if differing:
             raise UserError(
-                f"{self.path} was made with other options ({'; '.join(differing)}); give another --out or --overwrite"
+                f"{self.path} was made with other options ({'; '.join(differing)}); give"
+                " another --out or --overwrite"
             )
 
     def has(self, **keys: Any) -> bool:
@@ -199,9 +204,8 @@ class Table:
         self.rows.append(dict(row))
         if rank_and_world()[0] == 0:
             if len(self.rows) == 1:
-                self.path.unlink(
-                    missing_ok=True
-                )  # rows of other options must never lie beside these
+                # rows of other options must never lie beside these
+                self.path.unlink(missing_ok=True)
                 write_json({"options": self.options}, self.about)
             write_table(pd.DataFrame(self.rows), self.path)
 
@@ -222,9 +226,8 @@ def check_folder(folder: Path) -> None:
     """Refuse a folder for results that cannot be made or written, before hours of work."""
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     try:
-        with tempfile.TemporaryDirectory(
-            dir=there, prefix=".bvit-interp-"
-        ):  # root's permissions tell nothing
+        # root's permissions tell nothing
+        with tempfile.TemporaryDirectory(dir=there, prefix=".bvit-interp-"):
             pass
     except OSError as error:
         raise UserError(

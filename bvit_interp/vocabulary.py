@@ -68,7 +68,8 @@ class Address:
         match = _ADDRESS.fullmatch(text.strip())
         if match is None:
             raise UserError(
-                f"not an address: {text!r}; expected site[step] or site[step]:unit, as mlp_post[5]:1234"
+                f"not an address: {text!r}; expected site[step] or site[step]:unit, as"
+                " mlp_post[5]:1234"
             )
         unit = match["unit"]
         return cls(match["site"], int(match["step"]), None if unit is None else int(unit))

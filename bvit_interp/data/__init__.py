@@ -1,1 +1,1 @@
-"""What a model is shown: the catalog, its data sets, and the geometry of image and mask."""
+"""Data sets by name, geometry, and the one pass over the images."""

@@ -1,4 +1,4 @@
-"""ImageNet's validation images with their localisation boxes as masks, drawn when an image is read.
+"""ImageNet's validation images with their localisation boxes as masks.
 
 Images: ``val/<wnid>/*.JPEG``, or all in one folder as in ``ILSVRC/Data/CLS-LOC/val``. Boxes: the
 XML files of the official archive, else ``LOC_val_solution.csv``; XML files go first because they

@@ -1,4 +1,4 @@
-"""The data sets by name, and how one is opened, listed or exported.
+"""Data sets by name: open, list or export one.
 
 A set is named as ``NAME`` (looked for under ``$BVIT_INTERP_DATA/NAME``, by default
 ``./data/NAME``), ``NAME:PATH``, or a bare ``PATH`` whose kind is recognised by what lies in it.

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100, 32 x 32 pixels, from Hugging Face parquet or torchvision's own files.
+"""CIFAR-10 and CIFAR-100 from parquet or torchvision's own files.
 
 Krizhevsky 2009, "Learning multiple layers of features from tiny images".
 """
@@ -33,10 +33,11 @@ class CifarBinaries:
         kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
         try:
             source = kind(str(root), train=split == "train", download=download)
+        # a failed download, or a checksum that does not match
         except (
             OSError,
             RuntimeError,
-        ) as error:  # a failed download, or a checksum that does not match
+        ) as error:
             state = "could not be downloaded" if download else "incomplete or corrupt"
             raise DataError(f"{root / BINARIES[name]}: {state} ({first_line(error)})") from error
         self.root, self.split = root, split
@@ -61,7 +62,8 @@ def open_cifar(name: Name, root: Path, split: str, download: bool = False) -> Sa
         samples = ParquetSamples(root, split, classes=official, native_size=SIZE)
         if len(samples.classes) != COUNTS[name]:
             raise DataError(
-                f"{root}: {len(samples.classes)} classes, {name} has {COUNTS[name]}; try folder:{root}"
+                f"{root}: {len(samples.classes)} classes, {name} has {COUNTS[name]}; try"
+                f" folder:{root}"
             )
         return samples
     if root.name == BINARIES[name]:
@@ -69,5 +71,6 @@ def open_cifar(name: Name, root: Path, split: str, download: bool = False) -> Sa
     if download or (root / BINARIES[name]).is_dir():
         return CifarBinaries(name, root, split, download)
     raise DataError(
-        f"{name}: {root} has neither {split}.parquet, {split}-*.parquet nor {BINARIES[name]}/; --download fetches it"
+        f"{name}: {root} has neither {split}.parquet, {split}-*.parquet nor {BINARIES[name]}/;"
+        " --download fetches it"
     )

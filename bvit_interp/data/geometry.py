@@ -1,5 +1,4 @@
-"""From a picture to a model's input: resize, centre crop and normalise, the mask under the same
-geometry."""
+"""A model's view of a picture: resize, crop, normalise; the mask likewise."""
 
 from __future__ import annotations
 
@@ -87,9 +86,8 @@ class Geometry:
         view = F.normalize(pixels, list(self.mean), list(self.std)).as_subclass(torch.Tensor)
         if mask is None:
             return view, None
-        ids = torch.from_numpy(mask).long()[
-            None
-        ]  # no tv_tensors.Mask: it would get the legacy nearest
+        # no tv_tensors.Mask: it would get the legacy nearest
+        ids = torch.from_numpy(mask).long()[None]
         return view, self._crop(ids, InterpolationMode.NEAREST_EXACT)[0]
 
     def to_pixels(self, images: torch.Tensor) -> torch.Tensor:

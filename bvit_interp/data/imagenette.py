@@ -1,4 +1,4 @@
-"""Imagenette: ten easily told classes of ImageNet, from Hugging Face parquet or official folders.
+"""Imagenette, ten classes of ImageNet, from parquet or official folders.
 
 Howard 2019, version 2 (officially 9,469 training and 3,925 validation images; the latter are the
 split test). A label is the rank of the wnid, whatever order a copy has them in.

@@ -1,4 +1,4 @@
-"""Which of a model's classes each class of a data set is."""
+"""Match a data set's classes to a model's."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def label_map(samples: Samples, model: VisionTransformer) -> torch.Tensor:
     classes = list(samples.classes)
     names = class_names(model) or []
     found = Counter(names)
-    if all(
-        found[name] == 1 for name in classes
-    ):  # a name that two classes bear ("crane") decides nothing
+    # a name that two classes bear ("crane") decides nothing
+    if all(found[name] == 1 for name in classes):
         return _places(classes, names)
     unknown = [name for name in classes if name not in found]
     ambiguous = any(found[name] > 1 for name in classes)
     if names and len(unknown) < len(classes) and not ambiguous:
         raise DataError(
-            f"the model does not know {len(unknown)} of the data's {len(classes)} classes: {choices(unknown)};"
+            f"the model does not know {len(unknown)} of the data's {len(classes)} classes:"
+            f" {choices(unknown)};"
             f" its own are {choices(names)}"
         )
     if len(classes) == model.num_classes and (not names or ambiguous):
@@ -45,8 +45,10 @@ def label_map(samples: Samples, model: VisionTransformer) -> torch.Tensor:
     if model.num_classes == len(wnids) and set(classes) <= set(wnids):
         return _places(classes, wnids)
     raise DataError(
-        f"the data's {len(classes)} classes ({classes[0]}, ...) do not match the model's {model.num_classes}:"
-        " take a model that names these classes, one with as many, or one of ImageNet's 1000 for wnid folders"
+        f"the data's {len(classes)} classes ({classes[0]}, ...) do not match the model's"
+        f" {model.num_classes}:"
+        " take a model that names these classes, one with as many, or one of ImageNet's 1000"
+        " for wnid folders"
     )
 
 

@@ -1,5 +1,4 @@
-"""Batches of a data set, each image decoded once for all models that look at it, shared among
-ranks."""
+"""Batches of a data set, decoded once for all models."""
 
 from __future__ import annotations
 
@@ -160,7 +159,8 @@ def run_in_halves(run: Callable[[Batch], Result], batch: Batch) -> list[Result]:
     except torch.OutOfMemoryError:
         if len(batch) == 1:
             raise UserError(
-                f"out of GPU memory with a single image ({batch.names[0]}): use a smaller model or device=cpu"
+                f"out of GPU memory with a single image ({batch.names[0]}): use a smaller model"
+                " or device=cpu"
             ) from None
     # outside the handler: the exception holds the failed run's tensors
     torch.cuda.empty_cache()

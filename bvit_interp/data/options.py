@@ -1,4 +1,4 @@
-"""Which images an analysis reads, and how: the options every `Config` shares."""
+"""The options of reading images that every `Config` shares."""
 
 from __future__ import annotations
 

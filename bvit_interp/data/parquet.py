@@ -1,4 +1,4 @@
-"""Images in Hugging Face parquet files: a struct of bytes and path, and an integer label.
+"""Images and integer labels in Hugging Face parquet files.
 
 The layout that `datasets.load_dataset` and the Hub write: ``<split>.parquet`` or
 ``<split>-*.parquet``, in the folder or one below; class names lie in the schema's metadata.

@@ -1,4 +1,4 @@
-"""Another image for every image: what a run is patched from, or a unit resampled from.
+"""Another image for each image, to patch or resample from.
 
 The partner of an image is the one half the chosen images further on, so in a set sorted by class
 one of another class, and the same one however the images are batched or shared among processes.

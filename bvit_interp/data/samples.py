@@ -1,4 +1,4 @@
-"""What every data set is: classes, and images with a label and perhaps a mask.
+"""The protocol of a data set: classes, images, labels, masks.
 
 The coding of labels and masks is ImageNet-S's (Gao et al. 2022, https://arxiv.org/abs/2106.03149):
 a label is the 0-based place in `classes`, and in a mask that class has the id label + 1; 0 is

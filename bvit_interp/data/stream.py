@@ -1,4 +1,6 @@
-"""The one pass over the images: each model's view of every batch, on its device.
+"""The one pass over the images.
+
+Each model sees every batch in its own geometry, on its own device, with labels in its own classes.
 
 An analysis says what to compute from a batch, and consumes what comes back:
 
@@ -68,7 +70,7 @@ class ModelBatch:
 
     @property
     def labels(self) -> Tensor:
-        """Labels in the model's classes, ``(B,)`` int64, on its device; with ``stream(labels=True)``."""
+        """Labels in the model's classes, ``(B,)`` int64; with ``stream(labels=True)``."""
         if self.model_labels is None:
             raise ValueError("this pass has no labels: stream(..., labels=True)")
         return self.model_labels

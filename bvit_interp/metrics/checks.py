@@ -1,4 +1,4 @@
-"""Refusal of NaN and infinite values, with the name of what holds them."""
+"""Refusal of NaN and infinite values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which of many scores are kept: one rule for pruning, attribution and circuits."""
+"""Which of many scores are kept."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Adapters: what is trained beside a frozen backbone, and saved in a few hundred KB next to a
-reference to it.
+"""Adapters: parameters trained beside a frozen backbone.
 
 Section 4.3 and appendix H of bViT (arXiv 2605.10661): a new head alone, a time embedding, low-rank
 updates (LoRA, Hu et al. 2022, https://arxiv.org/abs/2106.09685) of q and v or of both FFN matrices,
@@ -71,15 +70,18 @@ class Spec:
             raise UserError(f"steps must be of 1..{last}, got {' '.join(map(str, self.steps))}")
         if self.mode == "te" and not isinstance(model, BViT):
             raise UserError(
-                f"te needs a BViT, whose steps can bear a time embedding; got {type(model).__name__}"
+                "te needs a BViT, whose steps can bear a time embedding; got"
+                f" {type(model).__name__}"
             )
         if self.mode == "te" and model.blocks.step_embed is not None:
             raise UserError(
-                "te adds a time embedding, and the model has one already: take full, or another model"
+                "te adds a time embedding, and the model has one already: take full, or"
+                " another model"
             )
         if is_unrolled(model):
             raise UserError(
-                "adapters are of a model's weights: give the model, not an unroll or masked view of it"
+                "adapters are of a model's weights: give the model, not an unroll or masked"
+                " view of it"
             )
 
 
@@ -149,9 +151,8 @@ class Adapted:
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs too
             for name, tensor in self.trained.items():
                 if name.startswith(_HEADS):
-                    drawn = torch.zeros(
-                        tensor.shape
-                    )  # on the CPU: a GPU has a generator of its own
+                    # on the CPU: a GPU has a generator of its own
+                    drawn = torch.zeros(tensor.shape)
                     tensor.data.copy_(
                         drawn if name.endswith("bias") else nn.init.trunc_normal_(drawn, std=0.02)
                     )
@@ -174,10 +175,11 @@ class Adapted:
         chosen = range(1, len(self.view.blocks) + 1) if self.spec.steps is None else self.spec.steps
         uses: dict[str, set[bool]] = {}
         for t, block in enumerate(self.view.blocks, start=1):
+            # a memory's inner updates are of the step
             for part in (
                 block,
                 *getattr(block, "inner", ()),
-            ):  # a memory's inner updates are of the step
+            ):
                 for place in PLACES[self.spec.mode]:
                     linear = part.get_submodule(place)
                     name = names[id(linear.weight)]
@@ -243,7 +245,8 @@ class Adapted:
         """Refuse a merge that cannot be."""
         if self.spec.mode in PLACES and self._mixed:
             raise UserError(
-                "an adapter of chosen steps of a shared block does not merge: its steps have other weights"
+                "an adapter of chosen steps of a shared block does not merge: its steps have"
+                " other weights"
             )
 
     def save(self, path: Path, about: Mapping[str, Any] | None = None) -> None:

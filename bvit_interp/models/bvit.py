@@ -114,9 +114,8 @@ class BViT(VisionTransformer):
         self.feature_info = [
             {**self.feature_info[0], "module": f"blocks.{i}"} for i in range(steps)
         ]
-        self.num_positioned = (
-            self.num_prefix_tokens
-        )  # prefix tokens with a position: CLS, and a distillation token
+        # prefix tokens with a position: CLS, and a distillation token
+        self.num_positioned = self.num_prefix_tokens
         if reg_tokens:  # timm would give registers a position, or take it from CLS
             registers = torch.empty(1, reg_tokens, self.embed_dim, **like_cls).normal_(std=1e-6)
             self.reg_token = nn.Parameter(registers)
@@ -155,9 +154,8 @@ class BViT(VisionTransformer):
         x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
         unmasked = attn_mask is None and not is_causal
         masks = {} if unmasked else {"attn_mask": attn_mask, "is_causal": is_causal}
-        if (
-            self.grad_checkpointing and unmasked
-        ):  # checkpoint_seq passes no mask on; timm does the same
+        # checkpoint_seq passes no mask on; timm does the same
+        if self.grad_checkpointing and unmasked:
             # timm hands the Sequential itself to checkpoint_seq, which runs each stored block once
             # re-entrant checkpoints would cut the gradient through a memory, which is no argument
             # of theirs
@@ -170,9 +168,8 @@ class BViT(VisionTransformer):
     def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
         """As timm's: the states z_t after the asked steps."""
         model = self
-        if isinstance(
-            self.blocks, UnrolledSteps
-        ):  # timm calls what `blocks` gives, here modules that need a run
+        # timm calls what `blocks` gives, here modules that need a run
+        if isinstance(self.blocks, UnrolledSteps):
             model = copy.copy(self)
             model.__dict__["blocks"] = list(self.blocks.run())
         return super(BViT, model).forward_intermediates(*args, **kwargs)
@@ -208,7 +205,8 @@ class DistilledBViT(BViT, VisionTransformerDistilled):
     def __init__(self, **kwargs: Any) -> None:
         if kwargs.get("fc_norm") or kwargs.get("global_pool", "token") != "token":
             raise ValueError(
-                "a distilled model reads its two tokens behind the final norm: no fc_norm, no global_pool"
+                "a distilled model reads its two tokens behind the final norm: no fc_norm, no"
+                " global_pool"
             )
         super().__init__(**kwargs)
 
@@ -239,7 +237,7 @@ def checkpoint_filter_fn(
         return timm_vit.checkpoint_filter_fn(state_dict, model)
 
 
-# ---- registered with timm ------------------------------------------------------------------------------
+# ---- registered with timm ------------------------------------------------------------------------
 
 _SIZES = {  # Table 1: width, heads, steps of the recurrent model = blocks of the matched stack
     "small": (384, 6, 12),

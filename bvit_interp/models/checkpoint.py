@@ -32,11 +32,12 @@ from bvit_interp.models import bvit, masks
 from bvit_interp.models.unroll import is_unrolled
 
 WEIGHTS, EMA, CONFIG, CARD = "model.safetensors", "ema.safetensors", "config.json", "README.md"
+# keys under which training scripts put the weights
 _WRAPPERS = (
     "state_dict",
     "model",
     "model_state_dict",
-)  # keys under which training scripts put the weights
+)
 _FROM_TIMM, _AVERAGED, _MASKED = "timm:", "@ema", "@masked"
 _STORED = (torch.float32, torch.float16, torch.bfloat16)
 # what torch's restricted unpickler says of a function or class, in any protocol (149: STACK_GLOBAL)
@@ -255,7 +256,8 @@ def _load_timm(name: str) -> VisionTransformer:
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"timm:{name}: weights could not be had ({reason}); timm:{name}@random or timm:{name}@FILE work offline"
+            f"timm:{name}: weights could not be had ({reason}); timm:{name}@random or"
+            f" timm:{name}@FILE work offline"
         ) from error
     if not isinstance(model, VisionTransformer):
         raise CheckpointError(f"timm:{name} is a {type(model).__name__}, not a VisionTransformer")
@@ -348,9 +350,8 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the pickle's protocol
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        Exception
-    ) as error:  # torch raises UnpicklingError, RuntimeError, EOFError, ... as the damage is
+    # torch raises UnpicklingError, RuntimeError, EOFError, ... as the damage is
+    except Exception as error:
         code = any(sign in str(error).lower() for sign in _SIGNS_OF_CODE)
         kind = "it holds code, which is never run" if code else "truncated or no checkpoint"
         raise CheckpointError(f"{path}: not opened, {kind}") from error

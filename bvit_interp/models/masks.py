@@ -1,4 +1,4 @@
-"""Binary masks over shared weights: one for each step of a bViT, or for each part of the data.
+"""Binary masks over shared weights, one per step or per subset.
 
 At step t a masked matrix is ``W * M_t``: twelve sparse networks in one dense tensor (Fig. 5 and
 section 4.2.3 of bViT, arXiv 2605.10661; Routing the Lottery, arXiv 2601.22141). The masked model is
@@ -113,9 +113,8 @@ class Masks(Mapping[str, Tensor]):
         shapes = {name: tuple(mask.shape) for name, mask in self.of.items()}
         about = {"shapes": shapes, "blocks": self.blocks, "weights": weights_hash(model)}
         with replacing(path) as temporary:
-            save_file(
-                packed, str(temporary), metadata={"masks": json.dumps(about)}
-            )  # of two keys the order is random
+            # of two keys the order is random
+            save_file(packed, str(temporary), metadata={"masks": json.dumps(about)})
             temporary.chmod(0o644)  # safetensors leaves it to its owner alone
 
     @classmethod
@@ -196,10 +195,11 @@ def masked(model: VisionTransformer, masks: Masks, *, baked: bool = False) -> Vi
     if found := _misfit(view, masks):
         raise UserError(found)
     for t, block in enumerate(view.blocks):
+        # a memory's inner updates are of the step
         for part in (
             block,
             *getattr(block, "inner", ()),
-        ):  # a memory's inner updates are of the step
+        ):
             put_on(part, masks, t, baked=baked)
     view.masks = masks  # type: ignore[assignment]
     return view

@@ -1,4 +1,4 @@
-"""A memory beside the state: the fast latent of bViT-fl and the skip memory of bViT-sc.
+"""The memory of bViT-fl (fast latent) and bViT-sc (skip memory).
 
 Appendix D of bViT (arXiv 2605.10661), whose equations our copy of the paper lost; reconstructed
 from its prose, parameters and FLOPs (Table 6). With a memory m_t that starts at zero, a step is
@@ -69,7 +69,8 @@ class Memory:
             raise ValueError(f"{own} must be >= 1, got {getattr(self, own)}")
         if self.gradient not in get_args(Gradient):
             raise ValueError(
-                f"memory_gradient must be one of {', '.join(get_args(Gradient))}, got {self.gradient!r}"
+                f"memory_gradient must be one of {', '.join(get_args(Gradient))}, got"
+                f" {self.gradient!r}"
             )
 
     @property
@@ -133,7 +134,8 @@ class MemoryBlock(TimedBlock):
         `after`."""
         if before is None or after is None:
             raise ValueError(
-                "a step with a memory needs that of the step before: call the model, or its blocks in turn"
+                "a step with a memory needs that of the step before: call the model, or its"
+                " blocks in turn"
             )
         masks: dict[str, Any] = {"attn_mask": attn_mask, "is_causal": is_causal}
         row = self.row(step_embed)

@@ -1,4 +1,4 @@
-"""The tied unroll: one module a step, all of them sharing the recurrent model's parameters.
+"""The tied unroll: one module per step around the same parameters.
 
 Tools address modules (captum a layer, lucent a name, `torch.nn.utils.prune` a weight), and on a
 recurrent model silently answer for the first or the last of its T calls. `unroll(model)` gives each
@@ -99,9 +99,8 @@ def _tensors(model: nn.Module) -> dict[int, torch.Tensor]:
     """Every tensor of the model by id: parameters, buffers, and the plain attributes pruning
     computes."""
     attributes = (value for module in model.modules() for value in vars(module).values())
-    plain = (
-        value for value in attributes if isinstance(value, torch.Tensor)
-    )  # non-leaves cannot be copied
+    # non-leaves cannot be copied
+    plain = (value for value in attributes if isinstance(value, torch.Tensor))
     return {
         id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers(), plain)
     }

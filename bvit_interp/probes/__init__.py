@@ -1,1 +1,1 @@
-"""How a model is watched and changed."""
+"""Instruments that several questions share."""

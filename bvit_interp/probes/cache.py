@@ -103,7 +103,8 @@ class Cache:
             key=lambda name: (place_of(name)[0], order.index(place_of(name)[1])),
         )
         sites = {site: len(self.steps(site)) for site in names}
-        return f"Cache({', '.join(f'{site} x {n} steps' for site, n in sites.items())}; {self.nbytes / 1e6:.1f} MB)"
+        held = ", ".join(f"{site} x {n} steps" for site, n in sites.items())
+        return f"Cache({held}; {self.nbytes / 1e6:.1f} MB)"
 
 
 def _text(key: tuple[str, int]) -> str:

@@ -1,4 +1,4 @@
-"""Probe: record and edit any site of any step of a bViT, or of any block of a stacked ViT.
+"""Probe: record and edit any site of any step.
 
 Ordinary forward hooks on the tied unroll. The model's output is bit-equal with and without
 recording and fused attention stays on; hooks are removed when a call ends, also by an exception.
@@ -82,7 +82,7 @@ class Probe:
         self._edits: list[tuple[Address, places.Change]] = []
         self._edit_hooks = ExitStack()
 
-    # ---- running -------------------------------------------------------------------------------------
+    # ---- running ---------------------------------------------------------------------------------
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits ``(B, classes)`` of images ``(B, C, H, W)``, under the edits in force."""
@@ -165,7 +165,8 @@ class Probe:
         silent = [name for name, count in fired.items() if not count]
         if silent:
             raise UserError(
-                f"edits that never fired: {', '.join(silent)}; was the probe called inside the context?"
+                f"edits that never fired: {', '.join(silent)}; was the probe called inside the"
+                " context?"
             )
 
     def _install(self, edits: list[tuple[Address, places.Change]]) -> None:
@@ -223,7 +224,7 @@ class Probe:
                 _update(metric, values, labels.to(device))
         return {key: metric.compute() for key, metric in metrics.items()}
 
-    # ---- words -> places -----------------------------------------------------------------------------
+    # ---- words -> places -------------------------------------------------------------------------
 
     def address(self, key: Key) -> Address:
         """The address with its step counted from 1, checked against this model."""
@@ -244,7 +245,8 @@ class Probe:
         if isinstance(tokens, str):
             if tokens not in TOKEN_WORDS:
                 raise UserError(
-                    f"unknown tokens {tokens!r}; tokens: {', '.join(TOKEN_WORDS)}, an int or a slice"
+                    f"unknown tokens {tokens!r}; tokens: {', '.join(TOKEN_WORDS)}, an int or a"
+                    " slice"
                 )
             has_cls = int(self.model.has_class_token)
             if tokens == "cls" and not has_cls:
@@ -267,7 +269,8 @@ class Probe:
             chosen, single = slice(index, index + 1), True
         if not range(count)[chosen]:
             raise UserError(
-                f"tokens {tokens!r} selects none of the {count} tokens ({self.num_prefix_tokens} of prefix)"
+                f"tokens {tokens!r} selects none of the {count} tokens"
+                f" ({self.num_prefix_tokens} of prefix)"
             )
         return chosen, single
 
@@ -281,7 +284,7 @@ class Probe:
                 continue
         return found
 
-    # ---- machinery -----------------------------------------------------------------------------------
+    # ---- machinery -------------------------------------------------------------------------------
 
     def _recording(
         self,
@@ -380,7 +383,8 @@ class Probe:
         total = numbers * next(self.model.parameters()).element_size()
         if total > self.max_bytes:
             raise UserError(
-                f"this cache would take {total / 2**30:.1f} GiB, more than max_bytes={self.max_bytes / 2**30:.1f} GiB: "
+                f"this cache would take {total / 2**30:.1f} GiB, more than"
+                f" max_bytes={self.max_bytes / 2**30:.1f} GiB: "
                 f"choose fewer steps, sites, tokens or images, or stream with collect()"
             )
         if total > ANNOUNCED_BYTES:
@@ -390,7 +394,8 @@ class Probe:
         for name, module in self.model.named_modules():
             if module._compiled_call_impl is not None:
                 raise UserError(
-                    f"{name or 'the model'} is compiled and its hooks would not run; probe before compiling"
+                    f"{name or 'the model'} is compiled and its hooks would not run; probe"
+                    " before compiling"
                 )
 
 
@@ -419,7 +424,8 @@ def _change(address: Address, fn: Edit, fired: Fired) -> places.Change:
             return None
         if new.shape != old.shape:
             raise UserError(
-                f"the edit of {address} returned shape {tuple(new.shape)}, expected {tuple(old.shape)}"
+                f"the edit of {address} returned shape {tuple(new.shape)}, expected"
+                f" {tuple(old.shape)}"
             )
         if address.unit is None:
             return new
@@ -434,9 +440,8 @@ def _update(metric: Any, values: Tensor, labels: Tensor) -> None:
     """Labels go by name, to those that ask: a MeanMetric's second argument is a weight, not a
     label."""
     parameters = inspect.signature(metric.update).parameters
-    anything = any(
-        p.kind is p.VAR_KEYWORD for p in parameters.values()
-    )  # a MetricCollection passes on what fits
+    # a MetricCollection passes on what fits
+    anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     metric.update(
         values, **{name: labels for name in ("labels", "target") if anything or name in parameters}
     )

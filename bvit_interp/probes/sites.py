@@ -1,4 +1,4 @@
-"""Where each site is in a block: the one place that knows timm's `Block` and `Attention`.
+"""Where each site is in timm's `Block` and `Attention`.
 
 A `Step` turns a site into an ordinary forward hook on that step's modules, for recording and for
 editing. Attention is computed from the step's own q and k beside the fused kernel (Vaswani et al.,
@@ -48,7 +48,8 @@ class Step:
         for module, kinds in ((block, _KINDS), (getattr(block, "attn", None), (Attention,))):
             if type(module) not in kinds:
                 raise UserError(
-                    f"{type(module).__name__} cannot be probed: only timm's Block with its Attention can"
+                    f"{type(module).__name__} cannot be probed: only timm's Block with its"
+                    " Attention can"
                 )
         self.block = block
         self.attn: Any = block.attn
@@ -216,7 +217,8 @@ def _edit_attention(
     attn = step.block.attn
     if not isinstance(attn.norm, nn.Identity) or getattr(attn, "gate", None) is not None:
         raise UserError(
-            "scores and pattern cannot be edited where attention is normed or gated before its projection"
+            "scores and pattern cannot be edited where attention is normed or gated before its"
+            " projection"
         )
     replaced: list[Tensor] = []
 

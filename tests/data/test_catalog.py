@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 
@@ -19,17 +16,6 @@ from bvit_interp.errors import DataError
 def empty_home(tmp_path_factory, monkeypatch):
     monkeypatch.delenv("BVIT_INTERP_DATA", raising=False)
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
-
-
-def test_importing_the_catalog_on_the_command_line_needs_no_torch():
-    code = (
-        "import sys; sys.argv[0] = 'bvit-interp'; import bvit_interp.data.catalog;"
-        "print({'torch', 'torchvision', 'timm', 'pyarrow', 'sklearn'} & set(sys.modules))"
-    )
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
-        == "set()\n"
-    )
 
 
 def test_digits_need_no_path():
