@@ -78,8 +78,8 @@ COLUMNS = {
     "energy_fc1": "share of the in-projection's squared Frobenius norm kept (svd: share of its"
     " squared singular values), mean over distinct weights, 0..1",
     "energy_fc2": "share of the out-projection's squared Frobenius norm kept, 0..1",
-    "error_fc1": "E||W x - W_k x||^2 / E||W x||^2 of the in-projection, over its inputs in the uncut"
-    " model at the steps cut, mean over distinct weights, 0..1; empty without calibration",
+    "error_fc1": "E||W x - W_k x||^2 / E||W x||^2 of the in-projection, over its inputs in the"
+    " uncut model at the steps cut, mean over distinct weights, 0..1; empty without calibration",
     "error_fc2": "relative squared error of the out-projection's output, 0..1",
     "n_calibration": "images that E is taken over",
     "calibration_scored": "share of the calibration images that are also scored, 0..1",
