@@ -12,7 +12,7 @@ from bvit_interp.metrics.overlap import (
     specialization,
     utilisation,
 )
-from bvit_interp.metrics.pointing import at_patch_centres, near, point_hits
+from bvit_interp.metrics.pointing import at_patch_centres, dilate, point_hits
 from bvit_interp.metrics.spectra import (
     energy_rank,
     participation_ratio,
@@ -36,6 +36,7 @@ __all__ = [
     "at_patch_centres",
     "bootstrap_means",
     "correlations",
+    "dilate",
     "energy_rank",
     "entropy",
     "grid_distances",
@@ -45,7 +46,6 @@ __all__ = [
     "interval",
     "jaccard",
     "mean_over_images",
-    "near",
     "one_vs_rest",
     "pairing_p_value",
     "participation_ratio",

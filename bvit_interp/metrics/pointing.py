@@ -1,4 +1,4 @@
-"""Points and masks: where an arg-max lies."""
+"""Points and masks: whether the maximum of a map lies on an object."""
 
 from __future__ import annotations
 
@@ -6,58 +6,69 @@ import math
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Float64, Real, Shaped
 from torch import Tensor
 
 
-def at_patch_centres(mask: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Value of each patch's centre pixel: mask ``(B, rows * p, cols * q)`` -> ``(B, rows * cols)``.
+def at_patch_centres(
+    mask: Shaped[Tensor, "*batch height width"], grid: tuple[int, int]
+) -> Shaped[Tensor, "*batch patches"]:
+    """Value of each patch's centre pixel, patches row by row.
 
-    The centre of patch (r, c) is pixel (p r + p // 2, q c + q // 2); for 16-px patches (16 r + 8,
-    16 c + 8).
-    """
-    (rows, cols), (height, width) = grid, mask.shape[-2:]
-    p, q = height // rows, width // cols
-    return mask[..., p // 2 :: p, q // 2 :: q][..., :rows, :cols].flatten(-2)
-
-
-def near(positive: Tensor, tolerance: float) -> Tensor:
-    """Pixels closer than `tolerance` px to a positive one (strictly, as TorchRay); the same mask
-    for 0.
+    The centre of patch (r, c) of p x q pixels is pixel (p r + p // 2, q c + q // 2); for 16-px
+    patches (16 r + 8, 16 c + 8).
 
     Parameters
     ----------
-    positive : bool ``(B, height, width)``.
-    tolerance : radius in pixels.
+    mask : height and width of at least one pixel per patch.
+    grid : patch rows and columns.
     """
-    if tolerance <= 0:
-        return positive
-    reach = math.ceil(tolerance) - 1
-    offset = torch.arange(-reach, reach + 1, device=positive.device)
-    disc = (offset[:, None] ** 2 + offset[None, :] ** 2) < tolerance**2
-    counts = F.conv2d(positive[:, None].float(), disc[None, None].float(), padding=reach)
+    (rows, columns), (height, width) = grid, mask.shape[-2:]
+    p, q = height // rows, width // columns
+    return mask[..., p // 2 :: p, q // 2 :: q][..., :rows, :columns].flatten(-2)
+
+
+def dilate(
+    mask: Bool[Tensor, "batch height width"], radius: float
+) -> Bool[Tensor, "batch height width"]:
+    """The pixels closer than `radius` to a pixel of the mask (strictly, as in TorchRay).
+
+    Parameters
+    ----------
+    radius : pixels; for 0 the mask is returned.
+    """
+    if radius <= 0:
+        return mask
+    reach = math.ceil(radius) - 1
+    offset = torch.arange(-reach, reach + 1, device=mask.device)
+    disc = (offset[:, None] ** 2 + offset[None, :] ** 2) < radius**2
+    counts = F.conv2d(mask[:, None].float(), disc[None, None].float(), padding=reach)
     return counts[:, 0] > 0.5
 
 
-def point_hits(maps: Tensor, positive: Tensor, ignored: Tensor) -> Tensor:
-    """Pointing-game hits: does the maximum of each map lie on the object?
+def point_hits(
+    maps: Real[Tensor, "batch *maps patches"],
+    positive: Bool[Tensor, "batch patches"],
+    ignored: Bool[Tensor, "batch patches"],
+) -> Float64[Tensor, " batch *maps"]:
+    """Hits of the pointing game: whether the maximum of each map lies on the object.
 
-    Ties share the point: the hit is the fraction of the tied patches that are positive (the
-    expected value of a fair choice). A map whose every maximum lies on ignored ground has no hit:
-    nan.
+    The game is that of Zhang et al. (ECCV 2016). The rule for ties is ours: if several patches are
+    the maximum, the hit is the share of them that are positive, the expected value of a fair
+    choice.
 
     Parameters
     ----------
-    maps : saliency of the patches ``(B, ..., P)``; only its maximum counts.
-    positive : bool ``(B, P)``, patches whose point is on the object.
-    ignored : bool ``(B, P)``, patches whose point is on ignored ground.
+    maps : saliency of the patches; only the position of the maximum counts.
+    positive : patches whose point is on the object.
+    ignored : patches whose point is on ignored pixels.
 
     Returns
     -------
-    ``(B, ...)`` float64 in 0..1 or nan (Zhang et al., ECCV 2016, with the expectation over ties as
-    ours).
+    0..1; nan for a map whose every maximum is ignored.
     """
-    tied = maps == maps.amax(-1, keepdim=True)
-    between = (slice(None), *[None] * (maps.ndim - 2), slice(None))
-    counted = (tied & ~ignored[between]).sum(-1).double()
-    hits = (tied & (positive & ~ignored)[between]).sum(-1).double()
+    maxima = maps == maps.amax(-1, keepdim=True)
+    per_map = (slice(None), *[None] * (maps.ndim - 2), slice(None))
+    counted = (maxima & ~ignored[per_map]).sum(-1).double()
+    hits = (maxima & (positive & ~ignored)[per_map]).sum(-1).double()
     return torch.where(counted > 0, hits / counted, torch.nan)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -28,3 +29,12 @@ def test_unit_maps_correlate_as_in_numpy_and_constant_ones_with_nothing():
     ours = metrics.correlations(metrics.unit_maps(maps[1]))
     assert ours[2].isnan().all()
     assert int(ours.isnan().sum()) == 7
+
+
+def test_wrong_shapes_and_types_are_refused():
+    with pytest.raises(jaxtyping.TypeCheckError):
+        metrics.entropy(torch.ones(3, dtype=torch.int64))
+    with pytest.raises(jaxtyping.TypeCheckError):
+        metrics.unit_maps(torch.tensor(1.0))
+    with pytest.raises(jaxtyping.TypeCheckError):
+        metrics.correlations(torch.rand(9))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -40,12 +41,12 @@ def test_patch_centres_at_224():
             assert found[:, r, c].tolist() == [16 * r + 8, 16 * c + 8]
 
 
-def test_near_is_a_strict_disc():
+def test_dilate_is_a_strict_disc():
     positive = torch.zeros(1, 5, 7, dtype=torch.bool)
     positive[0, 2, 3] = True
-    assert metrics.near(positive, 0) is positive
+    assert metrics.dilate(positive, 0) is positive
     assert torch.equal(
-        metrics.near(positive, 1), positive
+        metrics.dilate(positive, 1), positive
     )  # a neighbour is at distance 1, not below it
     plus = torch.tensor(
         [
@@ -56,28 +57,30 @@ def test_near_is_a_strict_disc():
             [0] * 7,
         ]
     )
-    assert torch.equal(metrics.near(positive, 1.2)[0].int(), plus.int())
+    assert torch.equal(metrics.dilate(positive, 1.2)[0].int(), plus.int())
     square = torch.tensor(
         [[0] * 7, [0, 0, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 0, 0], [0] * 7]
     )
     assert torch.equal(
-        metrics.near(positive, 2)[0].int(), square.int()
+        metrics.dilate(positive, 2)[0].int(), square.int()
     )  # sqrt(2) < 2, and 2 is not
     narrow, broad = [0, 0, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1, 0]
     disc = torch.tensor([narrow, broad, broad, broad, narrow])
-    assert torch.equal(metrics.near(positive, 2.3)[0].int(), disc.int())  # sqrt(5) < 2.3 < sqrt(8)
+    assert torch.equal(
+        metrics.dilate(positive, 2.3)[0].int(), disc.int()
+    )  # sqrt(5) < 2.3 < sqrt(8)
 
 
 @pytest.mark.parametrize("tolerance", [0.5, 1, 1.5, 3, 4.2, 15])
-def test_near_is_scipys_distance_below_the_radius(tolerance):
+def test_dilate_is_scipys_distance_below_the_radius(tolerance):
     positive = torch.from_numpy(np.random.default_rng(5).random((3, 40, 31)) < 0.004)
     assert positive.flatten(1).any(1).all()
     distance = np.stack([ndimage.distance_transform_edt(~mask) for mask in positive.numpy()])
-    assert np.array_equal(metrics.near(positive, tolerance).numpy(), distance < tolerance)
+    assert np.array_equal(metrics.dilate(positive, tolerance).numpy(), distance < tolerance)
 
 
-def test_near_of_nothing_is_nothing():
-    assert not metrics.near(torch.zeros(2, 6, 6, dtype=torch.bool), 3).any()
+def test_dilate_of_nothing_is_nothing():
+    assert not metrics.dilate(torch.zeros(2, 6, 6, dtype=torch.bool), 3).any()
 
 
 def test_point_hits_on_paper():
@@ -133,3 +136,16 @@ def test_random_maps_hit_at_the_rate_of_the_mask_area():
     hits = metrics.point_hits(maps, positive, torch.zeros_like(positive)).sum().item()
     low, high = stats.binom.interval(0.999, n, covered / patches)
     assert low <= hits <= high
+
+
+def test_wrong_shapes_are_refused():
+    maps, mask = torch.rand(3, 2, 9), torch.zeros(3, 9, dtype=torch.bool)
+    for wrong in (mask[:2], mask[:, :8], mask.float()):
+        with pytest.raises(jaxtyping.TypeCheckError):
+            metrics.point_hits(maps, wrong, mask)
+        with pytest.raises(jaxtyping.TypeCheckError):
+            metrics.point_hits(maps, mask, wrong)
+    with pytest.raises(jaxtyping.TypeCheckError):
+        metrics.dilate(mask, 1.0)
+    with pytest.raises(jaxtyping.TypeCheckError):
+        metrics.at_patch_centres(torch.zeros(4), (1, 1))

@@ -1,4 +1,11 @@
-"""Does the maximum of a head's CLS attention lie on the object, step by step?"""
+"""Does the maximum of a head's CLS attention lie on the object, step by step?
+
+A hit is an image where the patch of the largest attention lies on the object of the image's class.
+The hit ratio is the share of hits, for each step and head. Nulls are the area of the object and the
+hit ratio of the image's centre pixel. The best head is also chosen on one half of the images and
+scored on the other, since a maximum over heads is optimistic. The images need masks. With --out
+some maps are stored.
+"""
 
 from __future__ import annotations
 
@@ -17,46 +24,49 @@ class Config(LoaderOptions):
     saliency: Literal["attention", "rollout", "gradient-x-activation", "integrated-gradients"] = (
         "attention"
     )
-    """Whose maximum points: CLS attention of each head, attention rollout up to the step, or an
-    attribution of the predicted class to the tokens entering the step (one map a step; needs
-    captum)."""
+    """Saliency map whose maximum is the point: CLS attention of each head, attention rollout up to
+    the step, or an attribution of the predicted class to the tokens that enter the step (one map
+    per step; needs captum)."""
     target: Literal["own", "any"] = "own"
-    """What is an object: the image's own class, or every annotated class."""
+    """Object to hit: that of the image's own class, or of any annotated class."""
     point: Literal["centre", "majority"] = "centre"
-    """What decides a hit: the patch's centre pixel, or whether most of the patch is object."""
+    """Criterion of a hit: the patch's centre pixel is on the object, or most of the patch is."""
     tolerance: float = 0.0
-    """Radius around the point within which an object pixel counts, pixels of the input (15 in
+    """Radius around the point within which an object pixel counts, in pixels of the input (15 in
     TorchRay)."""
     average: Literal["image", "class"] = "image"
-    """Mean over images, or over the means of the classes."""
-    examples: int = 3
-    """Images whose maps are kept for the strip of Fig. 13; 0 for none."""
+    """Mean over images, or mean over the means of the classes."""
+    n_examples: int = 3
+    """Number of images whose maps are stored and drawn (Fig. 13); 0 for none."""
     seed: int = 0
-    """Of the bootstrap and of the halves on which the best head is chosen and scored."""
+    """Random seed for the bootstrap, and for the halves that choose and score the best head."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.tolerance < 0 or self.examples < 0:
-            raise UserError("tolerance and examples must be >= 0")
+        if self.tolerance < 0 or self.n_examples < 0:
+            raise UserError("tolerance and n-examples must be >= 0")
         if self.point == "majority" and self.tolerance:
-            raise UserError("tolerance goes with --point centre: a majority has no radius")
+            raise UserError("tolerance needs --point centre: a majority has no radius")
 
 
 COLUMNS = {
     "model": "checkpoint",
-    "saliency": "whose maximum points",
+    "saliency": "saliency map whose maximum is the point",
     "step": "step t, from 1",
-    "head": "head from 0; all (one map a step); mean, best, best-split: over the heads of the step",
+    "head": "head, from 0; all (one map per step); mean, best, best-split: over the heads of the"
+    " step",
     "hit_ratio": "share of images whose point is a hit, 0..1",
-    "low": "lower end of the bootstrap 95 % interval over images; best: for the head already chosen",
-    "high": "upper end of it",
-    "n": "images that count",
-    "ignored": "images left out because the point (for the mean: of every head) is on ignored ground",
-    "skipped": "images left out because the crop shows no object",
-    "chance": "null: mean share of the image the object covers (--point majority: of patches mostly object), 0..1",
-    "centre": "null: hit ratio of the image's centre pixel, 0..1",
-    "chosen": "the head that is best at the step (best; best-split: on the first half)",
-    "path": "file of the example maps, if kept",
+    "low": "lower end of the bootstrap 95 % confidence interval over images; best: the head stays"
+    " the chosen one",
+    "high": "upper end of the interval",
+    "n": "number of images scored",
+    "n_ignored": "images left out because the point is on an ignored pixel (mean: of every head)",
+    "n_skipped": "images left out because no object is inside the crop",
+    "chance": "null: mean share of the image that the object covers, 0..1 (--point majority: share"
+    " of the patches that are mostly object)",
+    "centre_hit_ratio": "null: hit ratio of the image's centre pixel, 0..1",
+    "chosen_head": "the best head of the step (best; best-split: on the first half of the images)",
+    "path": "file of the example maps; empty if none are stored",
 }
 
 

@@ -1,40 +1,52 @@
-"""Does the maximum of a head's CLS attention lie on the object, step by step?
+"""Hit ratios of the pointing game per step and head, with bootstrap intervals and nulls.
 
-Fig. 4 and 10-13, section 4.2.2 and Appendix F of bViT (arXiv 2605.10661); the game is Zhang et
-al.'s (ECCV 2016). Point = centre of the arg-max patch of the CLS row at a step; a hit lies on the
-image's own class; the score is the share of hits. Ties count by expectation, ignored pixels (id
-1000) are left out, images without a positive pixel after the crop are skipped and counted. Nulls in
-the same table: `chance` (share of the image the object covers; with --point majority of the patches
-that are mostly object), `centre` (the image's centre pixel), and for the best head the head chosen
-on one half of the images and scored on the other. Ties, crop and ignored pixels are our choices;
-the paper prints none.
+Fig. 4 and 10-13, section 4.2.2 and Appendix F of bViT (arXiv 2605.10661); the game is that of Zhang
+et al. (ECCV 2016). The point is the centre of the patch with the largest attention in the CLS row
+of a step. A hit lies on the object of the image's own class, and the hit ratio is the share of
+hits. Of several equal maxima each counts with its share. Ignored pixels (id 1000) are left out.
+Images without an object pixel inside the crop are skipped and counted.
 
-Cost: 0.9 forwards an image; 300 images of 224 px on bViT-B about 3 minutes on 2 cores.
-Expected: in the paper hits rise to middle or late steps and drop at the last, most with registers.
+Nulls in the same table: `chance`, the share of the image that the object covers (with --point
+majority, the share of the patches that are mostly object); `centre_hit_ratio`, that of the image's
+centre pixel; and for the best head, the head that is best on one half of the images, scored on the
+other (`best-split`). The rules for ties, crop and ignored pixels are ours; the paper gives none.
+
+Cost: 0.9 forwards per image; 300 images of 224 px on bViT-B take about 3 minutes on 2 cores.
+Expected: in the paper the hit ratio rises to middle or late steps and falls at the last step; it is
+highest with registers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d
 
 from bvit_interp import metrics
 from bvit_interp.analyses.pointing_game import COLUMNS, Config
-from bvit_interp.data.loader import run_in_halves
-from bvit_interp.data.samples import IGNORE, Samples
+from bvit_interp.analyses.pointing_game.game import Hits, play
+from bvit_interp.data.samples import Samples
+from bvit_interp.data.stream import ModelBatch, stream
 from bvit_interp.errors import UserError
+from bvit_interp.metrics.checks import check_finite
 from bvit_interp.metrics.streaming.statistics import PerImage
+from bvit_interp.probes import saliency
 from bvit_interp.probes.probe import Probe
-from bvit_interp.probes.saliency import METHODS
-from bvit_interp.results import rank_and_world, replacing
+from bvit_interp.results import file_stem, write_arrays
+
+Example = dict[str, np.ndarray]
+"""`image` ``(height, width, 3)`` uint8, `mask` ``(height, width)`` bool, `maps` ``(T, H, rows,
+columns)`` float32."""
+
+_LABEL, _HAS_OBJECT, _CHANCE, _CENTRE, _HITS = range(5)  # columns of a row; hits to the end
 
 
 def measure(
@@ -47,9 +59,9 @@ def measure(
 
     Parameters
     ----------
-    models : name -> model; all see each image in one pass.
+    models : name -> model; all models see each image in one pass.
     data : images with masks.
-    folder : where the example maps go; without it none are kept.
+    folder : folder for the example maps; without it none are stored.
 
     Returns
     -------
@@ -60,176 +72,189 @@ def measure(
             "the pointing game needs masks: use digits-s or a folder in ImageNet-S layout"
         )
     probes = {name: Probe(model) for name, model in models.items()}
-    rows = {name: PerImage() for name in models}
-    kept: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in models}
-    loader, geometries = config.loader(data, models, "pointing-game")
-    for batch in loader:
-        for name, probe in probes.items():
-            keep = config.examples - len(kept[name]) if folder else 0
-            for index, row, examples in run_in_halves(
-                lambda part, probe=probe, name=name, keep=keep: _play(
-                    probe, part, geometries[name], config, keep
-                ),
-                batch,
-            ):
-                rows[name].update(index, row)
-                kept[name] = (kept[name] + examples)[: config.examples]
+    per_image = {name: PerImage() for name in models}
+    examples: dict[str, list[Example]] = {name: [] for name in models}
+    n_examples = config.n_examples if folder is not None else 0
+    make_maps = saliency.METHODS[config.saliency]
+
+    def score(batch: ModelBatch) -> tuple[Tensor, Tensor, list[Example]]:
+        probe = probes[batch.model]
+        maps = check_finite(make_maps(probe, batch.images), f"{config.saliency} maps")
+        game = _play(batch, maps, probe, config)
+        return batch.index, _rows(batch, game), _examples(batch, maps, game, probe)[:n_examples]
+
+    for name, (index, rows, candidates) in stream(
+        models,
+        data,
+        config,
+        score,
+        progress="pointing-game",
+        grad=config.saliency in saliency.USE_GRADIENTS,
+    ):
+        per_image[name].update(index, rows)
+        examples[name] = (examples[name] + candidates)[:n_examples]
     tables = []
     for name, probe in probes.items():
-        path = _keep_examples(kept[name], name, config, folder)
-        tables.append(
-            _score(name, probe, rows[name].compute()[1].numpy(), config).assign(path=path)
-        )
+        path = _write_examples(examples[name], name, config, folder)
+        _, in_order = per_image[name].compute()
+        tables.append(_table(name, in_order.numpy(), probe.num_steps, config).assign(path=path))
     return pd.concat(tables, ignore_index=True)[list(COLUMNS)]
 
 
-_FACTS = 4  # label, has an object, share covered, centre hit: the columns before the hits
+def summary(frame: pd.DataFrame) -> pd.DataFrame:
+    """The mean over heads and the best head."""
+    return frame[frame["head"].isin(["mean", "best", "best-split"])]
 
 
-def _play(
-    probe: Any, batch: Any, geometry: Any, config: Config, keep: int
-) -> tuple[Tensor, Tensor, list[dict[str, np.ndarray]]]:
-    """Positions ``(B,)``, rows ``(B, _FACTS + T * H)`` and up to `keep` examples of one batch."""
-    device = next(probe.model.parameters()).device
-    images, ids = (tensor.to(device) for tensor in batch.views[geometry])
-    maps = METHODS[config.saliency](probe, images)
-    if not torch.isfinite(maps).all():
-        raise UserError(f"the {config.saliency} maps hold NaN: the model's activations overflow")
-    positive, ignored = _ground_truth(ids, batch.labels.to(device), config)
-    on_patches = _majority if config.point == "majority" else metrics.at_patch_centres
-    near = metrics.near(positive, config.tolerance)
-    on_object, on_ignored = on_patches(near, probe.grid), on_patches(ignored, probe.grid)
-    hits = metrics.point_hits(maps, on_object, on_ignored)
-    middle = (..., ids.shape[-2] // 2, ids.shape[-1] // 2)
-    seen = positive.flatten(1).any(1)
-    covered = _share(on_object, on_ignored) if config.point == "majority" else _share(near, ignored)
-    centre = torch.where(ignored[middle], torch.nan, near[middle].double())
-    facts = torch.stack([batch.labels.to(device), seen, covered, centre], dim=1).double()
-    hits = torch.where(seen[:, None], hits.flatten(1), torch.nan)
-    examples = [
+def _play(batch: ModelBatch, maps: Tensor, probe: Probe, config: Config) -> Hits:
+    if batch.masks is None:
+        raise UserError(f"{batch.names[0]}: the image has no mask")
+    return play(
+        maps,
+        batch.masks,
+        batch.data_labels,
+        probe.grid,
+        target=config.target,
+        point=config.point,
+        tolerance=config.tolerance,
+    )
+
+
+def _rows(batch: ModelBatch, game: Hits) -> Float[Tensor, "batch columns"]:
+    """Label, has object, chance, hit of the centre, then the hits of every step and head."""
+    facts = [batch.data_labels, game.has_object, game.chance, game.centre]
+    columns = torch.stack([fact.double() for fact in facts], dim=1)
+    return torch.cat([columns, game.hits.flatten(1)], dim=1).cpu()
+
+
+def _examples(batch: ModelBatch, maps: Tensor, game: Hits, probe: Probe) -> list[Example]:
+    """The images of the batch that show an object, and their maps."""
+    pixels = batch.geometry.to_pixels(batch.images)
+    return [
         {
-            "image": _pixels(images[i], geometry),
-            "mask": positive[i].cpu().numpy(),
+            "image": pixels[i].cpu().numpy(),
+            "mask": game.objects[i].cpu().numpy(),
             "maps": maps[i].unflatten(-1, probe.grid).float().cpu().numpy(),
         }
-        for i in seen.nonzero().flatten().tolist()[:keep]
+        for i in game.has_object.nonzero().flatten().tolist()
     ]
-    return batch.index, torch.cat([facts, hits], dim=1).cpu(), examples
 
 
-def _ground_truth(ids: Tensor, labels: Tensor, config: Config) -> tuple[Tensor, Tensor]:
-    """Bool masks ``(B, height, width)`` of the object's pixels and of the ignored ones."""
-    ignored = ids == IGNORE
-    own = ids == labels[:, None, None] + 1
-    return (own if config.target == "own" else (ids > 0) & ~ignored), ignored
-
-
-def _majority(mask: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Patches more than half of whose pixels are set: ``(B, height, width)`` -> ``(B, P)``."""
-    return adaptive_avg_pool2d(mask[:, None].float(), grid).flatten(1) > 0.5
-
-
-def _share(mask: Tensor, ignored: Tensor) -> Tensor:
-    """Share ``(B,)`` of what is not ignored that is set."""
-    return (mask & ~ignored).flatten(1).sum(1) / (~ignored).flatten(1).sum(1).clamp(min=1)
-
-
-def _pixels(image: Tensor, geometry: Any) -> np.ndarray:
-    """The image as seen ``(height, width, 3)``, uint8."""
-    mean, std = (
-        torch.tensor(v, device=image.device).view(3, 1, 1) for v in (geometry.mean, geometry.std)
+def _write_examples(
+    examples: list[Example], name: str, config: Config, folder: Path | None
+) -> str | None:
+    """Write the examples of a model, stacked; the file's path."""
+    if not examples or folder is None:
+        return None
+    path = folder / f"pointing_game_{config.saliency}_{file_stem(name)}.npz"
+    write_arrays(
+        path, **{key: np.stack([example[key] for example in examples]) for key in examples[0]}
     )
-    return ((image * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    return str(path)
 
 
-def _score(name: str, probe: Any, rows: np.ndarray, config: Config) -> pd.DataFrame:
-    """The table of one model from its rows ``(n, _FACTS + T * H)``."""
-    scored = rows[rows[:, 1] > 0]
+@dataclass(frozen=True)
+class _Entry:
+    """A line of the table: one head of one step, or a summary over its heads."""
+
+    head: str
+    hit_ratio: float
+    draws: Float[np.ndarray, " draws"]
+    """Bootstrap draws of the hit ratio."""
+    per_image: Float[np.ndarray, " images"]
+    """nan where the point of the image is ignored."""
+    chosen_head: int | None = None
+
+
+def _table(
+    name: str, rows: Float[np.ndarray, "images columns"], steps: int, config: Config
+) -> pd.DataFrame:
+    """The table of one model."""
+    scored = rows[rows[:, _HAS_OBJECT] > 0]
     if not len(scored):
         raise UserError(
             "no image shows its object after the crop: are these masks of these images?"
         )
-    hits = scored[:, _FACTS:].reshape(len(scored), probe.num_steps, -1)
-    classes = scored[:, 0] if config.average == "class" else None
-    half = np.random.default_rng(config.seed).permutation(len(scored)) % 2 == 0
-    first, second = (
-        _best(metrics.mean_over_images(hits[side], None if classes is None else classes[side]))
-        for side in (half, ~half)
-    )
-    steps = np.arange(probe.num_steps)
-    # each image is scored by the head that was best on the half it is not in
-    honest = np.where(half[:, None], hits[:, steps, second], hits[:, steps, first])
-    draws = metrics.bootstrap_means(
-        np.concatenate([hits, honest[..., None]], -1).reshape(len(scored), -1), classes, config.seed
-    )
-    draws = draws.reshape(len(draws), probe.num_steps, -1)
-    chance, centre = metrics.mean_over_images(scored[:, 2:_FACTS], classes)
+    hits = scored[:, _HITS:].reshape(len(scored), steps, -1)
+    classes = scored[:, _LABEL] if config.average == "class" else None
+    nulls = metrics.mean_over_images(scored[:, [_CHANCE, _CENTRE]], classes)
     shared = {
         "model": name,
         "saliency": config.saliency,
-        "skipped": int(len(rows) - len(scored)),
-        "chance": float(chance),
-        "centre": float(centre),
+        "n_skipped": len(rows) - len(scored),
+        "chance": float(nulls[0]),
+        "centre_hit_ratio": float(nulls[1]),
     }
-    split = metrics.mean_over_images(honest, classes)
-    table: list[dict[str, Any]] = []
-    for t, ratios in enumerate(metrics.mean_over_images(hits, classes)):
-        sample, best = draws[:, t], int(_best(ratios))
-        # head, ratio, bootstrap draws, nan where the point of an image is ignored, the head chosen
-        entries: list[tuple[str, Any, Any, Any, int | None]] = [
-            (str(head), ratio, sample[:, head], hits[:, t, head], None)
-            for head, ratio in enumerate(ratios)
-        ]
-        if len(ratios) == 1:
-            entries = [("all", *entries[0][1:])]
-        else:
-            every = np.where(np.isnan(hits[:, t]).all(1), np.nan, 0)
-            over_heads = metrics.mean_over_images  # with the heads in place of the images
-            entries += [
-                ("mean", over_heads(ratios), over_heads(sample[:, :-1].T), every, None),
-                ("best", ratios[best], sample[:, best], hits[:, t, best], best),
-                ("best-split", split[t], sample[:, -1], honest[:, t], int(first[t])),
-            ]
-        for head, ratio, of_draws, per_image, chosen in entries:
-            low, high = metrics.interval(of_draws)
-            lost = int(np.isnan(per_image).sum())
+    table = []
+    for t, entries in enumerate(_entries_by_step(hits, classes, config.seed)):
+        for entry in entries:
+            low, high = metrics.interval(entry.draws)
+            n_ignored = int(np.isnan(entry.per_image).sum())
             table.append(
                 {
                     **shared,
                     "step": t + 1,
-                    "head": head,
-                    "hit_ratio": float(ratio),
+                    "head": entry.head,
+                    "hit_ratio": entry.hit_ratio,
                     "low": low,
                     "high": high,
-                    "n": len(scored) - lost,
-                    "ignored": lost,
-                    "chosen": chosen,
+                    "n": len(scored) - n_ignored,
+                    "n_ignored": n_ignored,
+                    "chosen_head": entry.chosen_head,
                 }
             )
-    return pd.DataFrame(table).astype({"chosen": "Int64"})
+    return pd.DataFrame(table).astype({"chosen_head": "Int64"})
 
 
-def _best(ratios: np.ndarray) -> np.ndarray:
+def _entries_by_step(
+    hits: Float[np.ndarray, "images steps heads"],
+    classes: Float[np.ndarray, " images"] | None,
+    seed: int,
+) -> Iterator[list[_Entry]]:
+    """Every head, their mean, the best head, and the best head chosen and scored on two halves."""
+    images, steps, heads = hits.shape
+    first_half = np.random.default_rng(seed).permutation(images) % 2 == 0
+    best_of_first, best_of_second = (
+        _best(metrics.mean_over_images(hits[half], None if classes is None else classes[half]))
+        for half in (first_half, ~first_half)
+    )
+    # each image is scored by the head that is best on the half without it
+    every_step = np.arange(steps)
+    split = np.where(
+        first_half[:, None], hits[:, every_step, best_of_second], hits[:, every_step, best_of_first]
+    )
+    columns = np.concatenate([hits, split[..., None]], axis=-1).reshape(images, -1)
+    draws = metrics.bootstrap_means(columns, classes, seed)
+    draws = draws.reshape(len(draws), steps, heads + 1)
+    split_ratios = metrics.mean_over_images(split, classes)
+    for t, ratios in enumerate(metrics.mean_over_images(hits, classes)):
+        head_draws, split_draws = draws[:, t, :-1], draws[:, t, -1]
+        if heads == 1:
+            yield [_Entry("all", float(ratios[0]), head_draws[:, 0], hits[:, t, 0])]
+            continue
+        entries = [
+            _Entry(str(head), float(ratio), head_draws[:, head], hits[:, t, head])
+            for head, ratio in enumerate(ratios)
+        ]
+        # an image is ignored if it is by every head
+        any_head = np.where(np.isnan(hits[:, t]).all(1), np.nan, 0.0)
+        # over the heads in place of the images
+        mean, mean_draws = (metrics.mean_over_images(each) for each in (ratios, head_draws.T))
+        best = int(_best(ratios))
+        yield [
+            *entries,
+            _Entry("mean", float(mean), mean_draws, any_head),
+            _Entry("best", float(ratios[best]), head_draws[:, best], hits[:, t, best], best),
+            _Entry(
+                "best-split",
+                float(split_ratios[t]),
+                split_draws,
+                split[:, t],
+                int(best_of_first[t]),
+            ),
+        ]
+
+
+def _best(ratios: Float[np.ndarray, "*steps heads"]) -> Any:
     """Index of the highest ratio along the last axis; 0 if none is a number."""
     return np.argmax(np.where(np.isnan(ratios), -1.0, ratios), axis=-1)
-
-
-def _keep_examples(
-    examples: list[dict[str, np.ndarray]], name: str, config: Config, folder: Path | None
-) -> str | None:
-    if not examples or folder is None:
-        return None
-
-    path = (
-        folder / f"pointing_game_{config.saliency}_{name.replace('/', '_').replace('@', '_')}.npz"
-    )
-    if rank_and_world()[0] == 0:
-        arrays = {key: np.stack([example[key] for example in examples]) for key in examples[0]}
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            np.savez_compressed(file, **arrays)
-    return str(path)
-
-
-def summary(frame: pd.DataFrame) -> pd.DataFrame:
-    """Of the heads their mean and the best."""
-    return frame[frame["head"].isin(["mean", "best", "best-split"])]

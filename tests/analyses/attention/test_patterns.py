@@ -201,6 +201,8 @@ def test_uniform_attention_is_its_null(any_model, images):
         row = found.rollout[:, t - 1]
         entropy = -(row * row.log()).sum(-1)
         np.testing.assert_allclose(entropy, uniform_value(probe, "rollout_entropy", t), rtol=1e-5)
+        if t == 1:
+            np.testing.assert_allclose(entropy, uniform_value(probe, "rollout_entropy"), rtol=1e-5)
 
 
 def test_the_distance_of_uniform_attention_in_closed_form(make):

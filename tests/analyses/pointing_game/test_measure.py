@@ -3,8 +3,7 @@ patch."""
 
 from __future__ import annotations
 
-import io
-from types import SimpleNamespace
+import importlib
 
 import numpy as np
 import pandas as pd
@@ -12,8 +11,8 @@ import pytest
 import torch
 
 from bvit_interp import metrics
-from bvit_interp.analyses import pointing_game
-from bvit_interp.analyses.pointing_game import COLUMNS, Config, measure, plot
+from bvit_interp.analyses.pointing_game import Config, game, measure, summary
+from bvit_interp.analyses.pointing_game.measure import _table
 from bvit_interp.data.geometry import Geometry
 from bvit_interp.errors import UserError
 from bvit_interp.probes import saliency
@@ -26,21 +25,14 @@ GRID = (4, 4)
 def maps_are(monkeypatch):
     """``maps_are(fn)``: fn(ids ``(B, 32, 32)``, labels ``(B,)``) -> maps ``(B, P)`` in place of
     attention."""
+    module = importlib.import_module("bvit_interp.analyses.pointing_game.measure")
 
     def replace(fn):
-        ground_truth = pointing_game._ground_truth
-        seen = {}
+        def play_with_these(maps, ids, labels, grid, **rules):
+            given = fn(ids, labels)[:, None, None].expand_as(maps)
+            return game.play(given.float(), ids, labels, grid, **rules)
 
-        def remember(ids, labels, config):
-            seen["maps"][:] = fn(ids, labels)[:, None, None].expand_as(seen["maps"])
-            return ground_truth(ids, labels, config)
-
-        def method(probe, images):
-            seen["maps"] = torch.zeros(len(images), probe.num_steps, probe.num_heads, 16)
-            return seen["maps"]
-
-        monkeypatch.setattr(pointing_game, "_ground_truth", remember)
-        monkeypatch.setitem(saliency.METHODS, "attention", method)
+        monkeypatch.setattr(module, "play", play_with_these)
 
     return replace
 
@@ -82,7 +74,7 @@ def test_a_fixed_patch_scores_as_counted_by_hand(tiny, squares, maps_are):
     frame = measure({"m": tiny}, squares(), Config())
     assert np.allclose(frame["hit_ratio"], 4 / 9)
     # the image's centre pixel (16, 16) lies in the squares that begin at 8 or 16 both ways
-    assert np.allclose(frame["centre"], 4 / 9)
+    assert np.allclose(frame["centre_hit_ratio"], 4 / 9)
 
 
 def test_ties_count_by_expectation(tiny, squares, maps_are):
@@ -99,7 +91,7 @@ def test_ignored_points_are_left_out_and_counted(tiny, squares, maps_are):
 
     maps_are(top_left)
     frame = heads(measure({"m": tiny}, squares(ignore=True), Config()))
-    assert (frame["ignored"] == 27).all()
+    assert (frame["n_ignored"] == 27).all()
     assert (frame["n"] == 0).all()
     assert frame["hit_ratio"].isna().all()
 
@@ -107,7 +99,7 @@ def test_ignored_points_are_left_out_and_counted(tiny, squares, maps_are):
 def test_images_without_their_object_are_skipped_and_counted(tiny, squares, maps_are):
     maps_are(lambda ids, labels: metrics.at_patch_centres(ids > 0, GRID).double())
     frame = measure({"m": tiny}, squares(empty=5), Config())
-    assert (frame["skipped"] == 5).all()
+    assert (frame["n_skipped"] == 5).all()
     assert (frame["n"] == 22).all()
     assert (frame["hit_ratio"] == 1.0).all()
     with pytest.raises(UserError, match="no image shows its object"):
@@ -183,15 +175,14 @@ def test_class_average_with_ignored_points():
     and the centre."""
     labels, hits = [0, 0, 0, 1, 1], [1, np.nan, 0, 0, 0]
     rows = np.array([[label, 1, 0.5, hit, hit] for label, hit in zip(labels, hits, strict=True)])
-    steps = SimpleNamespace(num_steps=1)
-    row = pointing_game._score("m", steps, rows, Config(average="class")).iloc[0]
-    assert (row["hit_ratio"], row["centre"], row["chance"]) == (0.25, 0.25, 0.5)
-    assert (row["n"], row["ignored"]) == (4, 1)
+    row = _table("m", rows, 1, Config(average="class")).iloc[0]
+    assert (row["hit_ratio"], row["centre_hit_ratio"], row["chance"]) == (0.25, 0.25, 0.5)
+    assert (row["n"], row["n_ignored"]) == (4, 1)
     # class 0 nearly always ignored, else hit; class 1 never hit: whatever the resample, the mean is
     # a half
     many = np.array([[0, 1, 0.5, 1, *([1 if i < 20 else np.nan] * 2)] for i in range(100)])
     many = np.concatenate([many, np.array([[1, 1, 0.5, 0, 0, 0]] * 100)])
-    frame = pointing_game._score("m", steps, many, Config(average="class"))
+    frame = _table("m", many, 1, Config(average="class"))
     assert list(frame["head"]) == ["0", "1", "mean", "best", "best-split"]
     np.testing.assert_allclose(frame[["hit_ratio", "low", "high"]], 0.5)
 
@@ -213,7 +204,7 @@ def test_chance_is_what_a_point_anywhere_scores(tiny, squares, maps_are):
     )
     assert majority["chance"] == majority["hit_ratio"] == 1 / 16
     assert centre["chance"] == 144 / 1024
-    assert majority["centre"] == centre["centre"] == 0
+    assert majority["centre_hit_ratio"] == centre["centre_hit_ratio"] == 0
 
 
 def test_attention_scores_equal_a_loop_written_here(any_model, digits):
@@ -285,23 +276,72 @@ def test_other_saliency_has_one_map_a_step(tiny, digits, method):
     assert all(parameter.grad is None for parameter in tiny.parameters())
 
 
-def test_columns_and_figure_from_the_csv_alone(tiny, tiny_te, digits, tmp_path):
-    frame = measure({"a": tiny, "b": tiny_te}, digits, Config(limit=12), folder=tmp_path)
-    assert list(frame) == list(COLUMNS)
-    read = pd.read_csv(io.StringIO(frame.to_csv(index=False)))
-    figure = plot(read)
-    lines = figure.subfigs[0].axes
-    mean = frame[(frame["model"] == "a") & (frame["head"] == "mean")]["hit_ratio"]
-    np.testing.assert_allclose(lines[0].lines[0].get_ydata(), mean)
-    assert len(figure.subfigs) == 1 + 2 + 2  # lines, a heat map a model, a strip a model
-    with np.load(frame["path"].iloc[0]) as kept:
-        assert kept["maps"].shape == (3, 12, 4, 4, 4)
-        np.testing.assert_allclose(kept["image"][0], digits.read(0)[0], atol=1)
-    plot(read.assign(path=None))
+def test_the_table_of_one_head_by_hand():
+    """One step: three hits of four, of one head; no mean and no best."""
+    rows = np.array([[0, 1, 0.5, 1, hit] for hit in (1, 1, 0, 1)] + [[0, 0, 0, 0, np.nan]])
+    frame = _table("m", rows, 1, Config())
+    assert frame["head"].tolist() == ["all"]
+    row = frame.iloc[0]
+    assert (row["hit_ratio"], row["n"], row["n_ignored"], row["n_skipped"]) == (0.75, 4, 0, 1)
+
+
+def test_best_head_is_chosen_on_one_half_and_scored_on_the_other():
+    """Head h hits the images with remainder h alone; the halves are drawn again here."""
+    remainder = np.arange(30) % 3
+    hits = (remainder[:, None, None] == np.arange(3)).astype(float).repeat(2, axis=1)  # (n, T, H)
+    hits[:, 1] = hits[:, 1, ::-1]  # at step 2 the heads change places
+    hits[0, 1] = np.nan
+    facts = np.tile([0, 1, 0.5, 1.0], (30, 1))
+    frame = _table("m", np.concatenate([facts, hits.reshape(30, -1)], axis=1), 2, Config(seed=4))
+    first = np.random.default_rng(4).permutation(30) % 2 == 0
+    for t in range(2):
+        ratios = np.nanmean(hits[:, t], axis=0)
+        of_halves = [int(np.nanmean(hits[half, t], axis=0).argmax()) for half in (first, ~first)]
+        scored = np.where(first, hits[:, t, of_halves[1]], hits[:, t, of_halves[0]])
+        rows = frame[frame["step"] == t + 1].set_index("head")
+        assert rows.loc["mean", "hit_ratio"] == pytest.approx(ratios.mean())
+        assert rows.loc["best", "hit_ratio"] == pytest.approx(ratios.max())
+        assert rows.loc["best", "chosen_head"] == ratios.argmax()
+        assert rows.loc["best-split", "hit_ratio"] == pytest.approx(np.nanmean(scored))
+        assert rows.loc["best-split", "chosen_head"] == of_halves[0]
+        assert (rows["n"] == 30 - t).all()
+        heads = rows.drop("mean")  # every image is hit by one head of the three
+        assert (heads["low"] < heads["hit_ratio"]).all()
+        assert (heads["hit_ratio"] < heads["high"]).all()
+        # a normal interval of a share: close to the bootstrap's
+        half = 1.96 * np.sqrt(ratios[0] * (1 - ratios[0]) / (30 - t))
+        assert rows.loc["0", "low"] == pytest.approx(ratios[0] - half, abs=0.04)
+        assert rows.loc["0", "high"] == pytest.approx(ratios[0] + half, abs=0.04)
+
+
+def test_summary_has_the_mean_and_the_best(tiny, digits):
+    shown = summary(measure({"m": tiny}, digits, Config(limit=4)))
+    assert set(shown["head"]) == {"mean", "best", "best-split"}
+    assert len(shown) == 3 * 12
+
+
+def test_files_of_example_maps(tiny, digits, squares, tmp_path):
+    frame = measure({"m/x@y": tiny}, digits, Config(limit=12, batch_size=2), folder=tmp_path)
+    path = tmp_path / "pointing_game_attention_m_x_y.npz"
+    assert frame["path"].unique().tolist() == [str(path)]
+    with np.load(path) as arrays:
+        assert arrays["maps"].shape == (3, 12, 4, 4, 4)
+        for i, image, mask, maps in zip((0, 5, 10), *arrays.values(), strict=True):
+            pixels, label, ids = digits.read(i)
+            np.testing.assert_allclose(image, pixels, atol=1)
+            np.testing.assert_array_equal(mask, ids == label + 1)
+            normalised = Geometry.of(tiny, digits)(pixels)[0]
+            expected = saliency.attention(Probe(tiny), normalised[None])[0]
+            np.testing.assert_allclose(maps.reshape(12, 4, 16), expected, atol=1e-6)
+    none = measure({"m": tiny}, digits, Config(limit=4, n_examples=0), folder=tmp_path)
+    assert none["path"].isna().all()
+    measure({"s": tiny}, squares(empty=2), Config(n_examples=1), folder=tmp_path)
+    with np.load(tmp_path / "pointing_game_attention_s.npz") as arrays:
+        np.testing.assert_allclose(arrays["image"][0], squares().read(2)[0], atol=1)
 
 
 def test_bad_input(tiny, digits):
-    with pytest.raises(UserError, match="tolerance and examples must be >= 0"):
+    with pytest.raises(UserError, match="tolerance and n-examples must be >= 0"):
         Config(tolerance=-1)
     with pytest.raises(UserError, match="a majority has no radius"):
         Config(tolerance=3, point="majority")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bvit_interp.errors import UserError
-from bvit_interp.metrics.streaming.top_images import TopList
+from bvit_interp.metrics.streaming.top_images import TopImages
 
 
 def drawn(seed, images, few=False):
@@ -38,7 +39,7 @@ def by_numpy(values, patches, index, k):
 @given(st.integers(0, 999), st.integers(5, 30), st.integers(1, 5), st.integers(1, 9), st.booleans())
 def test_against_numpy_in_any_batches(seed, images, k, batch, few):
     values, patches, index = drawn(seed, images, few)
-    metric = TopList(2, 3, k)
+    metric = TopImages(2, 3, k)
     for first in range(0, images, batch):
         part = slice(first, first + batch)
         metric.update(values[part], patches[part], index[part])
@@ -55,7 +56,7 @@ def test_merged_shards_are_the_whole(few):
     """Equal values too go to the lower image, whichever process saw it; one process may have seen
     none."""
     values, patches, index = drawn(3, 40, few)
-    shards = [TopList(2, 3, 4) for _ in range(4)]
+    shards = [TopImages(2, 3, 4) for _ in range(4)]
     for rank, shard in enumerate(shards[:3]):
         shard.update(values[rank::3], patches[rank::3], index[rank::3])
     gathered = shards[0]._reductions["best"](torch.stack([shard.best for shard in shards]))
@@ -68,7 +69,7 @@ def test_merged_shards_are_the_whole(few):
 
 
 def test_fewer_images_than_entries():
-    metric = TopList(1, 1, 3)
+    metric = TopImages(1, 1, 3)
     metric.update(torch.tensor([[[-2.0]]]), torch.tensor([[[7]]]), torch.tensor([11]))
     found = metric.compute()
     assert found["values"].tolist() == [[[-2.0, -torch.inf, -torch.inf]]]
@@ -77,9 +78,17 @@ def test_fewer_images_than_entries():
 
 
 def test_bad_input():
-    with pytest.raises(UserError, match="at least one entry, got 0"):
-        TopList(1, 1, 0)
+    with pytest.raises(UserError, match="k >= 1, got 0"):
+        TopImages(1, 1, 0)
     with pytest.raises(UserError, match="NaN or infinite"):
-        TopList(1, 1, 1).update(
+        TopImages(1, 1, 1).update(
             torch.tensor([[[torch.nan]]]), torch.tensor([[[0]]]), torch.tensor([0])
         )
+
+
+def test_wrong_shapes_are_refused():
+    metric, values = TopImages(2, 3, 1), torch.zeros(4, 2, 3)
+    with pytest.raises(jaxtyping.TypeCheckError):
+        metric.update(values, torch.zeros(4, 2, 2, dtype=torch.int64), torch.arange(4))
+    with pytest.raises(jaxtyping.TypeCheckError):
+        metric.update(values, torch.zeros(4, 2, 3, dtype=torch.int64), torch.arange(5))
