@@ -1,4 +1,4 @@
-"""Which heads and neurons does the answer need, and at which step does it need them?
+"""Which heads and neurons does the answer need, and at which step?
 
 Each head, and each group of neighbouring neurons, is replaced by zero, by its mean over images, or
 by its value on another image. This is done at one step, from a step on, or at all steps. The table

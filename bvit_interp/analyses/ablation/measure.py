@@ -1,4 +1,4 @@
-"""Ablation of heads and groups of neurons over spans of steps, and the analysis of variance.
+"""Ablation of heads and groups of neurons, over spans of steps.
 
 Ours; bViT (arXiv 2605.10661) ablates no unit. A unit is one head (site `z`) or one of `groups` runs
 of neighbouring neurons (site `mlp_post`). At all tokens it is replaced by zero (Michel et al.,

@@ -1,44 +1,45 @@
-"""How far can a state be moved in time: what is kept when step t of a run is given the state of
-step s?
+"""Activation patching across the steps of a model.
 
-Activation patching across the steps of a shared block; ours, not in bViT (arXiv 2605.10661). A site
-of step s of run A (the whole state z_s, or one token set, head or neuron of any site) replaces that
-of step t of run B, for all s and t. A row is one cell (s, t), or the mean of all cells of one shift
-t - s, of a `statistic`:
+Ours; not in bViT (arXiv 2605.10661). A site of step s of run A (the whole state z_s, or one token
+set, head or neuron of any site) replaces that of step t of run B, for all s and t. A row is one
+cell (s, t), or the mean of all cells of one shift t - s. The metrics are:
 
 - `recovered`: ``sum(patched - baseline) / sum(clean - baseline)`` over images, a ratio of means
-  with a delta-method interval. `same`: A = B, one image, logit of the true class minus the mean of
-  the others', baseline 0: what of the answer is kept under a shift in time. `other`: A another
-  image; logit of A's class minus that of B's, clean in A, baseline in B; pairs of one class are
-  skipped and counted. `corrupted`: B the image with its patches shuffled or with noise, clean in A,
-  the image itself, scored as in `same`.
-- `answer`: share of images that get the clean run's most likely class, with Wilson's interval (of a
-  shift's mean share, for which it is too wide rather than too narrow).
+  with a delta-method interval. Mode `same`: A = B, one image; the logit difference is the logit of
+  the true class minus the mean of the others', and the baseline is 0: the share of the answer that
+  is kept under a shift in time. Mode `other`: A is another image; the logit difference is the logit
+  of A's class minus that of B's, clean in A, baseline in B; pairs of one class are skipped and
+  counted. Mode `corrupted`: B is the image with its patches shuffled or with noise, A the image
+  itself; the logit difference is that of `same`.
+- `agreement`: the share of images that get the clean run's most likely class, with Wilson's
+  interval (for the mean share of a shift it is too wide, not too narrow).
 
-`null` is the same patched from one more image, at the same steps: what any state of step s does at
-step t. Each image is also the other of another (of an even number each pair comes both ways round),
-so intervals of `other` may be too narrow by up to sqrt 2. For the whole state of one shared block
-(no time embedding, no memory) cell (s, t) is ``F^(T-t)(z_s)``, the answer s - t steps past T: B
-does not matter, cells of one shift are equal, and one longer run gives all. Whole states in a stack
-do not read B either: `other` is then `same` on another scale. With a memory, a time embedding or
-part of a state cells of a shift differ, and their mean depends on which s and t it has. Practice of
-patching after Heimersheim and Nanda (2024), "How to use and interpret activation patching".
+The `null` is the same patch from one more image, at the same steps: the effect of any state of step
+s at step t. Each image is also the other image of another one (for an even number of images each
+pair occurs in both directions), so intervals of `other` may be too narrow by up to sqrt 2. For the
+whole state of one shared block (no time embedding, no memory) cell (s, t) is ``F^(T-t)(z_s)``, the
+answer s - t steps past T: B does not matter, cells of one shift are equal, and one longer run gives
+all of them. In a stack, runs patched with whole states do not depend on B either: `other` is then
+`same` on another scale. With a memory, a time embedding or part of a state, the cells of a shift
+differ, and their mean depends on the steps s and t it covers. Practice of patching after
+Heimersheim and Nanda (2024), "How to use and interpret activation patching".
 
 Cost: with S = T = 12 steps the 144 cells restart at the patched step, all sources in one batch: 792
-block applications an image (66 forwards; 936, or 78, for sites inside a step) against the 1728 of
-144 forwards, and the null as much again; 23 for whole states of one shared block. By default 1000
-images of 32 px, a bViT of width 128: 56 s on one core (11 s measured on 200); its ViT, a time
-embedding, or CLS alone: 207 forwards an image, 20 min at 6 ms a forward, so `--limit 100`. ImageNet
-on a GPU, computed and not measured: 0.3 TFLOP an image of bViT-B, 7 TFLOP of ViT-B, at an assumed
-20 TFLOP/s 15 s and 6 min for 1000 images. Expected: nothing in the paper. In one shared block a
-shift by a step should cost little; in a stack, whose blocks may each want what the one before them
-leaves, more.
+block applications per image (66 forwards; 936, or 78, for sites inside a step) against the 1728 of
+144 forwards, and as many again for the null; 23 for whole states of one shared block. By default
+1000 images of 32 px, a bViT of width 128: 56 s on one core (11 s measured on 200). Its ViT, a time
+embedding, or CLS alone: 207 forwards per image, 20 min at 6 ms per forward, so `--limit 100`.
+ImageNet on a GPU, computed and not measured: 0.3 TFLOP per image of bViT-B, 7 TFLOP of ViT-B, at an
+assumed 20 TFLOP/s 15 s and 6 min for 1000 images.
+
+Expected: nothing in the paper. In one shared block a shift by one step should cost little. In a
+stack, where each block may need what the block before it leaves, it should cost more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -46,11 +47,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from bvit_interp.analyses.patching import COLUMNS, Config
-from bvit_interp.analyses.patching.patches import Patches, Recovered, corrupt
-from bvit_interp.data.labels import label_map
-from bvit_interp.data.loader import Batch, run_in_halves
+from bvit_interp.analyses.patching.corruption import corrupt
+from bvit_interp.analyses.patching.patches import StepPatcher
+from bvit_interp.analyses.patching.ratio import RatioOfMeans
+from bvit_interp.data.geometry import Geometry
 from bvit_interp.data.partners import Partners
 from bvit_interp.data.samples import Samples
+from bvit_interp.data.stream import ModelBatch, stream
 from bvit_interp.errors import UserError
 from bvit_interp.metrics import wilson_interval
 from bvit_interp.metrics.streaming.means import MeanCI
@@ -60,245 +63,270 @@ _RUNS = {
     "other": ("own", "partner", "third"),
     "corrupted": ("corrupted", "own", "partner"),
 }
-"""Mode -> images of the run that is patched, of the run the patch is from, and of the null's."""
-
-
-_STATISTICS = ("recovered", "answer")
-
-
-_BYTES_OF_BATCH = 2**26
+"""Mode -> images of the receiver, of the donor, and of the donor of the null."""
+_METRICS = ("recovered", "agreement")
+_BYTES_OF_STATES = 2**26
 
 
 def measure(models: Mapping[str, VisionTransformer], data: Samples, config: Config) -> pd.DataFrame:
-    """What every cell recovers, in every model.
+    """The share that every cell recovers, in every model.
 
     Parameters
     ----------
     models : name -> model; all see each image in one pass.
-    data : labelled images, of the models' classes; at least 2, for the mode other 3.
+    data : labelled images, in the models' classes; at least 2, for mode other 3.
 
     Returns
     -------
     A table of `COLUMNS`.
     """
     partners = Partners(data, config.limit, config.skip_corrupt)
-    if "other" in config.mode and len(partners.places) < 3:
-        raise UserError(
-            f"the mode other takes three images, a pair and the null's; got {len(partners.places)}"
-        )
-    if "other" in config.mode and len(data.classes) < 2:
-        raise UserError(
-            "the mode other takes images of two classes, the data have one; take the mode same"
-        )
-    classes = {name: label_map(data, model) for name, model in models.items()}
-    patches = {
+    _check_images(partners, data, config)
+    patchers = {
         name: {
-            tokens: Patches(model, config.site, tokens, config.unit, config.steps)
+            tokens: StepPatcher(model, config.site, tokens, config.unit, config.steps)
             for tokens in config.tokens
         }
         for name, model in models.items()
     }
-    sums = {
-        (name, mode, tokens): _sums(patches[name][tokens])
+    tallies: dict[tuple[str, str, str], _Tally] = {
+        (name, mode, tokens): _Tally(patchers[name][tokens])
         for name in models
         for mode in config.mode
         for tokens in config.tokens
     }
-    loader, geometries = config.loader(data, models, "patching")
-    for batch in loader:
-        for name, of_tokens in patches.items():
 
-            def observe(part: Batch, name: str = name) -> dict[Any, list[Tensor]]:
-                images = _images(
-                    part, geometries[name], partners, patches[name][config.tokens[0]], config
-                )
-                return _observe(
-                    patches[name],
-                    {k: (x, classes[name][y]) for k, (x, y) in images.items()},
-                    config,
-                )
+    def scores(batch: ModelBatch) -> dict[tuple[str, str], _Scores]:
+        images = {"own": batch.images, "partner": batch.partner_images}
+        if "other" in config.mode:
+            third = _third_images(partners, batch.index, batch.geometry)
+            images["third"] = third.to(batch.device)
+        if "corrupted" in config.mode:
+            grid = patchers[batch.model][config.tokens[0]].probe.grid
+            images["corrupted"] = corrupt(
+                batch.images, batch.index, grid, config.corruption, config.seed
+            )
+        found: dict[tuple[str, str], _Scores] = {}
+        for tokens, patcher in patchers[batch.model].items():
+            by_mode = _scores(patcher, images, batch.labels, batch.partner_labels, config.mode)
+            found |= {(mode, tokens): scores for mode, scores in by_mode.items()}
+        return found
 
-            for part in _parts(batch, of_tokens[config.tokens[0]]):
-                for found in run_in_halves(observe, part):
-                    for key, scores in found.items():
-                        _update(*sums[(name, *key)], *scores)
+    for name, found in stream(
+        models,
+        data,
+        config,
+        scores,
+        progress="patching",
+        labels=True,
+        partners=partners,
+        images_at_once={name: _images_at_once(each) for name, each in patchers.items()},
+    ):
+        for (mode, tokens), of_batch in found.items():
+            tallies[name, mode, tokens].update(of_batch)
     rows = []
-    for (name, mode, tokens), of_cells in sums.items():
-        about = {
+    for (name, mode, tokens), tally in tallies.items():
+        keys = {
             "model": name,
             "mode": mode,
             "site": config.site,
             "unit": config.unit,
             "tokens": tokens,
         }
-        rows += [about | row for row in _rows(patches[name][tokens], *of_cells)]
-    return pd.DataFrame(rows)[list(COLUMNS)].astype(
-        {"unit": "Int64", "step_from": "Int64", "step_to": "Int64"}
-    )
+        rows += [keys | row for row in tally.rows()]
+    whole_numbers = {"unit": "Int64", "step_from": "Int64", "step_to": "Int64"}
+    return pd.DataFrame(rows)[list(COLUMNS)].astype(whole_numbers)
 
 
-def _sums(patches: Patches) -> tuple[Recovered, MeanCI]:
-    """Of every statistic, value and null, cell and shift; and means of clean, baseline and whether
-    a pair counts."""
-    device = next(patches.view.parameters()).device
-    numbers = len(patches.steps) ** 2 + len(_shifts(patches.steps))
-    return Recovered(len(_STATISTICS), 2, numbers).to(device), MeanCI(3).to(device)
+def summary(frame: pd.DataFrame) -> pd.DataFrame:
+    """The share recovered at five shifts: none, the smallest and a middle one in each direction."""
+    shifts = frame[frame["step_from"].isna() & (frame["metric"] == "recovered")]
+    sizes = sorted({abs(shift) for shift in shifts["shift"]} - {0})
+    shown = {0, *sizes[:1], *sizes[len(sizes) // 2 :][:1]}
+    kept = ["model", "mode", "tokens", "shift", "value", "low", "high", "null", "n", "skipped"]
+    return shifts[shifts["shift"].abs().isin(shown)][kept]
 
 
-def _parts(batch: Batch, patches: Patches) -> Iterator[Batch]:
-    """The batch in parts whose states, of all sources at once, take at most 64 MiB."""
-    numbers = len(patches.steps) * patches.count * patches.view.embed_dim
-    if len(batch) > 1 and 4 * numbers * len(batch) > _BYTES_OF_BATCH:
-        for half in batch.half():
-            yield from _parts(half, patches)
-    else:
-        yield batch
+def _check_images(partners: Partners, data: Samples, config: Config) -> None:
+    if "other" not in config.mode:
+        return
+    if len(partners.places) < 3:
+        raise UserError(
+            "mode other needs at least 3 images, a pair and one for the null; got"
+            f" {len(partners.places)}"
+        )
+    if len(data.classes) < 2:
+        raise UserError("mode other needs images of two classes, the data have one; use mode same")
 
 
-def _images(
-    batch: Batch, geometry: Any, partners: Partners, patches: Patches, config: Config
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """The images ``(B, 3, H, W)`` of all runs, by their word in `_RUNS`, and their labels in the
-    data ``(B,)``."""
-    own = batch.views[geometry][0]
-    found = {"own": (own, batch.labels), "partner": partners(batch.index, geometry)}
-    if "other" in config.mode:
-        # the partner of an image a quarter of them further on: neither the image nor its partner
-        count = len(partners.places)
-        further = [
-            (partners.order[place] + max(1, count // 4)) % count for place in batch.index.tolist()
-        ]
-        found["third"] = partners(torch.tensor([partners.places[i] for i in further]), geometry)
-    if "corrupted" in config.mode:
-        corrupted = corrupt(own, batch.index, patches.probe.grid, config.corruption, config.seed)
-        found["corrupted"] = (corrupted, batch.labels)
-    device = next(patches.view.parameters()).device
-    return {kind: (images.to(device), labels) for kind, (images, labels) in found.items()}
+def _images_at_once(patchers: Mapping[str, StepPatcher]) -> int:
+    """The most images whose states, of all sources, take at most 64 MiB."""
+    patcher = next(iter(patchers.values()))
+    numbers = len(patcher.steps) * patcher.num_tokens * patcher.view.embed_dim
+    return _BYTES_OF_STATES // (4 * numbers)
 
 
-def _observe(
-    patches: Mapping[str, Patches], images: Mapping[str, tuple[Tensor, Tensor]], config: Config
-) -> dict[tuple[str, str], list[Tensor]]:
-    """(mode, tokens) -> what `_update` adds, of a batch."""
-    found: dict[tuple[str, str], list[Tensor]] = {}
-    with torch.inference_mode():
-        for tokens, of_tokens in patches.items():
-            clean = {kind: of_tokens.view(pixels) for kind, (pixels, _) in images.items()}
-            patched: dict[tuple[str, ...], Tensor] = {}
-            for mode in config.mode:
-                receiver, donor, null = _RUNS[mode]
-                logits = []
-                for giver in (donor, null):
-                    runs = (giver,) if of_tokens.whole else (receiver, giver)
-                    if runs not in patched:
-                        patched[runs] = of_tokens.logits(images[receiver][0], images[giver][0])
-                    logits.append(patched[runs])
-                own, others = (images[kind][1].to(logits[0].device) for kind in ("own", "partner"))
-                found[mode, tokens] = _scores(
-                    mode, torch.stack(logits), clean[donor], clean[receiver], own, others
-                )
-                found[mode, tokens][0] = _with_shifts(found[mode, tokens][0], of_tokens.steps)
-    return found
+def _third_images(partners: Partners, index: Tensor, geometry: Geometry) -> Tensor:
+    """For each image, the partner of the image a quarter of the set further on.
+
+    It is neither the image nor its partner.
+    """
+    count = len(partners.places)
+    shifted = [
+        partners.places[(partners.order[position] + max(1, count // 4)) % count]
+        for position in index.tolist()
+    ]
+    return partners(torch.tensor(shifted), geometry)[0]
+
+
+class _Scores(NamedTuple):
+    """Scores of a batch in one mode; C cells and shifts."""
+
+    gain: Tensor
+    """``(n, metrics, 2, C)`` of the images that count; patched by the donor and by the null's."""
+    whole: Tensor
+    """``(n, metrics)``, the gain of the clean run."""
+    levels: Tensor
+    """``(B, 3)`` of all images: clean, baseline (nan if the image does not count), and whether it
+    counts."""
 
 
 def _scores(
-    mode: str, patched: Tensor, donor: Tensor, receiver: Tensor, labels: Tensor, others: Tensor
-) -> list[Tensor]:
-    """Gained ``(B, statistic, 2, S S)`` and whole ``(B, statistic)`` of images that count, levels
-    ``(B, 3)`` of all.
+    patcher: StepPatcher,
+    images: Mapping[str, Tensor],
+    labels: Tensor,
+    partner_labels: Tensor,
+    modes: Sequence[str],
+) -> dict[str, _Scores]:
+    """Scores of a batch in every mode; runs that two modes share are made once."""
+    clean = {role: patcher.view(pixels) for role, pixels in images.items()}
+    patched: dict[tuple[str, ...], Tensor] = {}
+    scores = {}
+    for mode in modes:
+        receiver, *donors = _RUNS[mode]
+        logits = []
+        for donor in donors:
+            key = (donor,) if patcher.whole else (receiver, donor)
+            if key not in patched:
+                patched[key] = patcher.logits(images[receiver], images[donor])
+            logits.append(patched[key])
+        scores[mode] = _mode_scores(
+            mode,
+            torch.stack(logits),
+            clean[donors[0]],
+            clean[receiver],
+            labels,
+            partner_labels,
+            patcher.steps,
+        )
+    return scores
+
+
+def _mode_scores(
+    mode: str,
+    patched: Tensor,
+    donor: Tensor,
+    receiver: Tensor,
+    labels: Tensor,
+    partner_labels: Tensor,
+    steps: Sequence[int],
+) -> _Scores:
+    """Scores of one mode.
 
     Parameters
     ----------
-    patched : logits ``(2, S, S, B, C)``, by the donor's states and by the null's.
+    patched : logits ``(2, S, S, B, C)``, by the donor and by the null's.
     donor, receiver : logits ``(B, C)`` of the clean runs.
-    labels, others : classes ``(B,)`` of the image and of its partner.
+    labels, partner_labels : classes ``(B,)`` of the image and of its partner.
     """
 
     def difference(logits: Tensor) -> Tensor:
         logits = logits.double()
-        own, other = (
-            logits.gather(-1, c.expand(logits.shape[:-1])[..., None])[..., 0]
-            for c in (labels, others)
+        own, partner = (
+            logits.gather(-1, classes.expand(logits.shape[:-1])[..., None])[..., 0]
+            for classes in (labels, partner_labels)
         )
         if mode == "other":
-            return other - own
+            return partner - own
         return own - (logits.sum(-1) - own) / (logits.shape[-1] - 1)
 
     clean = difference(donor)
     baseline = torch.zeros_like(clean) if mode == "same" else difference(receiver)
-    same_answer = patched.argmax(-1) == donor.argmax(-1)
-    gained = torch.stack(
-        [difference(patched) - baseline, same_answer.double()]
-    )  # (statistic, 2, S, S, B)
+    agreement = (patched.argmax(-1) == donor.argmax(-1)).double()
+    gain = torch.stack([difference(patched) - baseline, agreement])  # (metrics, 2, S, S, B)
+    gain = _with_shifts(gain.flatten(2, 3).permute(3, 0, 1, 2), steps)
     whole = torch.stack([clean - baseline, torch.ones_like(clean)], dim=-1)
-    counts = labels != others if mode == "other" else torch.ones_like(labels, dtype=torch.bool)
+    counts = torch.ones_like(labels, dtype=torch.bool)
+    if mode == "other":
+        counts = labels != partner_labels
     levels = torch.stack([clean, baseline], dim=-1).masked_fill(~counts[:, None], torch.nan)
     levels = torch.cat([levels, counts.double()[:, None]], dim=-1)
-    return [gained.flatten(2, 3).permute(3, 0, 1, 2)[counts], whole[counts], levels]
+    return _Scores(gain[counts], whole[counts], levels)
 
 
-def _shifts(steps: list[int]) -> list[int]:
-    """All t - s there are."""
-    return sorted({t - s for s in steps for t in steps})
-
-
-def _with_shifts(cells: Tensor, steps: list[int]) -> Tensor:
-    """Cells ``(..., S S)`` with the means of those of every shift behind them."""
+def _with_shifts(cells: Tensor, steps: Sequence[int]) -> Tensor:
+    """Cells ``(..., S S)``, and behind them the mean over the cells of each shift."""
     shift = torch.tensor([t - s for s in steps for t in steps], device=cells.device)
     means = [cells[..., shift == each].mean(-1) for each in _shifts(steps)]
     return torch.cat([cells, torch.stack(means, dim=-1)], dim=-1)
 
 
-def _update(
-    recovered: Recovered, levels: MeanCI, gained: Tensor, whole: Tensor, level: Tensor
-) -> None:
-    recovered.update(gained, whole[:, :, None, None])
-    levels.update(level)
+def _shifts(steps: Sequence[int]) -> list[int]:
+    """All differences t - s, in order."""
+    return sorted({t - s for s in steps for t in steps})
 
 
-def _rows(patches: Patches, recovered: Recovered, levels: MeanCI) -> Iterator[dict[str, Any]]:
-    """Rows of all cells and shifts of one model, mode and tokens."""
-    found, of_runs = recovered.compute(), levels.compute()
-    count, images = int(found["n"]), int(of_runs["n"][2])
-    if not count:
-        raise UserError(
-            f"mode other: each of the {images} images has the class of its partner; take others, or mode same"
-        )
-    clean, baseline, _ = of_runs["value"].tolist()
-    steps = patches.steps
-    places = [(s, t, t - s) for s in steps for t in steps] + [
-        (None, None, shift) for shift in _shifts(steps)
-    ]
-    for i, statistic in enumerate(_STATISTICS):
-        for j, (step_from, step_to, shift) in enumerate(places):
-            value, null = (
-                {key: float(found[key][i, k, j]) for key in ("value", "low", "high")}
-                for k in (0, 1)
+class _Tally:
+    """Streaming scores of one model, mode and token set."""
+
+    def __init__(self, patcher: StepPatcher) -> None:
+        self.steps, self.trained_steps = patcher.steps, patcher.probe.num_steps
+        device = next(patcher.view.parameters()).device
+        columns = len(self.steps) ** 2 + len(_shifts(self.steps))
+        self.ratios = RatioOfMeans(len(_METRICS), 2, columns).to(device)
+        self.levels = MeanCI(3).to(device)
+
+    def update(self, scores: _Scores) -> None:
+        """Add a batch."""
+        self.ratios.update(scores.gain, scores.whole[:, :, None, None])
+        self.levels.update(scores.levels)
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Rows of all cells, then of all shifts, by metric."""
+        ratios, levels = self.ratios.compute(), self.levels.compute()
+        count, images = int(ratios["n"]), int(levels["n"][2])
+        if not count:
+            raise UserError(
+                f"mode other: each of the {images} images has the class of its partner; use other"
+                " images or mode same"
             )
-            if statistic == "answer":
-                for each in (value, null):
-                    each["low"], each["high"] = wilson_interval(each["value"] * count, count)
-            yield {
-                "statistic": statistic,
-                "step_from": step_from,
-                "step_to": step_to,
-                "shift": shift,
-                **value,
-                "null": null["value"],
-                "null_low": null["low"],
-                "null_high": null["high"],
-                "clean": clean if statistic == "recovered" else None,
-                "baseline": baseline if statistic == "recovered" else None,
-                "n": count,
-                "skipped": images - count,
-                "trained_steps": patches.probe.num_steps,
-            }
-
-
-def summary(frame: pd.DataFrame) -> pd.DataFrame:
-    """What is recovered at five shifts: none, the least either way, and a middle one."""
-    shifts = frame[frame["step_from"].isna() & (frame["statistic"] == "recovered")]
-    sizes = sorted({abs(shift) for shift in shifts["shift"]} - {0})
-    shown = {0, *sizes[:1], *sizes[len(sizes) // 2 :][:1]}
-    kept = ["model", "mode", "tokens", "shift", "value", "low", "high", "null", "n", "skipped"]
-    return shifts[shifts["shift"].abs().isin(shown)][kept]
+        clean, baseline, _ = levels["value"].tolist()
+        columns: list[tuple[int | None, int | None, int]] = [
+            (s, t, t - s) for s in self.steps for t in self.steps
+        ]
+        columns += [(None, None, shift) for shift in _shifts(self.steps)]
+        for i, metric in enumerate(_METRICS):
+            for j, (step_from, step_to, shift) in enumerate(columns):
+                value, null = (
+                    {key: float(ratios[key][i, donor, j]) for key in ("value", "low", "high")}
+                    for donor in range(2)
+                )
+                if metric == "agreement":
+                    for share in (value, null):
+                        hits = share["value"] * count
+                        share["low"], share["high"] = wilson_interval(hits, count)
+                yield {
+                    "metric": metric,
+                    "step_from": step_from,
+                    "step_to": step_to,
+                    "shift": shift,
+                    **value,
+                    "null": null["value"],
+                    "null_low": null["low"],
+                    "null_high": null["high"],
+                    "clean": clean if metric == "recovered" else None,
+                    "baseline": baseline if metric == "recovered" else None,
+                    "n": count,
+                    "skipped": images - count,
+                    "trained_steps": self.trained_steps,
+                }

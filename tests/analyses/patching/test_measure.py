@@ -1,17 +1,17 @@
-"""Shares recovered against cells computed one by one, image by image; the null, pairs of one class,
-and corruption."""
+"""Shares recovered against cells computed one by one, image by image."""
 
 from __future__ import annotations
 
-import io
+import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from bvit_interp.analyses.patching import COLUMNS, Config, measure, plot
-from bvit_interp.analyses.patching.patches import corrupt
+from bvit_interp.analyses.patching import COLUMNS, Config, measure, summary
+from bvit_interp.analyses.patching.corruption import corrupt
+from bvit_interp.analyses.patching.patches import StepPatcher
 from bvit_interp.data.geometry import Geometry
 from bvit_interp.errors import UserError
 from bvit_interp.metrics import wilson_interval
@@ -27,8 +27,8 @@ def batch_of(model, data, places):
     return torch.stack([geometry(image, None)[0] for image, _, _ in scenes]), [s[1] for s in scenes]
 
 
-def cell(frame, statistic, s, t, **keys):
-    for key, value in {"statistic": statistic, "step_from": s, "step_to": t, **keys}.items():
+def cell(frame, metric, s, t, **keys):
+    for key, value in {"metric": metric, "step_from": s, "step_to": t, **keys}.items():
         frame = frame[frame[key] == value]
     assert len(frame) == 1
     return frame.iloc[0]
@@ -88,12 +88,12 @@ def test_the_own_state_against_a_loop_over_images(tiny, digits):
             )
             assert row["clean"] == pytest.approx(np.mean(whole), rel=1e-4)
             assert (row["baseline"], row["n"], row["skipped"], row["shift"]) == (0, 7, 0, t - s)
-            answers = cell(frame, "answer", s, t)
-            hits = (own.argmax(-1) == clean.argmax(-1)).sum()
+            answers = cell(frame, "agreement", s, t)
+            hits = int((own.argmax(-1) == clean.argmax(-1)).sum())
             assert answers["value"] == pytest.approx(hits / 7)
             assert (answers["low"], answers["high"]) == pytest.approx(wilson_interval(hits, 7))
             assert answers["null"] == pytest.approx((null.argmax(-1) == clean.argmax(-1)).mean())
-    of_shifts = frame[(frame["statistic"] == "recovered") & frame["step_from"].isna()].set_index(
+    of_shifts = frame[(frame["metric"] == "recovered") & frame["step_from"].isna()].set_index(
         "shift"
     )
     assert list(of_shifts.index) == [-10, -7, -3, 0, 3, 7, 10]
@@ -140,7 +140,7 @@ def test_another_images_state_against_a_loop_over_pairs(tiny, digits):
             )
             assert row["null"] == pytest.approx(ratio(of_null, whole)[0], rel=1e-3)
             assert (row["n"], row["skipped"]) == (len(counted), 9 - len(counted))
-            assert cell(frame, "answer", s, t)["value"] == pytest.approx(np.mean(hits))
+            assert cell(frame, "agreement", s, t)["value"] == pytest.approx(np.mean(hits))
 
 
 @pytest.mark.parametrize("corruption", ["shuffle", "noise"])
@@ -165,7 +165,7 @@ def test_a_clean_state_in_a_corrupted_image(stacked, digits, corruption):
     assert row["baseline"] == pytest.approx(np.mean(baseline), rel=1e-4)
     for t in (1, 2, 3):  # the whole clean state where it belongs: the clean run
         assert cell(frame, "recovered", t, t, tokens="all")["value"] == pytest.approx(1)
-        assert cell(frame, "answer", t, t, tokens="all")["value"] == 1
+        assert cell(frame, "agreement", t, t, tokens="all")["value"] == 1
 
 
 def test_cells_of_one_shared_block_are_equal_along_shifts_and_those_of_a_stack_are_not(
@@ -173,18 +173,16 @@ def test_cells_of_one_shared_block_are_equal_along_shifts_and_those_of_a_stack_a
 ):
     config = Config(limit=8, steps=(1, 2, 3), mode=("same",))
     frame = measure({"bvit": tiny, "restarts": unroll(tiny), "stack": stacked}, digits, config)
-    spread = frame[frame["step_from"].notna() & (frame["statistic"] == "recovered")].groupby(
-        ["model", "shift"]
-    )["value"]
-    spread = spread.agg(np.ptp).unstack("shift")
+    cells = frame[frame["step_from"].notna() & (frame["metric"] == "recovered")]
+    spread = cells.groupby(["model", "shift"])["value"].agg(np.ptp).unstack("shift")
     assert (spread.loc["bvit"] == 0).all()
     assert (spread.loc["restarts"] < 1e-4).all()
     assert spread.loc["stack", [-1, 1]].gt(1e-3).all()
-    of = {
+    values = {
         name: part[VALUES].reset_index(drop=True).astype(float)
         for name, part in frame.groupby("model")
     }
-    pd.testing.assert_frame_equal(of["bvit"], of["restarts"], rtol=1e-4, atol=1e-5)
+    pd.testing.assert_frame_equal(values["bvit"], values["restarts"], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("tokens", ["all", "patches"])
@@ -206,19 +204,33 @@ def test_batches_do_not_matter(any_model, digits, tokens):
 
 
 def test_a_large_batch_runs_in_parts(tiny, digits, monkeypatch):
-    from bvit_interp.analyses import patching
-
     config = Config(limit=5, steps=(2, 12), mode=("same",), tokens=("cls",))
     whole = measure({"m": tiny}, digits, config)
-    monkeypatch.setattr(patching, "_BYTES_OF_BATCH", 4 * 2 * 17 * 32 * 2)  # two images
-    sizes, own = [], patching._observe
-    monkeypatch.setattr(
-        patching,
-        "_observe",
-        lambda p, images, c: sizes.append(len(images["own"][0])) or own(p, images, c),
-    )
+    two_images = 2 * 4 * 2 * 17 * 32  # floats of 2 steps, 17 tokens and 32 channels
+    monkeypatch.setattr(sys.modules[measure.__module__], "_BYTES_OF_STATES", two_images)
+    logits, sizes = StepPatcher.logits, []
+
+    def counted(self, receiver, donor):
+        sizes.append(len(receiver))
+        return logits(self, receiver, donor)
+
+    monkeypatch.setattr(StepPatcher, "logits", counted)
     pd.testing.assert_frame_equal(measure({"m": tiny}, digits, config), whole, rtol=1e-5, atol=1e-6)
-    assert sizes == [2, 1, 2]
+    assert sizes == [2, 2, 1, 1, 2, 2]  # each for the donor and for the null's
+
+
+def test_runs_that_modes_share_are_made_once(tiny, stacked, digits, monkeypatch):
+    """A whole state does not depend on the receiver: three donors serve three modes."""
+    logits, calls = StepPatcher.logits, []
+
+    def counted(self, receiver, donor):
+        calls.append(self.whole)
+        return logits(self, receiver, donor)
+
+    monkeypatch.setattr(StepPatcher, "logits", counted)
+    config = Config(limit=4, steps=(1, 2), mode=("same", "other", "corrupted"))
+    measure({"m": stacked}, digits, config)
+    assert calls == [True] * 3
 
 
 def test_one_head_of_several_models(tiny, stacked, digits):
@@ -231,35 +243,16 @@ def test_one_head_of_several_models(tiny, stacked, digits):
     )
 
 
-def test_columns_headline_and_figure_from_the_csv_alone(tiny, stacked, digits):
-    config = Config(limit=6, tokens=("all", "cls"))
-    frame = measure({"a": tiny, "b": stacked}, digits, config)
+def test_columns_and_summary(tiny, stacked, digits):
+    frame = measure({"a": tiny, "b": stacked}, digits, Config(limit=6, tokens=("all", "cls")))
     assert list(frame) == list(COLUMNS)
     assert len(frame) == 2 * 4 * (144 + 23 + 9 + 5)
-    headline = config.headline(frame)
-    assert headline[headline["model"] == "a"]["shift"].unique().tolist() == [-6, -1, 0, 1, 6]
-    assert len(headline) == 4 * (5 + 3)
-    figure = plot(pd.read_csv(io.StringIO(frame.to_csv(index=False))))
-    maps = [ax for ax in figure.axes if ax.images]
-    values = frame[
-        (frame["model"] == "a") & (frame["mode"] == "same") & (frame["statistic"] == "recovered")
-    ]
-    values = values[values["tokens"] == "all"]
-    matrix = values[values["step_from"].notna()].pivot_table(
-        index="step_from", columns="step_to", values="value"
-    )
-    assert any(
-        ax.images[0].get_array().shape == (12, 12) and np.allclose(ax.images[0].get_array(), matrix)
-        for ax in maps
-    )
-    profile = values[values["step_from"].isna()]["value"]
-    lines = [line for ax in figure.axes for line in ax.lines]
-    assert any(
-        len(line.get_ydata()) == 23 and np.allclose(line.get_ydata(), profile) for line in lines
-    )
+    shown = summary(frame)
+    assert shown[shown["model"] == "a"]["shift"].unique().tolist() == [-6, -1, 0, 1, 6]
+    assert len(shown) == 4 * (5 + 3)
 
 
-def test_identity_leaves_out_a_corruption_that_is_not_made():
+def test_the_resume_key_leaves_out_a_corruption_that_is_not_made():
     assert Config(seed=1).resume_key() == Config(corruption="noise").resume_key()
     assert (
         Config(mode=("corrupted",), seed=1).resume_key() != Config(mode=("corrupted",)).resume_key()
@@ -289,7 +282,7 @@ def test_bad_options(options, message):
 def test_bad_input(tiny, make, digits, squares):
     with pytest.raises(UserError, match="at least 2 are needed, got 1"):
         measure({"m": tiny}, digits, Config(limit=1, mode=("same",)))
-    with pytest.raises(UserError, match="the mode other takes three images"):
+    with pytest.raises(UserError, match="mode other needs at least 3 images"):
         measure({"m": tiny}, digits, Config(limit=2))
     with pytest.raises(UserError, match="no step 13; steps: 1..12"):
         measure({"m": tiny}, digits, Config(limit=3, steps=(13,)))

@@ -1,13 +1,12 @@
-"""Patched cells against forwards written by hand, one cell at a time; ratios of means against
-numpy."""
+"""Patched cells against forwards written by hand, one cell at a time."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 
-from bvit_interp.analyses.patching.patches import Patches, Recovered, corrupt
+from bvit_interp.analyses.patching.patches import StepPatcher
 from bvit_interp.errors import UserError
 from bvit_interp.models.unroll import unroll
 from bvit_interp.probes.probe import Probe
@@ -29,7 +28,7 @@ def test_states_against_the_forward_written_by_hand(any_model, images, others, b
     blocks."""
     blocks, embed = blocks_of(any_model), getattr(any_model.blocks, "step_embed", None)
     last = len(blocks)
-    patches = Patches(any_model, tokens=tokens, steps=(1, 2, last))
+    patches = StepPatcher(any_model, tokens=tokens, steps=(1, 2, last))
     prefix = any_model.num_prefix_tokens
     rows = {"all": slice(None), "cls": slice(0, 1), "patches": slice(prefix, None)}[tokens]
     with torch.inference_mode():
@@ -51,7 +50,7 @@ def test_states_against_the_forward_written_by_hand(any_model, images, others, b
 
 
 def test_neurons_against_the_forward_written_by_hand(tiny, images, others, by_hand):
-    patches = Patches(tiny, "mlp_post", "cls", unit=5, steps=(2, 12))
+    patches = StepPatcher(tiny, "mlp_post", "cls", unit=5, steps=(2, 12))
     blocks = [tiny.blocks[0]] * 12
     with torch.inference_mode():
         logits = patches.logits(images, others)
@@ -82,7 +81,7 @@ def test_neurons_against_the_forward_written_by_hand(tiny, images, others, by_ha
     ],
 )
 def test_other_sites_against_one_edit_at_a_time(stacked, images, others, site, unit, index):
-    patches, probe = Patches(stacked, site, "patches", unit), Probe(stacked)
+    patches, probe = StepPatcher(stacked, site, "patches", unit), Probe(stacked)
     where = index(slice(1, None))
     with torch.inference_mode():
         logits, cache = patches.logits(images, others), probe.record(others, site)
@@ -103,7 +102,7 @@ def test_other_sites_against_one_edit_at_a_time(stacked, images, others, site, u
 def test_one_map_needs_one_longer_run(tiny, images, others):
     """F^(T-t)(z_s), by models of so many steps; and the same by restarts, in the unroll, which is
     not known as tied."""
-    patches, restarts = Patches(tiny, steps=(1, 12)), Patches(unroll(tiny), steps=(1, 12))
+    patches, restarts = StepPatcher(tiny, steps=(1, 12)), StepPatcher(unroll(tiny), steps=(1, 12))
     assert patches.tied and not restarts.tied
     with torch.inference_mode():
         logits = patches.logits(images, others)
@@ -119,7 +118,7 @@ def test_what_is_whole_and_what_is_one_map(tiny, tiny_te, tiny_hybrid, tiny_fl, 
     known = {
         model: (patches.whole, patches.tied)
         for model in (tiny, tiny_te, tiny_hybrid, tiny_fl, stacked)
-        for patches in [Patches(model)]
+        for patches in [StepPatcher(model)]
     }
     assert known == {
         tiny: (True, True),
@@ -129,14 +128,14 @@ def test_what_is_whole_and_what_is_one_map(tiny, tiny_te, tiny_hybrid, tiny_fl, 
         stacked: (True, False),
     }
     for options in ({"tokens": "cls"}, {"unit": 2}, {"site": "attn_out"}):
-        assert not Patches(tiny, **options).whole
+        assert not StepPatcher(tiny, **options).whole
 
 
 @pytest.mark.parametrize(
     ("site", "tokens", "patched"), [("resid_post", "cls", 792), ("z", "all", 936)]
 )
 def test_blocks_applied_are_those_of_the_docstring(tiny, images, site, tokens, patched):
-    patches, calls = Patches(tiny, site, tokens), []
+    patches, calls = StepPatcher(tiny, site, tokens), []
     handles = [
         b.register_forward_pre_hook(lambda _, x: calls.append(len(x[0])))
         for b in patches.view.blocks
@@ -149,7 +148,7 @@ def test_blocks_applied_are_those_of_the_docstring(tiny, images, site, tokens, p
 
 
 def test_one_map_applies_its_block_23_times(tiny, images):
-    patches, calls = Patches(tiny), []
+    patches, calls = StepPatcher(tiny), []
     handles = [b.register_forward_hook(lambda *_: calls.append(1)) for b in patches._longer.blocks]
     with torch.inference_mode():
         patches.logits(images, images)
@@ -159,7 +158,7 @@ def test_one_map_applies_its_block_23_times(tiny, images):
 
 
 def test_nothing_stays_on_the_model(tiny, images, watched_models):
-    patches = Patches(tiny, "z", "cls", steps=(1, 2))
+    patches = StepPatcher(tiny, "z", "cls", steps=(1, 2))
     watched_models.append(patches.view)
     before = tiny(images)
     patches.logits(images, images.flip(0))
@@ -176,68 +175,14 @@ def test_nothing_stays_on_the_model(tiny, images, watched_models):
         ({"site": "inner1.z"}, "this model has none"),
     ],
 )
-def test_bad_places(tiny, options, message):
+def test_what_the_model_does_not_have_is_refused(tiny, options, message):
     with pytest.raises(UserError, match=message):
-        Patches(tiny, **options)
+        StepPatcher(tiny, **options)
 
 
-# ---- the ratio of means --------------------------------------------------------------------------------
-
-
-def test_recovered_against_numpy_and_a_bootstrap():
-    rng = np.random.default_rng(0)
-    whole = 2 + rng.standard_normal(400)
-    gained = 0.7 * whole[:, None] + rng.standard_normal((400, 2)) * [0.5, 2.0]
-    metric = Recovered(2)
-    for part in (slice(0, 150), slice(150, 400)):
-        metric.update(torch.from_numpy(gained[part]), torch.from_numpy(whole[part, None]))
-    found = {key: values.numpy() for key, values in metric.compute().items()}
-    ratio = gained.mean(0) / whole.mean()
-    half = 1.959964 * (gained - ratio * whole[:, None]).std(0, ddof=1) / np.sqrt(400) / whole.mean()
-    np.testing.assert_allclose(found["value"], ratio, rtol=1e-12)
-    np.testing.assert_allclose(found["low"], ratio - half, rtol=1e-6)
-    np.testing.assert_allclose(found["high"], ratio + half, rtol=1e-6)
-    draws = [gained[i].mean(0) / whole[i].mean() for i in rng.integers(0, 400, (4000, 400))]
-    np.testing.assert_allclose(half, 1.96 * np.std(draws, axis=0), rtol=0.08)
-
-
-def test_recovered_without_numbers():
-    metric = Recovered(1)
-    metric.update(torch.tensor([[1.0]]), torch.tensor([[2.0]]))
-    alone = metric.compute()
-    assert (alone["value"].item(), alone["n"].item()) == (0.5, 1)
-    assert alone["low"].isnan().all()
-    nothing = Recovered(1)
-    nothing.update(torch.tensor([[1.0], [2.0]]), torch.zeros(2, 1))
-    assert nothing.compute()["value"].isnan().all()
-    with pytest.raises(UserError, match="NaN"):
-        metric.update(torch.tensor([[torch.nan]]), torch.tensor([[1.0]]))
-
-
-# ---- corruption ----------------------------------------------------------------------------------------
-
-
-def test_shuffled_patches_are_the_patches_elsewhere():
-    image = torch.arange(3 * 8 * 12.0).reshape(1, 3, 8, 12)
-    shuffled = corrupt(image, torch.tensor([5]), (2, 3), "shuffle")[0]  # patches of 4 x 4 pixels
-
-    def tiles(x):
-        return [
-            tuple(x[:, 4 * i : 4 * i + 4, 4 * j : 4 * j + 4].flatten().tolist())
-            for i in (0, 1)
-            for j in (0, 1, 2)
-        ]
-
-    assert sorted(tiles(shuffled)) == sorted(tiles(image[0]))
-    assert tiles(shuffled) != tiles(image[0])
-
-
-@pytest.mark.parametrize("kind", ["shuffle", "noise"])
-def test_an_image_is_always_corrupted_alike(images, kind):
-    whole = corrupt(images, torch.tensor([9, 3, 4, 5]), (4, 4), kind)
-    alone = corrupt(images[1:2], torch.tensor([3]), (4, 4), kind)
-    assert torch.equal(whole[1:2], alone)
-    assert not torch.equal(alone, corrupt(images[1:2], torch.tensor([4]), (4, 4), kind))
-    assert not torch.equal(alone, corrupt(images[1:2], torch.tensor([3]), (4, 4), kind, seed=1))
-    if kind == "noise":
-        assert (whole - images).std().item() == pytest.approx(1, abs=0.03)
+def test_wrong_shapes_are_refused(tiny, images):
+    patcher = StepPatcher(tiny, steps=(1, 2), tokens="cls")
+    with pytest.raises(TypeCheckError):
+        patcher.logits(images, images[:2])
+    with pytest.raises(TypeCheckError):
+        patcher.activations(images[0])
