@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 from scipy import stats
 
 from bvit_interp import metrics
@@ -80,3 +81,14 @@ def test_the_independent_column_beside_table_7(rounds, independent, uses):
     unused = metrics.independent_utilisation(density)[0].item()
     assert 100 * unused == pytest.approx(independent, abs=0.051)
     assert density.sum().item() / (1 - unused) == pytest.approx(uses, abs=0.0051)
+
+
+def test_wrong_shapes_are_refused():
+    for measure in (metrics.jaccard, metrics.specialization, metrics.utilisation):
+        with pytest.raises(TypeCheckError):
+            measure(ON_PAPER[0])
+        with pytest.raises(TypeCheckError):
+            measure(ON_PAPER.float())
+    for null in (metrics.independent_jaccard, metrics.independent_specialization):
+        with pytest.raises(TypeCheckError):
+            null(torch.zeros(2, 3))

@@ -1,4 +1,10 @@
-"""Do the steps of a pruned bViT use weights of their own?"""
+"""Do the steps of a pruned bViT use weights of their own?
+
+The models have one mask per step. The table has the overlap of the masks of two steps, the share of
+a step's weights that no other step uses, and the number of steps that use a weight. The nulls are
+independent masks as dense as the model's. The models are also run with the masks of their steps
+exchanged, and scored.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +16,10 @@ from bvit_interp.data.options import LoaderOptions
 from bvit_interp.errors import UserError
 
 Empty = Literal["nan", "1", "0"]
-
-
-ALL = "all"
-
-
+ALL_LAYERS = "all"
+"""Value of the column `layer` for the four matrices together."""
 PRUNED, COLLAPSE = "fully_pruned", "collapse"
+"""Values of the column `flag`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,15 +27,15 @@ class Config(LoaderOptions):
     """Options of the pathways."""
 
     empty: Empty = "nan"
-    """S_t of an empty mask and the overlap of two: nan (none, left out of means), 1 (as the paper
-    draws it) or 0."""
+    """Specialization of an empty mask and overlap of two empty masks: nan (undefined, left out of
+    means), 1 (as the paper draws them) or 0."""
     swaps: bool = False
     """Run every step on every other step's masks too: T (T - 1) runs, each from the step that is
     changed."""
     shuffles: int = 5
-    """Random orders of the masks over the steps to run; 0 for none."""
+    """Number of random orders of the masks over the steps to run; 0 for none."""
     seed: int = 0
-    """Of the orders."""
+    """Random seed for the orders."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,32 +50,35 @@ class Config(LoaderOptions):
 COLUMNS = {
     "model": "checkpoint",
     "sparsity": "mask-level sparsity of the model, 1 - mean over steps of |M_t| / |W|, 0..1",
-    "statistic": "accuracy; shuffled (its mean with the masks in other orders); swapped (accuracy with the masks of"
-    " other_step at step); mask_sparsity (of a step, or the mean over steps); weight_sparsity (share of weights in no"
-    " mask) and weight_sparsity_layer_mean (mean of the four matrices', regardless of size); least_weight_sparsity"
-    " (the least that masks of these sizes can have); mean_uses (mean number of steps using an active weight);"
-    " utilisation (share of the union's weights that exactly `uses` steps use); specialization (S_t); jaccard (of two"
-    " steps; of all matrices the mean by size); jaccard_mean (its mean over pairs); collapse (rise of jaccard_mean"
-    " since the next less sparse model of the run)",
-    "component": "qkv, proj, fc1, fc2, or all of them",
-    "step": "step t, from 1; none for a number of all steps",
-    "other_step": "the other step of a pair, or the one whose masks are used",
-    "uses": "number of steps u that use a weight; of utilisation alone",
-    "convention": "value given to 0 / 0: empty=nan, empty=1 or empty=0; of specialization and jaccard alone",
-    "value": "the statistic, 0..1 (mean_uses: steps, 1..T; collapse: -1..1)",
-    "null": "of masks: expected of independent masks of the same densities; of accuracies: share of the most frequent"
-    " class among the images; none where there is nothing to expect",
-    "low": "lower end of a 95 % interval: of masks that of the null (each weight drawn by itself), of accuracies"
-    " Wilson's of the value; of shuffled the least accurate order",
-    "high": "upper end of it; of shuffled the most accurate order",
-    "n": "what the value is a share of: weights, or images",
-    "flag": "fully_pruned: no weight is left (of both steps of a pair); collapse: the mean overlap rises beyond chance",
+    "metric": "accuracy; shuffled (mean accuracy with the masks in other orders); swapped (accuracy"
+    " with the masks of other_step at step); mask_sparsity (of a step, or the mean over steps);"
+    " weight_sparsity (share of weights in no mask); weight_sparsity_layer_mean (unweighted mean of"
+    " the four matrices' weight_sparsity); least_weight_sparsity (the least that masks of these"
+    " sizes can have); mean_uses (mean number of steps that use an active weight); utilisation"
+    " (share of the union's weights that exactly `uses` steps use); specialization (S_t); jaccard"
+    " (overlap of two steps; for all matrices their mean by size); jaccard_mean (mean overlap over"
+    " pairs); collapse (rise of jaccard_mean since the next less sparse model of the run)",
+    "layer": "qkv, proj, fc1, fc2, or all of them",
+    "step": "step t, from 1; empty for a number over all steps",
+    "other_step": "the other step of a pair, or the step whose masks are used",
+    "uses": "number of steps u that use a weight; for utilisation only",
+    "convention": "value given to 0 / 0: empty=nan, empty=1 or empty=0; for specialization and the"
+    " overlaps only",
+    "value": "value of the metric, 0..1 (mean_uses: 1..T steps; collapse: -1..1)",
+    "null": "for masks the expectation over independent masks of the same densities; for accuracies"
+    " the share of the most frequent class among the images; empty where there is no null",
+    "low": "lower end of a 95 % interval: for masks of the null (each weight drawn independently),"
+    " for accuracies Wilson's of the value; for shuffled the least accurate order",
+    "high": "upper end of the interval; for shuffled the most accurate order",
+    "n": "number of weights or images that the value is a share of",
+    "flag": "fully_pruned: no weight is left (in both steps of a pair); collapse: the mean overlap"
+    " rises beyond chance",
 }
 
 
-def run_of(name: str) -> str:
-    """The pruning run a model is of: its name up to the last "/"."""
-    return name.rpartition("/")[0]
+def run_of(model: str) -> str:
+    """The pruning run of a model: its name up to the last "/"."""
+    return model.rpartition("/")[0]
 
 
 __getattr__, __dir__, __all__ = attach(__name__)

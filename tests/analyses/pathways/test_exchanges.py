@@ -1,9 +1,10 @@
-"""Masks at other steps against models made with those masks, from the first step on."""
+"""Exchanged masks against models made with those masks, run from the first step on."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 
 from bvit_interp.analyses.pathways.exchanges import Exchanges
 from bvit_interp.models.masks import Masks, full, masked
@@ -12,10 +13,10 @@ from bvit_interp.models.unroll import unroll
 
 def thinned(model, density=0.5, seed=0):
     every, generator = full(model), torch.Generator().manual_seed(seed)
-    of = {
+    thin = {
         name: torch.rand(mask.shape, generator=generator) < density for name, mask in every.items()
     }
-    return Masks(of, every.blocks)
+    return Masks(thin, every.blocks)
 
 
 def test_restarting_from_the_changed_step_is_a_full_run_with_the_exchanged_masks(any_model, images):
@@ -27,7 +28,7 @@ def test_restarting_from_the_changed_step_is_a_full_run_with_the_exchanged_masks
     with torch.inference_mode():
         own, *others = exchanges.logits(images)
         assert torch.equal(own, view(images))
-        assert torch.equal(own, exchanges.view(images))  # the weights are back at their steps
+        assert torch.equal(own, exchanges.unrolled(images))  # the weights are back at their steps
     steps = list(range(masks.count))
     orders = [
         [s if t == changed else t for t in steps] for changed, s in exchanges.swaps
@@ -94,5 +95,12 @@ def test_an_error_leaves_every_weight_at_its_step(tiny, images, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             next(runs)
         monkeypatch.undo()
-        assert torch.equal(own, exchanges.view(images))
-    assert len(unroll(exchanges.view).blocks) == 12
+        assert torch.equal(own, exchanges.unrolled(images))
+    assert len(unroll(exchanges.unrolled).blocks) == 12
+
+
+def test_wrong_shapes_are_refused(tiny):
+    masks = thinned(tiny)
+    exchanges = Exchanges(masked(tiny, masks, baked=True), masks)
+    with pytest.raises(TypeCheckError):
+        next(exchanges.logits(torch.zeros(3, 32, 32)))

@@ -1,17 +1,15 @@
 """Pathways against masks worked out on paper, random masks against their nulls, and models run with
-moved masks."""
+moved
+masks."""
 
 from __future__ import annotations
-
-import io
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from bvit_interp.analyses import pathways
-from bvit_interp.analyses.pathways import COLUMNS, Config, measure, plot
+from bvit_interp.analyses.pathways import COLUMNS, Config, measure
 from bvit_interp.data.geometry import Geometry
 from bvit_interp.errors import UserError
 from bvit_interp.metrics import wilson_interval
@@ -20,29 +18,29 @@ from bvit_interp.models.unroll import unroll
 
 
 def thinned(model, density=0.5, seed=0, emptied=()):
-    """Independent masks; `emptied` names (component, step from 1) without a weight."""
+    """Independent masks; `emptied` names (layer, step from 1) without a weight."""
     every, generator = full(model), torch.Generator().manual_seed(seed)
-    of = {
+    thin = {
         name: torch.rand(mask.shape, generator=generator) < density for name, mask in every.items()
     }
     for name, step in emptied:
-        of[name][step - 1] = False
-    return Masks(of, every.blocks)
+        thin[name][step - 1] = False
+    return Masks(thin, every.blocks)
 
 
 def view(model, **kwargs):
     return masked(model, thinned(model, **kwargs), baked=True)
 
 
-def rows(frame, statistic, **keys):
-    found = frame[frame["statistic"] == statistic]
+def rows(frame, metric, **keys):
+    found = frame[frame["metric"] == metric]
     for key, value in keys.items():
         found = found[found[key] == value]
     return found
 
 
-def value(frame, statistic, **keys):
-    return rows(frame, statistic, **keys)["value"].item()
+def value(frame, metric, **keys):
+    return rows(frame, metric, **keys)["value"].item()
 
 
 def hits(model, data):
@@ -53,6 +51,11 @@ def hits(model, data):
             -1
         )
     return np.mean(answers.numpy() == [label for _, label, _ in scenes])
+
+
+def test_columns(tiny, digits):
+    frame = measure({"m": view(tiny)}, digits, Config(limit=4, swaps=True))
+    assert list(frame) == list(COLUMNS)
 
 
 def test_every_number_against_numpy(any_model, digits):
@@ -71,9 +74,9 @@ def test_every_number_against_numpy(any_model, digits):
     assert frame["sparsity"].unique() == pytest.approx(
         [1 - np.mean([len(e) for e in every]) / sum(size.values())]
     )
-    for component, sets in {**active, "all": every}.items():
-        of = frame[frame["component"] == component]
-        width = size.get(component, sum(size.values()))
+    for layer, sets in {**active, "all": every}.items():
+        of = frame[frame["layer"] == layer]
+        width = size.get(layer, sum(size.values()))
         union = set().union(*sets)
         assert value(of[of["step"].isna()], "mask_sparsity") == pytest.approx(
             1 - np.mean([*map(len, sets)]) / width
@@ -89,7 +92,7 @@ def test_every_number_against_numpy(any_model, digits):
         ]
         expected = [len(own) / len(one) for own, one in zip(alone, sets, strict=True)]
         np.testing.assert_allclose(rows(of, "specialization")["value"], expected)
-    for _, row in rows(frame, "jaccard", component="fc1").iterrows():
+    for _, row in rows(frame, "jaccard", layer="fc1").iterrows():
         i, j = (active["fc1"][int(row[key]) - 1] for key in ("step", "other_step"))
         assert row["value"] == len(i & j) / len(i | j)
         assert row["n"] == pytest.approx(len(i | j))
@@ -99,8 +102,8 @@ def test_every_number_against_numpy(any_model, digits):
         for j in steps
         if i < j and model.masks.blocks[i] == model.masks.blocks[j]
     ]
-    assert len(rows(frame, "jaccard", component="all")) == len(pairs)
-    by_layer = [value(frame, "weight_sparsity", component=name) for name in size]
+    assert len(rows(frame, "jaccard", layer="all")) == len(pairs)
+    by_layer = [value(frame, "weight_sparsity", layer=name) for name in size]
     assert value(frame, "weight_sparsity_layer_mean") == pytest.approx(np.mean(by_layer))
 
 
@@ -108,14 +111,14 @@ def test_size_weighted_mean_of_the_overlap(tiny, digits):
     """qkv has 3 parts of 12, proj 1, fc1 and fc2 4 each (eq. 11)."""
     frame = measure({"m": view(tiny)}, digits, Config(limit=2, shuffles=0))
     by = {
-        name: value(frame, "jaccard_mean", component=name, convention="empty=nan")
+        name: value(frame, "jaccard_mean", layer=name, convention="empty=nan")
         for name in full(tiny)
     }
     expected = (3 * by["qkv"] + by["proj"] + 4 * by["fc1"] + 4 * by["fc2"]) / 12
-    assert value(frame, "jaccard_mean", component="all", convention="empty=nan") == pytest.approx(
+    assert value(frame, "jaccard_mean", layer="all", convention="empty=nan") == pytest.approx(
         expected
     )
-    each = rows(frame, "jaccard", component="proj")["value"]
+    each = rows(frame, "jaccard", layer="proj")["value"]
     assert len(each) == 66
     assert by["proj"] == pytest.approx(each.mean())
 
@@ -128,16 +131,14 @@ def test_random_masks_are_what_their_nulls_say_and_one_mask_for_all_is_not(make,
     frame = measure(
         model_of | {"one": masked(model, one, baked=True)}, digits, Config(limit=2, shuffles=0)
     )
-    of_masks = frame[frame["null"].notna() & ~frame["statistic"].isin(["accuracy", "collapse"])]
-    inside = of_masks["value"].between(of_masks["low"], of_masks["high"])
-    assert inside[of_masks["model"] == "random"].mean() > 0.93
-    assert inside[of_masks["model"] == "one"].mean() < 0.1
+    compared = frame[frame["null"].notna() & ~frame["metric"].isin(["accuracy", "collapse"])]
+    inside = compared["value"].between(compared["low"], compared["high"])
+    assert inside[compared["model"] == "random"].mean() > 0.93
+    assert inside[compared["model"] == "one"].mean() < 0.1
     found = frame[frame["model"] == "one"]
     assert (rows(found, "specialization")["value"] == 0).all()
-    assert value(found, "weight_sparsity", component="all") == pytest.approx(
-        found["sparsity"].iloc[0]
-    )
-    assert value(found, "least_weight_sparsity", component="all") == 0
+    assert value(found, "weight_sparsity", layer="all") == pytest.approx(found["sparsity"].iloc[0])
+    assert value(found, "least_weight_sparsity", layer="all") == 0
 
 
 @pytest.mark.parametrize(("empty", "shown"), [("nan", np.nan), ("1", 1.0), ("0", 0.0)])
@@ -145,28 +146,27 @@ def test_fully_pruned_layers_by_every_convention(tiny, digits, empty, shown):
     models = {"m": view(tiny, emptied=[("fc2", 3), ("fc2", 4), ("proj", 3)])}
     frame = measure(models, digits, Config(limit=2, shuffles=0, empty=empty))
     flagged = frame[frame["flag"] == "fully_pruned"]
-    found = {(row["statistic"], row["component"], row["step"]) for _, row in flagged.iterrows()}
+    found = {(row["metric"], row["layer"], row["step"]) for _, row in flagged.iterrows()}
     expected = {
         (s, *place)
         for s in ("specialization", "mask_sparsity")
         for place in (("fc2", 3), ("fc2", 4), ("proj", 3))
     }
     assert found == expected | {("jaccard", "fc2", 3)}  # with step 4
-    undefined = flagged[flagged["statistic"] != "mask_sparsity"]
+    undefined = flagged[flagged["metric"] != "mask_sparsity"]
     np.testing.assert_array_equal(undefined["value"], [shown] * 4)
     np.testing.assert_array_equal(undefined["null"], [shown] * 4)
     assert (undefined["convention"] == f"empty={empty}").all()
     assert (rows(frame, "mask_sparsity", flag="fully_pruned")["value"] == 1).all()
-    half_empty = rows(frame, "jaccard", component="fc2", step=1, other_step=3)
+    half_empty = rows(frame, "jaccard", layer="fc2", step=1, other_step=3)
     assert half_empty["value"].item() == 0  # one of the two has weights: no 0 / 0
-    means = rows(frame, "jaccard_mean", component="fc2").set_index("convention")["value"]
+    means = rows(frame, "jaccard_mean", layer="fc2").set_index("convention")["value"]
     assert set(means.index) == {"empty=nan", "empty=1", f"empty={empty}"}
     total = 66 * means["empty=1"] - 1
     assert means["empty=nan"] == pytest.approx(total / 65)
-    plot(frame)
 
 
-def test_collapse_is_told_from_thinning(tiny, digits):
+def test_collapse_is_not_confused_with_thinning(tiny, digits):
     """In order of sparsity whatever the order given: thinner random masks overlap less, equal ones
     more."""
     models = {"run/b": view(tiny, density=0.3, seed=1), "run/a": view(tiny, density=0.6)}
@@ -229,10 +229,9 @@ def test_a_stack_of_copies_has_the_accuracy_of_the_bvit_but_shares_nothing(tiny,
     assert (rows(of["stack"], "specialization")["value"] == 1).all()
     assert rows(of["stack"], "jaccard").empty
     assert rows(of["stack"], "shuffled").empty
-    assert value(of["stack"], "weight_sparsity", component="all") == pytest.approx(
+    assert value(of["stack"], "weight_sparsity", layer="all") == pytest.approx(
         of["stack"]["sparsity"].iloc[0]
     )
-    plot(of["stack"])
 
 
 def test_models_come_back_and_out_of_memory_halves_the_batch(tiny, digits, monkeypatch):
@@ -252,45 +251,6 @@ def test_models_come_back_and_out_of_memory_halves_the_batch(tiny, digits, monke
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_columns_and_figure_from_the_csv_alone(tiny, digits, tmp_path):
-    models = {
-        f"{run}/round-{p:02d}": view(tiny, density=0.8**p, seed=p, emptied=[("fc2", 7)] * (p == 20))
-        for run in ("rtl", "random")
-        for p in (1, 13, 20)
-    }
-    frame = measure(models, digits, Config(limit=10, shuffles=1))
-    assert list(frame) == list(COLUMNS)
-    assert frame.groupby("model", sort=False).ngroups == 6
-    figure = plot(pd.read_csv(io.StringIO(frame.to_csv(index=False))))
-    *exclusive, utilisation, overlap, accuracy, weights = [
-        ax for ax in figure.axes if ax.get_title()
-    ]
-    assert len(exclusive) == 4
-    of = rows(
-        frame[frame["model"].str.startswith("rtl")], "specialization", component="fc1", step=1
-    )
-    np.testing.assert_allclose(exclusive[2].lines[0].get_ydata(), of["null"])
-    np.testing.assert_allclose(exclusive[2].lines[1].get_ydata(), of["value"])
-    assert len(exclusive[3].collections[0].get_offsets()) == 1  # the fully pruned step
-    np.testing.assert_allclose(
-        exclusive[3].collections[0].get_offsets()[0], [1 - of["sparsity"].iloc[2], 1]
-    )
-    bars = rows(frame, "utilisation", component="all", model="rtl/round-13")["value"]
-    np.testing.assert_allclose([bar.get_height() for bar in utilisation.patches], bars)
-    assert {line.get_label() for line in accuracy.lines} >= {"rtl", "random", "most frequent class"}
-    drawn = {line.get_label(): line.get_ydata() for line in (*overlap.lines, *weights.lines)}
-    of = rows(frame[frame["model"].str.startswith("rtl")], "weight_sparsity", component="all")
-    np.testing.assert_allclose(drawn["rtl"], of["value"])
-    np.testing.assert_allclose(drawn["one mask for all steps"], of["sparsity"])
-    single = measure({"m": view(tiny)}, digits, Config(limit=4, swaps=True))
-    figure = plot(pd.read_csv(io.StringIO(single.to_csv(index=False))))
-    heat = next(ax for ax in figure.axes if ax.get_xlabel() == "masks of step")
-    assert heat.images[0].get_array().shape == (12, 12)
-    assert [bar.get_height() for bar in figure.axes[0].patches] == pytest.approx(
-        rows(single, "specialization", component="qkv")["value"].tolist()
-    )
-
-
 def test_bad_input(tiny, stacked, digits):
     with pytest.raises(UserError, match="empty must be one of nan, 1, 0, got 'none'"):
         Config(empty="none")
@@ -304,8 +264,3 @@ def test_bad_input(tiny, stacked, digits):
     foreign.masks = Masks({"blocks.0.attn.qkv.weight": torch.ones(2, 3, 3, dtype=torch.bool)})
     with pytest.raises(UserError, match="the masks of tickets are not of its 3 steps"):
         measure({"tickets": foreign}, digits, Config())
-
-
-def test_it_is_said_that_the_papers_last_row_cannot_be():
-    assert "arithmetically impossible" in pathways.__doc__
-    assert 12 * 0.8**30 < 1 - 0.982

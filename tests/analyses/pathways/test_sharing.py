@@ -7,8 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 
-from bvit_interp.analyses.pathways.sharing import ALL, Sharing
+from bvit_interp.analyses.pathways import ALL_LAYERS as ALL
+from bvit_interp.analyses.pathways.sharing import Compared, Sharing
 from bvit_interp.models.masks import Masks
 
 # three steps; a has six weights, b two, of which step 2 has none and step 3 all
@@ -24,11 +26,11 @@ def drawn(density, shapes, seed=0, blocks=None):
     """Independent masks: step t has each weight of component c with probability
     ``density[c][t]``."""
     generator = torch.Generator().manual_seed(seed)
-    of = {
+    masks = {
         c: torch.rand(len(q), *shapes[c], generator=generator) < torch.tensor(q).view(-1, 1, 1)
         for c, q in density.items()
     }
-    return Masks(of, blocks)
+    return Masks(masks, blocks)
 
 
 def test_values_on_paper():
@@ -45,10 +47,10 @@ def test_values_on_paper():
     assert found.utilisation(ALL).count.tolist() == [7, 7, 7]
     np.testing.assert_array_equal(found.specialization("b").value, [0, math.nan, 1 / 2])
     assert found.specialization(ALL).value.tolist() == pytest.approx([1 / 4, 1 / 3, 2 / 4])
-    assert found.unused(ALL).value.item() == 1 / 8
-    assert found.unused_by_layer().value.item() == (1 / 6 + 0) / 2
+    assert found.weight_sparsity(ALL).value.item() == 1 / 8
+    assert found.mean_weight_sparsity().value.item() == (1 / 6 + 0) / 2
     assert (
-        found.least_unused("a") == found.least_unused(ALL) == 0
+        found.least_weight_sparsity("a") == found.least_weight_sparsity(ALL) == 0
     )  # eight, and three, for six and for two weights
     assert found.mean_uses(ALL).value.item() == 11 / 7
 
@@ -61,9 +63,12 @@ def test_nulls_on_paper():
     assert found.jaccard("a").null.tolist() == pytest.approx(
         [1 / 3, (1 / 6) / (2 / 3), (1 / 6) / (2 / 3)]
     )
-    assert found.unused("a").null.item() == pytest.approx(unused)
-    assert found.unused(ALL).null.item() == pytest.approx((6 * unused + 2 * 0) / 8)
+    assert found.weight_sparsity("a").null.item() == pytest.approx(unused)
+    assert found.weight_sparsity(ALL).null.item() == pytest.approx((6 * unused + 2 * 0) / 8)
     assert found.mean_uses("a").null.item() == pytest.approx(sum(q) / (1 - unused))
+    std = math.sqrt(unused * (1 - unused) / 6)  # of the share of unused weights
+    assert found.mean_uses("a").null_std.item() == pytest.approx(sum(q) / (1 - unused) ** 2 * std)
+    assert found.mean_uses("a").count.item() == 5
     once = 1 / 2 * 1 / 2 * 2 / 3 * 2 + 1 / 2 * 1 / 2 * 1 / 3
     thrice = 1 / 2 * 1 / 2 * 1 / 3
     expected = [once, 1 - unused - once - thrice, thrice]
@@ -76,7 +81,7 @@ def test_nulls_on_paper():
         [3 / 4 * 1 / 3, 1 / 3, 2 / 4 * 1 / 4 + 2 / 4 * 1 / 2]
     )
     half = 1.959964 * math.sqrt(unused * (1 - unused) / 6)
-    (row,) = found.unused("a").rows()  # the lower end of the interval would be negative
+    (row,) = found.weight_sparsity("a").rows()  # the lower end of the interval would be negative
     assert row == pytest.approx(
         {"value": 1 / 6, "null": unused, "low": 0, "high": unused + half, "n": 6}
     )
@@ -99,10 +104,10 @@ def test_empty_masks_by_every_convention():
     )
     assert found.mean_jaccard(ALL, 1.0).value.item() == pytest.approx((6 * 1.0 + 2 * 1) / 24)
     np.testing.assert_array_equal(found.specialization("b").value, [1, math.nan, math.nan])
-    assert found.specialization("b").or_else(1.0).value.tolist() == [1, 1, 1]
+    assert found.specialization("b").fill_undefined(1.0).value.tolist() == [1, 1, 1]
     assert found.specialization(ALL).value[1].item() == 1 / 3
     nothing = Sharing(Masks({"a": torch.zeros(2, 1, 4, dtype=torch.bool)}))
-    assert nothing.unused(ALL).value.item() == nothing.least_unused(ALL) == 1
+    assert nothing.weight_sparsity(ALL).value.item() == nothing.least_weight_sparsity(ALL) == 1
     assert all(
         x.value.isnan().all()
         for x in (nothing.utilisation(ALL), nothing.mean_jaccard(ALL), nothing.mean_uses(ALL))
@@ -121,8 +126,8 @@ def test_random_masks_lie_within_their_nulls_about_as_often_as_said(blocks):
         "jaccard of all": lambda x: x.jaccard(ALL),
         "mean jaccard": lambda x: x.mean_jaccard(ALL),
         "utilisation": lambda x: x.utilisation("b"),
-        "unused": lambda x: x.unused(ALL),
-        "by layer": lambda x: x.unused_by_layer(),
+        "weight sparsity": lambda x: x.weight_sparsity(ALL),
+        "by layer": lambda x: x.mean_weight_sparsity(),
         "uses": lambda x: x.mean_uses(ALL),
     }
     inside, deviation = {name: [] for name in measures}, {name: [] for name in measures}
@@ -138,7 +143,7 @@ def test_random_masks_lie_within_their_nulls_about_as_often_as_said(blocks):
             ]
             inside[name] += [row["low"] <= row["value"] <= row["high"] for row in rows]
             deviation[name].append(
-                ((compared.value - compared.null) / compared.spread)[kept].mean().item()
+                ((compared.value - compared.null) / compared.null_std)[kept].mean().item()
             )
     for name in measures:
         assert 0.93 <= np.mean(inside[name]) <= 1, name
@@ -165,7 +170,10 @@ def test_steps_of_different_blocks_are_never_compared():
     np.testing.assert_array_equal(
         found.specialization("a").value[::2], first.specialization("a").value
     )
-    assert found.unused(ALL).value == (first.unused(ALL).value + second.unused(ALL).value) / 2
+    assert (
+        found.weight_sparsity(ALL).value
+        == (first.weight_sparsity(ALL).value + second.weight_sparsity(ALL).value) / 2
+    )
     assert (
         found.mean_jaccard(ALL).value
         == (first.mean_jaccard(ALL).value + second.mean_jaccard(ALL).value) / 2
@@ -179,7 +187,7 @@ def test_steps_of_different_blocks_are_never_compared():
         == [1] * 4
     )
     assert alone.utilisation(ALL).value.tolist() == [1, 0, 0, 0]
-    assert alone.unused(ALL).value == pytest.approx(1 - masks["a"].double().mean().item())
+    assert alone.weight_sparsity(ALL).value == pytest.approx(1 - masks["a"].double().mean().item())
 
 
 @pytest.mark.parametrize(
@@ -191,8 +199,35 @@ def test_the_least_possible_column_beside_table_7(rounds, least):
     mask = torch.zeros(12, 1, 100_000, dtype=torch.bool)
     mask[:, :, : round(1e5 * 0.8**rounds)] = True
     found = Sharing(Masks({"a": mask}))
-    assert 100 * found.least_unused(ALL) == pytest.approx(least, abs=0.051)
+    assert 100 * found.least_weight_sparsity(ALL) == pytest.approx(least, abs=0.051)
     assert 100 * (1 - found.sizes[ALL].mean().item() / 1e5) == pytest.approx(
         100 * (1 - 0.8**rounds), abs=1e-3
     )
-    assert found.unused(ALL).null.item() > found.least_unused(ALL) - 1e-9
+    assert found.weight_sparsity(ALL).null.item() > found.least_weight_sparsity(ALL) - 1e-9
+
+
+def test_weighted_mean_and_difference_on_paper():
+    """Two layers of two numbers; the second number of the first layer is undefined."""
+    numbers = torch.tensor
+    found = Compared(
+        numbers([[0.5, math.nan], [0.2, 0.4]]).double(),
+        numbers([[0.1, 0.9], [0.3, 0.3]]).double(),
+        numbers([[0.03, 0.5], [0.04, 0.02]]).double(),
+        numbers([[10, 20], [30, 40]]).double(),
+    )
+    mean = found.mean(numbers([[3.0, 3.0], [1.0, 1.0]]))
+    assert mean.value.tolist() == pytest.approx([(3 * 0.5 + 0.2) / 4, 0.4])
+    assert mean.null.tolist() == pytest.approx([(3 * 0.1 + 0.3) / 4, 0.3])
+    assert mean.null_std.tolist() == pytest.approx([math.hypot(0.09, 0.04) / 4, 0.02])
+    assert mean.count.tolist() == [40, 60]
+    apart = mean.minus(mean.map(lambda column: 2 * column))
+    assert apart.value.tolist() == pytest.approx([-(3 * 0.5 + 0.2) / 4, -0.4])
+    assert apart.null_std.tolist() == pytest.approx((5**0.5 * mean.null_std).tolist())
+
+
+def test_wrong_shapes_are_refused():
+    three, two = torch.zeros(3).double(), torch.zeros(2).double()
+    with pytest.raises(TypeCheckError):
+        Compared(three, three, three, two)
+    with pytest.raises(TypeCheckError):
+        Compared.shares(three, two, three)
