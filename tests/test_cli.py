@@ -138,7 +138,7 @@ QUICK = {
     "features": ["--neurons", "3", "--steps", "2", "--iterations", "2"],
     "cost": ["--runs", "3", "--batch-size", "2"],
     "trajectories": ["--methods", "pca"],
-    "early_exit": ["--timed-images", "6", "--timed-batch", "3"],
+    "early_exit": ["--n-timed", "6", "--timed-batch", "3"],
     "selectivity": ["--n-ablated", "2", "--random-units", "1"],
     "ablation": ["--n-ablated", "2", "--methods", "mean", "--groups", "0", "--scopes", "each"],
     "patching": ["--steps", "1", "12"],

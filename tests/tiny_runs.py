@@ -15,7 +15,7 @@ from bvit_interp.models import masks
 from bvit_interp.models.exits import FILE, Exits
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "features": {"neurons": (3, 5), "steps": (1, 3), "iterations": 3, "chunk": 2, "limit": 24},
+    "features": {"neurons": (3, 5), "steps": (1, 3), "iterations": 3, "chunk_size": 2, "limit": 24},
     "pointing_game": {},
     "pathways": {"swaps": True, "shuffles": 2},
     "energy_rank": {},
@@ -24,7 +24,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "trajectories": {"methods": ("pca",)},
     "dynamics": {},
     "evaluate": {},
-    "early_exit": {"timed_images": 8, "timed_batch": 4},
+    "early_exit": {"n_timed": 8, "timed_batch": 4},
     "attention": {},
     "cost": {"runs": 2},
     "selectivity": {"n_ablated": 6, "random_units": 1},
@@ -40,7 +40,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "limit": 12,
     },
     "step_attribution": {"folds": 4, "sparsities": (0.5,), "limit": 24},
-    "schedule": {"scored": 12, "matrix_images": 6, "runs": (2, 6), "shifts": (1,)},
+    "schedule": {"n_scored": 12, "n_matrix": 6, "runs": (2, 6), "shifts": (1,)},
     "circuits": {
         "methods": ("gradient", "learned"),
         "fractions": (0.5,),
@@ -85,7 +85,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str | None]] = {
         "features",
         {
             "neurons": "auto",
-            "count": 2,
+            "n_neurons": 2,
             "steps": (2,),
             "iterations": 2,
             "limit": 24,
@@ -94,7 +94,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str | None]] = {
         },
         None,
     ),
-    "images as spectra": ("features", {"image": "fourier"}, "lucent"),
+    "images as spectra": ("features", {"parametrisation": "fourier"}, "lucent"),
     "gates to zero": ("circuits", {"ablation": "zero", "methods": ("gradient",)}, None),
 }
 """Ways through an analysis that its own options here do not take: analysis, options, package that
@@ -129,7 +129,6 @@ def table(word: str, model: nn.Module, data: Any, folder: Path, **options: Any) 
 
 
 OF_THE_MACHINE = [
-    "ms",
     "saved_time",
     "latency_ms",
     "latency_low",

@@ -1,10 +1,10 @@
-"""Early exits: classifiers that read CLS at chosen steps of a frozen model, and a run that really
-stops at them.
+"""Early exits: classifiers at chosen steps, and a run that stops at them.
 
-Appendix B of bViT (arXiv 2605.10661): exit e answers ``y_e = C_e(z_{t_e}^cls)`` with confidence
-``max softmax(y_e)``; an image leaves at the first exit whose confidence exceeds the threshold, else
-the model's own head answers after T. C_e is a weight-only RMSNorm and a Linear (ours: the paper
-does not print it; the residual grows with t).
+Appendix B of bViT (arXiv 2605.10661): exit e predicts ``y_e = C_e(z_{t_e}^cls)`` from the CLS token
+of the frozen model, with confidence ``max softmax(y_e)``. An image leaves at the first exit whose
+confidence exceeds the threshold, else it gets the prediction of the model's own head after step T.
+C_e is a weight-only RMSNorm and a Linear (ours: the paper does not print it; the norm is there
+because the residual grows with t).
 """
 
 from __future__ import annotations
@@ -16,25 +16,28 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from bvit_interp.errors import CheckpointError, UserError
-from bvit_interp.models.stepping import advance, answer, embed
+from bvit_interp.metrics.exits import is_confident
+from bvit_interp.models.stepping import advance, answer, device_of, embed, states
 from bvit_interp.results import replacing, weights_hash
 
 FILE = "exits.safetensors"
 
 
 class Exits(nn.Module):
-    """One classifier after each of the steps `steps`, all of them computed at once.
+    """One classifier after each step of `steps`, all of them computed at once.
 
     Parameters
     ----------
     steps : t_e, ascending, each before the last step of the model.
-    width, classes : D and C.
+    width : D.
+    classes : C.
     """
 
     def __init__(self, steps: tuple[int, ...], width: int, classes: int) -> None:
@@ -44,14 +47,16 @@ class Exits(nn.Module):
         self.weight = nn.Parameter(torch.zeros(len(steps), classes, width))
         self.bias = nn.Parameter(torch.zeros(len(steps), classes))
 
-    def forward(self, states: Tensor) -> Tensor:
-        """Logits ``(B, E, C)`` of the CLS tokens after the exits' steps ``(B, E, D)``."""
+    def forward(
+        self, states: Float[Tensor, "batch exits width"]
+    ) -> Float[Tensor, "batch exits classes"]:
+        """Logits for the CLS tokens after the exits' steps."""
         return (
             torch.einsum("bed,ecd->bec", self._normed(states) * self.norm, self.weight) + self.bias
         )
 
-    def one(self, e: int, state: Tensor) -> Tensor:
-        """Logits ``(B, C)`` of exit e (from 0) for CLS tokens ``(B, D)``."""
+    def one(self, e: int, state: Float[Tensor, "batch width"]) -> Float[Tensor, "batch classes"]:
+        """Logits of exit e (from 0) for CLS tokens."""
         return F.linear(self._normed(state) * self.norm[e], self.weight[e], self.bias[e])
 
     @staticmethod
@@ -59,7 +64,7 @@ class Exits(nn.Module):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
 
     def save(self, path: Path, model: nn.Module, about: Mapping[str, Any]) -> None:
-        """Write them as the exits of `model`'s weights."""
+        """Write the exits of `model`'s weights, with facts `about` their training."""
         kept = {"steps": self.steps, "weights": weights_hash(model), **about}
         with replacing(path) as temporary:
             tensors = {
@@ -67,11 +72,18 @@ class Exits(nn.Module):
                 for name, tensor in self.state_dict().items()
             }
             save_file(tensors, str(temporary), metadata={"exits": json.dumps(kept)})
-            temporary.chmod(0o644)  # safetensors leaves it to its owner alone
+            temporary.chmod(0o644)  # safetensors lets only the owner read it
 
     @classmethod
     def load(cls, path: Path, model: VisionTransformer) -> Exits:
-        """Read the exits of `model`; those of other weights are refused."""
+        """Read the exits of `model`.
+
+        Raises
+        ------
+        CheckpointError
+            For a missing or damaged file, NaN or infinite weights, and exits of another model's
+            weights.
+        """
         if not path.is_file():
             raise CheckpointError(
                 f"no exits at {path}: make them with `bvit-interp early-exit train`"
@@ -88,64 +100,88 @@ class Exits(nn.Module):
             raise CheckpointError(f"{path}: the exits hold NaN or infinite weights")
         if about.get("weights") != weights_hash(model):
             raise CheckpointError(f"{path}: exits of another model's weights")
-        return exits.to(next(model.parameters()).device).eval()
+        return exits.to(device_of(model)).eval()
 
 
 def check_exits(steps: tuple[int, ...], model: VisionTransformer) -> tuple[int, ...]:
-    """The exits' steps, ascending; a UserError for none, repeated ones, or one that is not before
-    the last step."""
+    """The steps of the exits, ascending.
+
+    Raises
+    ------
+    UserError
+        For no exit, a repeated one, one that is not before the last step, and a model without a CLS
+        token.
+    """
     last = len(model.blocks)
     if last < 2:
-        raise UserError("a model of one step has no step to leave before its head")
+        raise UserError("a model of one step has no step before its head at which to exit")
     if not steps or len(set(steps)) < len(steps) or not all(1 <= t < last for t in steps):
         raise UserError(
-            f"exits must be different steps of 1..{last - 1}, got {steps}; after step {last} the head answers"
+            f"exits must be different steps of 1..{last - 1}, got {steps}; the head is after {last}"
         )
     if not model.has_class_token:
         raise UserError("exits read the CLS token; this model has none")
     return tuple(sorted(steps))
 
 
-@torch.inference_mode()
-def run_with_exits(
-    unrolled: VisionTransformer, exits: Exits, images: Tensor, threshold: float
-) -> tuple[Tensor, Tensor]:
-    """Run a batch; images that leave are dropped, so the steps after cost less.
+def exit_logits(
+    unrolled: VisionTransformer, exits: Exits, images: Float[Tensor, "batch channels height width"]
+) -> Float[Tensor, "batch exits classes"]:
+    """Logits of every exit and, last, of the model's own head, for images that run all steps.
 
     Parameters
     ----------
     unrolled : a tied unroll or a stacked ViT.
-    images : ``(B, 3, H, W)``, normalised.
-    threshold : tau, 0..1; an image leaves where its confidence is larger.
+    images : normalised.
+    """
+    logits = []
+    for state in states(unrolled, images):
+        if state.step in exits.steps:
+            logits.append(exits.one(exits.steps.index(state.step), state.tokens[:, 0]))
+    return torch.stack([*logits, answer(unrolled, state)], 1)
+
+
+@torch.inference_mode()
+def run_with_exits(
+    unrolled: VisionTransformer,
+    exits: Exits,
+    images: Float[Tensor, "batch channels height width"],
+    threshold: float,
+) -> tuple[Float[Tensor, "batch classes"], Int[Tensor, " batch"]]:
+    """Run a batch; images that leave are dropped, so that the later steps cost less.
+
+    Parameters
+    ----------
+    unrolled : a tied unroll or a stacked ViT.
+    images : normalised.
+    threshold : tau, 0..1; an image leaves where its confidence exceeds it.
 
     Returns
     -------
-    Logits ``(B, C)`` and the step each image left at ``(B,)``.
+    The logits, and the step each image left at.
     """
     state, last = embed(unrolled, images), len(unrolled.blocks)
-    places = torch.arange(len(images), device=images.device)
-    left = torch.full_like(places, last)
+    remaining = torch.arange(len(images), device=images.device)
+    left_at = torch.full_like(remaining, last)
     logits: Tensor | None = None
     for t in range(1, last + 1):
         state = advance(unrolled, state)
         if t == last:
-            found, leaves = (
-                answer(unrolled, state),
-                torch.ones(len(places), dtype=torch.bool, device=images.device),
-            )
+            predicted = answer(unrolled, state)
+            leaves = torch.ones(len(remaining), dtype=torch.bool, device=images.device)
         elif t in exits.steps:
-            found = exits.one(exits.steps.index(t), state.tokens[:, 0])
-            leaves = found.softmax(-1).amax(-1) > threshold
+            predicted = exits.one(exits.steps.index(t), state.tokens[:, 0])
+            leaves = is_confident(predicted.softmax(-1).amax(-1), threshold)
         else:
             continue
         if logits is None:
-            logits = found.new_empty(len(images), found.shape[-1])
-        gone = places[leaves]
-        logits[gone], left[gone] = found[leaves].to(logits.dtype), t
-        places = places[~leaves]
-        if not len(places):
+            logits = predicted.new_empty(len(images), predicted.shape[-1])
+        leaving = remaining[leaves]
+        logits[leaving], left_at[leaving] = predicted[leaves].to(logits.dtype), t
+        remaining = remaining[~leaves]
+        if not len(remaining):
             break
-        if len(gone):
+        if len(leaving):
             state = state[~leaves]
     assert logits is not None
-    return logits, left
+    return logits, left_at

@@ -1,13 +1,13 @@
-"""Exits: classifiers by hand, images that leave where they should, and a run that computes no more
-than it must."""
+"""Exits by hand: which image leaves where, and which steps are computed."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 
 from bvit_interp.errors import CheckpointError, UserError
-from bvit_interp.models.exits import FILE, Exits, check_exits, run_with_exits
+from bvit_interp.models.exits import FILE, Exits, check_exits, exit_logits, run_with_exits
 from bvit_interp.models.stepping import advance, answer, embed
 from bvit_interp.models.unroll import unroll
 
@@ -59,6 +59,30 @@ def test_a_batch_leaves_as_every_image_alone(any_model, images, threshold):
         torch.testing.assert_close(logits, any_model(images), atol=1e-5, rtol=1e-5)
     if threshold == 0:
         assert (left == steps[0]).all()
+
+
+def test_every_exit_and_the_head_for_images_that_stay(any_model, images):
+    """At threshold 1 nobody leaves; the logits of an exit are those by hand."""
+    view = unroll(any_model)
+    exits = random_exits((1, 2), any_model, scale=0.3)
+    with torch.inference_mode():
+        found = exit_logits(view, exits, images)
+        assert found.shape == (4, 3, 10)
+        torch.testing.assert_close(found[:, 2], any_model(images))
+        for e in (0, 1):
+            alone = Exits((e + 1,), any_model.embed_dim, 10)
+            for name, parameter in exits.named_parameters():
+                getattr(alone, name).copy_(parameter[e : e + 1])
+            expected, _ = by_loop(view, alone, images, -1.0)
+            torch.testing.assert_close(found[:, e], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_other_shapes_are_refused(tiny, images):
+    exits = random_exits((2, 4), tiny)
+    with pytest.raises(TypeCheckError):
+        run_with_exits(unroll(tiny), exits, images[0], 0.5)
+    with pytest.raises(TypeCheckError):
+        exits(torch.zeros(4, 32))
 
 
 def test_images_that_left_are_not_computed(tiny, images):

@@ -1,25 +1,24 @@
-"""How much is saved when an image leaves as soon as a classifier is sure, and what does it cost in
-accuracy?
+"""Accuracy, FLOPs and time of images that leave at the first confident classifier.
 
 Table 5 and Appendix B of bViT (arXiv 2605.10661): classifiers read CLS after chosen steps of the
 frozen model (`bvit-interp early-exit train`); an image leaves at the first whose confidence ``max
-softmax`` exceeds the threshold tau, else the model's own head answers after step T. FLOPs are those
-of the steps run and the classifiers read, in both conventions. Time is measured: the same images
-through a run that drops those that left, and through a plain forward, in turns. The null of an
-accuracy is `accuracy_null`: as many images leave at each exit, but drawn at random, not by
-confidence. The null of `auroc` is 0.5. Thresholds and exits of the paper are not printed: ours are
+softmax`` exceeds the threshold tau, else it gets the prediction of the model's own head after step
+T. FLOPs are those of the steps run and the classifiers read, in both conventions. Time is measured:
+the same images in a run that drops those that left, and in a plain forward, in turns. The null of
+an accuracy is `accuracy_null`: as many images leave at each exit, but drawn at random, not by
+confidence. The null of `auroc` is 0.5. The paper does not print its thresholds and exits: ours are
 options.
 
-Cost: one forward an image, and for the times up to one of `timed_images` a threshold; 10,000 images
-of 32 px at width 128 take 2 min on one core, times included. Expected: in the paper bViT-B keeps
-0.776 of 0.779 at 27.3 of 33.7 GFLOPs, 19 % less.
+Cost: one forward per image, and for the times up to one forward of the `n_timed` images per
+threshold; 10,000 images of 32 px at width 128 take 2 min on one core, times included. Expected: in
+the paper bViT-B keeps 0.776 of 0.779 at 27.3 of 33.7 GFLOPs, 19 % less.
 """
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,19 +30,19 @@ from torch import Tensor
 from torchmetrics.functional.classification import binary_calibration_error
 
 from bvit_interp.analyses.early_exit import COLUMNS, Config
-from bvit_interp.data.geometry import Geometry
-from bvit_interp.data.labels import label_map
-from bvit_interp.data.loader import Batch, run_in_halves
+from bvit_interp.analyses.early_exit.timing import exit_times
 from bvit_interp.data.samples import Samples
+from bvit_interp.data.stream import ModelBatch, stream
 from bvit_interp.errors import UserError
 from bvit_interp.metrics import wilson_interval
+from bvit_interp.metrics.exits import exit_positions, random_exit_accuracy
 from bvit_interp.metrics.streaming.statistics import PerImage
 from bvit_interp.models.cost import flops
-from bvit_interp.models.exits import FILE, Exits, check_exits, run_with_exits
-from bvit_interp.models.stepping import advance, answer, embed
+from bvit_interp.models.exits import FILE, Exits, check_exits, exit_logits
 from bvit_interp.models.unroll import unroll
 
 CURVE = tuple(i / 50 for i in range(51))
+_BINS = 15  # of the calibration error
 
 
 def measure(models: Mapping[str, VisionTransformer], data: Samples, config: Config) -> pd.DataFrame:
@@ -51,200 +50,211 @@ def measure(models: Mapping[str, VisionTransformer], data: Samples, config: Conf
 
     Parameters
     ----------
-    models : name -> model; all see each image in one pass.
+    models : name -> model; all models see each image in one pass.
     data : labelled images, not those the exits were trained on.
 
     Returns
     -------
     A table of `COLUMNS`.
     """
+    exits = _load_exits(models, config)
+    unrolled = {name: unroll(model) for name, model in models.items()}
+
+    def classify(batch: ModelBatch) -> tuple[ModelBatch, Tensor]:
+        logits = exit_logits(unrolled[batch.model], exits[batch.model], batch.images)
+        return batch, _per_image(logits, batch.labels)
+
+    per_image = {name: PerImage() for name in models}
+    timed: dict[str, list[Tensor]] = {name: [] for name in models}
+    for name, (batch, numbers) in stream(
+        models, data, config, classify, progress="early-exit", labels=True
+    ):
+        per_image[name].update(batch.index, numbers)
+        missing = config.n_timed - sum(map(len, timed[name]))
+        if missing > 0:
+            timed[name].append(batch.images[:missing].cpu())
+    rows: list[dict[str, Any]] = []
+    for name, model in models.items():
+        times = _measure_times(unrolled[name], exits[name], timed[name], config)
+        runs = _Runs.of(model, exits[name], per_image[name].compute()[1], times)
+        names = data.classes if len(data.classes) == model.num_classes else None
+        rows += [{"model": name, **row} for row in _rows(runs, config, names)]
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def summary(frame: pd.DataFrame) -> pd.DataFrame:
+    """The table without the curve over all thresholds."""
+    return frame[frame["table"] != "curve"]
+
+
+def _load_exits(models: Mapping[str, VisionTransformer], config: Config) -> dict[str, Exits]:
     if len(config.exits) != len(models):
         raise UserError(
             f"{len(models)} checkpoints need as many folders of exits, got {len(config.exits)}"
         )
-    found = {}
+    exits = {}
     for (name, model), folder in zip(models.items(), config.exits, strict=True):
-        found[name] = Exits.load(folder / FILE, model)
-        check_exits(found[name].steps, model)
-    views = {name: unroll(model) for name, model in models.items()}
-    classes = {name: label_map(data, model) for name, model in models.items()}
-    rows, timed = {name: PerImage() for name in models}, list["Batch"]()
-    loader, geometries = config.loader(data, models, "early-exit")
-    for batch in loader:
-        if sum(map(len, timed)) < config.timed_images:
-            timed.append(batch)
-        for name in models:
-            parts = run_in_halves(
-                lambda part, name=name: (
-                    part.index,
-                    _scores(
-                        views[name],
-                        found[name],
-                        part.views[geometries[name]][0],
-                        classes[name][part.labels],
-                    ),
-                ),
-                batch,
-            )
-            for index, row in parts:
-                rows[name].update(index, row)
-    table = []
-    for name, model in models.items():
-        images = _pixels(timed, geometries[name], config.timed_images)
-        table += _of_model(
-            name, model, found[name], rows[name].compute()[1], list(data.classes), config
-        )
-        if len(images):
-            _time(table, name, views[name], found[name], images, config)
-    return pd.DataFrame(table, columns=list(COLUMNS))
+        exits[name] = Exits.load(folder / FILE, model)
+        check_exits(exits[name].steps, model)
+    return exits
 
 
-def _scores(view: VisionTransformer, exits: Exits, images: Tensor, labels: Tensor) -> Tensor:
-    """Rows ``(B, 1 + 3 (E + 1))``: label, then confidence, answer and its rightness after each exit
-    and after T."""
-    with torch.inference_mode():
-        state, logits = embed(view, images.to(next(view.parameters()).device)), []
-        for t in range(1, len(view.blocks) + 1):
-            state = advance(view, state)
-            if t in exits.steps:
-                logits.append(exits.one(exits.steps.index(t), state.tokens[:, 0]))
-        p = torch.stack([*logits, answer(view, state)], 1).double().softmax(-1).cpu()
-    confidence, said = p.max(-1)
-    right = said == labels[:, None]
-    return torch.cat([labels[:, None], confidence, said, right], 1)
+def _per_image(logits: Tensor, labels: Tensor) -> Tensor:
+    """Label, then the confidence after each exit and the head, then whether the prediction is
+    correct, ``(B, 1 + 2 (E + 1))``, from logits ``(B, E + 1, C)``."""
+    confidence, predicted = logits.double().softmax(-1).max(-1)
+    correct = predicted == labels[:, None]
+    return torch.cat([labels[:, None], confidence, correct], 1).cpu()
 
 
-def _of_model(
-    name: str,
-    model: VisionTransformer,
-    exits: Exits,
-    rows: Tensor,
-    classes: list[str],
-    config: Config,
-) -> list[dict[str, Any]]:
-
-    steps = np.array([*exits.steps, len(model.blocks)])
-    labels, (confidence, _, right) = rows[:, 0].numpy(), np.split(rows[:, 1:].numpy(), 3, axis=1)
-    costs = [_gflops(model, exits, attention) for attention in (False, True)]
-    made = []
-    for kind, threshold in [("threshold", tau) for tau in config.thresholds] + [
-        ("curve", tau) for tau in CURVE
-    ]:
-        made.append(
-            _row(name, kind, _leave(confidence, threshold), right, steps, costs)
-            | {"threshold": threshold}
-        )
-    middle = sorted(config.thresholds)[len(config.thresholds) // 2]
-    gone = _leave(confidence, middle)
-    for e, step in enumerate(steps):
-        alone = _row(name, "exit", np.full(len(rows), e), right, steps, costs)
-        made.append(
-            alone
-            | {
-                "exit": int(step),
-                "share": float((gone == e).mean()),
-                "auroc": _auroc(confidence[:, e], right[:, e]),
-                "calibration_error": _calibration_error(confidence[:, e], right[:, e]),
-            }
-        )
-    for label in np.unique(labels).astype(int):
-        own = labels == label
-        row = _row(name, "class", gone[own], right[own], steps, costs)
-        of_data = classes[label] if len(classes) == model.num_classes else str(label)
-        made.append(row | {"threshold": middle, "class": of_data})
-    return made
-
-
-def _leave(confidence: np.ndarray, threshold: float) -> np.ndarray:
-    """Which exit (from 0; the last is the model's head) each image leaves at, of confidences ``(n,
-    E + 1)``."""
-    sure = confidence > threshold
-    sure[:, -1] = True
-    return sure.argmax(1)
-
-
-def _auroc(confidence: np.ndarray, right: np.ndarray) -> float:
-    """Exact, ties count half; nan where all answers are right, or all wrong."""
-    return float(roc_auc_score(right, confidence)) if 0 < right.sum() < len(right) else math.nan
-
-
-def _calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
-    parts = (torch.tensor(confidence.tolist()), torch.tensor(right.tolist()).long())
-    return float(binary_calibration_error(*parts, n_bins=15))
-
-
-def _gflops(model: VisionTransformer, exits: Exits, attention: bool) -> np.ndarray:
-    """Cost of an image that leaves at each exit, its steps and all classifiers read on the way,
-    then of a plain forward without any ``(E + 2,)``."""
-    head, steps = 2 * model.embed_dim * model.num_classes, (*exits.steps, len(model.blocks))
-    of = [flops(model, count_attention=attention, steps=t) + e * head for e, t in enumerate(steps)]
-    return np.array([*of, flops(model, count_attention=attention)]) / 1e9
-
-
-def _row(
-    name: str,
-    kind: str,
-    gone: np.ndarray,
-    right: np.ndarray,
-    steps: np.ndarray,
-    costs: list[np.ndarray],
-) -> dict[str, Any]:
-
-    hits, n = right[np.arange(len(gone)), gone].sum(), len(gone)
-    low, high = wilson_interval(hits, n)
-    shares = np.bincount(gone, minlength=len(steps)) / n
+def _measure_times(
+    unrolled: VisionTransformer, exits: Exits, timed: Sequence[Tensor], config: Config
+) -> dict[tuple[str, float], dict[str, float]]:
+    """(table, threshold) -> its columns of time, where the time is measured."""
+    if not timed:
+        return {}
+    images = torch.cat(list(timed))
+    size = min(config.timed_batch, len(images))
+    keys = [("threshold", tau) for tau in config.thresholds]
+    if config.timed_curve:
+        keys += [("curve", tau) for tau in CURVE]
+    plain, *runs = exit_times(unrolled, exits, images, [tau for _, tau in keys], size)
     return {
-        "model": name,
-        "kind": kind,
-        "accuracy": hits / n,
-        "low": low,
-        "high": high,
-        "n": n,
-        "accuracy_null": float(shares @ right.mean(0)),
-        "mean_step": float(steps[gone].mean()),
-        "gflops": float(costs[0][gone].mean()),
-        "gflops_attention": float(costs[1][gone].mean()),
-        "saved_flops": 1 - float(costs[1][gone].mean() / costs[1][-1]),
+        key: {
+            "latency_ms": 1000 * float(np.median(seconds)) / size,
+            "saved_time": 1 - float(np.median(seconds / plain)),
+        }
+        for key, seconds in zip(keys, runs, strict=True)
     }
 
 
-def _pixels(batches: list[Batch], geometry: Geometry, count: int) -> Tensor:
-    """The images whose time is measured ``(n, 3, H, W)``."""
-    views = [batch.views[geometry][0] for batch in batches]
-    return torch.cat(views)[:count] if views else torch.empty(0)
+@dataclass(frozen=True)
+class _Runs:
+    """The numbers of every image of a model, and what leaving after each exit costs.
+
+    Parameters
+    ----------
+    labels : ``(n,)``.
+    confidence, correct : ``(n, E + 1)``, after each exit and after the model's own head.
+    steps : ``(E + 1,)``, the step that each of them reads.
+    gflops, gflops_attention : of `_gflops`, without and with attention.
+    times : of `_measure_times`.
+    """
+
+    labels: np.ndarray
+    confidence: np.ndarray
+    correct: np.ndarray
+    steps: np.ndarray
+    gflops: np.ndarray
+    gflops_attention: np.ndarray
+    times: Mapping[tuple[str, float], Mapping[str, float]]
+
+    @classmethod
+    def of(
+        cls,
+        model: VisionTransformer,
+        exits: Exits,
+        per_image: Tensor,
+        times: Mapping[tuple[str, float], Mapping[str, float]],
+    ) -> _Runs:
+        """From the rows of `_per_image` of all images."""
+        confidence, correct = np.split(per_image[:, 1:].numpy(), 2, axis=1)
+        return cls(
+            labels=per_image[:, 0].numpy().astype(int),
+            confidence=confidence,
+            correct=correct,
+            steps=np.array([*exits.steps, len(model.blocks)]),
+            gflops=_gflops(model, exits, False),
+            gflops_attention=_gflops(model, exits, True),
+            times=times,
+        )
+
+    def of_class(self, label: int) -> _Runs:
+        """The runs of the images of one class."""
+        members = self.labels == label
+        return _Runs(
+            labels=self.labels[members],
+            confidence=self.confidence[members],
+            correct=self.correct[members],
+            steps=self.steps,
+            gflops=self.gflops,
+            gflops_attention=self.gflops_attention,
+            times=self.times,
+        )
+
+    def columns(self, positions: np.ndarray) -> dict[str, Any]:
+        """The columns of a row whose images leave at these exits ``(n,)``, from 0."""
+        n = len(positions)
+        hits = self.correct[np.arange(n), positions].sum()
+        low, high = wilson_interval(hits, n)
+        with_attention = float(self.gflops_attention[positions].mean())
+        return {
+            "accuracy": hits / n,
+            "low": low,
+            "high": high,
+            "n": n,
+            "accuracy_null": random_exit_accuracy(self.correct, positions),
+            "mean_step": float(self.steps[positions].mean()),
+            "gflops": float(self.gflops[positions].mean()),
+            "gflops_attention": with_attention,
+            "saved_flops": 1 - with_attention / self.gflops_attention[-1],
+        }
 
 
-def _time(
-    table: list[dict[str, Any]],
-    name: str,
-    view: VisionTransformer,
-    exits: Exits,
-    images: Tensor,
-    config: Config,
-) -> None:
-    """Fill in the measured times: every threshold and the plain forward in turn, batch by batch."""
-    device = next(view.parameters()).device
-    size = min(config.timed_batch, len(images))
-    batches = [part.to(device) for part in images.split(size) if len(part) == size]
-    kinds = ("threshold", "curve") if config.timed_curve else ("threshold",)
-    rows = [row for row in table if row["model"] == name and row["kind"] in kinds]
-    taken = np.empty((len(rows) + 1, len(batches)))
-    with torch.inference_mode():
-        view(batches[0])
-        for j, part in enumerate(batches):
-            for i, row in enumerate([None, *rows]):
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-                began = time.perf_counter()
-                view(part) if row is None else run_with_exits(view, exits, part, row["threshold"])
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-                taken[i, j] = time.perf_counter() - began
-    for row, own in zip(rows, taken[1:], strict=True):
-        row["ms"] = 1000 * float(np.median(own)) / size
-        row["saved_time"] = 1 - float(np.median(own / taken[0]))
+def _rows(runs: _Runs, config: Config, class_names: Sequence[str] | None) -> list[dict[str, Any]]:
+    """The rows of one model: thresholds, curve, exits and classes."""
+    middle = sorted(config.thresholds)[len(config.thresholds) // 2]
+    rows = [_threshold_row(runs, "threshold", tau) for tau in config.thresholds]
+    rows += [_threshold_row(runs, "curve", tau) for tau in CURVE]
+    rows += [_exit_row(runs, e, middle) for e in range(len(runs.steps))]
+    for label in np.unique(runs.labels).tolist():
+        members = runs.of_class(label)
+        row = members.columns(exit_positions(members.confidence, middle))
+        name = str(label) if class_names is None else class_names[label]
+        rows.append({"table": "class", "threshold": middle, "class": name} | row)
+    return rows
 
 
-def summary(frame: pd.DataFrame) -> pd.DataFrame:
-    """Without the curve over all thresholds."""
-    return frame[frame["kind"] != "curve"]
+def _threshold_row(runs: _Runs, table: str, threshold: float) -> dict[str, Any]:
+    row = runs.columns(exit_positions(runs.confidence, threshold))
+    return (
+        {"table": table, "threshold": threshold}
+        | row
+        | dict(runs.times.get((table, threshold), {}))
+    )
+
+
+def _exit_row(runs: _Runs, e: int, middle: float) -> dict[str, Any]:
+    """The classifier of exit e, from 0, alone on all images."""
+    confidence, correct = runs.confidence[:, e], runs.correct[:, e]
+    return {
+        "table": "exit",
+        "exit": int(runs.steps[e]),
+        "share": float((exit_positions(runs.confidence, middle) == e).mean()),
+        "auroc": _auroc(confidence, correct),
+        "calibration_error": _calibration_error(confidence, correct),
+        **runs.columns(np.full(len(correct), e)),
+    }
+
+
+def _auroc(confidence: np.ndarray, correct: np.ndarray) -> float:
+    """Exact; ties count half; nan where all predictions are correct, or all are wrong."""
+    if not 0 < correct.sum() < len(correct):
+        return math.nan
+    return float(roc_auc_score(correct, confidence))
+
+
+def _calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
+    predicted, target = torch.tensor(confidence.tolist()), torch.tensor(correct.tolist()).long()
+    return float(binary_calibration_error(predicted, target, n_bins=_BINS))
+
+
+def _gflops(model: VisionTransformer, exits: Exits, count_attention: bool) -> np.ndarray:
+    """Cost of an image that leaves at each exit, with its steps and all classifiers read so far,
+    and last of a plain forward without exits, ``(E + 2,)``."""
+    classifier = 2 * model.embed_dim * model.num_classes
+    costs = [
+        flops(model, count_attention=count_attention, steps=step) + e * classifier
+        for e, step in enumerate((*exits.steps, len(model.blocks)))
+    ]
+    return np.array([*costs, flops(model, count_attention=count_attention)]) / 1e9

@@ -3,51 +3,65 @@
 from __future__ import annotations
 
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bvit_interp import plotting
 
 
 def plot(frame: pd.DataFrame) -> Figure:
-    """Accuracy against FLOPs with the random-exit null, time saved against FLOPs saved, and what
-    each exit knows."""
+    """Accuracy against FLOPs with the random-exit null, time saved against FLOPs saved, and the
+    accuracy and AUROC of each exit."""
     figure, axes = plotting.canvas(columns=3, width=4.2, height=3.4)
-    curve, saved, exits = axes[0]
-    for i, (name, part) in enumerate(frame.groupby("model", sort=False)):
-        style, of = plotting.line_style(i), dict(tuple(part.groupby("kind", sort=False)))
-        line = of["curve"].sort_values("gflops")
-        curve.plot(line["gflops"], line["accuracy"], **{**style, "marker": ""}, label=name)
-        curve.fill_between(
-            line["gflops"], line["low"], line["high"], color=style["color"], alpha=0.15, linewidth=0
-        )
-        curve.plot(
-            line["gflops"],
-            line["accuracy_null"],
-            **plotting.NULL,
-            label=None if i else "left at random",
-        )
-        curve.plot(
-            of["threshold"]["gflops"], of["threshold"]["accuracy"], **{**style, "linestyle": ""}
-        )
-        timed = of["curve" if of["curve"]["ms"].notna().any() else "threshold"].sort_values(
-            "saved_flops"
-        )
-        saved.plot(
-            timed["saved_flops"], timed["saved_time"], **{**style, "linewidth": 0.8}, label=name
-        )
-        alone = of["exit"]
-        hollow = {**style, "markerfacecolor": "white"}  # the other panels name the models
-        exits.plot(
-            alone["exit"], alone["accuracy"], **style, label=None if i else "accuracy (filled)"
-        )
-        exits.plot(alone["exit"], alone["auroc"], **hollow, label=None if i else "AUROC (hollow)")
+    accuracy, saved, exits = axes[0]
+    for i, name in enumerate(dict.fromkeys(frame["model"])):
+        tables = dict(tuple(frame[frame["model"] == name].groupby("table", sort=False)))
+        _accuracy(accuracy, tables, i, name)
+        _saved(saved, tables, i, name)
+        _exits(exits, tables["exit"], i)
     ends = [min(0, *saved.get_xlim()), max(saved.get_xlim())]
     saved.plot(ends, ends, **plotting.NULL, label="time saved = FLOPs saved")
     exits.axhline(0.5, **plotting.NULL, label="AUROC of chance")
-    curve.set(xlabel="GFLOPs an image", ylabel="accuracy", title="threshold from 0 to 1")
-    saved.set(xlabel="share of FLOPs saved", ylabel="share of time saved", title="measured")
+    accuracy.set(xlabel="GFLOPs per image", ylabel="accuracy", title="threshold from 0 to 1")
+    saved.set(xlabel="share of FLOPs saved", ylabel="share of time saved", title="measured time")
     exits.set(ylabel="share", title="each classifier on all images", ylim=(None, 1.02))
     plotting.step_axis(exits, frame["exit"].dropna())
     for ax in axes[0]:
         plotting.legend(ax)
     return figure
+
+
+def _accuracy(ax: Axes, tables: dict[str, pd.DataFrame], i: int, name: str) -> None:
+    """Accuracy against FLOPs: a curve over all thresholds, and points at the chosen ones."""
+    style = plotting.line_style(i)
+    plotting.line(
+        ax,
+        tables["curve"],
+        "gflops",
+        "accuracy",
+        style=style | {"marker": ""},
+        label=name,
+        null="accuracy_null",
+        null_label=None if i else "leaving at random",
+    )
+    chosen = tables["threshold"]
+    ax.plot(chosen["gflops"], chosen["accuracy"], **(style | {"linestyle": ""}))
+
+
+def _saved(ax: Axes, tables: dict[str, pd.DataFrame], i: int, name: str) -> None:
+    """Time saved against FLOPs saved: of the curve if its time was measured."""
+    timed = tables["curve" if tables["curve"]["latency_ms"].notna().any() else "threshold"]
+    style = plotting.line_style(i) | {"linewidth": 0.8}
+    plotting.line(ax, timed, "saved_flops", "saved_time", style=style, label=name, interval=None)
+
+
+def _exits(ax: Axes, exits: pd.DataFrame, i: int) -> None:
+    """Accuracy and AUROC of each classifier; the other panels name the models."""
+    style = plotting.line_style(i)
+    hollow = style | {"markerfacecolor": "white"}
+    for column, mark, label in (
+        ("accuracy", style, "accuracy (filled)"),
+        ("auroc", hollow, "AUROC (hollow)"),
+    ):
+        shown = None if i else label
+        plotting.line(ax, exits, "exit", column, style=mark, label=shown, interval=None)

@@ -1,4 +1,4 @@
-"""How early exits are trained: the options of a training."""
+"""Options of the training of early exits."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ Loss = Literal["ce", "ce-auroc"]
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(LoaderOptions):
-    """How exits are trained."""
+    """Options of the training of exits."""
 
     exits: tuple[int, ...] = (6, 8, 10)
-    """Steps after which an exit reads CLS; the model's own head answers after the last one."""
+    """Steps after which an exit reads CLS; the model's own head is after the last step."""
     loss: Loss = "ce-auroc"
-    """ce, or ce-auroc: with the term that parts the confidences of right and wrong answers (eq.
-    10)."""
+    """ce for cross-entropy alone, or ce-auroc to add the pairwise AUROC loss, which separates the
+    confidences of correct and wrong predictions (eq. 10)."""
     temperature: float = 1.0
-    """tau of that term; the paper has none (1); less makes its gradient sharper."""
+    """Temperature tau of the pairwise AUROC loss; the paper has none (1). A smaller value makes its
+    gradient sharper."""
     epochs: int = 50
-    """Passes over the states."""
+    """Number of passes over the states."""
     images_at_once: int = 256
-    """States of an optimiser step."""
+    """Number of states per optimiser step."""
     lr: float = 1e-3
-    """Adam's, falling to zero by a cosine."""
+    """Learning rate of Adam, falling to zero along a cosine."""
     seed: int = 0
-    """Of the order of the states."""
+    """Random seed for the order of the states."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

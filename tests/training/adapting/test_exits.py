@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from bvit_interp.data.digits import DigitScenes
 from bvit_interp.errors import UserError
@@ -22,7 +23,7 @@ from bvit_interp.training.adapting.exits import (
     cached_states,
     fit,
     objective,
-    parting,
+    pairwise_auroc_loss,
     train,
 )
 
@@ -31,21 +32,23 @@ def sigmoid(x):
     return 1 / (1 + math.exp(-x))
 
 
-def test_the_parting_term_on_paper():
+def test_the_pairwise_auroc_loss_on_paper():
     """Two classes; confidences .9 right, .6 right, .8 wrong: (sigma(.8 - .9) + sigma(.8 - .6)) /
     2."""
     p = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.8, 0.2]]).double()
     labels = torch.tensor([0, 0, 1])
     expected = (sigmoid(-0.1) + sigmoid(0.2)) / 2
-    assert parting(p.log(), labels).item() == pytest.approx(expected)
-    assert parting(p.log(), labels, 0.1).item() == pytest.approx((sigmoid(-1) + sigmoid(2)) / 2)
-    assert parting(p.log(), torch.tensor([0, 0, 0])).item() == 0  # nothing wrong
-    assert parting(p.log(), torch.tensor([1, 1, 1])).item() == 0  # nothing right
+    assert pairwise_auroc_loss(p.log(), labels).item() == pytest.approx(expected)
+    assert pairwise_auroc_loss(p.log(), labels, 0.1).item() == pytest.approx(
+        (sigmoid(-1) + sigmoid(2)) / 2
+    )
+    assert pairwise_auroc_loss(p.log(), torch.tensor([0, 0, 0])).item() == 0  # nothing wrong
+    assert pairwise_auroc_loss(p.log(), torch.tensor([1, 1, 1])).item() == 0  # nothing right
 
 
 def test_its_gradient_lowers_wrong_confidence_and_raises_right_one():
     logits = torch.tensor([[2.0, 0.0], [1.5, 0.0]], requires_grad=True)
-    (gradient,) = torch.autograd.grad(parting(logits, torch.tensor([0, 1])), logits)
+    (gradient,) = torch.autograd.grad(pairwise_auroc_loss(logits, torch.tensor([0, 1])), logits)
     assert gradient[0, 0] < 0 < gradient[1, 0]
 
 
@@ -57,7 +60,10 @@ def test_the_objective_is_the_mean_over_exits():
     )
     each = [torch.nn.functional.cross_entropy(logits[:, e], labels) for e in range(3)]
     assert objective(logits, labels, Plan(loss="ce")).item() == pytest.approx(sum(each).item() / 3)
-    both = sum(loss + parting(logits[:, e], labels) for e, loss in enumerate(each)).item() / 3
+    both = (
+        sum(loss + pairwise_auroc_loss(logits[:, e], labels) for e, loss in enumerate(each)).item()
+        / 3
+    )
     assert objective(logits, labels, Plan()).item() == pytest.approx(both)
 
 
@@ -113,6 +119,39 @@ def test_trained_written_and_refused(tiny, tmp_path):
     assert history["exit"].astype(str).tolist() == ["all", "3", "8"] * 2
     with pytest.raises(UserError, match="holds exits already"):
         train(tiny, data, Plan(epochs=1), tmp_path / "x")
+
+
+def test_history_and_schedule_against_a_loop():
+    """Two exits trained by a loop written here: batches of 4, the last of 2, and a cosine to zero
+    over all of them."""
+    generator = torch.Generator().manual_seed(3)
+    x, labels = torch.randn(10, 2, 6, generator=generator), torch.arange(10) % 3
+    plan = Plan(epochs=2, lr=0.1, loss="ce", images_at_once=4, seed=5)
+    exits, history = fit(x, labels, (2, 4), 3, plan)
+    norm, weight, bias = torch.ones(2, 6), torch.zeros(2, 3, 6), torch.zeros(2, 3)
+    leaves = [part.requires_grad_() for part in (norm, weight, bias)]
+    adam, order, done = torch.optim.Adam(leaves), torch.Generator().manual_seed(5), 0
+    normed = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    for epoch in (1, 2):
+        losses, hits = [], torch.zeros(2)
+        for chosen in torch.randperm(10, generator=order).split(4):
+            for group in adam.param_groups:
+                group["lr"] = 0.1 * (1 + math.cos(math.pi * done / 6)) / 2
+            logits = torch.einsum("bed,ecd->bec", normed[chosen] * norm, weight) + bias
+            each = [F.cross_entropy(logits[:, e], labels[chosen]) for e in (0, 1)]
+            loss = sum(each) / 2
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+            done += 1
+            losses += [loss.item()] * len(chosen)
+            hits += (logits.argmax(-1) == labels[chosen, None]).sum(0)
+        rows = history[history["epoch"] == epoch].set_index("exit")
+        assert rows["loss"].tolist() == pytest.approx([sum(losses) / 10] * 3, rel=1e-5)
+        assert rows.loc[["2", "4"], "top1"].tolist() == (hits.double() / 10).tolist()
+        assert rows.loc["all", "top1"] == pytest.approx(hits.mean().item() / 10)
+    torch.testing.assert_close(exits.weight, weight, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(exits.norm, norm, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
