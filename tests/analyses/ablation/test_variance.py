@@ -186,3 +186,12 @@ def test_wrong_shapes_are_refused():
         cross_validated_anova(np.zeros((10, 4)), np.full(10, 1))
     with pytest.raises(TypeCheckError):
         cross_validated_anova(np.zeros((10, 4, 3)), np.full(9, 1))
+
+
+def test_small_effects_have_the_same_shares():
+    folds = np.random.default_rng(9).normal(size=(10, 4, 3)) + np.arange(3.0)
+    whole, small = (
+        cross_validated_anova(scale * folds, np.full(10, 2), draws=50) for scale in (1.0, 1e-5)
+    )
+    for name, row in whole.items():
+        assert small[name] == pytest.approx(row)
