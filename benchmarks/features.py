@@ -1,7 +1,8 @@
 """What feature pictures cost: one batched optimisation against lucent's `render_vis`, picture by
 picture.
 
-    python benchmarks/features.py [--ckpt checkpoints/bvit-digits-s] [--neurons 3] [--iterations 3] [--rounds 3]
+    python benchmarks/features.py [--ckpt checkpoints/bvit-digits-s] [--neurons 3]
+        [--iterations 3] [--rounds 3]
     python benchmarks/features.py --device cuda        4 neurons, 8 iterations
 
 Both make a picture of every (neuron, step) pair with the same iterations, optimiser settings,
@@ -137,7 +138,8 @@ def main():
             seconds[name].append(ways[name](model, neurons, steps, recipe))
     each = 1e3 / len(neurons) / recipe.iterations
     lines = [
-        f"{timing.machine(options.device)}; {len(neurons)} pictures, {recipe.iterations} iterations of {recipe.copies} "
+        f"{timing.machine(options.device)}; {len(neurons)} pictures, {recipe.iterations}"
+        f" iterations of {recipe.copies} "
         f"copies, median of {options.rounds} rounds",
         "",
         "| way | ms a picture and iteration |",

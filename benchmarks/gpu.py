@@ -1,7 +1,8 @@
 """Run what only a GPU can settle, in order of worth, within a time limit; or put the results in
 place.
 
-    python benchmarks/gpu.py [--seconds 570] [--out runs/gpu] [--data DIR] [--only JOB ...] [--skip JOB ...]
+    python benchmarks/gpu.py [--seconds 570] [--out runs/gpu] [--data DIR] [--only JOB ...]
+        [--skip JOB ...]
     python benchmarks/gpu.py --list
     python benchmarks/gpu.py --dry-run
     python benchmarks/gpu.py collect FOLDER [--overwrite]
@@ -150,7 +151,8 @@ def _collect(given: list[str]) -> int:
         print(f"left out {name}: {why}")
     for job in found.summary["jobs"]:
         print(
-            f"{job['name']:<24}{job['state']:<9}{job['seconds']:>8.0f} s, {job['estimate']:.0f} s estimated"
+            f"{job['name']:<24}{job['state']:<9}{job['seconds']:>8.0f} s, {job['estimate']:.0f}"
+            " s estimated"
         )
     return 0
 

@@ -27,7 +27,7 @@ import bvit_interp.models.bvit  # noqa: F401  (registers the models with timm)
 from bvit_interp.models.masks import Masks, full, masked
 from bvit_interp.training.loop import build as start
 from bvit_interp.training.loop.recipe import Recipe
-from bvit_interp.training.pruning import grafts as graft
+from bvit_interp.training.pruning.grafts import Grafts, graft_logits
 
 TOKENS = {"img_size": 32, "patch_size": 4, "num_heads": 4, "num_classes": 10}
 NAME = "bvit_small_patch16_224"
@@ -76,14 +76,14 @@ def steps(width: int, batch: int, device: str) -> dict[str, Callable[[], None]]:
     baked, view, grafts = (
         masked(model, masks, baked=True),
         masked(model, masks),
-        graft.Grafts(init, frozen, masks).to(device),
+        Grafts(init, frozen, masks).to(device),
     )
     plain = timm.create_model(NAME, embed_dim=width, **TOKENS).to(device)
     trained = {
         "training, plain": training(plain.train(), plain, images, labels),
         "training, masked": training(view.train(), model, images, labels),
         "training, twelve grafts": training(
-            lambda shown: graft.answers(frozen, grafts, shown), grafts, images, labels
+            lambda shown: graft_logits(frozen, grafts, shown), grafts, images, labels
         ),
     }
     for block in (*plain.blocks.children(), *view.blocks, *frozen.blocks, *grafts):

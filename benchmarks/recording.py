@@ -1,7 +1,8 @@
 """What recording costs: time against the plain forward and memory kept alive, beside the peers
 installed.
 
-    python benchmarks/recording.py [--sizes 224 448] [--batch 4] [--rounds 7] [--device cpu] [--out FILE]
+    python benchmarks/recording.py [--sizes 224 448] [--batch 4] [--rounds 7]
+        [--device cpu] [--out FILE]
     python benchmarks/recording.py --device cuda        224 px, batch 256, bf16
 
 Every round times each way once, in a new random order, so that drift hits all alike. Ratios are
@@ -109,9 +110,8 @@ def measure(size: int, batch: int, rounds: int, device: str) -> list[str]:
     images = torch.randn(batch, 3, size, size, device=device, dtype=timing.dtype_of(device))
     kept, able, notes = {}, {}, []
     with torch.inference_mode():
-        for name, way in ways(
-            size, device
-        ).items():  # one by one: some need more memory than there is
+        # one by one: some need more memory than there is
+        for name, way in ways(size, device).items():
             try:
                 kept[name] = kept_bytes(way(images)) / batch
                 able[name] = partial(way, images)
@@ -124,7 +124,8 @@ def measure(size: int, batch: int, rounds: int, device: str) -> list[str]:
         ratio = timing.ratio(own, times[OTHER if name.startswith("Trans") else PLAIN])
         each = 1e3 * statistics.median(own) / batch
         rows.append(
-            f"| {size} | {name} | {each:.{0 if each > 10 else 3}f} | {ratio:.2f} | {kept[name] / 1e6:.2f} |"
+            f"| {size} | {name} | {each:.{0 if each > 10 else 3}f} | {ratio:.2f} |"
+            f" {kept[name] / 1e6:.2f} |"
         )
     goal = timing.verdict(
         f"CLS rows beside the logits, {size} px",

@@ -1,8 +1,8 @@
 """What the head after every step costs: one pass of `step-accuracy` against a plain forward, and
 against a run a step.
 
-    python benchmarks/steps.py [--ckpt checkpoints/bvit-digits-s] [--steps 24] [--batch 64] [--rounds 7]
-        [--device cpu] [--out FILE]
+    python benchmarks/steps.py [--ckpt checkpoints/bvit-digits-s] [--steps 24] [--batch 64]
+        [--rounds 7] [--device cpu] [--out FILE]
 
 Every round times each way once, in a new random order; ratios are medians over rounds of paired
 times.
@@ -47,7 +47,8 @@ def main() -> None:
         times = timing.paired(ways, options.rounds, options.device)
     base, *_ = times.values()
     lines = [
-        f"{options.ckpt}, batch {options.batch}, {timing.machine(options.device)}, {options.rounds} rounds"
+        f"{options.ckpt}, batch {options.batch}, {timing.machine(options.device)},"
+        f" {options.rounds} rounds"
     ]
     lines += ["| way | ms | time / plain forward |", "|---|---|---|"]
     for name, of in times.items():

@@ -82,7 +82,8 @@ def verdict(name: str, value: float, goal: float, *, at_most: bool = False) -> s
     """A line that says whether a goal was met."""
     met = value <= goal if at_most else value >= goal
     form = ",.0f" if goal > 100 else ".3f"
-    return f"{name}: {value:{form}} (goal {'<=' if at_most else '>='} {goal:{form}}: {'met' if met else 'not met'})"
+    sign, verdict = "<=" if at_most else ">=", "met" if met else "not met"
+    return f"{name}: {value:{form}} (goal {sign} {goal:{form}}: {verdict})"
 
 
 def report(lines: Sequence[str], out: Path | None) -> None:

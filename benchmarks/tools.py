@@ -44,7 +44,7 @@ from bvit_interp.models.unroll import unroll
 TOLERANCE = 1e-3  # of the reference's largest value
 
 
-# ---- judging ---------------------------------------------------------------------------------------------
+# ---- judging -------------------------------------------------------------------------------------
 
 
 def distance(answer, reference):
@@ -67,7 +67,8 @@ def judge(answer, references, together=None):
     if together is not None and distance(answer, together) < TOLERANCE:
         return f"all {len(references)} at once"
     nearest = min(errors, key=errors.get)
-    return f"matches no step (nearest: step {nearest}, off by {errors[nearest]:.0%} of its largest value)"
+    off = f"off by {errors[nearest]:.0%} of its largest value"
+    return f"matches no step (nearest: step {nearest}, {off})"
 
 
 def judge_names(answers, references):
@@ -115,7 +116,7 @@ class Subject:
         return self.each_step(lambda t: found[t - 1].detach())
 
 
-# ---- the tools -------------------------------------------------------------------------------------------
+# ---- the tools -----------------------------------------------------------------------------------
 
 
 def plain_hook(subject):
@@ -173,7 +174,8 @@ def torchvision_extractor(subject):
     names = [name for name in get_graph_node_names(subject.model)[1] if ".mlp.act" in name]
     plain = next(name for name, module in subject.model.named_modules() if module is subject.layer)
     answers = create_feature_extractor(subject.model, names)(subject.images)
-    return f"`{plain}`: {judge(answers[plain], subject.neurons())}; {judge_names(answers, subject.neurons())}"
+    neurons = subject.neurons()
+    return f"`{plain}`: {judge(answers[plain], neurons)}; {judge_names(answers, neurons)}"
 
 
 def timm_intermediates(subject):
@@ -243,9 +245,8 @@ def grad_cam(subject):
     def by_hand(t):
         act, grad = (to_grid(tensor) for tensor in gradient(subject.twin, subject.images, t))
         raw = (grad.mean((2, 3), keepdim=True) * act).sum(1).clamp_min(0).numpy()
-        return torch.tensor(
-            scale_cam_image(scale_cam_image(raw, (32, 32)))
-        )  # a layer's map, then their mean's
+        # a layer's map, then their mean's
+        return torch.tensor(scale_cam_image(scale_cam_image(raw, (32, 32))))
 
     cam = GradCAM(subject.model, [subject.layer], reshape_transform=to_grid)
     answer = cam(subject.images, [ClassifierOutputTarget(int(target)) for target in TARGETS])
@@ -336,7 +337,7 @@ TOOLS = (
 )
 
 
-# ---- the table -------------------------------------------------------------------------------------------
+# ---- the table -----------------------------------------------------------------------------------
 
 
 def reference_model():
@@ -394,8 +395,10 @@ def table():
     lines = [
         "# Same question, many tools",
         "",
-        f"What each tool answers when asked for `blocks[0].mlp.act` of a bViT of {STEPS} steps, and for",
-        f"`blocks[{STEP - 1}].mlp.act` (step {STEP}) of its tied unroll. Written by `benchmarks/tools.py`,",
+        f"What each tool answers when asked for `blocks[0].mlp.act` of a bViT of {STEPS} steps,"
+        " and for",
+        f"`blocks[{STEP - 1}].mlp.act` (step {STEP}) of its tied unroll. Written by"
+        " `benchmarks/tools.py`,",
         "which compares every answer with a loop over the block (equal: within",
         f"{TOLERANCE:.0e} of the largest value).",
         "",

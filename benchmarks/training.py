@@ -1,7 +1,8 @@
 """What a training step costs: bViT against the matched stacks, in time and in memory held by the
 optimiser.
 
-    python benchmarks/training.py [--model cifar|base] [--batch 64] [--rounds 9] [--device cpu] [--compile] [--out FILE]
+    python benchmarks/training.py [--model cifar|base] [--batch 64] [--rounds 9] [--device cpu]
+        [--compile] [--out FILE]
     python benchmarks/training.py --model base --device cuda        batch 256
 
 A step is the trainer's own: forward in bf16, loss, backward, clipping, AdamW and EMA, on a GPU
@@ -85,9 +86,8 @@ class Training:
         )
         blocks = list(self.model.blocks.children())
         for block in blocks:
-            block.attn.fused_attn = timing.is_cuda(
-                device
-            )  # as the trainer: its bf16 backward is slow on a CPU
+            # as the trainer: its bf16 backward is slow on a CPU
+            block.attn.fused_attn = timing.is_cuda(device)
             if compiled:
                 block.compile()
         self.images = torch.randn(batch, 3, shape["img_size"], shape["img_size"], device=device)
@@ -232,10 +232,12 @@ def _lines(
     """The table, and on a GPU what the goals say."""
     on_gpu = timing.is_cuda(given.device)
     lines = [
-        f"{given.model}, batch {batch}, {timing.machine(given.device)}{', blocks compiled' if given.compile else ''}; "
+        f"{given.model}, batch {batch},"
+        f" {timing.machine(given.device)}{', blocks compiled' if given.compile else ''}; "
         f"median of {given.rounds} rounds{', one model after the other' if alone else ''}",
         "",
-        f"| model | ms a step | to the matched stack | images/s | MFU |{' of 790 TFLOP/s |' if on_gpu else ''} "
+        "| model | ms a step | to the matched stack | images/s | MFU"
+        f" |{' of 790 TFLOP/s |' if on_gpu else ''} "
         "AdamW, blocks | AdamW, all |",
         f"|---|---|---|---|---|---|---|{'---|' if on_gpu else ''}",
     ]
@@ -243,7 +245,8 @@ def _lines(
         ratio = f"{timing.ratio(own.times, costs[STACK].times):.2f}" if STACK in costs else "-"
         share = f" {own.share:.3f} |" if on_gpu else ""
         lines.append(
-            f"| {label} | {1000 * own.step:.{2 if on_gpu else 0}f} | {ratio} | {batch / own.step:.0f} | {own.mfu:.3f} "
+            f"| {label} | {1000 * own.step:.{2 if on_gpu else 0}f} | {ratio} |"
+            f" {batch / own.step:.0f} | {own.mfu:.3f} "
             f"|{share} {own.blocks:.2f} MB | {own.everything:.2f} MB |"
         )
     lines += ["", *notes] if notes else []

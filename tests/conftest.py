@@ -28,7 +28,7 @@ from typechecking import modules
 
 install_import_hook(modules(), "typechecking.checked")  # before any test imports the package
 
-import bvit_interp.models  # noqa: E402  (registers the models with timm)
+import bvit_interp.models  # noqa: E402, F401  (registers the models with timm)
 
 torch.set_num_threads(1)
 

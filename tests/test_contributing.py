@@ -1,4 +1,4 @@
-"""The question of CONTRIBUTING.md, added to a copy of the package: nothing else has to be touched."""
+"""The question of CONTRIBUTING.md, added to a copy of the package."""
 
 from __future__ import annotations
 

@@ -165,9 +165,8 @@ def test_placeholders_are_filled_in(run, tmp_path, results):
         results.read(tmp_path / "out").files["a/out/words"].decode().split("|")
     )
     assert (device, data) == ("cpu", f"{tmp_path}/data/cifar10")
-    assert float(minutes) == pytest.approx(
-        (58.5 - 15) / 60, abs=0.02
-    )  # less than twice the estimate
+    # less than twice the estimate
+    assert float(minutes) == pytest.approx((58.5 - 15) / 60, abs=0.02)
     assert (
         Path(recipe).name == "wide.yaml"
         and yaml.safe_load(Path(recipe).read_text()) == recipes["wide"]
@@ -211,7 +210,8 @@ def test_a_program_that_is_not_there_fails(run):
 
 def test_a_job_that_overruns_is_interrupted_and_what_it_wrote_is_kept(run, tmp_path, results):
     code = (
-        "import pathlib, sys, time; out = pathlib.Path(sys.argv[1]); (out / 'early').write_text('1')\n"
+        "import pathlib, sys, time; out = pathlib.Path(sys.argv[1]); (out /"
+        " 'early').write_text('1')\n"
         "try: time.sleep(60)\n"
         "except KeyboardInterrupt: (out / 'late').write_text('2')"
     )
@@ -222,7 +222,8 @@ def test_a_job_that_overruns_is_interrupted_and_what_it_wrote_is_kept(run, tmp_p
 
 def test_a_job_that_does_not_stop_is_killed_with_what_it_started(run, tmp_path, results):
     code = (
-        "import pathlib, signal, subprocess, sys, time; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "import pathlib, signal, subprocess, sys, time; signal.signal(signal.SIGINT,"
+        " signal.SIG_IGN)\n"
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
         "pathlib.Path(sys.argv[1], 'child').write_text(str(child.pid)); time.sleep(60)"
     )
@@ -317,9 +318,8 @@ def test_weights_beyond_float16_stay_as_they_are(results):
 
 def test_the_output_keeps_the_limits_of_the_machine(results):
     shards = -(-results.TOTAL // results.SHARD)
-    assert (
-        results.SHARD <= 16 * MIB and shards + 3 <= 8
-    )  # log, summary, and one of them while it is replaced
+    # log, summary, and one of them while it is replaced
+    assert results.SHARD <= 16 * MIB and shards + 3 <= 8
     assert results.TOTAL + 2 * results.MOST_LOG + MIB // 4 <= 64 * MIB
 
 
@@ -395,9 +395,8 @@ def test_an_append_that_was_cut_off_does_not_count(results, tmp_path):
     package = results.Package(tmp_path / "out", shard=2048)
     package.add_bytes("a/one", b"1" * 3000)
     package.commit({"jobs": []}, "")
-    with (tmp_path / "out" / "part-01.tar").open(
-        "ab"
-    ) as stream:  # killed in the middle of the next
+    # killed in the middle of the next
+    with (tmp_path / "out" / "part-01.tar").open("ab") as stream:
         stream.write(b"torn")
     assert set(results.read(tmp_path / "out").files) == {"a/one"}
     package.add_bytes("a/two", b"2" * 3000)
@@ -407,7 +406,10 @@ def test_an_append_that_was_cut_off_does_not_count(results, tmp_path):
 
 def start_runner(tmp_path):
     """A runner whose second job goes on for a minute, and the process id of that job."""
-    waits = "import os, pathlib, sys, time; pathlib.Path(sys.argv[1], 'pid').write_text(str(os.getpid())); time.sleep(60)"
+    waits = (
+        "import os, pathlib, sys, time;"
+        " pathlib.Path(sys.argv[1], 'pid').write_text(str(os.getpid())); time.sleep(60)"
+    )
     entries = [
         {"seconds": 1, "leaves": ["*"], **entry}
         for entry in (writing("first"), job("second", waits, limit=50))

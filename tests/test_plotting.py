@@ -40,7 +40,7 @@ def test_figures_are_not_kept_by_pyplot():
     assert pyplot.get_fignums() == []
 
 
-# ---- lines ---------------------------------------------------------------------------------------------
+# ---- lines ---------------------------------------------------------------------------------------
 
 
 def test_lines_differ_without_colour():
@@ -111,7 +111,7 @@ def test_a_legend_only_where_something_is_labelled():
     drawn(figure)
 
 
-# ---- heat maps -----------------------------------------------------------------------------------------
+# ---- heat maps -----------------------------------------------------------------------------------
 
 
 def test_heat_map_writes_its_numbers_in_their_cells():
@@ -120,11 +120,12 @@ def test_heat_map_writes_its_numbers_in_their_cells():
     values = np.array([[0.0, 0.256, 1.0], [-0.5, 0.8, 12.346]])
     plotting.heat_map(figure, ax, values, [1, 2, 3], ["a", "b"], "hit ratio")
     written = {text.get_position(): text.get_text() for text in ax.texts}
+    # by (column, row); no leading zero, as in papers
     first_row = {
         (0, 0): ".00",
         (1, 0): ".26",
         (2, 0): "1.00",
-    }  # by (column, row); no leading zero, as in papers
+    }
     assert written == {**first_row, (0, 1): "-0.50", (1, 1): ".80", (2, 1): "12.35"}
     drawn(figure)
     assert [label.get_text() for label in ax.get_xticklabels()] == ["1", "2", "3"]
@@ -166,7 +167,7 @@ def test_heat_map_with_holes():
     drawn(figure)
 
 
-# ---- overlay -------------------------------------------------------------------------------------------
+# ---- overlay -------------------------------------------------------------------------------------
 
 
 def test_overlay_of_a_constant_map():
@@ -217,7 +218,7 @@ def test_overlay_of_a_mask_without_edge(value):
     drawn(figure)
 
 
-# ---- saving --------------------------------------------------------------------------------------------
+# ---- saving --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("dpi", "size"), [(150, (1260, 480)), (50, (420, 160))])

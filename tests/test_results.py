@@ -20,7 +20,7 @@ from bvit_interp import results
 from bvit_interp.errors import UserError
 from bvit_interp.models.unroll import unroll
 
-# ---- whole or not at all -------------------------------------------------------------------------------
+# ---- whole or not at all -------------------------------------------------------------------------
 
 
 def test_replacing_takes_the_place_of_the_old_file(tmp_path):
@@ -100,7 +100,7 @@ def test_json_is_indented_and_knows_paths(tmp_path):
     assert (tmp_path / "a.json").read_text() == '{\n  "a": 1,\n  "path": "x/y"\n}\n'
 
 
-# ---- tables that go on ---------------------------------------------------------------------------------
+# ---- tables that go on ---------------------------------------------------------------------------
 
 OPTIONS = {
     "analysis": "rank_sweep",
@@ -256,7 +256,7 @@ def test_one_process_is_rank_zero_of_one():
     assert results.rank_and_world() == (0, 1)
 
 
-# ---- the folder ----------------------------------------------------------------------------------------
+# ---- the folder ----------------------------------------------------------------------------------
 
 
 def test_a_folder_is_tried_and_left_as_it_was(tmp_path):
@@ -281,7 +281,7 @@ def test_permissions_that_promise_too_much(tmp_path, monkeypatch):
         results.check_folder(tmp_path / "x")
 
 
-# ---- provenance ----------------------------------------------------------------------------------------
+# ---- provenance ----------------------------------------------------------------------------------
 
 
 def test_provenance_goes_into_json(monkeypatch):
@@ -364,9 +364,8 @@ def test_the_hash_knows_names_and_not_their_order():
 def test_the_hash_of_transposed_halves_and_scalars():
     layer = Ordered("a")
     expected = results.weights_hash(layer)
-    layer.a.weight = nn.Parameter(
-        layer.a.weight.detach().T.contiguous().T
-    )  # equal values, other strides
+    # equal values, other strides
+    layer.a.weight = nn.Parameter(layer.a.weight.detach().T.contiguous().T)
     assert results.weights_hash(layer) == expected
     assert results.weights_hash(layer.bfloat16()) != expected
     layer.register_buffer("scale", torch.tensor(2.0))

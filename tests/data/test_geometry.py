@@ -44,16 +44,18 @@ def test_masks_are_enlarged_to_the_nearest_pixel():
     ("old", "new", "nearest"),
     [
         (6, 4, [0, 2, 3, 5]),  # centres 0.75, 2.25, 3.75, 5.25; the legacy nearest takes 0, 1, 3, 4
+        # the middle of every three; the legacy nearest takes the first, 0, 3, 6, 9
         (
             12,
             4,
             [1, 4, 7, 10],
-        ),  # the middle of every three; the legacy nearest takes the first, 0, 3, 6, 9
+        ),
+        # centres 1, 3, 5, 7 lie between two pixels: the upper one; legacy 0, 2, 4, 6
         (
             8,
             4,
             [1, 3, 5, 7],
-        ),  # centres 1, 3, 5, 7 lie between two pixels: the upper one; legacy 0, 2, 4, 6
+        ),
     ],
 )
 def test_masks_are_reduced_to_the_pixel_under_each_centre(old, new, nearest):

@@ -24,11 +24,12 @@ def test_by_name_where_the_model_has_names(make):
 def test_in_order_where_there_are_as_many(make):
     model = make(num_classes=3)
     assert label_map(data("a", "b", "c"), model).tolist() == [0, 1, 2]
+    # bird and machine: decides nothing
     model.pretrained_cfg["label_names"] = [
         "crane",
         "crane",
         "owl",
-    ]  # bird and machine: decides nothing
+    ]
     assert label_map(data("crane", "lift", "owl"), model).tolist() == [0, 1, 2]
     with pytest.raises(DataError, match="the data's 2 classes"):
         label_map(data("crane", "owl"), model)
@@ -41,7 +42,8 @@ def test_a_model_that_knows_some_of_the_classes_is_refused(make, classes):
     model = make(num_classes=3)
     model.pretrained_cfg["label_names"] = ["cat", "dog", "fox"]
     unknown = [name for name in classes if name in ("ant", "bee")]
-    message = rf"does not know {len(unknown)} of the data's {len(classes)} classes: {', '.join(unknown)}; .*cat, dog, fox"
+    counts = rf"does not know {len(unknown)} of the data's {len(classes)} classes"
+    message = rf"{counts}: {', '.join(unknown)}; .*cat, dog, fox"
     with pytest.raises(DataError, match=message):
         label_map(data(*classes), model)
 

@@ -44,12 +44,13 @@ def shown(partners, index):
 
 def test_the_partner_is_half_the_chosen_images_on():
     assert shown(Partners(Numbered(6)), [0, 1, 5]) == ([3, 4, 2], [1, 0, 0])
+    # of the places 0, 3, 6, 9
     assert shown(Partners(Numbered(12), limit=4), [0, 3, 6, 9])[0] == [
         6,
         9,
         0,
         3,
-    ]  # of the places 0, 3, 6, 9
+    ]
     assert shown(Partners(Numbered(3)), [0, 1, 2])[0] == [1, 2, 0]
 
 

@@ -45,9 +45,8 @@ def test_dilate_is_a_strict_disc():
     positive = torch.zeros(1, 5, 7, dtype=torch.bool)
     positive[0, 2, 3] = True
     assert metrics.dilate(positive, 0) is positive
-    assert torch.equal(
-        metrics.dilate(positive, 1), positive
-    )  # a neighbour is at distance 1, not below it
+    # a neighbour is at distance 1, not below it
+    assert torch.equal(metrics.dilate(positive, 1), positive)
     plus = torch.tensor(
         [
             [0, 0, 0, 0, 0, 0, 0],
@@ -61,14 +60,12 @@ def test_dilate_is_a_strict_disc():
     square = torch.tensor(
         [[0] * 7, [0, 0, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 0, 0], [0] * 7]
     )
-    assert torch.equal(
-        metrics.dilate(positive, 2)[0].int(), square.int()
-    )  # sqrt(2) < 2, and 2 is not
+    # sqrt(2) < 2, and 2 is not
+    assert torch.equal(metrics.dilate(positive, 2)[0].int(), square.int())
     narrow, broad = [0, 0, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1, 0]
     disc = torch.tensor([narrow, broad, broad, broad, narrow])
-    assert torch.equal(
-        metrics.dilate(positive, 2.3)[0].int(), disc.int()
-    )  # sqrt(5) < 2.3 < sqrt(8)
+    # sqrt(5) < 2.3 < sqrt(8)
+    assert torch.equal(metrics.dilate(positive, 2.3)[0].int(), disc.int())
 
 
 @pytest.mark.parametrize("tolerance", [0.5, 1, 1.5, 3, 4.2, 15])

@@ -65,9 +65,8 @@ def test_bootstrap_against_scipy():
     values = np.random.default_rng(1).exponential(size=(60, 1))
     draws = metrics.bootstrap_means(values, seed=0, draws=4000)[:, 0]
     theirs = stats.bootstrap((values[:, 0],), np.mean, n_resamples=4000, method="percentile", rng=1)
-    error = values.std() / math.sqrt(
-        60
-    )  # of the plug-in distribution, exact for the bootstrap of a mean
+    # of the plug-in distribution, exact for the bootstrap of a mean
+    error = values.std() / math.sqrt(60)
     assert abs(draws.mean() - values.mean()) < 4 * error / math.sqrt(4000)
     assert draws.std() == pytest.approx(error, rel=0.05)
     assert metrics.interval(draws) == pytest.approx(
@@ -83,9 +82,8 @@ def test_bootstrap_interval_covers_as_often_as_it_says():
             metrics.bootstrap_means(rng.normal(size=(80, 1)), seed=trial, draws=400)[:, 0]
         )
         covered += low <= 0 <= high
-    assert covered >= stats.binom.ppf(
-        0.001, 200, 0.93
-    )  # the percentile interval is a little short at n = 80
+    # the percentile interval is a little short at n = 80
+    assert covered >= stats.binom.ppf(0.001, 200, 0.93)
     assert covered <= stats.binom.ppf(0.999, 200, 0.96)
 
 
@@ -103,9 +101,8 @@ def test_mean_over_images_by_hand():
 @pytest.mark.parametrize("classes", [None, np.array([0, 1, 0, 1])])
 def test_mean_over_images_keeps_the_other_axes(classes):
     values = np.random.default_rng(0).random((4, 3, 2))
-    np.testing.assert_allclose(
-        metrics.mean_over_images(values, classes), values.mean(0)
-    )  # balanced classes
+    # balanced classes
+    np.testing.assert_allclose(metrics.mean_over_images(values, classes), values.mean(0))
     values[:, 1] = nan
     found = metrics.mean_over_images(values, classes)
     assert np.isnan(found[1]).all()
@@ -169,12 +166,13 @@ def test_interval():
         (0, 10, 0, 0.2775),
         (5, 10, 0.2366, 0.7634),
         (10, 10, 0.7225, 1),
+        # this and the next: Newcombe, Statistics in Medicine 17 (1998), table I
         (
             81,
             263,
             0.2553,
             0.3662,
-        ),  # this and the next: Newcombe, Statistics in Medicine 17 (1998), table I
+        ),
         (15, 148, 0.0624, 0.1605),
     ],
 )
@@ -244,9 +242,8 @@ def test_shuffled_rows_keep_rows_and_lose_order():
     np.testing.assert_array_equal(np.sort(draws, axis=-1), np.broadcast_to(values, draws.shape))
     trends = metrics.rank_trend(draws)
     assert abs(trends.mean()) < 0.02
-    assert trends.std() == pytest.approx(
-        1 / math.sqrt(5), abs=0.02
-    )  # variance of Spearman's rho: 1 / (n - 1)
+    # variance of Spearman's rho: 1 / (n - 1)
+    assert trends.std() == pytest.approx(1 / math.sqrt(5), abs=0.02)
     assert abs(np.corrcoef(trends.T)[0, 1]) < 0.06  # each row in an order of its own
     np.testing.assert_array_equal(draws, metrics.shuffled_rows(values, seed=1))
     holes = metrics.shuffled_rows(np.array([[1.0, nan, 2, 3]]), draws=50)[:, 0]

@@ -118,9 +118,10 @@ def test_a_hybrid_has_a_pair_for_each_stored_block_and_an_inner_update_its_steps
     assert (
         Adapted(tiny_hybrid, Spec(mode="lora-qv", rank=2), CLASSES).count() == 2 * 4 * 32 * 2 + 32
     )
+    # LayerNorm
     assert (
         Adapted(stacked, Spec(mode="lora-ffn", rank=2), CLASSES).count() == 3 * 10 * 32 * 2 + 2 * 32
-    )  # LayerNorm
+    )
     view = moved(Adapted(tiny_fl, Spec(mode="lora-ffn", rank=2, steps=(2,)), CLASSES)).view
     weight = next(tiny_fl.blocks.children()).mlp.fc1.weight
     changed = [

@@ -34,7 +34,7 @@ def forward_states(model, images):
     return states
 
 
-# ---- parameter counts ----------------------------------------------------------------------------------
+# ---- parameter counts ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "count"), COUNTS.items())
@@ -70,7 +70,7 @@ def test_models_are_born_on_the_asked_device_and_dtype(infix):
     assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
 
 
-# ---- the recurrence ------------------------------------------------------------------------------------
+# ---- the recurrence ------------------------------------------------------------------------------
 
 
 def test_forward_equals_the_equations_written_out(tiny, images, by_hand):
@@ -224,7 +224,7 @@ def test_gradients_reach_every_parameter(any_model, images):
     ] == []
 
 
-# ---- Steps and errors ----------------------------------------------------------------------------------
+# ---- Steps and errors ----------------------------------------------------------------------------
 
 
 def test_steps_answer_by_application(tiny_hybrid):

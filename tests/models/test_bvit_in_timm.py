@@ -51,12 +51,13 @@ def test_registered_shapes(size, width, heads, steps):
 def test_the_choices_of_the_paper_are_the_defaults(tiny):
     block = tiny.get_submodule("blocks.0")
     biases = sorted(name for name, _ in block.named_parameters() if name.endswith("bias"))
+    # none on the norms
     assert biases == [
         "attn.proj.bias",
         "attn.qkv.bias",
         "mlp.fc1.bias",
         "mlp.fc2.bias",
-    ]  # none on the norms
+    ]
     assert isinstance(block.mlp.act, nn.GELU)
     assert block.mlp.act.approximate == "none"
     assert isinstance(block.drop_path1, nn.Identity)
@@ -105,9 +106,8 @@ def test_gradient_checkpointing_changes_nothing(any_model, images):
 
 def test_gradient_checkpointing_recomputes_every_step(tiny, images):
     calls = []
-    norm = tiny.get_submodule(
-        "blocks.0.norm1"
-    )  # first in the block: torch stops recomputing when it has enough
+    # first in the block: torch stops recomputing when it has enough
+    norm = tiny.get_submodule("blocks.0.norm1")
     handle = norm.register_forward_hook(lambda *_: calls.append(1))
     tiny.train().set_grad_checkpointing(True)
     tiny(images).sum().backward()

@@ -38,7 +38,7 @@ def edit_config(folder, **changes):
     file.write_text(json.dumps(config))
 
 
-# ---- round trips ---------------------------------------------------------------------------------------
+# ---- round trips ---------------------------------------------------------------------------------
 
 VARIANTS = {
     "plain": {},
@@ -154,16 +154,15 @@ def test_display_names(saved, monkeypatch):
     assert display_name("timm:vit_tiny_patch16_224@random") == "vit_tiny_patch16_224@random"
 
 
-# ---- failing while saving ------------------------------------------------------------------------------
+# ---- failing while saving ------------------------------------------------------------------------
 
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize(
-    "raised", [OSError, SafetensorError]
-)  # safetensors 0.8 raises its own for a full disk
+# safetensors 0.8 raises its own for a full disk
+@pytest.mark.parametrize("raised", [OSError, SafetensorError])
 def test_a_full_disk_leaves_the_old_checkpoint(saved, make, monkeypatch, raised):
     def write_half(weights, filename, metadata=None):
         Path(filename).write_bytes(b"half")
@@ -194,7 +193,7 @@ def test_an_existing_checkpoint_is_replaced_and_other_files_stay(saved, make, im
     assert [path.name for path in saved.parent.iterdir()] == ["tiny"]
 
 
-# ---- damaged and wrong checkpoints ---------------------------------------------------------------------
+# ---- damaged and wrong checkpoints ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kept", [0, 4, 1000, -1])
@@ -306,7 +305,7 @@ def test_weights_that_are_not_finite_are_refused(tiny, tmp_path, value):
         load(tmp_path / "model")
 
 
-# ---- foreign files -------------------------------------------------------------------------------------
+# ---- foreign files -------------------------------------------------------------------------------
 
 
 class Malicious:

@@ -129,7 +129,7 @@ def test_a_disk_that_fills_at_the_averaged_weights_leaves_the_old_ones(averaged,
     assert [path.name for path in averaged.parent.iterdir()] == ["tiny"]
 
 
-# ---- storage types -------------------------------------------------------------------------------------
+# ---- storage types -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

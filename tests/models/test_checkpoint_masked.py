@@ -41,10 +41,11 @@ def test_the_raw_weights_open_under_their_masks(pruned, tiny_te, images):
     assert not model.training
     assert display_name(f"{pruned}@masked") == "tiny@masked"
     assert versions(f"{pruned}@masked") == [f"{pruned}@masked"]
+    # what the masks are of is asked for by name
     assert versions(pruned) == [
         str(pruned),
         f"{pruned}@ema",
-    ]  # what the masks are of is asked for by name
+    ]
 
 
 def test_a_probe_sees_the_masked_steps(pruned, images, by_hand):

@@ -35,7 +35,7 @@ def both_heads(model, images, by_hand):
     return tuple(rms[:, i] @ head.weight.T + head.bias for i, head in enumerate(heads))
 
 
-# ---- forward -------------------------------------------------------------------------------------------
+# ---- forward -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_only_a_distilled_model_can_be_set_to_distilled_training(tiny, plain):
     assert hasattr(plain, "set_distilled_training")
 
 
-# ---- size and cost -------------------------------------------------------------------------------------
+# ---- size and cost -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "plain_count"), [("bvit", 8_598_760), ("vit_rms", 86_548_456)])
@@ -128,7 +128,7 @@ def test_size_and_cost_of_the_base_model(name, plain_count):
     assert model.default_cfg["classifier"] == ("head", "head_dist")
 
 
-# ---- timm's interface ----------------------------------------------------------------------------------
+# ---- timm's interface ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("registers", [0, 4])

@@ -134,7 +134,7 @@ def test_densities_and_unions_by_hand(tiny_hybrid):
     assert len(masks.flat(0)) == weights
 
 
-# ---- files ---------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 
 
 def test_a_file_holds_eight_weights_a_byte_and_comes_back(any_model, tmp_path):
@@ -149,9 +149,8 @@ def test_a_file_holds_eight_weights_a_byte_and_comes_back(any_model, tmp_path):
 
 
 def test_masks_of_parts_of_the_data_of_any_shape(tiny, tmp_path):
-    masks = Masks(
-        {"head.weight": torch.rand(3, 5, 7) < 0.5}
-    )  # 105 entries: no whole number of bytes
+    # 105 entries: no whole number of bytes
+    masks = Masks({"head.weight": torch.rand(3, 5, 7) < 0.5})
     masks.save(tmp_path / "m", tiny)
     assert torch.equal(Masks.load(tmp_path / "m", tiny)["head.weight"], masks["head.weight"])
     with pytest.raises(

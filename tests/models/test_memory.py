@@ -81,7 +81,7 @@ def loss_of(logits):
     return nn.functional.cross_entropy(logits, torch.arange(4))
 
 
-# ---- equations -----------------------------------------------------------------------------------------
+# ---- equations -----------------------------------------------------------------------------------
 
 
 def test_states_equal_the_equations(variant, images, by_hand):
@@ -151,7 +151,7 @@ def test_masks_reach_the_inner_updates(request, images, fixture):
         assert (either(images) - masked).abs().max() > 1e-3
 
 
-# ---- gradients -----------------------------------------------------------------------------------------
+# ---- gradients -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("gradient", ["full", "truncated", "frozen"])
@@ -218,9 +218,8 @@ def test_intermediates_of_model_and_unroll_with_gradients_through_checkpoints(
         model.zero_grad()
 
 
-@pytest.mark.filterwarnings(
-    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
-)  # dynamo looks
+# dynamo looks
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_a_model_is_compiled_block_by_block(variant, images):
     """As the trainer does it."""
     model, _ = variant
@@ -232,7 +231,7 @@ def test_a_model_is_compiled_block_by_block(variant, images):
     torch._dynamo.reset()
 
 
-# ---- the unroll's modules ------------------------------------------------------------------------------
+# ---- the unroll's modules ------------------------------------------------------------------------
 
 
 def test_inner_updates_are_ordinary_blocks_that_see_the_latent(make, images, by_hand):
@@ -324,7 +323,7 @@ def test_a_step_alone_says_what_it_needs(tiny_fl):
             step(torch.zeros(1, 17, 32))
 
 
-# ---- names, arguments, checkpoints, cost ---------------------------------------------------------------
+# ---- names, arguments, checkpoints, cost ---------------------------------------------------------
 
 
 def test_registered_defaults():

@@ -21,9 +21,8 @@ TARGETS = torch.tensor([0, 1, 2, 3])
 CLOSE = {"atol": 1e-4, "rtol": 1e-3}
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Input Tensor 0 did not already require gradients"),  # captum
-    pytest.mark.filterwarnings(
-        "ignore:.torch.jit.script. is deprecated:FutureWarning"
-    ),  # lucent's kornia
+    # lucent's kornia
+    pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning"),
 ]
 
 
@@ -72,7 +71,7 @@ def differs(answer, reference):
     return ((answer - reference).abs().max() / reference.abs().max()).item()
 
 
-# ---- on the unroll: step 5 -----------------------------------------------------------------------------
+# ---- on the unroll: step 5 -----------------------------------------------------------------------
 
 
 def test_captum_layer_activation(tiny, images, hand):
@@ -264,7 +263,7 @@ def test_input_attributions_are_the_same_on_both(tiny, images):
         torch.testing.assert_close(on_model, on_view)
 
 
-# ---- on the recurrent model ----------------------------------------------------------------------------
+# ---- on the recurrent model ----------------------------------------------------------------------
 
 
 def test_the_same_tools_on_the_recurrent_model(tiny, images, hand, by_hand):
@@ -288,18 +287,16 @@ def test_the_same_tools_on_the_recurrent_model(tiny, images, hand, by_hand):
     names = [name for name in get_graph_node_names(tiny)[1] if "mlp.act" in name]
     assert names == ["blocks.0.mlp.act", *(f"blocks.0.mlp.act_{i}" for i in range(1, 12))]
     features = create_feature_extractor(tiny, ["blocks.0.mlp.act", "blocks.0.mlp.act_4"])(images)
-    torch.testing.assert_close(
-        features["blocks.0.mlp.act"], hand.acts[1], **CLOSE
-    )  # torchvision: the first
+    # torchvision: the first
+    torch.testing.assert_close(features["blocks.0.mlp.act"], hand.acts[1], **CLOSE)
     torch.testing.assert_close(features["blocks.0.mlp.act_4"], hand.acts[5], **CLOSE)
 
     fc1 = tiny.blocks[0].mlp.fc1
     original = fc1.weight.detach().clone()
     prune.l1_unstructured(fc1, "weight", amount=0.5)
     pruned = tiny(images)
-    torch.testing.assert_close(
-        pruned, hand.logits(), **CLOSE
-    )  # by hand with the masked weight: in all 12 steps
+    # by hand with the masked weight: in all 12 steps
+    torch.testing.assert_close(pruned, hand.logits(), **CLOSE)
     prune.remove(fc1, "weight")
     with torch.no_grad():
         fc1.weight.copy_(original)
@@ -331,9 +328,8 @@ def test_captum_on_the_recurrent_model(tiny, images, hand, by_hand):
         :, 0, ::32
     ].T
     assert min(differs(answer, ablation_effects(hand, groups, [t])) for t in range(1, 13)) > 0.1
-    assert (
-        differs(answer, ablation_effects(hand, groups, range(1, 13))) > 0.1
-    )  # not even all steps at once
+    # not even all steps at once
+    assert differs(answer, ablation_effects(hand, groups, range(1, 13))) > 0.1
 
 
 def test_lucent_on_the_recurrent_model(tiny, images, hand):
@@ -343,9 +339,8 @@ def test_lucent_on_the_recurrent_model(tiny, images, hand):
     ]
     from lucent.optvis.render import hook_model
 
-    view = unroll(
-        tiny, steps=1
-    )  # stands in for the model: its one block, called 12 times as the model does
+    # stands in for the model: its one block, called 12 times as the model does
+    view = unroll(tiny, steps=1)
     read = hook_model(view, lambda: images)
     z = view._pos_embed(view.patch_embed(images))
     for _ in range(12):

@@ -80,9 +80,8 @@ def test_calibration_error_equals_torchmetrics():
     theirs = MulticlassCalibrationError(10, n_bins=15, norm="l1")
     theirs.update(logits.softmax(-1), labels)
     assert metric.compute()["calibration_error"] == pytest.approx(float(theirs.compute()), abs=1e-6)
-    assert (
-        metric.compute()["calibration_error"] > 0.1
-    )  # random logits are far too sure: the comparison is not of zeros
+    # random logits are far too sure: the comparison is not of zeros
+    assert metric.compute()["calibration_error"] > 0.1
 
 
 def test_four_images_worked_out_on_paper():
@@ -109,9 +108,8 @@ def test_four_images_worked_out_on_paper():
 def test_the_edges_of_the_confidence_lie_in_a_bin():
     metric = Classification(5, bins=5)
     certain = torch.tensor([[1e4, 0, 0, 0, 0]])
-    metric.update(
-        torch.cat([certain, torch.zeros(1, 5)]), torch.tensor([0, 0])
-    )  # confidence 1 and 1 / 5
+    # confidence 1 and 1 / 5
+    metric.update(torch.cat([certain, torch.zeros(1, 5)]), torch.tensor([0, 0]))
     assert metric.compute()["bin_n"] == (1, 0, 0, 0, 1)
     assert metric.compute()["confidence"] == pytest.approx(0.6)
 

@@ -113,9 +113,8 @@ def test_nulls_against_shuffled_images():
     assert abs(mean) < error
     mean, error = of("procrustes")
     draws = [each["procrustes"][0, 1] for each in shuffled]
-    assert found["procrustes_null"][0, 1] == pytest.approx(
-        mean, abs=4 * np.std(draws)
-    )  # one draw of it
+    # one draw of it
+    assert found["procrustes_null"][0, 1] == pytest.approx(mean, abs=4 * np.std(draws))
     assert found["cka"][0, 1] > found["cka_null"][0, 1]
     assert found["procrustes"][0, 1] < found["procrustes_null"][0, 1]
 

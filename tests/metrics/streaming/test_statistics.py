@@ -28,7 +28,7 @@ def drawn(seed, *shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-# ---- MeanByClass ---------------------------------------------------------------------------------------
+# ---- MeanByClass ---------------------------------------------------------------------------------
 
 
 @settings(deadline=None, max_examples=60)
@@ -97,7 +97,7 @@ def test_reset_forgets_also_the_shape():
     np.testing.assert_array_equal(metric.compute(), [[[math.nan]], [[2]]])
 
 
-# ---- Gram ----------------------------------------------------------------------------------------------
+# ---- Gram ----------------------------------------------------------------------------------------
 
 
 def filled(metric, values, size, *more):
@@ -139,7 +139,7 @@ def test_singular_values_of_the_streamed_matrix():
             np.testing.assert_allclose(singular_values_of_gram(found[key])[t], expected, rtol=1e-9)
 
 
-# ---- PerImage ----------------------------------------------------------------------------------------------
+# ---- PerImage ------------------------------------------------------------------------------------
 
 
 def test_rows_come_back_in_the_order_of_the_data():
@@ -155,7 +155,7 @@ def test_rows_come_back_in_the_order_of_the_data():
     np.testing.assert_array_equal(rows, values.double())
 
 
-# ---- several processes ---------------------------------------------------------------------------------
+# ---- several processes ---------------------------------------------------------------------------
 
 
 def one_pass_and_two(make, *tensors):
@@ -200,7 +200,7 @@ def test_a_process_without_images_changes_nothing():
     torch.testing.assert_close(metric.compute(), expected)
 
 
-# ---- through a probe -----------------------------------------------------------------------------------
+# ---- through a probe -----------------------------------------------------------------------------
 
 
 def batches(images, labels, size):

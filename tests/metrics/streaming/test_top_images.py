@@ -28,9 +28,10 @@ def drawn(seed, images, few=False):
 
 def by_numpy(values, patches, index, k):
     """First k by falling value, then rising image."""
+    # (T, F, k) places
     order = np.stack(
         [[np.lexsort((index, -values[:, t, f]))[:k] for f in range(3)] for t in range(2)]
-    )  # (T, F, k) places
+    )
     pick = lambda array: np.stack([[array[order[t, f], t, f] for f in range(3)] for t in range(2)])  # noqa: E731
     return pick(values), np.asarray(index)[order], pick(patches)
 
