@@ -15,17 +15,14 @@ from bvit_interp import plotting
 from bvit_interp.analyses.trajectories import METHODS
 
 _MOST_CLASSES = 10
-
-
 _MOST_MODELS = 3
 
 
 def plot(frame: pd.DataFrame) -> Figure:
-    """Fig. 9: one panel a class, colour the step, the class's mean path with its first and last
-    step.
+    """Fig. 9: one panel per class, with the step as the colour and the mean path of the class.
 
-    Of at most ten classes, the most frequent; three models, the first; PaCMAP's points where the
-    table has them.
+    At most the ten most frequent classes and the first three models are drawn, with PaCMAP's points
+    if the table has them.
     """
     method = next(each for each in METHODS if (frame["method"] == each).any())
     frame = frame[frame["method"] == method]
@@ -42,9 +39,9 @@ def plot(frame: pd.DataFrame) -> Figure:
     )
     norm = BoundaryNorm([t + 0.5 for t in range(last + 1)], shades.N)
     for m, name in enumerate(models):
-        of_model = frame[frame["model"] == name]
+        points = frame[frame["model"] == name]
         for ax, label in zip(axes[m * rows : (m + 1) * rows].flat, classes, strict=False):
-            _panel(ax, of_model, of_model[of_model["label"] == label], shades, norm)
+            _panel(ax, points, points[points["label"] == label], shades, norm)
             ax.set_title(str(label), fontsize=9)
         for ax in list(axes[m * rows : (m + 1) * rows].flat)[len(classes) :]:
             ax.set_axis_off()
@@ -63,7 +60,7 @@ def plot(frame: pd.DataFrame) -> Figure:
 def _panel(
     ax: Axes, everything: pd.DataFrame, of_class: pd.DataFrame, shades: Any, norm: Any
 ) -> None:
-    """One class over the grey of all points, and its mean path."""
+    """The points and the mean path of one class, over all points in grey."""
     ax.grid(visible=False)
     ax.spines[:].set_visible(False)
     ax.set(xticks=[], yticks=[])
@@ -88,11 +85,19 @@ def _panel(
 
 
 def _caption(frame: pd.DataFrame, name: str, method: str) -> str:
-    """The checks in one line."""
+    """The checks of one model in one line."""
     mean = frame[frame["model"] == name].mean(numeric_only=True)
     title = {"pacmap": "PaCMAP", "pca": "PCA"}[method]
+    shares = [
+        f"{words} {mean[share]:.2f} (CLS space {mean[f'{share}_cls']:.2f},"
+        f" null {mean[f'{share}_null']:.2f})"
+        for words, share in (
+            ("at most one step away", "adjacent_step_share"),
+            ("of the same class", "same_class_share"),
+        )
+    ]
+    kept, chance = mean["neighbours_kept"], mean["neighbours_kept_null"]
     return (
-        f"{name}, {title}: {mean['kept']:.2f} of the neighbours kept (chance {mean['kept_null']:.3f}); within one step"
-        f" {mean['staged']:.2f} (CLS space {mean['staged_cls']:.2f}, null {mean['staged_null']:.2f}); own class"
-        f" {mean['same_class']:.2f} (CLS space {mean['same_class_cls']:.2f}, null {mean['same_class_null']:.2f})"
+        f"{name}, {title}. Share of neighbours: kept {kept:.2f} (chance {chance:.3f});"
+        f" {'; '.join(shares)}"
     )

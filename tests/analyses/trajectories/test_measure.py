@@ -1,10 +1,7 @@
-"""Trajectories: the points are the CLS tokens, the checks are counted by hand, PaCMAP is repeatable
-and quiet."""
+"""The points are the CLS tokens, and the checks are counted from all pairwise distances."""
 
 from __future__ import annotations
 
-import io
-import logging
 import sys
 
 import numpy as np
@@ -12,8 +9,8 @@ import pandas as pd
 import pytest
 import torch
 
-from bvit_interp.analyses import trajectories
-from bvit_interp.analyses.trajectories import COLUMNS, Config, measure, plot
+from bvit_interp.analyses.trajectories import COLUMNS, Config, measure, states, summary
+from bvit_interp.analyses.trajectories.neighbours import nearest_neighbours
 from bvit_interp.data.geometry import Geometry
 from bvit_interp.errors import MissingExtra, UserError
 
@@ -41,9 +38,9 @@ def test_points_and_checks_against_numpy(any_model, digits):
     """PCA of timm's CLS tokens by numpy's SVD, and every share counted from all pairwise
     distances."""
     frame = measure({"m": any_model}, digits, PCA)
-    states = cls_by_forward(any_model, digits)
-    (n, steps, _), k = states.shape, 3
-    points = states.reshape(n * steps, -1)
+    cls_states = cls_by_forward(any_model, digits)
+    (n, steps, _), k = cls_states.shape, 3
+    points = cls_states.reshape(n * steps, -1)
     image, step = np.divmod(np.arange(len(points)), steps)
     assert frame["image"].tolist() == [digits.name(i) for i in image]
     assert frame["step"].tolist() == (step + 1).tolist()
@@ -60,14 +57,14 @@ def test_points_and_checks_against_numpy(any_model, digits):
         near = nearest(space, another, k)
         expected = (abs(step[near] - step[:, None]) <= 1).mean(1)
         assert (
-            np.mean(np.isclose(frame[f"staged{suffix}"], expected)) > 0.99
+            np.mean(np.isclose(frame[f"adjacent_step_share{suffix}"], expected)) > 0.99
         )  # the rest are ties within rounding
         expected = (label[image[near]] == label[image][:, None]).mean(1)
-        assert np.mean(np.isclose(frame[f"same_class{suffix}"], expected)) > 0.99
+        assert np.mean(np.isclose(frame[f"same_class_share{suffix}"], expected)) > 0.99
     pairs = zip(nearest(points, every, k), nearest(flat, every, k), strict=True)
     kept = np.array([len(set(high) & set(low)) / k for high, low in pairs])
-    assert np.mean(np.isclose(frame["kept"], kept)) > 0.99
-    assert (frame["kept_null"] == k / (n * steps - 1)).all()
+    assert np.mean(np.isclose(frame["neighbours_kept"], kept)) > 0.99
+    assert (frame["neighbours_kept_null"] == k / (n * steps - 1)).all()
 
 
 def test_nulls_against_permuted_steps_and_labels(tiny, digits):
@@ -76,7 +73,7 @@ def test_nulls_against_permuted_steps_and_labels(tiny, digits):
     frame = measure({"m": tiny}, digits, Config(methods=("pca",), neighbours=5))
     rng = np.random.default_rng(0)
     n, steps = 60, 12
-    _, near = trajectories._neighbours(frame[["x", "y"]].to_numpy(), 5, steps)
+    near = nearest_neighbours(frame[["x", "y"]].to_numpy(), 5, steps).other_images
     image, step = np.divmod(np.arange(n * steps), steps)
     staged, same = [], []
     label = np.array([digits.read(i)[1] for i in range(n)])
@@ -86,76 +83,60 @@ def test_nulls_against_permuted_steps_and_labels(tiny, digits):
         shuffled = rng.permutation(label)
         same.append((shuffled[image[near]] == shuffled[image][:, None]).mean())
     means = pd.Series(np.mean(staged, axis=0)).groupby(step).mean()
-    expected = frame.groupby("step")["staged_null"].first()
+    expected = frame.groupby("step")["adjacent_step_share_null"].first()
     np.testing.assert_allclose(expected, means, atol=0.01)
     np.testing.assert_allclose(expected, [2 / 12] + [3 / 12] * 10 + [2 / 12])
-    assert frame["same_class_null"].mean() == pytest.approx(
+    assert frame["same_class_share_null"].mean() == pytest.approx(
         np.mean(same), abs=4 * np.std(same) / np.sqrt(200)
     )
     share = (np.bincount(label)[label] - 1) / 59
-    np.testing.assert_allclose(frame["same_class_null"], share[image])
+    np.testing.assert_allclose(frame["same_class_share_null"], share[image])
 
 
-def test_neighbours_of_points_on_a_line():
-    """Two images of three steps at 0, 1, 2 and 10, 11, 13: by hand."""
-    points = np.array([[0.0], [1.0], [2.1], [10.0], [11.0], [13.0]])
-    near, others = trajectories._neighbours(points, 2, 3)
-    assert [set(row) for row in near.tolist()] == [{1, 2}, {0, 2}, {0, 1}, {4, 5}, {3, 5}, {3, 4}]
-    assert others.tolist() == [[3, 4], [3, 4], [3, 4], [2, 1], [2, 1], [2, 1]]
-
-
-def test_staged_and_parted_states_are_seen(stacked, digits, monkeypatch):
+def test_states_grouped_by_step_or_by_class(stacked, digits, monkeypatch):
     """Each step far from the others: all neighbours within a step; each class far from the others:
     all of it."""
-    from bvit_interp.analyses.trajectories import states as statetable
-
     label = np.array([digits.read(i)[1] for i in range(60)])
     noise = np.random.default_rng(0).normal(size=(60, 3, 32))
 
-    def given(states):
+    def given(points):
         monkeypatch.setattr(
-            statetable.StateTable,
+            states.StateTable,
             "compute",
-            lambda self: (np.arange(60), label, states.astype(np.float32)),
+            lambda self: (np.arange(60), label, points.astype(np.float32)),
         )
         return measure({"m": stacked}, digits, Config(neighbours=2, methods=("pca",)))
 
     staged = noise.copy()
     staged[:, :, 0] += 1000 * np.arange(3)
-    assert given(staged)[["staged", "staged_cls"]].to_numpy().min() == 1
+    assert given(staged)[["adjacent_step_share", "adjacent_step_share_cls"]].to_numpy().min() == 1
     by_class = noise.copy()
     by_class[:, :, 0] += 1000 * label[:, None]
     frame = given(by_class)
-    enough = frame["same_class_null"] * 59 * 3 >= 2
-    assert frame.loc[enough, ["same_class", "same_class_cls"]].to_numpy().min() == 1
+    enough = frame["same_class_share_null"] * 59 * 3 >= 2
+    assert frame.loc[enough, ["same_class_share", "same_class_share_cls"]].to_numpy().min() == 1
     frame = given(noise)  # neither: the nulls
-    assert frame["staged_cls"].mean() == pytest.approx(frame["staged_null"].mean(), abs=0.08)
-    assert frame["same_class_cls"].mean() == pytest.approx(
-        frame["same_class_null"].mean(), abs=0.08
+    assert frame["adjacent_step_share_cls"].mean() == pytest.approx(
+        frame["adjacent_step_share_null"].mean(), abs=0.08
+    )
+    assert frame["same_class_share_cls"].mean() == pytest.approx(
+        frame["same_class_share_null"].mean(), abs=0.08
     )
 
 
-def test_pacmap_is_repeatable_quiet_and_leaves_no_state(tiny, digits, caplog):
+def test_both_embeddings(tiny, digits):
+    """PaCMAP keeps far more neighbours than chance; CLS space is the same beside either."""
     pytest.importorskip("pacmap")
-    import faiss
-
-    before, threads = np.random.get_state()[1].copy(), faiss.omp_get_max_threads()  # noqa: NPY002
     config = Config(neighbours=3, limit=30)
-    with caplog.at_level(logging.DEBUG):
-        one, two = (measure({"m": tiny}, digits, config) for _ in range(2))
-    assert not [record for record in caplog.records if record.name.startswith("pacmap")]
-    pd.testing.assert_frame_equal(one, two, check_exact=True)
-    other = measure({"m": tiny}, digits, Config(neighbours=3, limit=30, seed=1))
-    assert not np.allclose(one["x"], other["x"])
-    pd.testing.assert_frame_equal(one[one["method"] == "pca"], other[other["method"] == "pca"])
-    assert np.array_equal(np.random.get_state()[1], before)  # noqa: NPY002
-    assert faiss.omp_get_max_threads() == threads
-    mean = one.groupby("method").mean(numeric_only=True)
-    assert mean.loc["pacmap", "kept"] > 10 * mean.loc["pacmap", "kept_null"]
-    assert one.groupby("method")[["staged_cls", "same_class_cls"]].mean().nunique().tolist() == [
-        1,
-        1,
-    ]
+    frame, again = (measure({"m": tiny}, digits, config) for _ in range(2))
+    pd.testing.assert_frame_equal(frame, again, check_exact=True)
+    mean = frame.groupby("method").mean(numeric_only=True)
+    assert mean.loc["pacmap", "neighbours_kept"] > 10 * mean.loc["pacmap", "neighbours_kept_null"]
+    in_cls = mean[["adjacent_step_share_cls", "same_class_share_cls"]]
+    assert in_cls.nunique().tolist() == [1, 1]
+    assert not np.allclose(
+        frame.loc[frame["method"] == "pacmap", "x"], frame.loc[frame["method"] == "pca", "x"]
+    )
 
 
 def test_pacmap_missing(tiny, digits, monkeypatch):
@@ -175,18 +156,17 @@ def test_steps_on_request(tiny, stacked, digits):
     assert frame.groupby("model")["n"].first().to_dict() == {"a": 9, "b": 9}
 
 
-def test_columns_and_figure_from_the_csv_alone(tiny, stacked, digits):
+def test_columns_and_summary(tiny, stacked, digits):
     frame = measure({"a": tiny, "b": stacked}, digits, PCA)
     assert list(frame) == list(COLUMNS)
     assert len(frame) == 60 * (12 + 3)
-    figure = plot(pd.read_csv(io.StringIO(frame.to_csv(index=False))))
-    panels = [ax for ax in figure.axes if ax.get_title()]
-    assert len(panels) == 2 * 10
-    of_class = frame[(frame["model"] == "a") & (frame["label"] == panels[2].get_title())]
-    means = of_class.groupby("step")[["x", "y"]].mean()
-    np.testing.assert_allclose(panels[2].lines[-1].get_xydata(), means, rtol=1e-6)
-    np.testing.assert_array_equal(panels[2].collections[1].get_array(), of_class["step"])
-    assert [text.get_text() for text in panels[2].texts] == ["1", "12"]
+    means = summary(frame)
+    assert means[["model", "step"]].to_numpy().tolist() == [
+        *(["a", t] for t in range(1, 13)),
+        *(["b", t] for t in range(1, 4)),
+    ]
+    part = frame[(frame["model"] == "b") & (frame["step"] == 2)]
+    assert means["neighbours_kept"].iloc[13] == pytest.approx(part["neighbours_kept"].mean())
 
 
 def test_bad_input(tiny, digits):

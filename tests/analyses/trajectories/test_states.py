@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 
 from bvit_interp.analyses.trajectories.states import StateTable
 from bvit_interp.errors import UserError
@@ -41,3 +42,10 @@ def test_bad_states():
         metric.update(torch.tensor([0]), torch.tensor([0]), torch.zeros(1, 3, 2))
     with pytest.raises(UserError, match="NaN or infinite"):
         metric.update(torch.tensor([0]), torch.tensor([0]), torch.full((1, 2, 3), torch.nan))
+
+
+def test_a_wrong_shape_is_refused():
+    with pytest.raises(TypeCheckError):
+        StateTable(2, 3).update(torch.tensor([0]), torch.tensor([0]), torch.zeros(2, 3))
+    with pytest.raises(TypeCheckError):
+        StateTable(2, 3).update(torch.tensor([0]), torch.tensor([0, 1]), torch.zeros(1, 2, 3))
