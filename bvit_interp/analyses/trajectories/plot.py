@@ -52,8 +52,12 @@ def plot(frame: pd.DataFrame) -> Figure:
     )
     bar.set_ticks([t for t in range(1, last + 1) if last <= 12 or t % 6 == 0 or t == 1])
     bar.ax.minorticks_off()
-    lines = [textwrap.fill(_caption(frame, name, method), 38 * columns) for name in models]
-    figure.suptitle("\n".join(lines), fontsize=8)
+    title = {"pacmap": "PaCMAP", "pca": "PCA"}[method]
+    lines = [
+        f"{title}. Share of the nearest neighbours in 2-D (in CLS space, null):",
+        *(_caption(frame, name) for name in models),
+    ]
+    figure.suptitle("\n".join(textwrap.fill(line, 38 * columns) for line in lines), fontsize=8)
     return figure
 
 
@@ -84,20 +88,15 @@ def _panel(
     ax.set_aspect("equal", adjustable="datalim")
 
 
-def _caption(frame: pd.DataFrame, name: str, method: str) -> str:
+def _caption(frame: pd.DataFrame, name: str) -> str:
     """The checks of one model in one line."""
     mean = frame[frame["model"] == name].mean(numeric_only=True)
-    title = {"pacmap": "PaCMAP", "pca": "PCA"}[method]
     shares = [
-        f"{words} {mean[share]:.2f} (CLS space {mean[f'{share}_cls']:.2f},"
-        f" null {mean[f'{share}_null']:.2f})"
+        f"{words} {mean[share]:.2f} ({mean[f'{share}_cls']:.2f}, {mean[f'{share}_null']:.2f})"
         for words, share in (
             ("at most one step away", "adjacent_step_share"),
             ("of the same class", "same_class_share"),
         )
     ]
     kept, chance = mean["neighbours_kept"], mean["neighbours_kept_null"]
-    return (
-        f"{name}, {title}. Share of neighbours: kept {kept:.2f} (chance {chance:.3f});"
-        f" {'; '.join(shares)}"
-    )
+    return f"{name}: {'; '.join(shares)}; kept from CLS space {kept:.2f} (chance {chance:.3f})"
