@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import os
 import pickle
@@ -142,7 +143,7 @@ QUICK = {
     "selectivity": ["--n-ablated", "2", "--random-units", "1"],
     "ablation": ["--n-ablated", "2", "--methods", "mean", "--groups", "0", "--scopes", "each"],
     "patching": ["--steps", "1", "12"],
-    "lens": ["--fit-images", "6", "--iterations", "3"],
+    "lens": ["--n-fit", "6", "--iterations", "3"],
     "stability": [
         "--n-jacobian",
         "1",
@@ -156,7 +157,7 @@ QUICK = {
         "3",
     ],
     "schedule": ["--n-scored", "2", "--runs", "6"],
-    "circuits": ["--fit-images", "3", "--fractions", "0.5", "--draws", "1"],
+    "circuits": ["--n-fit", "3", "--fractions", "0.5", "--draws", "1"],
     "step_attribution": ["--folds", "4", "--methods", "magnitude", "random", "--sparsities", "0.5"],
 }
 
@@ -411,7 +412,9 @@ def test_the_cause_of_a_stop_under_torchrun(monkeypatch, capfd):
         ("train --recipe digits-s --set autocast=on", "autocast must be auto, bf16, off, got True"),
     ],
 )
-def test_errors_of_usage_are_one_line(arguments, message, capfd, monkeypatch):
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_errors_of_usage_are_one_line(arguments, message, encoding, capfd, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
     monkeypatch.setenv("COLUMNS", "40")  # however narrow the terminal
     assert main(arguments.split()) == 2
     printed = capfd.readouterr().err.splitlines()

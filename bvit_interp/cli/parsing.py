@@ -147,7 +147,8 @@ class _Box:
                 parts.append([])
             else:
                 parts[-1].append(text)
-        message, *more = parts
+        # without UTF-8 a line stands below the title too
+        message, *more = [part for part in parts if any(part)] or [[]]
         lines = [line for part in more for line in part]
         return cls(first.strip("╭╮─+- "), " ".join(" ".join(message).split()), lines)
 

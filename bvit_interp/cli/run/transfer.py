@@ -23,11 +23,11 @@ SHOWN = [
     "mode",
     "steps",
     "seeds",
-    "trainable",
+    "trainable_parameters",
     "accuracy",
     "deviation",
     "chance",
-    "exact",
+    "exact_accuracy",
 ]
 
 

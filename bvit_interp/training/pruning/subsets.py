@@ -1,5 +1,4 @@
-"""Parts of a data set, each to get a subnetwork of its own: classes, clusters of features, or a
-user's column."""
+"""Subsets of a data set: classes, clusters of features, or values of a column."""
 
 from __future__ import annotations
 
@@ -22,9 +21,9 @@ _log = logging.getLogger(__name__)
 SPLITS = ("train", "test")
 COLUMNS = {
     "split": "train, or test for the images that are scored",
-    "index": "place of the image in the split, from 0",
-    "label": "its class",
-    "subset": "the class, cluster or environment that it belongs to",
+    "index": "position of the image in the split, from 0",
+    "label": "class of the image",
+    "subset": "class, cluster or environment that the image belongs to",
 }
 
 
@@ -34,13 +33,13 @@ class Pool:
     Parameters
     ----------
     samples : the split.
-    classes : classes that take part; a label is a place in them.
-    limit : take this many images, spread over the split, before those of other classes are left
+    classes : classes that take part; a label is a position in them.
+    limit : number of images, evenly spaced over the split, before those of other classes are left
         out; None for all.
 
     Attributes
     ----------
-    index : their places in the split ``(n,)`` int64.
+    index : positions of the images in the split, ``(n,)`` int64.
     labels : ``(n,)`` int64.
     """
 
@@ -48,32 +47,35 @@ class Pool:
         self.samples, self.classes = samples, tuple(classes)
         if unknown := [name for name in self.classes if name not in samples.classes]:
             raise UserError(f"no class {choices(unknown)}; classes: {choices(samples.classes)}")
-        self._kept: dict[int, np.ndarray] = {}
+        self._cache: dict[int, np.ndarray] = {}
         index = np.array(spread(len(samples), limit), dtype=np.int64)
-        place = np.array(
+        position = np.array(
             [self.classes.index(c) if c in self.classes else -1 for c in samples.classes]
         )
-        labels = place[np.array([self._label(i) for i in index.tolist()], dtype=np.int64)]
+        labels = position[np.array([self._label(i) for i in index.tolist()], dtype=np.int64)]
         self.index, self.labels = index[labels >= 0], labels[labels >= 0]
 
     def __len__(self) -> int:
         return len(self.index)
 
-    def read(self, place: int) -> np.ndarray:
-        """Image `place` of those that take part, ``(H, W, 3)`` uint8."""
-        i = int(self.index[place])
-        return self._kept[i] if i in self._kept else self.samples.read(i)[0]
+    def read(self, i: int) -> np.ndarray:
+        """Image i of those that take part, ``(H, W, 3)`` uint8."""
+        position = int(self.index[i])
+        cached = self._cache.get(position)
+        return self.samples.read(position)[0] if cached is None else cached
 
     def _label(self, i: int) -> int:
-        """Label of image i of the split, undecoded where the set lists labels; small images are
-        then kept."""
+        """Label of image i of the split.
+
+        An image is decoded only where the set does not list labels; a small one is then kept.
+        """
         if (labels := getattr(self.samples, "labels", None)) is not None:
             return int(labels[i])
         if (files := getattr(self.samples, "files", None)) is not None:
             return int(files[i][0])
         image, label, _ = self.samples.read(i)
         if self.samples.native_size is not None:
-            self._kept[i] = image
+            self._cache[i] = image
         return label
 
 
@@ -83,11 +85,10 @@ class Part:
 
     Parameters
     ----------
-    name : of the class, cluster or environment.
-    own : places of its images in the pool.
-    others : images to tell them from, for a class; empty for a subset on which all classes are told
-        apart.
-    output : the class that is told from the others, or None.
+    name : name of the class, cluster or environment.
+    own : positions of its images in the pool.
+    others : negative examples of a class; empty for a subset on which all classes are classified.
+    output : the class of a one-vs-rest subset, or None.
     """
 
     name: str
@@ -98,8 +99,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Partition:
-    """All parts, and which of them answers for each test image: ``(n,)``, -1 where a class decides
-    (all answer)."""
+    """All parts, and the part of each image ``(n,)``.
+
+    Of the test images -1 where the parts are classes: then every part answers for every image.
+    """
 
     parts: tuple[Part, ...]
     of_train: np.ndarray
@@ -107,12 +110,12 @@ class Partition:
 
 
 def whole(train: Pool) -> Part:
-    """All images as one part, on which all classes are told apart."""
+    """All images as one part, on which all classes are classified."""
     return Part("all", np.arange(len(train)), np.arange(0))
 
 
 def by_class(train: Pool, test: Pool) -> Partition:
-    """A part a class, told from the others."""
+    """A part per class, one-vs-rest."""
     parts = []
     for k, name in enumerate(train.classes):
         own = train.labels == k
@@ -126,13 +129,13 @@ def by_class(train: Pool, test: Pool) -> Partition:
 
 
 def by_column(train: Pool, test: Pool, source: str) -> Partition:
-    """A part for every value of ``FILE.csv:COLUMN``; the file has a row of `split`, `index` and
-    COLUMN an image."""
+    """A part for every value of ``FILE.csv:COLUMN``.
+
+    The file has the columns `split`, `index` and COLUMN, and a row per image.
+    """
     file, colon, column = source.rpartition(":")
     if not colon or not Path(file).is_file():
-        raise UserError(
-            f"--by column needs FILE.csv:COLUMN of a file that is there, got {source!r}"
-        )
+        raise UserError(f"--column needs FILE.csv:COLUMN of a file that is there, got {source!r}")
     try:
         frame = pd.read_csv(file, dtype={column: str})
     except ValueError as error:
@@ -146,65 +149,74 @@ def by_column(train: Pool, test: Pool, source: str) -> Partition:
         own = frame[frame["split"] == split]
         if own["index"].duplicated().any():
             raise UserError(
-                f"{file} has several rows for {split} image {own['index'][own['index'].duplicated()].iloc[0]}"
+                f"{file} has several rows for {split} image"
+                f" {own['index'][own['index'].duplicated()].iloc[0]}"
             )
         values = own.set_index("index")[column].reindex(pool.index)
         if values.isna().any():
             raise UserError(
-                f"{file}: no {column} for {int(values.isna().sum())} of the {len(pool)} {split} images, "
-                f"as that of index {values.index[values.isna()][0]}"
+                f"{file}: no {column} for {int(values.isna().sum())} of the {len(pool)} {split}"
+                f" images, for example index {values.index[values.isna()][0]}"
             )
         found.append(values.to_numpy(str))
-    return _by_value(*found, names=sorted({*found[0], *found[1]}))
+    of_train, of_test = found
+    return _by_value(of_train, of_test, sorted({*of_train, *of_test}))
 
 
 def by_cluster(
     train: Pool, test: Pool, features: str, algorithm: str, clusters: int, seed: int, device: str
 ) -> Partition:
-    """A part for every cluster of the features of a model; test images and HDBSCAN's noise go to
-    the nearest centre.
+    """A part for every cluster of a model's features.
+
+    Test images, and images that HDBSCAN calls noise, belong to the cluster of the nearest centre.
 
     Parameters
     ----------
     train, test : images.
-    features : checkpoint, as `models.checkpoint.load` takes it; the features are the last step's
-        CLS, normalised.
+    features : checkpoint, as `models.checkpoint.load` takes it. The features are its normalised CLS
+        token after the last step.
     algorithm : kmeans or hdbscan (Campello et al. 2013).
-    clusters : how many (kmeans); HDBSCAN finds out, with at least a 2 * `clusters`-th of the images
-        in each.
-    seed : of kmeans.
-    device : of the model.
+    clusters : number of clusters for kmeans. HDBSCAN finds the number; each of its clusters has at
+        least n / (2 `clusters`) of the n images.
+    seed : random seed of kmeans.
+    device : device of the model.
     """
-    seen, unseen = (_features(pool, features, device) for pool in (train, test))
+    train_features, test_features = (_features(pool, features, device) for pool in (train, test))
     if clusters < 2 or clusters > len(train):
         raise UserError(f"clusters must be in 2..{len(train)}, the training images, got {clusters}")
     if algorithm == "kmeans":
-        centres = KMeans(clusters, n_init=10, random_state=seed).fit(seen).cluster_centers_
+        centres = (
+            KMeans(clusters, n_init=10, random_state=seed).fit(train_features).cluster_centers_
+        )
     else:
         least = max(len(train) // (2 * clusters), 2)
         centres = (
             HDBSCAN(min_cluster_size=least, store_centers="centroid", copy=True)
-            .fit(seen)
+            .fit(train_features)
             .centroids_
         )
         _log.info("HDBSCAN found %d clusters of at least %d images", len(centres), least)
         if not len(centres):
             raise UserError(
-                f"HDBSCAN found no cluster of {least} images: more --clusters, or --algorithm kmeans"
+                f"HDBSCAN found no cluster of {least} images: more --clusters, or --algorithm"
+                " kmeans"
             )
-    found = [np.square(x[:, None] - centres).sum(-1).argmin(1).astype(str) for x in (seen, unseen)]
-    return _by_value(*found, names=[str(k) for k in range(len(centres))])
+    of_train, of_test = (
+        np.square(x[:, None] - centres).sum(-1).argmin(1).astype(str)
+        for x in (train_features, test_features)
+    )
+    return _by_value(of_train, of_test, [str(k) for k in range(len(centres))])
 
 
-def table(partition: Partition, train: Pool, test: Pool) -> pd.DataFrame:
-    """Which image is in which part, a row of `COLUMNS` an image; `by_column` reads it back."""
+def membership(partition: Partition, train: Pool, test: Pool) -> pd.DataFrame:
+    """Which image is in which part, a row of `COLUMNS` per image; `by_column` reads it back."""
     names = [part.name for part in partition.parts]
     rows = []
-    for split, pool, own in (
+    for split, pool, parts in (
         (SPLITS[0], train, partition.of_train),
         (SPLITS[1], test, partition.of_test),
     ):
-        own = np.where(own < 0, pool.labels, own)
+        subset = np.where(parts < 0, pool.labels, parts)
         labels = [pool.classes[label] for label in pool.labels]
         rows.append(
             pd.DataFrame(
@@ -212,7 +224,7 @@ def table(partition: Partition, train: Pool, test: Pool) -> pd.DataFrame:
                     "split": split,
                     "index": pool.index,
                     "label": labels,
-                    "subset": [names[k] for k in own],
+                    "subset": [names[k] for k in subset],
                 }
             )
         )
@@ -225,15 +237,15 @@ def _by_value(train: np.ndarray, test: np.ndarray, names: list[str]) -> Partitio
         own = (train == name).nonzero()[0]
         if len(own) < 2:
             raise DataError(
-                f"subset {name} has {len(own) or 'no'} training image{'s' * (not len(own))}: nothing to learn from"
+                f"subset {name} has {len(own) or 'no'} training image{'s' * (not len(own))}:"
+                " nothing to learn from"
             )
         if not (test == name).any():
             raise DataError(f"subset {name} has no test image")
         parts.append(Part(name, own, np.arange(0)))
-    place = {name: k for k, name in enumerate(names)}
-    return Partition(
-        _several(parts), *(np.array([place[value] for value in own]) for own in (train, test))
-    )
+    position = {name: k for k, name in enumerate(names)}
+    of_train, of_test = (np.array([position[v] for v in values]) for values in (train, test))
+    return Partition(_several(parts), of_train, of_test)
 
 
 def _several(parts: list[Part]) -> tuple[Part, ...]:
@@ -243,7 +255,7 @@ def _several(parts: list[Part]) -> tuple[Part, ...]:
 
 
 def _features(pool: Pool, spec: str, device: str) -> np.ndarray:
-    """``(n, D)`` float64."""
+    """CLS tokens, or means of the patch tokens, of the images: ``(n, D)`` float64."""
     model = checkpoint.load(spec, device)
     view: Callable[[np.ndarray], tuple[torch.Tensor, object]] = Geometry.of(model, pool.samples)
     found = []

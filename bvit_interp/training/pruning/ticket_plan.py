@@ -17,7 +17,7 @@ METHODS: tuple[Method, ...] = get_args(Method)
 
 @dataclass(frozen=True, kw_only=True)
 class TicketPlan:
-    """Which subsets of the data get a subnetwork, how sparse it is, and what it is compared with."""
+    """Which subsets of the data get a subnetwork, how sparse it is, and the methods."""
 
     by: By = "class"
     """Subsets: class (one-vs-rest), class-step (a mask for each class and step of a

@@ -1,5 +1,4 @@
-"""What subnetworks' masks and answers say: how alike the masks are, how large, and how right the
-answers."""
+"""The table of a ticket search: overlap, size and scores of the subnetworks."""
 
 from __future__ import annotations
 
@@ -9,53 +8,69 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from bvit_interp.metrics import jaccard, one_vs_rest
 from bvit_interp.models.masks import Masks
 
-ALL, MEAN = "all", "mean"
-COLUMNS = {
-    "method": "rtl (a mask a subset, one tensor), imp (one mask, one model), multi (a mask and a model a subset) or "
-    "random (as rtl, with masks drawn at random: the null of learned ones)",
-    "by": "what subsets are: class, class-step, cluster or column",
-    "subset": "its name, or all: their mean; of accuracy the whole",
-    "layer": "masked weight (name[t] of step t by class-step); all: as one; mean: over layers that no subset empties",
-    "round": "prunings so far",
-    "sparsity": "share of the layer's weights that the subset's mask prunes, 0..1",
-    "parameters": "weights of the layer in the mask; of subset all, those the method stores: the union, or multi's sum",
-    "ratio": "parameters over the layer's weights of one model: above 1 for several models",
-    "similarity": "mean Jaccard overlap of the subset's mask with each other's, 0..1; nan beside an empty one",
-    "null_similarity": "the same if the masks were independent: q / (2 - q) for equal densities q",
-    "step_similarity": "by class-step: mean Jaccard overlap with the masks of the subset's other steps, 0..1",
-    "empty": "subset all: subsets that the layer is empty for, or how many layers are emptied for any, by number",
-    "rise": "layer mean of subset all: similarity above its least so far",
-    "collapsed": "there: 1 from the first round whose rise exceeds the tolerance on",
-    "recall": "TP / P one-vs-rest on the test images, 0..1; where subsets are no classes, mean over classes",
-    "precision": "TP / (TP + FP), the same way; 0 for a class that is never said",
-    "balanced_accuracy": "mean of recall and TN / N, 0..1; 0.5 for an answer that does not look",
-    "swapped": "balanced accuracy with the mask of the next subset: the null of that a mask is its subset's own",
-    "accuracy": "share of test images named right, 0..1: by class of the largest answer, which needs no routing",
-    "chance": "the null of accuracy: share of the most frequent class",
-    "n": "test images",
-    "train_images": "images the method was trained on up to here, of all subsets, with extraction and rewinding",
-    "seed": "of the recipe",
-}
+ALL = "all"
+MEAN = "mean"
 KEYS = ("method", "by", "subset", "layer", "round")
 SCORES = ("recall", "precision", "balanced_accuracy")
+COLUMNS = {
+    "method": "rtl (a mask per subset, one tensor of weights), imp (one mask, one model), multi (a"
+    " mask and a model per subset) or random (like rtl, but with random masks: the null of learned"
+    " masks)",
+    "by": "kind of the subsets: class, class-step, cluster or column",
+    "subset": "name of the subset, or all: the mean over subsets; for accuracy, all images",
+    "layer": "masked weight, name[t] for step t with class-step; all: all layers together; mean:"
+    " mean over the layers that are empty for no subset",
+    "round": "number of prunings so far",
+    "sparsity": "share of the layer's weights that the subset's mask prunes, 0..1",
+    "parameters": "number of the layer's weights in the mask; for subset all, the number that the"
+    " method stores (the union of the masks, or the sum for multi)",
+    "ratio": "parameters divided by the layer's weights in one model; above 1 for several models",
+    "similarity": "mean Jaccard overlap of the subset's mask with those of the others, 0..1; nan"
+    " if both masks of a pair are empty",
+    "null_similarity": "null of the similarity: expected overlap of independent masks of the same"
+    " densities; q / (2 - q) for equal densities q",
+    "step_similarity": "with class-step: mean Jaccard overlap with the masks of the subset's other"
+    " steps, 0..1",
+    "empty": "for subset all: number of subsets that the layer is empty for; for layer all: number"
+    " of layers that are empty for any subset",
+    "rise": "for the layer mean of subset all: similarity minus its minimum so far",
+    "collapsed": "in the same rows: 1 from the first round on whose rise exceeds the tolerance,"
+    " else 0",
+    "recall": "TP / P, one-vs-rest, on the test images, 0..1; mean over classes if subsets are not"
+    " classes",
+    "precision": "TP / (TP + FP), in the same way, 0..1; 0 for a class that is never predicted",
+    "balanced_accuracy": "mean of recall and TN / N, 0..1; 0.5 for a prediction that does not"
+    " depend on the image",
+    "swapped": "null of the balanced accuracy: with the mask of the next subset, 0..1",
+    "accuracy": "share of test images classified correctly, 0..1; with class subsets, by the"
+    " largest logit, which needs no routing",
+    "chance": "null of the accuracy: share of the most frequent class, 0..1",
+    "n": "number of test images",
+    "n_train": "number of images that the method was trained on so far, over all subsets, with"
+    " extraction and rewinding",
+    "seed": "random seed of the recipe",
+}
 
 
 def mask_rows(
     masks: Masks, rows: int, names: Sequence[str], *, separate: bool = False
 ) -> list[dict[str, Any]]:
-    """The columns that masks decide: a row a subset and one of all, for each layer, `ALL` and the
-    `MEAN` of them.
+    """The columns that follow from the masks.
+
+    There is a row per subset and one for all of them, for each layer, for `ALL` layers together and
+    for the `MEAN` of the layers.
 
     Parameters
     ----------
-    masks : those of subset k in rows k R to k R + R - 1.
-    rows : R, of a subset: 1, or its steps.
-    names : of the K subsets.
+    masks : those of subset k are rows k R to k R + R - 1.
+    rows : R, masks per subset: 1, or the number of steps.
+    names : names of the K subsets.
     separate : each subset's weights are in a model of its own.
     """
     count = len(names)
@@ -63,125 +78,127 @@ def mask_rows(
         name.removesuffix(".weight"): mask.view(count, rows, -1) for name, mask in masks.items()
     }
     layers = {
-        f"{name}[{r + 1}]" if rows > 1 else name: (bits[:, r : r + 1], _beside(bits)[:, r])
+        f"{name}[{r + 1}]" if rows > 1 else name: (bits[:, r : r + 1], _between_steps(bits)[:, r])
         for name, bits in weights.items()
         for r in range(rows)
     }
     whole = torch.cat([*weights.values()], -1)
-    found, full = [], []
-    for label, (bits, beside) in [*layers.items(), (ALL, (whole, _beside(whole).nanmean(1)))]:
-        kept = bits.any(1).sum(1)
+    every = [*layers.items(), (ALL, (whole, _between_steps(whole).nanmean(1)))]
+    table: list[dict[str, Any]] = []
+    nowhere_empty = []
+    for label, (bits, between_steps) in every:
         parts = [bits] if label != ALL else [own for own, _ in layers.values()]
-        alike = {
-            "similarity": _others(jaccard(bits.flatten(1))),
-            "null_similarity": _others(expected(parts)),
-            "step_similarity": beside,
+        overlap = {
+            "similarity": _mean_of_others(jaccard(bits.flatten(1))),
+            "null_similarity": _mean_of_others(expected_jaccard(parts)),
+            "step_similarity": between_steps,
         }
-        holes = [int((~own.flatten(1).any(1)).sum()) for own in parts]
-        if label != ALL and not holes[0]:
-            full.append(alike)
-        stored = int(kept.sum() if separate else bits.any(0).any(0).sum())
-        pruned = 1 - bits.flatten(1).double().mean(1)
-        for k, name in enumerate([*names, ALL]):
-            of_all = k == count
-            parameters = stored if of_all else int(kept[k])
-            found.append(
-                {
-                    "subset": name,
-                    "layer": label,
-                    "sparsity": float(pruned.mean() if of_all else pruned[k]),
-                    "parameters": parameters,
-                    "ratio": parameters / bits.shape[-1],
-                    **{
-                        column: float(own.nanmean() if of_all else own[k])
-                        for column, own in alike.items()
-                    },
-                    **(
-                        {"empty": sum(hole > 0 for hole in holes) if label == ALL else holes[0]}
-                        if of_all
-                        else {}
-                    ),
-                }
-            )
+        empty = [int((~part.flatten(1).any(1)).sum()) for part in parts]
+        if label != ALL and not empty[0]:
+            nowhere_empty.append(overlap)
+        kept = bits.any(1).sum(1)
+        sparsity = 1 - bits.flatten(1).double().mean(1)
+        for k, name in enumerate(names):
+            row = {"subset": name, "layer": label, "sparsity": float(sparsity[k])}
+            row |= _size(int(kept[k]), bits)
+            table.append(row | {column: float(values[k]) for column, values in overlap.items()})
+        row = {"subset": ALL, "layer": label, "sparsity": float(sparsity.mean())}
+        row |= _size(int(kept.sum() if separate else bits.any(0).any(0).sum()), bits)
+        row |= {column: float(values.nanmean()) for column, values in overlap.items()}
+        row["empty"] = sum(number > 0 for number in empty) if label == ALL else empty[0]
+        table.append(row)
+    return table + _mean_rows(nowhere_empty, names)
+
+
+def _size(parameters: int, bits: Tensor) -> dict[str, Any]:
+    return {"parameters": parameters, "ratio": parameters / bits.shape[-1]}
+
+
+def _mean_rows(layers: Sequence[dict[str, Tensor]], names: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of the layer `MEAN`."""
+    table = []
     for k, name in enumerate([*names, ALL]):
         row: dict[str, Any] = {"subset": name, "layer": MEAN}
-        for column in full[0] if full else ():
-            own = torch.stack([alike[column] for alike in full])
-            row[column] = float(own.nanmean() if k == count else own[:, k].nanmean())
-        found.append(row)
-    return found
+        for column in layers[0] if layers else ():
+            values = torch.stack([layer[column] for layer in layers])
+            row[column] = float(values.nanmean() if k == len(names) else values[:, k].nanmean())
+        table.append(row)
+    return table
 
 
-def expected(layers: Sequence[Tensor]) -> Tensor:
-    """Jaccard overlap ``(K, K)`` of masks that are independent in each layer, where they have the
-    layer's densities.
+def expected_jaccard(
+    layers: Sequence[Bool[Tensor, "subsets ..."]],
+) -> Float[Tensor, "subsets subsets"]:
+    """Expected Jaccard overlap of masks that are independent in each layer and have its densities.
 
-    Of one layer, ``q_i q_j / (q_i + q_j - q_i q_j)``; of several, expected intersection over
-    expected union.
+    For one layer it is ``q_i q_j / (q_i + q_j - q_i q_j)``; for several, the expected intersection
+    divided by the expected union.
     """
-    both, either = torch.zeros(()).double(), torch.zeros(()).double()
+    intersection, union = torch.zeros(()).double(), torch.zeros(()).double()
     for bits in layers:
         kept = bits.flatten(1).sum(1).double()
         shared = kept[:, None] * kept / bits[0].numel()
-        both, either = both + shared, either + kept[:, None] + kept - shared
-    return both / either
+        intersection = intersection + shared
+        union = union + kept[:, None] + kept - shared
+    return intersection / union
 
 
 def empty_layers(masks: Masks, rows: int, names: Sequence[str]) -> list[str]:
     """Layers without a weight, as ``fc1[3] for cat``."""
-    found = []
+    listed = []
     for weight, mask in masks.items():
-        for place in (~mask.flatten(1).any(1)).nonzero().flatten().tolist():
-            k, r = divmod(place, rows)
-            found.append(
-                f"{weight.removesuffix('.weight')}{f'[{r + 1}]' if rows > 1 else ''} for {names[k]}"
-            )
-    return found
+        for row in (~mask.flatten(1).any(1)).nonzero().flatten().tolist():
+            k, r = divmod(row, rows)
+            step = f"[{r + 1}]" if rows > 1 else ""
+            listed.append(f"{weight.removesuffix('.weight')}{step} for {names[k]}")
+    return listed
 
 
 def score_rows(
-    said: Tensor, truth: Tensor, of_image: np.ndarray, names: Sequence[str]
+    predicted: Bool[Tensor, "images classes"],
+    truth: Bool[Tensor, "images classes"],
+    subset: np.ndarray,
+    names: Sequence[str],
 ) -> list[dict[str, Any]]:
-    """`SCORES` for each subset and all, on the natural distribution of the test images.
+    """`SCORES` of each subset and of all, on the natural distribution of the test images.
 
     Parameters
     ----------
-    said, truth : bool ``(n, C)``.
-    of_image : the subset of each image, or -1 throughout where subset k is class k.
-    names : of the subsets.
+    predicted, truth : whether each image is predicted to be of each class, and whether it is.
+    subset : the subset of each image; -1 for all images where subset k is class k.
+    names : names of the subsets.
     """
-    found = []
-    by_class = bool((of_image < 0).all())
-    scores = torch.stack(one_vs_rest(said, truth))
+    by_class = bool((subset < 0).all())
+    scores = torch.stack(one_vs_rest(predicted, truth))
+    table = []
     for k, name in enumerate(names):
-        own = torch.from_numpy(of_image == k)
-        mine = (
-            scores[:, k] if by_class else torch.stack(one_vs_rest(said[own], truth[own])).nanmean(1)
-        )
-        found.append(
-            {"subset": name, "layer": ALL, "n": len(said) if by_class else int(own.sum())}
-            | _named(mine)
-        )
-    return [*found, {"subset": ALL, "layer": ALL, "n": len(said)} | _named(scores.nanmean(1))]
+        if by_class:
+            n, values = len(predicted), scores[:, k]
+        else:
+            chosen = torch.from_numpy(subset == k)
+            n = int(chosen.sum())
+            values = torch.stack(one_vs_rest(predicted[chosen], truth[chosen])).nanmean(1)
+        table.append({"subset": name, "layer": ALL, "n": n} | _named(values))
+    whole = {"subset": ALL, "layer": ALL, "n": len(predicted)}
+    return [*table, whole | _named(scores.nanmean(1))]
 
 
 def with_collapse(frame: pd.DataFrame, tolerance: float) -> pd.DataFrame:
-    """The table with `rise` and `collapsed`: does the layers' mean overlap go up along the rounds,
-    without labels?
+    """The table with `rise` and `collapsed`: signs of too much pruning that need no labels.
 
-    The paper sees overlap rise sharply with or just before the loss of accuracy (at 70-80 %
-    sparsity); independent masks overlap ever less. Ours: collapse begins at the first round whose
-    overlap is more than `tolerance` above its least so far. Layers that are empty for a subset are
-    not in the mean.
+    In the paper the overlap of the masks rises sharply with, or just before, the loss of accuracy
+    (at 70-80 % sparsity); the overlap of independent masks only falls. Ours: the collapse begins at
+    the first round whose overlap is more than `tolerance` above its minimum so far. Layers that are
+    empty for a subset are left out of the mean.
     """
     frame = frame.assign(rise=np.nan, collapsed=np.nan)
     chosen = frame[
         (frame["layer"] == MEAN) & (frame["subset"] == ALL) & frame["similarity"].notna()
     ]
-    for _, own in chosen.sort_values("round").groupby("method"):
-        rise = own["similarity"] - own["similarity"].cummin()
-        frame.loc[own.index, "rise"] = rise
-        frame.loc[own.index, "collapsed"] = (rise > tolerance).cummax().astype(float)
+    for _, rounds in chosen.sort_values("round").groupby("method"):
+        rise = rounds["similarity"] - rounds["similarity"].cummin()
+        frame.loc[rounds.index, "rise"] = rise
+        frame.loc[rounds.index, "collapsed"] = (rise > tolerance).cummax().astype(float)
     return frame
 
 
@@ -189,12 +206,12 @@ def _named(scores: Tensor) -> dict[str, float]:
     return dict(zip(SCORES, scores.tolist(), strict=True))
 
 
-def _others(matrix: Tensor) -> Tensor:
+def _mean_of_others(matrix: Tensor) -> Tensor:
     """Mean of each row ``(K, K)`` without the diagonal and nan."""
     return matrix.clone().fill_diagonal_(torch.nan).nanmean(1)
 
 
-def _beside(bits: Tensor) -> Tensor:
-    """Mean overlap of each step's mask with the subset's other steps: bool ``(K, R, W)`` -> ``(K,
-    R)``."""
-    return torch.stack([_others(jaccard(own)) for own in bits])
+def _between_steps(bits: Tensor) -> Tensor:
+    """Mean overlap of each step's mask with those of the subset's other steps: bool ``(K, R, W)``
+    -> ``(K, R)``."""
+    return torch.stack([_mean_of_others(jaccard(steps)) for steps in bits])

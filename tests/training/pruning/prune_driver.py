@@ -1,4 +1,4 @@
-"""Real processes for test_prune.py: one start of Python, and a fork for every process that prunes.
+"""Real processes for test_by_step.py: one start of Python, a fork per process that prunes.
 
 ``python prune_driver.py JOB.json``: prunings into one folder, one after another, each of one or two
 processes; one with a `kill` kills itself there with SIGKILL.
@@ -21,8 +21,7 @@ from bvit_interp.data import digits
 from bvit_interp.models.masks import Masks
 from bvit_interp.training.loop import trainer as run_trainer
 from bvit_interp.training.loop.recipe import Recipe
-from bvit_interp.training.pruning import by_step as prune
-from bvit_interp.training.pruning import grafts as graft
+from bvit_interp.training.pruning import by_step, graft_training
 from bvit_interp.training.pruning.step_plan import StepPlan
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "loop"))
@@ -68,7 +67,9 @@ def half_written(state):
 
 KILLS = {
     "while grafts are written": lambda: half_written(5),
-    "in a graft": lambda: dying(graft._Training, "_step", lambda grafts, *_: grafts.done == 7),
+    "in a graft": lambda: dying(
+        graft_training._Training, "_step", lambda grafts, *_: grafts.done == 7
+    ),
     "between grafts and masks": lambda: dying(
         results, "write_table", lambda frame, path: path.name == "grafts.csv", after=True
     ),
@@ -100,7 +101,7 @@ def work(job, out, rank, world, meeting, kill):
     if kill is not None:
         KILLS[kill]()
     job["pruning"]["methods"] = tuple(job["pruning"]["methods"])
-    prune.run(Recipe(**job["recipe"]), StepPlan(**job["pruning"]), Path(out), save_minutes=0)
+    by_step.run(Recipe(**job["recipe"]), StepPlan(**job["pruning"]), Path(out), save_minutes=0)
     if world > 1:
         dist.destroy_process_group()
 

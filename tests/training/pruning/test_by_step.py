@@ -1,5 +1,4 @@
-"""Pruning step by step: the schedule of Table 7, what each method prunes, and a run killed at any
-place."""
+"""Pruning step by step: what each method prunes, the table, and a run killed at any place."""
 
 from __future__ import annotations
 
@@ -21,14 +20,16 @@ from bvit_interp.errors import UserError
 from bvit_interp.models.checkpoint import load
 from bvit_interp.models.masks import PLACES, Masks, full, masks_of
 from bvit_interp.results import read_table
-from bvit_interp.training.loop import build as start
+from bvit_interp.training.loop import build
 from bvit_interp.training.loop import recipe as recipes
 from bvit_interp.training.loop import trainer as run_trainer
-from bvit_interp.training.pruning import by_step as prune
-from bvit_interp.training.pruning import grafts as graft
+from bvit_interp.training.pruning import by_step, graft_training
+from bvit_interp.training.pruning.criteria import prune_smallest
 from bvit_interp.training.pruning.step_plan import METHODS, StepPlan
 
 DRIVER = Path(__file__).with_name("prune_driver.py")
+
+
 KILLS = (  # of the driver, in the order in which a run meets them
     "while grafts are written",
     "in a graft",
@@ -39,88 +40,13 @@ KILLS = (  # of the driver, in the order in which a run meets them
     "after a row",
     "while a round is copied",
 )
-SHAPES = {
-    "qkv": (768, 256),
-    "proj": (256, 256),
-    "fc1": (1024, 256),
-    "fc2": (256, 1024),
-}  # of the paper's model
-TABLE_7 = {5: 67.23, 10: 89.26, 15: 96.48, 20: 98.85, 25: 99.62, 30: 99.88}
-
-
-def noise(masks, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(mask.shape, generator=generator) for name, mask in masks.items()}
-
-
-# ---- the schedule ----
-
-
-@pytest.mark.parametrize("ranking", ["global", "layer"])
-def test_table_7_by_the_schedule_of_the_code(ranking):
-    masks = Masks({name: torch.ones(2, *shape, dtype=torch.bool) for name, shape in SHAPES.items()})
-    assert len(masks.flat(0)) == 786_432
-    for prunings in range(1, 31):
-        pruned = prune.smallest_off(masks, noise(masks, prunings), 0.2, ranking)
-        assert all(not (pruned[name] & ~masks[name]).any() for name in masks)  # nested
-        masks = pruned
-        sparsity = 100 * (1 - float(masks.density().mean()))
-        assert sparsity == pytest.approx(100 * (1 - 0.8**prunings), abs=0.001)
-        if prunings in TABLE_7:
-            assert sparsity == pytest.approx(TABLE_7[prunings], abs=0.01)
-        about = prune._about(masks, prunings, 0.2)
-        assert about["expected"] == pytest.approx(about["mask_sparsity"], abs=1e-5)
-    assert not torch.equal(masks["qkv"][0], masks["qkv"][1])
-
-
-def test_the_smallest_of_all_matrices_go_or_of_each():
-    masks = Masks(
-        {"a": torch.ones(2, 1, 4, dtype=torch.bool), "b": torch.ones(2, 6, dtype=torch.bool)}
-    )
-    masks["b"][1, 0] = False
-    weights = {
-        "a": torch.tensor([[[1.0, -2.0, 3.0, -4.0]], [[8.0, 7.0, 6.0, 5.0]]]),
-        "b": torch.tensor([[5.0, 6.0, 7.0, 8.0, -0.5, 9.0], [0.0, 1.0, 1.0, 1.0, -2.0, 3.0]]),
-    }
-    at_once = prune.smallest_off(masks, weights, 0.2)
-    assert at_once["a"].tolist() == [[[False, True, True, True]], [[True] * 4]]  # 1 and -0.5 of ten
-    # of nine 7.2 stay: two go, the first two of the equal ones; what was off is not counted
-    assert at_once["b"].tolist() == [
-        [True, True, True, True, False, True],
-        [False, False, False, True, True, True],
-    ]
-    each = prune.smallest_off(masks, weights, 0.25, "layer")
-    assert each["a"].tolist() == [[[False, True, True, True]], [[True, True, True, False]]]
-    assert each["b"].tolist() == [
-        [False, True, True, True, False, True],
-        [False, False, True, True, True, True],
-    ]
-    assert masks["a"].all()  # what is given stays as it is
-
-
-@pytest.mark.parametrize(
-    ("n", "rate", "gone"),
-    [
-        (1, 0.2, 0),
-        (2, 0.2, 0),
-        (3, 0.2, 1),
-        (5, 0.2, 1),
-        (7, 0.2, 1),
-        (8, 0.2, 2),
-        (1, 0.9, 1),
-        (0, 0.5, 0),
-    ],
-)
-def test_a_share_of_few_weights(n, rate, gone):
-    masks = Masks({"a": torch.arange(9)[None] < n})
-    assert int(prune.smallest_off(masks, {"a": torch.rand(1, 9)}, rate)["a"].sum()) == n - gone
 
 
 def test_the_columns_of_masks_by_hand():
     of = {"qkv": torch.zeros(3, 2, 4), "proj": torch.zeros(3, 4)}
     of["qkv"][0, 0] = of["qkv"][1, 0, :2] = of["proj"][0, 0] = 1
     masks = Masks({name: mask.bool() for name, mask in of.items()})
-    about = prune._about(masks, 2, 0.2)
+    about = by_step._about(masks, 2, 0.2)
     assert about == {
         "prunings": 2,
         "expected": pytest.approx(0.36),
@@ -131,13 +57,10 @@ def test_the_columns_of_masks_by_hand():
     }
 
 
-# ---- runs ----
-
-
 @pytest.fixture
 def first(recipe):
     """``first(**changes)``: the recipe's model before its first step."""
-    return lambda **changes: start.make_model(recipe(**changes), open_samples("digits-s", "train"))
+    return lambda **changes: build.make_model(recipe(**changes), open_samples("digits-s", "train"))
 
 
 def masks_in(folder):
@@ -146,8 +69,8 @@ def masks_in(folder):
 
 def test_a_table_of_three_methods_from_the_same_first_round(recipe, first, tmp_path):
     plan, pruning = recipe(epochs=1), StepPlan(rounds=2, graft_epochs=2)
-    frame = prune.run(plan, pruning, tmp_path)
-    assert list(frame) == list(prune.COLUMNS)
+    frame = by_step.run(plan, pruning, tmp_path)
+    assert list(frame) == list(by_step.COLUMNS)
     assert frame["method"].tolist() == [method for method in METHODS for _ in range(3)]
     assert frame["prunings"].tolist() == [0, 1, 2] * 3
     assert frame["mask_sparsity"].tolist() == pytest.approx([0, 0.2, 0.36] * 3, abs=1e-4)
@@ -164,10 +87,9 @@ def test_a_table_of_three_methods_from_the_same_first_round(recipe, first, tmp_p
         history = read_table(tmp_path / method / "round-02" / "history.csv").iloc[-1]
         row = frame[(frame["method"] == method) & (frame["round"] == 2)].iloc[0]
         assert row["train_loss"] == history["loss"]
-        assert all(
-            row[name] == history[name]
-            for name in ("top1", "ema_top1", "test_loss", "ema_loss", "chance")
-        )
+        for name, column in {"accuracy": "top1", "ema_accuracy": "ema_top1"}.items():
+            assert row[name] == history[column]
+        assert all(row[name] == history[name] for name in ("test_loss", "ema_loss", "chance"))
         for fewer, more in ((of[1], of[0]), (of[2], of[1])):
             assert all(not (fewer[name] & ~more[name]).any() for name in PLACES)
         kept = Masks.load(
@@ -189,17 +111,15 @@ def test_a_table_of_three_methods_from_the_same_first_round(recipe, first, tmp_p
 def test_what_each_method_ranks_by(recipe, first, tmp_path, monkeypatch):
     plan, given = recipe(epochs=1), []
     init = first()
-    ones, trained = full(init), graft.train
+    ones, trained = full(init), graft_training.train
 
     def noted(*arguments, **named):
         given.append(trained(*arguments, **named))
         return given[-1]
 
-    monkeypatch.setattr(graft, "train", noted)
-    prune.run(
-        plan, StepPlan(rounds=1, methods=("rtl", "magnitude"), ranking="layer"), tmp_path
-    )
-    by_grafts = prune.smallest_off(ones, given[0][0], 0.2, "layer")
+    monkeypatch.setattr(graft_training, "train", noted)
+    by_step.run(plan, StepPlan(rounds=1, methods=("rtl", "magnitude"), ranking="layer"), tmp_path)
+    by_grafts = prune_smallest(ones, given[0][0], 0.2, "layer")
     assert masks_in(tmp_path / "rtl" / "round-02").fingerprint() == by_grafts.fingerprint()
     found = masks_in(tmp_path / "magnitude" / "round-02")
     block = load(tmp_path / "magnitude" / "round-01").blocks[0]
@@ -221,7 +141,7 @@ def test_each_round_starts_from_the_first_weights(recipe, first, tmp_path, monke
         return original(trainer, bar)
 
     monkeypatch.setattr(run_trainer.Trainer, "epoch", noted)
-    prune.run(recipe(epochs=1), StepPlan(rounds=2, methods=("magnitude",)), tmp_path)
+    by_step.run(recipe(epochs=1), StepPlan(rounds=2, methods=("magnitude",)), tmp_path)
     assert len(started) == 3
     for state in started:
         assert all(
@@ -231,7 +151,7 @@ def test_each_round_starts_from_the_first_weights(recipe, first, tmp_path, monke
 
 def test_emptied_layers_are_named_and_nothing_is_nan(recipe, tmp_path, caplog):
     pruning = StepPlan(rounds=4, rate=0.9, methods=("rtl", "random"))
-    frame = prune.run(recipe(epochs=1, model={"step_embed": True}), pruning, tmp_path)
+    frame = by_step.run(recipe(epochs=1, model={"step_embed": True}), pruning, tmp_path)
     assert frame["mask_sparsity"].iloc[4] == pytest.approx(0.9999, abs=1e-3)
     assert frame["fully_pruned"].iloc[0] == "none"
     for method in pruning.methods:
@@ -244,14 +164,12 @@ def test_emptied_layers_are_named_and_nothing_is_nan(recipe, tmp_path, caplog):
 
 def test_more_rounds_and_methods_may_follow(recipe, tmp_path, monkeypatch):
     plan = recipe(epochs=1)
-    prune.run(plan, StepPlan(rounds=1, methods=("random",)), tmp_path / "run")
-    frame = prune.run(
-        plan, StepPlan(rounds=2, methods=("magnitude", "random")), tmp_path / "run"
-    )
+    by_step.run(plan, StepPlan(rounds=1, methods=("random",)), tmp_path / "run")
+    frame = by_step.run(plan, StepPlan(rounds=2, methods=("magnitude", "random")), tmp_path / "run")
     assert sorted(frame["method"] + frame["round"].astype(str)) == [
         f"{method}{number}" for method in ("magnitude", "random") for number in (1, 2, 3)
     ]
-    whole = prune.run(
+    whole = by_step.run(
         plan, StepPlan(rounds=2, methods=("magnitude", "random")), tmp_path / "whole"
     )
     keys = ["method", "round"]
@@ -261,34 +179,34 @@ def test_more_rounds_and_methods_may_follow(recipe, tmp_path, monkeypatch):
         check_exact=True,
     )
     monkeypatch.setattr(run_trainer.Trainer, "_step", None)  # nothing is missing
-    prune.run(plan, StepPlan(rounds=2, methods=("magnitude", "random")), tmp_path / "run")
+    by_step.run(plan, StepPlan(rounds=2, methods=("magnitude", "random")), tmp_path / "run")
 
 
 def test_other_options_are_refused_and_overwrite_starts_again(recipe, tmp_path):
     few = {"rounds": 1, "methods": ("magnitude",)}
-    prune.run(recipe(epochs=1), StepPlan(**few), tmp_path)
+    by_step.run(recipe(epochs=1), StepPlan(**few), tmp_path)
     for plan, change, named in (
         (recipe(epochs=1), {"rate": 0.3}, "rate: 0.2 there, 0.3 now"),
         (recipe(epochs=1), {"ranking": "layer"}, "ranking: 'global' there, 'layer' now"),
         (recipe(epochs=1, lr=0.5), {}, "recipe.lr: 0.001 there, 0.5 now"),
     ):
         with pytest.raises(UserError, match=rf"rounds.csv was made with other options \({named}\)"):
-            prune.run(plan, StepPlan(**few, **change), tmp_path)
+            by_step.run(plan, StepPlan(**few, **change), tmp_path)
     (tmp_path / "rounds.csv").rename(tmp_path / "elsewhere.csv")
     with pytest.raises(
         UserError, match=r"holds the pruned magnitude/round-01 and no rounds.csv: .* --overwrite"
     ):
-        prune.run(recipe(epochs=1), StepPlan(**few), tmp_path)
+        by_step.run(recipe(epochs=1), StepPlan(**few), tmp_path)
     (tmp_path / "magnitude" / "notes").mkdir()
-    frame = prune.run(recipe(epochs=1), StepPlan(**few, rate=0.5), tmp_path, overwrite=True)
+    frame = by_step.run(recipe(epochs=1), StepPlan(**few, rate=0.5), tmp_path, overwrite=True)
     assert frame["mask_sparsity"].tolist() == pytest.approx([0, 0.5], abs=1e-4)
     assert (tmp_path / "magnitude" / "notes").is_dir()  # not ours
 
 
 def test_masks_of_another_first_model_are_refused(recipe, tmp_path):
     pruning = StepPlan(rounds=1, methods=("magnitude",))
-    prune.run(recipe(epochs=1), pruning, tmp_path / "a")
-    prune.run(recipe(epochs=1, seed=1), pruning, tmp_path / "b")
+    by_step.run(recipe(epochs=1), pruning, tmp_path / "a")
+    by_step.run(recipe(epochs=1, seed=1), pruning, tmp_path / "b")
     other = tmp_path / "b" / "magnitude" / "round-01" / "pruned.safetensors"
     (tmp_path / "a" / "magnitude" / "round-01" / "pruned.safetensors").write_bytes(
         other.read_bytes()
@@ -296,31 +214,12 @@ def test_masks_of_another_first_model_are_refused(recipe, tmp_path):
     with pytest.raises(
         UserError, match=r"round-01/pruned.safetensors: masks of other weights than these"
     ):
-        prune.run(recipe(epochs=1), pruning, tmp_path / "a")
-
-
-@pytest.mark.parametrize(
-    ("change", "wrong"),
-    [
-        ({"rounds": 0}, "rounds must be >= 1, got 0"),
-        ({"graft_epochs": 0}, "graft-epochs must be >= 1, got 0"),
-        ({"rate": 0.0}, "rate must be between 0 and 1, got 0.0"),
-        ({"rate": 1.0}, "rate must be between 0 and 1, got 1.0"),
-        ({"rate": float("nan")}, "rate must be between 0 and 1, got nan"),
-        ({"ranking": "step"}, "ranking must be global, layer, got 'step'"),
-        ({"methods": ()}, "methods must be of rtl, magnitude, random, each once, got none"),
-        ({"methods": ("rtl", "snip")}, "got rtl, snip"),
-        ({"methods": ("rtl", "rtl")}, "each once"),
-    ],
-)
-def test_options_that_cannot_be(change, wrong):
-    with pytest.raises(UserError, match=wrong):
-        StepPlan(**change)
+        by_step.run(recipe(epochs=1), pruning, tmp_path / "a")
 
 
 def test_a_model_without_grafts_stops_before_anything_is_written(recipe, tmp_path):
     with pytest.raises(UserError, match="this has 2 blocks"):
-        prune.run(recipe(model={"num_blocks": 2}), StepPlan(), tmp_path / "out")
+        by_step.run(recipe(model={"num_blocks": 2}), StepPlan(), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -332,9 +231,6 @@ def test_the_shipped_recipes(name):
     model = {"img_size", "patch_size", "embed_dim", "num_heads"}
     assert model <= plan.model.keys()
     assert not plan.compile
-
-
-# ---- the command ----
 
 
 def test_the_command(settings, tmp_path, capsys):
@@ -397,9 +293,6 @@ def test_the_help_and_the_overview(capsys):
         assert option in text
     assert main([]) == 0
     assert "  prune " in capsys.readouterr().out
-
-
-# ---- killed ----
 
 
 @pytest.fixture

@@ -1,25 +1,18 @@
-"""Grafts: the batched computation against twelve trained one after the other, written out; and a
-run that survives."""
+"""Grafts: logits of all at once against a model with one of them; refused models."""
 
 from __future__ import annotations
 
 import copy
-import math
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch.func import functional_call
 
 from bvit_interp.data.catalog import open_samples
 from bvit_interp.errors import UserError
-from bvit_interp.models import stepping
 from bvit_interp.models.checkpoint import load
-from bvit_interp.models.masks import PLACES, Masks, full
-from bvit_interp.models.unroll import unroll
-from bvit_interp.training.loop import build as start
-from bvit_interp.training.loop import feed, supervised
-from bvit_interp.training.pruning import grafts as graft
+from bvit_interp.models.masks import Masks, full
+from bvit_interp.training.loop import build, supervised
+from bvit_interp.training.pruning.grafts import Grafts, check_model, graft_logits
 
 TE = {"model": {"name": "bvit_small_te_patch16_224"}}
 
@@ -35,7 +28,7 @@ def trained(recipe, samples, tmp_path):
 
     def make(**changes):
         plan = recipe(lr=5e-3, **changes)
-        init = start.make_model(plan, samples)
+        init = build.make_model(plan, samples)
         generator = torch.Generator().manual_seed(0)
         masks = Masks(
             {
@@ -49,208 +42,22 @@ def trained(recipe, samples, tmp_path):
     return make
 
 
-def one_after_the_other(plan, epochs, init, main, masks, samples):
-    """The matrices of the grafts, and their mean losses, by an optimiser and T applications for
-    each."""
-    of, losses = {name: [] for name in PLACES}, []
-    shortened = graft.shortened(plan, epochs)
-    for t in range(len(main.blocks)):
-        block = copy.deepcopy(unroll(init).blocks[t])
-        free = {
-            name: tensor.detach().clone().requires_grad_()
-            for name, tensor in block.named_parameters()
-        }
-        if "step_embed" in free:
-            free["step_embed"] = main.blocks[t].step_embed.detach()
-        learned = [tensor for tensor in free.values() if tensor.requires_grad]
-        optimizer = torch.optim.AdamW(
-            [
-                {"params": [p for p in learned if p.ndim < 2], "weight_decay": 0.0},
-                {"params": [p for p in learned if p.ndim > 1], "weight_decay": plan.weight_decay},
-            ],
-            lr=plan.lr,
-        )
-        steps = plan.images_per_epoch // plan.batch_size
-        schedule = start.schedule(optimizer, shortened, steps)
-        for epoch in range(epochs):
-            source, seen = feed.Feed(shortened, samples, init, "cpu"), []
-            for i, (images, labels) in enumerate(source.epoch(plan.epochs + epoch)):
-                schedule.step_update(epoch * steps + i)
-                schedule.step(epoch)
-                tokens = stepping.embed(main, images).tokens
-                for s, frozen in enumerate(main.blocks):
-                    if s == t:
-                        sparse = {
-                            f"{place}.weight": free[f"{place}.weight"] * masks[name][t]
-                            for name, place in PLACES.items()
-                        }
-                        tokens = functional_call(block, {**free, **sparse}, tokens)
-                    else:
-                        tokens = frozen(tokens)
-                loss = F.cross_entropy(main.forward_head(main.norm(tokens)).float(), labels)
-                optimizer.zero_grad()
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(learned, plan.clip)
-                optimizer.step()
-                seen.append(loss.item())
-            losses.append({"epoch": epoch + 1, "step": t + 1, "loss": sum(seen) / len(seen)})
-        for name, place in PLACES.items():
-            of[name].append(free[f"{place}.weight"].detach())
-    return {name: torch.stack(each) for name, each in of.items()}, losses
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"clip": 0.3, "warmup_epochs": 0.5},
-        {**TE, "schedule": "epoch", "warmup_epochs": 1, "grad_checkpointing": True},
-    ],
-    ids=["plain", "te"],
-)
-def test_all_at_once_is_one_after_the_other(trained, samples, tmp_path, monkeypatch, change):
-    """In float64, as AdamW turns rounding of a small gradient into a step."""
-    plan, init, masks, main = trained(**change)
-    if "model" in change:
-        assert (
-            main.blocks[0].step_embed.abs().max() > 1e-3
-        )  # it was trained, and differs from the first, zero
-    init, main = init.double(), main.double()
-    coloured = feed.Augmentation.coloured
-    monkeypatch.setattr(feed.Augmentation, "coloured", lambda *given: coloured(*given).double())
-    weights, table = graft.train(plan, 2, init, main, masks, samples, tmp_path / "grafts.pt")
-    expected, losses = one_after_the_other(plan, 2, init, main, masks, samples)
-    for name, place in PLACES.items():
-        torch.testing.assert_close(weights[name], expected[name], rtol=0, atol=1e-5)
-        before = init.blocks[0].get_submodule(place).weight
-        assert (weights[name] - before).abs().max() > 1e-3
-        assert not torch.allclose(weights[name][0], weights[name][1], atol=1e-4)
-    assert list(table) == list(graft.COLUMNS)
-    found = {(row["epoch"], row["step"]): row["loss"] for row in table.to_dict("records")}
-    assert found == pytest.approx(
-        {(row["epoch"], row["step"]): row["loss"] for row in losses}, abs=1e-5
-    )
-
-
 def test_every_row_of_the_answers_is_the_model_with_one_graft(trained, images):
     _, init, masks, main = trained(**TE)
-    grafts = graft.Grafts(init, main, masks)
+    grafts = Grafts(init, main, masks)
     with torch.no_grad():
         for parameter in grafts.parameters():
             parameter += 0.05 * torch.randn(
                 parameter.shape, generator=torch.Generator().manual_seed(3)
             )
-        rows = graft.answers(main, grafts, images)
+        rows = graft_logits(main, grafts, images)
         assert rows.shape == (3, 4, 10)
         for t in range(3):
             own = copy.deepcopy(main)
             own.blocks[t] = grafts[t]
             torch.testing.assert_close(rows[t], own(images), rtol=1e-4, atol=1e-5)
-        exact = graft.answers(main, main.blocks, images)
+        exact = graft_logits(main, main.blocks, images)
     assert all(torch.allclose(row, main(images).detach(), atol=1e-5) for row in exact)
-
-
-def test_what_is_frozen_and_what_learns(trained, samples, tmp_path):
-    plan, init, masks, main = trained(full=True, **TE)
-    before = {
-        name: tensor.clone()
-        for name, tensor in (*main.state_dict().items(), *init.state_dict().items())
-    }
-    weights, _ = graft.train(plan, 1, init, main, masks, samples, tmp_path / "grafts.pt")
-    after = {**main.state_dict(), **init.state_dict()}
-    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
-    state = torch.load(tmp_path / "grafts.pt", weights_only=True)["grafts"]
-    for t in range(3):
-        assert not torch.equal(state[f"{t}.mlp.fc1.bias"], init.blocks[0].mlp.fc1.bias)
-        assert not torch.equal(state[f"{t}.norm1.weight"], init.blocks[0].norm1.weight)
-        for name, place in PLACES.items():  # what the mask hides is only decayed
-            moved = (weights[name][t] != init.blocks[0].get_submodule(place).weight)[masks[name][t]]
-            assert moved.float().mean() > 0.9
-
-
-@pytest.mark.parametrize("full", [False, True])
-def test_killed_in_any_step_the_grafts_are_the_same(trained, samples, tmp_path, monkeypatch, full):
-    plan, init, masks, _ = trained(full=full)
-
-    def run(state):
-        main = load(f"{tmp_path / 'main'}@masked")
-        return graft.train(plan, 2, init, main, masks, samples, tmp_path / state, save_minutes=0)
-
-    weights, losses = run("undisturbed.pt")
-    original = graft._Training._step
-    for step in (0, 1, 4, 5, 7):
-
-        def dying(training, *batch, at=step):
-            if training.done == at:
-                raise KeyboardInterrupt
-            original(training, *batch)
-
-        monkeypatch.setattr(graft._Training, "_step", dying)
-        with pytest.raises(KeyboardInterrupt):
-            run("killed.pt")
-        monkeypatch.setattr(graft._Training, "_step", original)
-    again, table = run("killed.pt")
-    assert all(torch.equal(again[name], weights[name]) for name in PLACES)
-    assert table.equals(losses)
-    monkeypatch.setattr(graft._Training, "_step", None)  # finished: no step is taken
-    assert all(torch.equal(run("killed.pt")[0][name], weights[name]) for name in PLACES)
-
-
-def test_the_state_of_other_grafts_is_refused(trained, samples, tmp_path):
-    plan, init, masks, main = trained()
-    state = tmp_path / "grafts.pt"
-    graft.train(plan, 1, init, main, masks, samples, state)
-    with pytest.raises(
-        UserError, match=r"grafts.pt is of other grafts \(other epochs\); --overwrite starts again"
-    ):
-        graft.train(plan, 2, init, main, masks, samples, state)
-    with pytest.raises(UserError, match=r"\(other masks\)"):
-        graft.train(plan, 1, init, main, full(init), samples, state)
-    with torch.no_grad():
-        main.head.bias[0] += 1
-    with pytest.raises(UserError, match=r"\(other main\)"):
-        graft.train(plan, 1, init, main, masks, samples, state)
-    state.write_bytes(state.read_bytes()[:3000])
-    with pytest.raises(
-        UserError, match=r"grafts.pt: not the whole state of grafts \(.*\); remove it"
-    ):
-        graft.train(plan, 1, init, main, masks, samples, state)
-
-
-@pytest.mark.parametrize("kind", ["loss", "gradient"])
-def test_nan_stops_and_the_last_good_state_stays(trained, samples, tmp_path, monkeypatch, kind):
-    plan, init, masks, main = trained()
-    made, calls = graft.objective, []
-
-    def poisoned(*given):
-        def loss(*batch):
-            calls.append(1)
-            value = made(*given)(*batch)
-            if len(calls) != 3 * 7 + 2:  # step 8 of 10, the second graft
-                return value
-            return (
-                value * math.nan if kind == "loss" else value + (0 * value).sqrt()
-            )  # whose gradient is 0 / 0
-
-        return loss
-
-    monkeypatch.setattr(graft, "objective", poisoned)
-    with pytest.raises(
-        UserError,
-        match=r"graft of step 2, or its gradient, is nan in epoch 2; .* the last good state",
-    ):
-        graft.train(plan, 2, init, main, masks, samples, tmp_path / "grafts.pt", save_minutes=0)
-    state = torch.load(tmp_path / "grafts.pt", weights_only=True)
-    assert state["done"] == 7
-    assert all(tensor.isfinite().all() for tensor in state["grafts"].values())
-
-
-def test_the_schedule_of_the_grafts(recipe):
-    plan = recipe(epochs=10, warmup_epochs=2, easy_epochs=3, fade_epochs=2)
-    shorter = graft.shortened(plan, 5)
-    assert (shorter.epochs, shorter.warmup_epochs, shorter.hardness(0)) == (5, 1, 1)
-    by_epoch = recipe(epochs=10, warmup_epochs=3, schedule="epoch")
-    assert graft.shortened(by_epoch, 5).warmup_epochs == 1
-    assert graft.shortened(by_epoch, 1).warmup_epochs == 0
 
 
 @pytest.mark.parametrize(
@@ -262,7 +69,7 @@ def test_the_schedule_of_the_grafts(recipe):
     ],
 )
 def test_models_without_grafts(recipe, samples, model, own):
-    init = start.make_model(recipe(model=model), samples)
+    init = build.make_model(recipe(model=model), samples)
     with pytest.raises(UserError, match=f"a bViT of one block without a memory, this has {own}"):
-        graft.check(init)
-    graft.check(start.make_model(recipe(**TE), samples))
+        check_model(init)
+    check_model(build.make_model(recipe(**TE), samples))

@@ -12,15 +12,14 @@ from bvit_interp.metrics.streaming.scores import Classification
 from bvit_interp.models.checkpoint import load
 from bvit_interp.models.masks import PLACES, Masks, full, masked
 from bvit_interp.results import read_table
-from bvit_interp.training.loop import build as start
-from bvit_interp.training.loop import supervised
+from bvit_interp.training.loop import build, supervised
 from bvit_interp.training.loop import trainer as run_trainer
 
 
 @pytest.fixture
 def first(recipe):
     """``first(**changes)``: the recipe's model before its first step."""
-    return lambda **changes: start.make_model(recipe(**changes), open_samples("digits-s", "train"))
+    return lambda **changes: build.make_model(recipe(**changes), open_samples("digits-s", "train"))
 
 
 def half(model, seed=0):
@@ -94,7 +93,7 @@ def test_scores_are_those_of_the_masked_model(recipe, first, tmp_path):
         assert metric.compute()["loss"] == pytest.approx(last[column], abs=1e-4)
     with torch.no_grad():
         assert not torch.allclose(load(tmp_path)(shown), model(shown), atol=1e-3)
-    assert f"open `{tmp_path}@masked`" in (tmp_path / "README.md").read_text()
+    assert f"{tmp_path}@masked`" in (tmp_path / "README.md").read_text()
 
 
 def test_killed_and_resumed_under_masks(recipe, first, tmp_path, monkeypatch, same_run):

@@ -50,10 +50,10 @@ def lines_of(ax):
 def test_methods_are_lines_of_the_scored_rounds_with_all_subsets_as_bars(frame):
     right, large, _ = plot(frame).axes
     lines = lines_of(right)
-    np.testing.assert_allclose(lines["routed tickets (RTL)"][:, 1], [0.8])
-    np.testing.assert_allclose(lines["routed tickets (RTL)"][:, 0], [0.5], atol=0.01)
-    assert lines["without looking"][0][1] == 0.5
-    np.testing.assert_allclose(lines["RTL under the next subset's mask"], [[0.5, 0.55]])
+    np.testing.assert_allclose(lines["a mask per subset (RTL)"][:, 1], [0.8])
+    np.testing.assert_allclose(lines["a mask per subset (RTL)"][:, 0], [0.5], atol=0.01)
+    assert lines["chance"][0][1] == 0.5
+    np.testing.assert_allclose(lines["RTL with the next subset's mask (null)"], [[0.5, 0.55]])
     np.testing.assert_allclose(
         [c.get_segments()[0][:, 1] for c in right.collections], [[0.6, 0.7]] * 2
     )
@@ -62,9 +62,9 @@ def test_methods_are_lines_of_the_scored_rounds_with_all_subsets_as_bars(frame):
 
 def test_overlap_has_its_layers_its_null_and_its_collapse(frame):
     lines = lines_of(plot(frame).axes[2])
-    np.testing.assert_allclose(lines["mean of layers"], [[0.25, 0.65], [0.5, 0.6]])
+    np.testing.assert_allclose(lines["mean over layers"], [[0.25, 0.65], [0.5, 0.6]])
     np.testing.assert_allclose(lines["each layer"], [[0.25, 0.8], [0.5, 0.7]])
-    np.testing.assert_allclose(lines["independent masks"][:, 1], [0.3, 0.3])
+    np.testing.assert_allclose(lines["independent masks (null)"][:, 1], [0.3, 0.3])
     assert lines["collapse"][0][0] == 0.5
 
 
