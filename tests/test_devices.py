@@ -27,17 +27,14 @@ from bvit_interp.training.loop import build as start
 from bvit_interp.training.loop import stepper, supervised
 from bvit_interp.training.loop import trainer as run_trainer
 from bvit_interp.training.loop.recipe import Recipe
-from bvit_interp.training.pruning import by_subset as tickets
-from bvit_interp.training.pruning import grafts as graft
-from bvit_interp.training.pruning.ticket_plan import Tickets
+from bvit_interp.training.pruning import by_subset, graft_training
+from bvit_interp.training.pruning.ticket_plan import TicketPlan
 
 pytestmark = [
-    pytest.mark.filterwarnings(
-        "ignore:'pin_memory' argument:UserWarning"
-    ),  # there is nothing to pin for
-    pytest.mark.filterwarnings(
-        "ignore:`torch.jit.script`:FutureWarning"
-    ),  # of torch's own derivatives
+    # there is nothing to pin for
+    pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning"),
+    # of torch's own derivatives
+    pytest.mark.filterwarnings("ignore:`torch.jit.script`:FutureWarning"),
 ]
 
 
@@ -187,13 +184,12 @@ def test_no_table_hangs_on_rounding_or_on_the_order_of_equals(run, make, scenes,
     with Rounded():
         found = table(word, make(num_steps=4), scenes, tmp_path / "other", **options)
     cells = turned(found, wanted, rtol=1e-2, atol=2e-4)
-    allowed = (
-        0 if run in ANALYSES else wanted.size / 50
-    )  # what noise takes away may be a tiny denominator
+    # what noise takes away may be a tiny denominator
+    allowed = 0 if run in ANALYSES else wanted.size / 50
     assert len(cells) <= allowed, cells.to_string(max_rows=20)
 
 
-# ---- training ------------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -258,7 +254,7 @@ def test_nor_do_grafts(recipe, tmp_path):
         {n: torch.rand(m.shape, generator=generator) < 0.6 for n, m in masks.full(init).items()}
     )
     with Pretended():
-        graft.train(
+        graft_training.train(
             plan,
             1,
             init,
@@ -274,7 +270,7 @@ def test_nor_do_grafts(recipe, tmp_path):
 def test_nor_do_tickets(recipe, tmp_path, by):
     few = {"classes": ("0", "1", "4"), "sparsity": (0.5,), "iterations": 2, "retrain_epochs": 1}
     with Pretended():
-        tickets.run(recipe(images_per_epoch=60), Tickets(**few, by=by), tmp_path, "cuda")
+        by_subset.run(recipe(images_per_epoch=60), TicketPlan(**few, by=by), tmp_path, "cuda")
 
 
 def test_nor_do_adapters(make, tmp_path):
