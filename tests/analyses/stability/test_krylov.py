@@ -98,6 +98,18 @@ def test_residuals_are_those_of_the_vectors_before_convergence():
         assert leading.is_complex[i].item() == (abs(eigenvalues[j].imag) > 1e-9)
 
 
+def test_a_matrix_of_rank_one():
+    """Once the space is exhausted, what is left is rounding error and gives no further value."""
+    rng = np.random.default_rng(3)
+    u, v = (torch.from_numpy(each) for each in rng.standard_normal((2, 6)))
+    step = linear(torch.outer(u, v), 3, 2)
+    values = largest_singular_values(step, start(3, 2), 3, 6).values
+    expected = (u.norm() * v.norm()).item()
+    np.testing.assert_allclose(values, [[expected, 0, 0]] * 2, atol=1e-9)
+    radius = spectral_radius(step, start(3, 2), 6).radius
+    np.testing.assert_allclose(radius, abs((u @ v).item()), rtol=1e-9)
+
+
 def test_a_chain_of_steps(normal_matrix):
     """Its singular values are those of the product, in the order of application."""
     other = torch.from_numpy(np.random.default_rng(2).standard_normal((6, 6)))

@@ -14,10 +14,11 @@ from bvit_interp.analyses.stability.jacobian import (
     Chain,
     Linearised,
     differentiable,
+    jacobians_along,
     push_forward,
     step_map,
 )
-from bvit_interp.analyses.stability.krylov import largest_singular_values
+from bvit_interp.analyses.stability.krylov import largest_singular_values, spectral_radius
 from bvit_interp.analyses.stability.run_metrics import orthonormalise, run_metrics
 from bvit_interp.analyses.stability.vectors import seeded_normal
 from bvit_interp.errors import UserError
@@ -130,7 +131,8 @@ def test_a_run_past_the_horizon_against_full_jacobians(make, images):
 
 
 def test_residuals_of_few_products(make, images):
-    """They shrink with more products."""
+    """They shrink with more products; the spectral radius has twice as many as the singular values
+    have with J."""
     view = differentiable(make(img_size=16, num_steps=2), 2)
     state = embed(view, images[:2, :, :16, :16].double())
     options = {"jacobian_steps": [1], "horizon": 2, "leading": 1, "seed": 0}
@@ -141,6 +143,13 @@ def test_residuals_of_few_products(make, images):
     )
     for metric in ("singular_value", "spectral_radius", "ftle"):
         assert (few[f"{metric}_residual"] > many[f"{metric}_residual"]).all()
+    step = next(jacobians_along(view, state))
+    start = seeded_normal(INDEX, (2, 5, 32), 0, 0)[:, 0]
+    radius = spectral_radius(step, start, 4)
+    torch.testing.assert_close(few["spectral_radius"][:, 0], radius.radius)
+    torch.testing.assert_close(few["spectral_radius_residual"][:, 0], radius.residual)
+    singular = largest_singular_values(step, start, 1, 2)
+    torch.testing.assert_close(few["singular_value_residual"][:, 0], singular.residuals)
 
 
 def test_states_that_are_not_finite(tiny, images):
