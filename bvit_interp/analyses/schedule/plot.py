@@ -10,116 +10,114 @@ from matplotlib.figure import Figure
 
 from bvit_interp import plotting
 
-_WHOLE = ("normal", "mean_row", "lag", "lead", "delay", "reverse", "again", "run")
-
-
-_READ = {
+_WHOLE = ("normal", "mean_embedding", "lag", "lead", "delay", "reverse", "twice", "run")
+"""Schedules that change all steps."""
+_DECODED = {
     "raw": "state",
     "direction": "direction",
     "norm": "norm",
-    "subspace": "less subspace",
-    "mean": "less mean",
+    "subspace": "without subspace",
+    "mean": "without mean",
 }
+"""What the step is decoded from, and its label."""
 
 
 def plot(frame: pd.DataFrame) -> Figure:
-    """Accuracy under changed schedules; the step read off a state; runs without it; step s in the
-    place of t."""
-    exact, put = frame[frame["measure"] == "accuracy"], frame[frame["kind"] == "put"]
-    schedule, read = (exact[exact["part"] == part] for part in ("schedule", "reading"))
-    removal = frame[(frame["part"] == "removal") & (frame["measure"] == "log_prob")]
-    maps = list(put[put["measure"] == "log_prob"].groupby("model", sort=False))
-    figure, axes = plotting.canvas(columns=max(4, 2 + len(maps)), rows=2, width=4.4, height=3.6)
+    """Accuracy under changed schedules; the decoded step; runs without the step; replaced steps."""
+    accuracy = frame[frame["metric"] == "accuracy"]
+    schedule, decoding = (
+        accuracy[accuracy["experiment"] == experiment] for experiment in ("schedule", "decoding")
+    )
+    log_prob = frame[frame["metric"] == "log_prob_change"]
+    removal = log_prob[log_prob["experiment"] == "removal"]
+    matrices = list(log_prob[log_prob["variant"] == "replace"].groupby("model", sort=False))
+    columns = max(4, 2 + len(matrices))
+    figure, axes = plotting.canvas(columns=columns, rows=2, width=4.4, height=3.6)
     _lines(axes[0, 0], schedule, {"skip": "", "repeat": "repeated"}, "step t skipped or repeated")
+    axes[0, 0].set_ylabel("accuracy")
     _lines(axes[0, 1], schedule, {"swap": ""}, "steps t and t + 1 swapped")
-    whole = schedule[schedule["kind"].isin(_WHOLE)]
-    places = zip(
-        whole["kind"].str.replace("_", " "), whole["step"].fillna(0).astype(int), strict=True
-    )
-    whole = whole.assign(label=[f"{kind} {step or ''}".strip() for kind, step in places])
-    _points(axes[0, 2], whole, "other clocks and numbers of steps")
-    read = read[read["step"].isna()]
-    read = read.assign(label=read["tokens"] + ": " + read["kind"].map(_READ))
-    _points(axes[0, 3], read, "step read off held-out tokens")
-    _lines(
-        axes[1, 0],
-        removal,
-        {"subspace": "", "random_scaled": "random, as far"},
-        "step subspace out after step t",
-    )
-    _lines(
-        axes[1, 1],
-        removal,
-        {"mean": "", "random_shift": "random, as far"},
-        "step mean out after step t",
-    )
-    for ax, (name, part) in zip(axes[1, 2:], maps, strict=False):
-        table = part.astype({"step": int, "other": int}).pivot(
-            index="other", columns="step", values="value"
-        )
-        values, steps = table.to_numpy(dtype=float), [*table.columns]
-        plotting.heat_map(
-            figure, ax, values, steps, steps, "change of true log-probability", numbers=False
-        )
-        ax.set(xlabel="place t", ylabel="step s")
-        ax.set_title(f"{name}: step s at place t", fontsize=10)
-    for ax, label in (
-        (axes[0, 0], "accuracy"),
-        (axes[0, 3], "read right"),
-        (axes[1, 0], "change of true log-prob."),
-    ):
-        ax.set_ylabel(label)
+    _whole_schedules(axes[0, 2], schedule)
+    _decoding(axes[0, 3], decoding)
+    random = "random change, as large"
+    variants = {"subspace": "", "random_scaled": random}
+    _lines(axes[1, 0], removal, variants, "step subspace removed after step t")
+    axes[1, 0].set_ylabel("change of true log-probability")
+    variants = {"mean": "", "random_shift": random}
+    _lines(axes[1, 1], removal, variants, "step mean removed after step t")
+    for ax, (name, rows) in zip(axes[1, 2:], matrices, strict=False):
+        _matrix(figure, ax, name, rows)
     for ax in axes.flat:
         ax.set_visible(ax.has_data())
     return figure
 
 
-def _lines(ax: Axes, frame: pd.DataFrame, kinds: Mapping[str, str], title: str) -> None:
-    """Values against the step: the first kind in full, the second hollow and dashed, or thin and
-    grey if a null."""
-    frame = frame[frame["kind"].isin(kinds)]
-    for i, (name, of_model) in enumerate(frame.groupby("model", sort=False)):
-        for kind, label in kinds.items():
-            part = of_model[of_model["kind"] == kind]
-            steps, value, low, high = (
-                part[key].astype(float) for key in ("step", "value", "low", "high")
-            )
-            second = (
-                {"linestyle": "--", "markerfacecolor": "white"} if label else {"linestyle": "-"}
-            )
-            null = plotting.NULL | {"marker": ""} if kind.startswith("random") else {}
-            style = plotting.line_style(i) | second | null
-            ax.plot(steps, value, **style, label=name if not label else None if i else label)
-            ax.fill_between(steps, low, high, color=style["color"], alpha=0.12, linewidth=0)
-    if frame["null"].notna().any():
-        ax.axhline(frame["null"].max(), **plotting.NULL, linestyle=":", label="most frequent class")
-        ax.set_ylim(0, 1)
-    plotting.step_axis(ax, frame["step"])
+def _lines(ax: Axes, frame: pd.DataFrame, variants: Mapping[str, str], title: str) -> None:
+    """Values over the steps: the first variant filled, the second hollow, or grey if a null."""
+    chosen = frame[frame["variant"].isin(variants)]
+    for i, (name, rows) in enumerate(chosen.groupby("model", sort=False)):
+        for variant, second in variants.items():
+            style = plotting.line_style(i) | {"linestyle": "-"}
+            label = str(name)
+            if second:
+                style |= {"linestyle": "--", "markerfacecolor": "white"}
+                label = "" if i else second  # once for all models
+            if variant.startswith("random"):
+                style |= plotting.NULL | {"marker": ""}
+            own = rows[rows["variant"] == variant]
+            plotting.line(ax, own, "step", style=style, label=label or None)
+    if chosen["null"].notna().any():
+        _null(ax, chosen, "most frequent class")
+    plotting.step_axis(ax, chosen["step"])
     ax.set_title(title, fontsize=10)
     plotting.legend(ax)
 
 
-def _points(ax: Axes, frame: pd.DataFrame, title: str) -> None:
-    """Accuracy of every model, in the colours of `_lines`, at every label, with intervals and the
-    null."""
-    frame = frame.assign(place=frame["kind"].map([*_WHOLE, *_READ].index)).sort_values(
-        ["tokens", "place"]
-    )
-    labels, models = list(dict.fromkeys(frame["label"])), list(frame.groupby("model", sort=False))
-    for i, (_, part) in enumerate(models):
-        x = [labels.index(label) + 0.2 * (i - (len(models) - 1) / 2) for label in part["label"]]
-        errors = [
-            (part["value"] - part["low"]).clip(lower=0),
-            (part["high"] - part["value"]).clip(lower=0),
-        ]
-        ax.errorbar(
-            x,
-            part["value"],
-            yerr=errors,
-            **plotting.line_style(i) | {"linestyle": "", "linewidth": 1.0},
-        )
-    ax.axhline(frame["null"].max(), **plotting.NULL, linestyle=":", label="null")
+def _whole_schedules(ax: Axes, schedule: pd.DataFrame) -> None:
+    """Accuracy under each schedule that changes all steps."""
+    rows = schedule[schedule["variant"].isin(_WHOLE)]
+    numbers = rows["step"].map(lambda step: "" if pd.isna(step) else f" {int(step)}")
+    labels = rows["variant"].str.replace("_", " ") + numbers.astype(str)
+    order = rows["variant"].map(list(_WHOLE).index)
+    _points(ax, rows.assign(label=labels).iloc[order.argsort(kind="stable")])
+    _null(ax, rows, "most frequent class")
+    ax.set_title("other schedules and numbers of steps", fontsize=10)
+    plotting.legend(ax)
+
+
+def _decoding(ax: Axes, decoding: pd.DataFrame) -> None:
+    """Accuracy of the decoded step, mean over steps."""
+    rows = decoding[decoding["step"].isna()]
+    order = rows["variant"].map(list(_DECODED).index)
+    rows = rows.assign(label=rows["tokens"] + ": " + rows["variant"].map(_DECODED), order=order)
+    _points(ax, rows.sort_values(["tokens", "order"], kind="stable"))
+    _null(ax, rows, "a guess")
+    ax.set_title("step decoded from held-out tokens", fontsize=10)
+    ax.set_ylabel("accuracy of the step")
+    plotting.legend(ax)
+
+
+def _points(ax: Axes, frame: pd.DataFrame) -> None:
+    """The values of every model, in the colours of `_lines`, at the labels in their order."""
+    labels, models = list(dict.fromkeys(frame["label"])), list(dict.fromkeys(frame["model"]))
+    for i, name in enumerate(models):
+        rows = frame[frame["model"] == name]
+        shift = 0.2 * (i - (len(models) - 1) / 2)
+        at = [labels.index(label) + shift for label in rows["label"]]
+        plotting.points(ax, at, rows, style=plotting.line_style(i))
     ax.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7)
+
+
+def _null(ax: Axes, frame: pd.DataFrame, label: str) -> None:
+    ax.axhline(frame["null"].max(), **plotting.NULL, linestyle=":", label=label)
     ax.set_ylim(0, 1)
-    ax.set_title(title, fontsize=10)
-    plotting.legend(ax)
+
+
+def _matrix(figure: Figure, ax: Axes, name: object, rows: pd.DataFrame) -> None:
+    """Change of the true log-probability with step s in place of step t."""
+    whole = rows.astype({"step": int, "other_step": int})
+    table = whole.pivot(index="other_step", columns="step", values="value")
+    steps, values = list(table.columns), table.to_numpy(dtype=float)
+    label = "change of true log-probability"
+    plotting.heat_map(figure, ax, values, steps, steps, label, numbers=False)
+    ax.set(xlabel="step t", ylabel="step s")
+    ax.set_title(f"{name}: step s in place of step t", fontsize=10)

@@ -1,9 +1,6 @@
-"""Schedules against models of so many steps, the step read against scikit-learn's probe, removals
-by hand."""
+"""Schedules against models of so many steps, decoding against scikit-learn, removals by hand."""
 
 from __future__ import annotations
-
-import io
 
 import numpy as np
 import pandas as pd
@@ -11,21 +8,22 @@ import pytest
 import torch
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-from bvit_interp.analyses.schedule import COLUMNS, Config, measure, plot
+from bvit_interp.analyses.schedule import COLUMNS, Config, measure, summary
+from bvit_interp.analyses.schedule.measure import _roles
 from bvit_interp.data.geometry import Geometry
 from bvit_interp.errors import UserError
 from bvit_interp.models.bvit import BViT
 from bvit_interp.models.stepping import State, answer, embed, proceed
 from bvit_interp.models.unroll import unroll
 
-SMALL = {"limit": 24, "scored": 6, "matrix_images": 4, "runs": (6, 14), "shifts": (1,)}
+SMALL = {"limit": 24, "n_scored": 6, "n_matrix": 4, "runs": (6, 14), "shifts": (1,)}
 VALUES = ["value", "low", "high", "null", "n"]
 
 
 def images_of(model, data, role, config):
     """Images and labels of those that have this role."""
     geometry = Geometry.of(model, data)
-    scenes = [data.read(i) for i in sorted(measure._roles(len(data), config)[role])]
+    scenes = [data.read(i) for i in sorted(_roles(len(data), config)[role])]
     return torch.stack([geometry(image, None)[0] for image, _, _ in scenes]), torch.tensor(
         [s[1] for s in scenes]
     )
@@ -47,31 +45,31 @@ def test_every_model_has_its_rows(any_model, digits):
     assert list(frame) == list(COLUMNS)
     trained = len(any_model.blocks)
     assert (frame["trained_steps"] == trained).all()
-    schedule = frame[frame["part"] == "schedule"]
+    schedule = frame[frame["experiment"] == "schedule"]
     recurrent = isinstance(any_model, BViT)
-    found = schedule[(schedule["kind"] == "run") & (schedule["measure"] == "accuracy")][
+    found = schedule[(schedule["variant"] == "run") & (schedule["metric"] == "accuracy")][
         "step"
     ].tolist()
     assert found == ([s for s in (6, 14) if recurrent or s <= trained])
     timed = getattr(any_model.blocks, "step_embed", None) is not None
-    assert (set(schedule["kind"]) >= {"mean_row", "row"}) == timed
+    assert (set(schedule["variant"]) >= {"mean_embedding", "embedding"}) == timed
     plain = (
         type(any_model.blocks).__name__ == "Steps"
         and len(any_model.blocks._modules) == 1
         and not timed
     )
-    assert ("put" in set(schedule["kind"])) != plain
-    whole = only(frame, kind="normal", measure="accuracy")
+    assert ("replace" in set(schedule["variant"])) != plain
+    whole = only(frame, variant="normal", metric="accuracy")
     images, labels = images_of(any_model, digits, "test", Config(**SMALL))
     with torch.no_grad():
         assert whole["value"] == (any_model(images).argmax(-1) == labels).double().mean().item()
     assert whole["n"] == 6
-    assert only(frame, kind="normal", measure="agreement")["value"] == 1
-    assert only(frame, kind="normal", measure="log_prob")["value"] == 0
-    assert frame.loc[frame["part"] == "reading", ["value", "null"]].notna().all(axis=None)
-    assert frame.loc[frame["part"] == "removal", "value"].notna().all()
+    assert only(frame, variant="normal", metric="agreement")["value"] == 1
+    assert only(frame, variant="normal", metric="log_prob_change")["value"] == 0
+    assert frame.loc[frame["experiment"] == "decoding", ["value", "null"]].notna().all(axis=None)
+    assert frame.loc[frame["experiment"] == "removal", "value"].notna().all()
     assert (
-        frame.loc[frame["measure"].isin(["accuracy", "agreement"]), ["low", "high", "null"]]
+        frame.loc[frame["metric"].isin(["accuracy", "agreement"]), ["low", "high", "null"]]
         .notna()
         .all(axis=None)
     )
@@ -84,33 +82,33 @@ def test_a_plain_bvit_counts_by_the_number_of_steps_alone(tiny, digits):
     with torch.no_grad():
         normal = tiny(images).double().log_softmax(-1)
         for count, kind in ((11, "skip"), (13, "repeat")):
-            runs = frame[frame["kind"] == kind]
+            runs = frame[frame["variant"] == kind]
             assert sorted(runs["step"].unique()) == list(range(1, 13))
-            for name, rows in runs.groupby("measure"):
-                wanted = only(frame, kind="run", step=count, measure=name)
+            for name, rows in runs.groupby("metric"):
+                wanted = only(frame, variant="run", step=count, metric=name)
                 for _, row in rows.iterrows():
                     pd.testing.assert_series_equal(row[VALUES], wanted[VALUES], check_names=False)
             other = unroll(tiny, steps=count)(images).double().log_softmax(-1)
             change = (other - normal)[torch.arange(6), labels].mean().item()
-            assert only(frame, kind="run", step=count, measure="log_prob")[
+            assert only(frame, variant="run", step=count, metric="log_prob_change")[
                 "value"
             ] == pytest.approx(change, rel=1e-6)
             assert abs(change) > 1e-3
-    still = frame[frame["kind"].isin(["swap", "reverse", "lag", "lead", "fixed"])]
-    assert (still[still["measure"].isin(["change", "log_prob"])]["value"] == 0).all()
-    assert (still[still["measure"] == "agreement"]["value"] == 1).all()
+    still = frame[frame["variant"].isin(["swap", "reverse", "lag", "lead", "fixed"])]
+    assert (still[still["metric"].isin(["accuracy_change", "log_prob_change"])]["value"] == 0).all()
+    assert (still[still["metric"] == "agreement"]["value"] == 1).all()
 
 
-def test_the_embedding_of_step_s_at_step_t(tiny_te, digits, by_hand):
+def test_the_embedding_of_step_s_in_place_of_step_t(tiny_te, digits, by_hand):
     frame = measure({"m": tiny_te}, digits, Config(**SMALL))
     images, labels = images_of(tiny_te, digits, "matrix", Config(**SMALL))
     table = tiny_te.blocks.step_embed.detach()
     blocks = [tiny_te.blocks[0]] * 12
-    put = frame[(frame["kind"] == "put") & (frame["measure"] == "log_prob")].set_index(
-        ["step", "other"]
-    )
-    assert len(put) == 144
-    assert (put["n"] == 4).all()
+    replaced = frame[
+        (frame["variant"] == "replace") & (frame["metric"] == "log_prob_change")
+    ].set_index(["step", "other_step"])
+    assert len(replaced) == 144
+    assert (replaced["n"] == 4).all()
     with torch.no_grad():
 
         def log_p(rows):
@@ -123,9 +121,11 @@ def test_the_embedding_of_step_s_at_step_t(tiny_te, digits, by_hand):
             rows = table.clone()
             rows[t - 1] = table[s - 1]
             change = (log_p(rows) - log_p(table)).mean().item()
-            assert put.loc[(t, s), "value"] == pytest.approx(change, abs=1e-4)
-    assert (put["value"].abs() > 1e-3).sum() > 100
-    lengths = frame[(frame["kind"] == "row") & (frame["tokens"] == "cls")]["value"].tolist()
+            assert replaced.loc[(t, s), "value"] == pytest.approx(change, abs=1e-4)
+    assert (replaced["value"].abs() > 1e-3).sum() > 100
+    lengths = frame[(frame["variant"] == "embedding") & (frame["tokens"] == "cls")][
+        "value"
+    ].tolist()
     fit, _ = images_of(tiny_te, digits, "fit", Config(**SMALL))
     with torch.no_grad():
         states = by_hand.run(tiny_te, fit, blocks, table)
@@ -146,8 +146,8 @@ def states_of(model, images):
         )
 
 
-def test_the_step_read_off_the_state_against_scikit_learn(tiny, digits):
-    config = Config(limit=60, scored=20, matrix_images=0, runs=(), shifts=(), ridge=1e-9)
+def test_the_decoded_step_against_scikit_learn(tiny, digits):
+    config = Config(limit=60, n_scored=20, n_matrix=0, runs=(), shifts=(), ridge=1e-9)
     frame = measure({"m": tiny}, digits, config)
     fit, test = (
         states_of(tiny, images_of(tiny, digits, role, config)[0]).double()
@@ -168,17 +168,19 @@ def test_the_step_read_off_the_state_against_scikit_learn(tiny, digits):
             )
             said = theirs.predict(read(fresh).flatten(0, 2).numpy()).reshape(fresh.shape[:3])
             of = frame[
-                (frame["kind"] == name) & (frame["tokens"] == kind) & (frame["part"] == "reading")
+                (frame["variant"] == name)
+                & (frame["tokens"] == kind)
+                & (frame["experiment"] == "decoding")
             ]
-            found = only(of[of["step"].isna()], measure="accuracy")
+            found = only(of[of["step"].isna()], metric="accuracy")
             assert found["value"] == pytest.approx((said == steps).mean(), abs=0.01)
             assert found["null"] == pytest.approx(1 / 12)
             assert found["n"] == 20
-            assert only(of, step=7, measure="error")["value"] == pytest.approx(
+            assert only(of, step=7, metric="step_error")["value"] == pytest.approx(
                 np.abs(said[:, :, 6] - 7).mean(), abs=0.05
             )
     assert (
-        frame[frame["measure"] == "error"]["null"] == 3
+        frame[frame["metric"] == "step_error"]["null"] == 3
     ).all()  # always 6: (5+4+3+2+1+0+1+2+3+4+5+6) / 12
 
 
@@ -203,24 +205,24 @@ def test_a_state_without_its_step_runs_on(tiny, digits):
         for kind, tokens in (("subspace", stripped), ("mean", shifted)):
             logits = answer(tiny, proceed(unroll(tiny), State(tokens.float(), t))).double()
             change = (logits.log_softmax(-1)[torch.arange(6), labels] - normal).mean().item()
-            row = only(frame, part="removal", kind=kind, step=t, measure="log_prob")
+            row = only(frame, experiment="removal", variant=kind, step=t, metric="log_prob_change")
             assert row["value"] == pytest.approx(change, abs=2e-4)
             far = ((tokens - own[:, t - 1]).norm(dim=-1) / own[:, t - 1].norm(dim=-1)).mean().item()
-            found = only(frame, part="removal", kind=kind, step=t, measure="distance")["value"]
+            found = only(frame, experiment="removal", variant=kind, step=t, metric="distance")["value"]
             assert found == pytest.approx(far, rel=1e-4)
-    distance = frame[frame["measure"] == "distance"].pivot(
-        index="step", columns="kind", values="value"
+    distance = frame[frame["metric"] == "distance"].pivot(
+        index="step", columns="variant", values="value"
     )
     assert (distance["random_subspace"] - distance["subspace"]).abs().max() > 1e-3
 
 
-def test_a_probe_after_the_removal_knows_less(tiny, digits):
+def test_a_decoder_after_the_removal_is_worse(tiny, digits):
     from bvit_interp.data.digits import DigitScenes
 
-    config = Config(limit=400, scored=20, matrix_images=0, runs=(), shifts=())
+    config = Config(limit=400, n_scored=20, n_matrix=0, runs=(), shifts=())
     frame = measure({"m": tiny}, DigitScenes("test", length=400), config)
-    order = frame[(frame["measure"] == "order") & frame["step"].isna()].set_index(
-        ["tokens", "kind"]
+    order = frame[(frame["metric"] == "pair_accuracy") & frame["step"].isna()].set_index(
+        ["tokens", "variant"]
     )["value"]
     for tokens in ("cls", "patches"):
         assert order[tokens, "raw"] > 0.95
@@ -236,7 +238,7 @@ def test_batches_models_and_order_do_not_matter(tiny_te, stacked, digits):
 
 
 def test_the_roles_share_no_image():
-    roles = measure._roles(1000, Config(limit=100, scored=30, matrix_images=10))
+    roles = _roles(1000, Config(limit=100, n_scored=30, n_matrix=10))
     assert {role: len(places) for role, places in roles.items()} == {
         "matrix": 10,
         "test": 30,
@@ -246,7 +248,7 @@ def test_the_roles_share_no_image():
     assert roles["matrix"] < roles["test"]
     assert len(roles["test"] | roles["fit"] | roles["refit"]) == 100
     assert max(map(max, roles.values())) == 990
-    assert len(measure._roles(20, Config())["test"]) == 10
+    assert len(_roles(20, Config())["test"]) == 10
 
 
 def test_out_of_memory_halves_the_batch_and_counts_no_image_twice(tiny, digits, monkeypatch):
@@ -267,33 +269,33 @@ def test_out_of_memory_halves_the_batch_and_counts_no_image_twice(tiny, digits, 
 
 def test_the_model_is_returned_as_it_came(tiny_te, digits):
     before = {name: tensor.clone() for name, tensor in tiny_te.state_dict().items()}
-    measure({"m": tiny_te}, digits, Config(**{**SMALL, "matrix_images": 0}))
+    measure({"m": tiny_te}, digits, Config(**{**SMALL, "n_matrix": 0}))
     assert all(torch.equal(tensor, before[name]) for name, tensor in tiny_te.state_dict().items())
 
 
-def test_figure_and_headline_from_the_csv_alone(tiny, tiny_te, stacked, digits):
-    config = Config(**{**SMALL, "scored": 2, "matrix_images": 1})
-    frame = measure({"a": tiny, "b": tiny_te, "c": stacked}, digits, config)
-    back = pd.read_csv(io.StringIO(frame.to_csv(index=False)))
-    axes = plot(back).axes
-    skipped = frame[
-        (frame["model"] == "a") & (frame["kind"] == "skip") & (frame["measure"] == "accuracy")
+def test_the_summary_has_accuracies_of_the_models_and_of_removals_half_way(tiny_te, digits):
+    frame = measure({"m": tiny_te}, digits, Config(**SMALL))
+    shown = summary(frame)
+    assert list(shown["variant"].unique()) == [
+        "normal",
+        "run",
+        "mean_embedding",
+        "subspace",
+        "random_scaled",
+        "raw",
+        "norm",
     ]
-    np.testing.assert_allclose(axes[0].lines[0].get_ydata(), skipped["value"].astype(float))
-    titles = [ax.get_title() for ax in axes]
-    assert "b: step s at place t" in titles
-    assert "c: step s at place t" in titles
-    assert "a: step s at place t" not in titles
-    assert 0 < len(config.headline(frame)) <= 40
-    plot(measure({"a": tiny}, digits, Config(limit=6, runs=(), shifts=())))
+    assert (shown[shown["experiment"] == "removal"]["step"] == 6).all()
+    normal = only(frame, variant="normal", metric="accuracy")["value"]
+    assert shown["value"].iloc[0] == normal
 
 
 def test_bad_input(tiny, make, digits):
     for options, message in (
         ({"runs": (6, 0)}, "runs must be >= 1, each once, got 6 0"),
         ({"shifts": (2, 2)}, "shifts must be >= 1, each once, got 2 2"),
-        ({"scored": 0}, "scored must be >= 1 and matrix-images >= 0, got 0 and 100"),
-        ({"matrix_images": -1}, "matrix-images >= 0, got 300 and -1"),
+        ({"n_scored": 0}, "n-scored must be >= 1, got 0"),
+        ({"n_matrix": -1}, "n-matrix must be >= 0, got -1"),
         ({"ridge": 0.0}, "ridge must be > 0 and finite, got 0.0"),
         ({"ridge": float("inf")}, "ridge must be > 0 and finite, got inf"),
         ({"seed": -1}, "seed must be >= 0, got -1"),

@@ -107,6 +107,11 @@ def test_a_profile_that_does_not_vary_has_no_correlation():
     assert not found["profile_change"][1].isnan()
 
 
+def test_one_step_shows_no_change():
+    found = profile_changes(normal(4, 1, 2), torch.tensor([[True, False]]))
+    assert all(values.isnan().all() for values in found.values())
+
+
 def test_the_reliability_of_one_unit_has_no_null():
     found = reliability(normal(2, 3, 2, 1), torch.ones(2, 3, dtype=torch.float64))
     assert found["null"].isnan().all()
