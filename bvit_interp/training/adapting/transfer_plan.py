@@ -1,4 +1,4 @@
-"""How a model is taken to another data set: the options of a transfer."""
+"""Options of a transfer: how to adapt a model to another data set."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bvit_interp.errors import UserError
 from bvit_interp.training.loop.recipe import Recipe
 
 Mode = Literal["probe", "te", "full", "lora-qv", "lora-ffn"]
-"""What is trained; as in `models.adapters`, which is not light to import."""
+"""What is trained. `models.adapters` has the same, but imports torch."""
 LOW_RANK = ("lora-qv", "lora-ffn")
 """Modes with a low-rank update."""
 DEFAULTS = {
@@ -21,46 +21,60 @@ DEFAULTS = {
     "lora-qv": (1e-3, 1e-5, 0.01),
     "lora-ffn": (1e-3, 1e-5, 0.01),
 }
-"""Mode -> learning rate, the least one, weight decay."""
+"""Mode -> peak learning rate, learning rate at the end, weight decay."""
+
+_SHARED = (
+    "limit",
+    "resize",
+    "skip_corrupt",
+    "train_batch",
+    "lr",
+    "min_lr",
+    "weight_decay",
+    "alpha",
+    "train_final_norm",
+    "autocast",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(LoaderOptions):
-    """How a model is adapted; `limit` is of the test images."""
+    """How to adapt a model; `limit` applies to the test images."""
 
     mode: tuple[Mode, ...] = ("probe",)
-    """probe (a new head), te (and a time embedding), full (all weights), lora-qv, lora-ffn; one or
-    several."""
+    """What to train, one or several: probe (a new head), te (a head and a time embedding), full
+    (all weights), lora-qv, lora-ffn."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Runs of each mode."""
+    """Random seeds; each mode is run with each."""
     epochs: int = 40
-    """Passes over the training images; the warm-up takes an eighth of them."""
+    """Number of training epochs; an eighth of them is warm-up."""
     train_batch: int | None = None
-    """Images an optimiser step; by default 128 for CIFAR and 64 for others."""
+    """Images per optimiser step; by default 128 for CIFAR and 64 for others."""
     lr: float | None = None
-    """AdamW's; by default 1e-3, of full tuning 1e-4."""
+    """Peak learning rate of AdamW; by default 1e-3, for full tuning 1e-4."""
     min_lr: float | None = None
-    """At the end of the cosine; by default 1e-5, of full tuning 1e-6, of a probe 0."""
+    """Learning rate at the end of the cosine; by default 1e-5, for full tuning 1e-6, for a probe
+    0."""
     weight_decay: float | None = None
-    """By default 0.01, of full tuning 0.05, of a probe 1e-4; norms, biases and embeddings are free
-    of it."""
+    """Weight decay; by default 0.01, for full tuning 0.05, for a probe 1e-4. Norms, biases and
+    embeddings have none."""
     rank: int = 8
-    """Rank of a low-rank update."""
+    """Rank of low-rank updates."""
     alpha: float = 16.0
-    """A low-rank update is scaled by alpha / rank."""
+    """Scale of low-rank updates: they are multiplied by alpha / rank."""
     train_final_norm: bool = True
-    """Low-rank modes train the final norm too, as the paper's counts tell."""
+    """Also train the final norm in the low-rank modes, as the paper's parameter counts imply."""
     steps: tuple[int, ...] = ()
-    """A low-rank update is active at these steps only; by default at all."""
+    """Steps at which low-rank updates are active; by default all."""
     sweep_steps: bool = False
-    """Low-rank modes run with an update at all steps, at none (head and norm alone) and at every
-    single one."""
+    """Run the low-rank modes with updates at all steps, at no step (head and norm alone), and at
+    each single step."""
     random_baseline: bool = False
-    """A probe of the same architecture with random weights too: the null of a trained backbone."""
-    limit_train: int | None = None
-    """Train on this many images, spread evenly over the set; by default all."""
+    """Add a probe of the same architecture with random weights: the null of a trained backbone."""
+    n_train: int | None = None
+    """Number of training images, evenly spaced over the data set; by default all."""
     autocast: Literal["off", "bf16"] = "off"
-    """Forward passes of training in bf16, for GPUs."""
+    """Precision of the forward passes in training: off (float32) or bf16, for GPUs."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,7 +82,7 @@ class Plan(LoaderOptions):
             given = getattr(self, name)
             if not given or len(set(given)) < len(given):
                 raise UserError(f"{name} must be one or more different values, got {given}")
-        for name in ("epochs", "train_batch", "limit_train"):
+        for name in ("epochs", "train_batch", "n_train"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name.replace('_', '-')} must be >= 1, got {value}")
@@ -88,25 +102,17 @@ class Plan(LoaderOptions):
             raise UserError(f"seeds must be >= 0, got {' '.join(map(str, self.seeds))}")
 
     def options(self) -> dict[str, Any]:
-        """What all rows of a table share; what differs between rows is a column."""
-        own = (
-            "limit",
-            "resize",
-            "skip_corrupt",
-            "train_batch",
-            "lr",
-            "min_lr",
-            "weight_decay",
-            "alpha",
-        )
-        return {
-            key: value
-            for key, value in asdict(self).items()
-            if key in (*own, "train_final_norm", "autocast")
-        }
+        """The options that all rows of a table share; those that differ are columns."""
+        return {key: value for key, value in asdict(self).items() if key in _SHARED}
 
     def recipe(self, mode: Mode, seed: int, data: str, images: int) -> Recipe:
-        """The schedule and the feed of one run."""
+        """The recipe of one run: its schedule and its batches.
+
+        Parameters
+        ----------
+        data : name of the data set.
+        images : number of training images.
+        """
         lr, min_lr, decay = (
             default if given is None else given
             for given, default in zip(

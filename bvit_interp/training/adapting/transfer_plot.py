@@ -1,9 +1,6 @@
-"""The figure of a transfer: accuracy against what was trained, and the steps at which an adapter
-works."""
+"""The figure of a transfer: accuracy by mode and by step."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -18,87 +15,76 @@ _MODES = {
     "lora-ffn": "LoRA\nFFN",
     "full": "all\nweights",
 }
-_ALONE = r"^step (\d+)$"
+_SINGLE_STEP = r"^step (\d+)$"
+_EXACT_LABEL = "probe, exact solver"
+_APART = 0.14  # between two series at one mode, in modes
 
 
 def plot(frame: pd.DataFrame) -> Figure:
-    """A row a data set: modes beside each other, and single-step adapters where there are any.
-    Means over seeds, bars of one standard deviation, of one seed its 95 % interval over images;
-    nulls are grey."""
-    frame = frame.assign(
-        series=_series(frame), step=frame["steps"].str.extract(_ALONE)[0].astype(float)
+    """One row per data set: modes beside each other, and adapters at single steps if there are any.
+
+    Values are means over seeds. Bars and bands reach one standard deviation over the seeds; for a
+    single seed they are the 95 % interval over images. Nulls are grey.
+    """
+    steps = frame["steps"].str.extract(_SINGLE_STEP)[0].astype(float)
+    frame = frame.assign(series=_series(frame), step=steps)
+    datasets, has_steps = list(frame["data"].unique()), frame["step"].notna().any()
+    figure, axes = plotting.canvas(
+        columns=2 if has_steps else 1, rows=len(datasets), width=5.6, height=4.0
     )
-    sets, swept = list(frame["data"].unique()), frame["step"].notna().any()
-    figure, axes = plotting.canvas(columns=2 if swept else 1, rows=len(sets), width=5.6, height=4.0)
-    for row, data in zip(axes, sets, strict=True):
-        own = frame[frame["data"] == data]
-        _modes(row[0], own)
+    for row, data in zip(axes, datasets, strict=True):
+        rows = frame[frame["data"] == data]
+        _draw_modes(row[0], rows)
         row[0].set_title(data)
-        if swept:
-            _steps(row[1], own)
+        if has_steps:
+            _draw_steps(row[1], rows)
             row[1].set_title(f"{data}: an adapter at one step")
     return figure
 
 
 def _series(frame: pd.DataFrame) -> pd.Series:
-    """The model, with what differs of rank, epochs and images; a mode without a rank goes with the
-    least."""
+    """The model, with its rank, epochs and images where these differ within a data set.
+
+    Modes without a rank belong to the series of the smallest rank.
+    """
     ranks = frame["rank"].where(frame["rank"] > 0)
     ranks = ranks.fillna(ranks.min()).fillna(0).astype(int)
     names = frame["model"].astype(str)
-    for values, word in (
+    for values, text in (
         (ranks, "rank {}"),
         (frame["epochs"], "{} epochs"),
-        (frame["train_images"], "{:,} images"),
+        (frame["n_train"], "{:,} images"),
     ):
         if (values.groupby(frame["data"]).nunique() > 1).any():
-            names = names + ", " + values.map(word.format)
+            names = names + ", " + values.map(text.format)
     return names
 
 
-def _modes(ax: Axes, frame: pd.DataFrame) -> None:
+def _draw_modes(ax: Axes, frame: pd.DataFrame) -> None:
+    """Accuracy of each mode, with low-rank updates at all steps."""
     whole = frame[(frame["steps"] == "all") | (frame["mode"] == "probe")]
     trained = whole[whole["backbone"] == "trained"]
     modes = [mode for mode in _MODES if (trained["mode"] == mode).any()]
-    listed = list(trained["series"].unique())
-    for i, series in enumerate(listed):
-        own = trained[trained["series"] == series]
-        found = _over_seeds(own, "mode")
-        found = found.reindex([mode for mode in modes if mode in found.index])
-        places = [modes.index(mode) + 0.14 * (i - (len(listed) - 1) / 2) for mode in found.index]
-        style: dict[str, Any] = {**plotting.line_style(i), "linestyle": "none", "markersize": 6}
-        label = f"{series}, {_seeds(found['count'])}"
-        ax.errorbar(places, found["mean"], yerr=_bars(found), capsize=3, label=label, **style)
-        for place, (mode, mean) in zip(places, found["mean"].items(), strict=True):
-            if (
-                trained.loc[trained["mode"] == mode, "series"].nunique() == 1
-            ):  # else numbers would overlap
-                ax.annotate(
-                    f"{mean:.3f}",
-                    (place, mean),
-                    textcoords="offset points",
-                    xytext=(10, -3),
-                    fontsize=8,
-                )
-        exact = own["exact"].mean()
-        if exact == exact:
-            said = (
-                "probe, exact solver"
-                if "exact" not in "".join(ax.get_legend_handles_labels()[1])
-                else None
-            )
-            ax.plot(
-                [places[list(found.index).index("probe")]], [exact], "_k", markersize=15, label=said
-            )
-    _nulls(ax, frame)
-    counts = [trained.loc[trained["mode"] == mode, "trainable"].unique() for mode in modes]
-    labels = [
-        f"{_MODES[mode]}\n{' / '.join(map(_short, of))}"
-        for mode, of in zip(modes, counts, strict=True)
-    ]
+    series = list(trained["series"].unique())
+    for i, name in enumerate(series):
+        rows = trained[trained["series"] == name]
+        means = _over_seeds(rows, "mode")
+        means = means.loc[[mode for mode in modes if mode in means.index]]
+        shift = _APART * (i - (len(series) - 1) / 2)
+        positions = [modes.index(mode) + shift for mode in means.index]
+        style = {**plotting.line_style(i), "markersize": 6}
+        label = f"{name}, {_seeds(means['seeds'])}"
+        plotting.points(ax, positions, means, style=style, label=label)
+        for position, (mode, value) in zip(positions, means["value"].items(), strict=True):
+            if trained.loc[trained["mode"] == mode, "series"].nunique() == 1:  # else they overlap
+                _write(ax, position, value)
+        if "probe" in means.index:
+            _draw_exact(ax, rows, positions[list(means.index).index("probe")])
+    _draw_nulls(ax, frame)
+    labels = [f"{_MODES[mode]}\n{_counts(trained, mode)}" for mode in modes]
     ax.set_xticks(range(len(modes)), labels)
     ax.set(
-        xlabel="trained beside the head",
+        xlabel="trained beside the head, and number of parameters",
         ylabel="test accuracy",
         ylim=(0, 1.02),
         xlim=(-0.5, len(modes) - 0.3),
@@ -106,30 +92,45 @@ def _modes(ax: Axes, frame: pd.DataFrame) -> None:
     _legend(ax)
 
 
-def _steps(ax: Axes, frame: pd.DataFrame) -> None:
-    """Adapters at a single step each, and apart from them the same at no step and at all."""
-    last = frame["step"].max()
-    if last != last:
+def _write(ax: Axes, position: float, value: float) -> None:
+    text, place = f"{value:.3f}", (position, value)
+    ax.annotate(text, place, xytext=(10, -3), textcoords="offset points", fontsize=8)
+
+
+def _draw_exact(ax: Axes, rows: pd.DataFrame, position: float) -> None:
+    """A black tick at the accuracy of the exact solver, beside the probe."""
+    exact = rows["exact_accuracy"].mean()
+    if pd.isna(exact):
+        return
+    is_labelled = _EXACT_LABEL in ax.get_legend_handles_labels()[1]
+    label = None if is_labelled else _EXACT_LABEL
+    ax.plot([position], [exact], "_k", markersize=15, label=label)
+
+
+def _draw_steps(ax: Axes, frame: pd.DataFrame) -> None:
+    """Adapters at each single step; apart from them, at no step and at all steps."""
+    steps = sorted(frame["step"].dropna().unique())
+    if not steps:
         ax.set_axis_off()
         return
-    swept = frame.loc[frame["step"].notna(), ["mode", "series"]].drop_duplicates()
-    for i, (mode, series) in enumerate(zip(swept["mode"], swept["series"], strict=True)):
-        own = frame[(frame["mode"] == mode) & (frame["series"] == series)]
-        style = {**plotting.line_style(i), "capsize": 3}
-        each = _over_seeds(own, "step")
-        label = f"{_MODES[mode]}, {series}, {_seeds(each['count'])}".replace("\n", " ")
-        ax.errorbar(each.index, each["mean"], yerr=_bars(each), label=label, **style)
-        ends = _over_seeds(own, "steps").reindex(["none", "all"])
-        places = [last + 1.5 + 0.2 * i, last + 2.5 + 0.2 * i]
-        ax.errorbar(places, ends["mean"], yerr=_bars(ends), **{**style, "linestyle": "none"})
+    last = steps[-1]
+    single = frame.loc[frame["step"].notna(), ["mode", "series"]].drop_duplicates()
+    for i, (mode, series) in enumerate(zip(single["mode"], single["series"], strict=True)):
+        rows = frame[(frame["mode"] == mode) & (frame["series"] == series)]
+        means = _over_seeds(rows, "step").reset_index()
+        label = f"{_MODES[mode]}, {series}, {_seeds(means['seeds'])}".replace("\n", " ")
+        plotting.line(ax, means, "step", style=plotting.line_style(i), label=label)
+        ends = _over_seeds(rows, "steps").reindex(["none", "all"])
+        positions = [last + 1.5 + 0.2 * i, last + 2.5 + 0.2 * i]
+        plotting.points(ax, positions, ends, style=plotting.line_style(i))
     ax.axvline(last + 0.85, color="0.8", linewidth=0.8)
-    ticks = sorted(frame["step"].dropna().unique())
-    ax.set_xticks([*ticks, last + 1.55, last + 2.55], [*(f"{t:.0f}" for t in ticks), "none", "all"])
+    labels = [*(f"{step:.0f}" for step in steps), "none", "all"]
+    ax.set_xticks([*steps, last + 1.55, last + 2.55], labels)
     ax.set(xlabel="step with the adapter", ylabel="test accuracy")
     _legend(ax)
 
 
-def _nulls(ax: Axes, frame: pd.DataFrame) -> None:
+def _draw_nulls(ax: Axes, frame: pd.DataFrame) -> None:
     random = frame.loc[frame["backbone"] == "random", "accuracy"]
     if len(random):
         ax.axhline(random.mean(), **plotting.NULL, linestyle="--", label="probe of random weights")
@@ -137,27 +138,26 @@ def _nulls(ax: Axes, frame: pd.DataFrame) -> None:
 
 
 def _legend(ax: Axes) -> None:
-    """Below the axes: lines may lie anywhere in them."""
+    """Below the axes, because lines may lie anywhere in them."""
     ax.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.32), ncols=2)
 
 
 def _over_seeds(frame: pd.DataFrame, key: str) -> pd.DataFrame:
-    """Mean, deviation and number of seeds, and the interval over images, which counts for a single
-    seed."""
-    accuracy = {
-        "mean": ("accuracy", "mean"),
-        "std": ("accuracy", "std"),
-        "count": ("accuracy", "count"),
-    }
-    return frame.groupby(key).agg(**accuracy, low=("low", "mean"), high=("high", "mean"))
+    """Mean over seeds (`value`), the ends of its bar (`low`, `high`), and the number of `seeds`.
 
-
-def _bars(found: pd.DataFrame) -> list[pd.Series]:
-    """Below and above the mean: the deviation over seeds, of one seed the interval over images."""
-    return [
-        found["std"].fillna(side)
-        for side in (found["mean"] - found["low"], found["high"] - found["mean"])
-    ]
+    A bar is one standard deviation over the seeds; for a single seed, the interval over images.
+    """
+    grouped = frame.groupby(key)
+    means = grouped[["accuracy", "low", "high"]].mean()
+    deviation, value = grouped["accuracy"].std(), means["accuracy"]
+    return pd.DataFrame(
+        {
+            "value": value,
+            "low": (value - deviation).fillna(means["low"]),
+            "high": (value + deviation).fillna(means["high"]),
+            "seeds": grouped["accuracy"].count(),
+        }
+    )
 
 
 def _seeds(counts: pd.Series) -> str:
@@ -165,6 +165,12 @@ def _seeds(counts: pd.Series) -> str:
     if most == 1:
         return "one seed"
     return f"{most} seeds" if least == most else f"{least} to {most} seeds"
+
+
+def _counts(trained: pd.DataFrame, mode: str) -> str:
+    """Numbers of trained parameters of a mode, one per model."""
+    counts = trained.loc[trained["mode"] == mode, "trainable_parameters"].unique()
+    return " / ".join(map(_short, counts))
 
 
 def _short(n: float) -> str:

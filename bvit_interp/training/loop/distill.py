@@ -1,49 +1,51 @@
-"""What a run minimises: cross-entropy, and with a teacher hard distillation.
+"""The training loss: cross-entropy, and with a teacher hard distillation.
 
-DeiT (Touvron et al. 2021, https://arxiv.org/abs/2012.12877; appendix C of the paper): half the loss
-is the class head's against the label, half the distillation head's against the teacher's decision
-on the same, augmented and mixed, image. Labels are smoothed in the first half only.
+DeiT (Touvron et al. 2021, https://arxiv.org/abs/2012.12877; appendix C of the paper): half of the
+loss compares the class head with the label, and half the distillation head with the teacher's
+decision. The teacher sees the same image, augmented and mixed. Labels are smoothed only in the
+first half.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torch import nn
+from torch import Tensor, nn
 from torchvision import models
 
+from bvit_interp.data.samples import first_line
 from bvit_interp.errors import CheckpointError, UserError, choices
 from bvit_interp.models import checkpoint
 from bvit_interp.models.bvit import BViT
 from bvit_interp.training.loop.recipe import Recipe
 
-Output = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
-Objective = Callable[[Output, torch.Tensor, torch.Tensor], torch.Tensor]
-"""Output of the model, targets (labels ``(B,)`` or soft ``(B, C)``) and images -> mean loss,
-nats."""
+Objective = Callable[[Any, Tensor, Tensor], Tensor]
+"""Output of the model (logits, or those of both heads), targets (labels ``(B,)`` or soft ones
+``(B, C)``) and images -> mean loss, nats."""
 
 
 def objective(recipe: Recipe, model: BViT, device: str) -> Objective:
-    """The recipe's loss; with a teacher, `model` is switched to giving both its heads.
+    """The recipe's loss; with a teacher, `model` is switched to return the logits of both heads.
 
     Raises
     ------
     UserError
-        A teacher without a distilled model or with other classes, or a distilled model without a
-        teacher.
+        For a teacher without a distilled model or with other classes, and for a distilled model
+        without a teacher.
     """
 
-    def supervised(logits: Output, target: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-        smoothing = (
-            recipe.label_smoothing if target.ndim == 1 else 0.0
-        )  # soft targets come smoothed
+    def supervised(logits: Tensor, target: Tensor, images: Tensor) -> Tensor:
+        smoothing = recipe.label_smoothing if target.ndim == 1 else 0.0  # soft ones are smoothed
         return F.cross_entropy(logits.float(), target, label_smoothing=smoothing)
 
-    distilled = hasattr(model, "set_distilled_training")
+    student: Any = model
+    distilled = hasattr(student, "set_distilled_training")
     name = recipe.model["name"]
     if recipe.teacher is None:
         if distilled:
@@ -52,37 +54,39 @@ def objective(recipe: Recipe, model: BViT, device: str) -> Objective:
     if not distilled:
         raise UserError(f"recipe: a teacher needs a distilled model, {name} is none")
     teacher = Teacher(recipe.teacher, model).to(device)
-    model.set_distilled_training(True)
+    student.set_distilled_training(True)
 
-    def distillation(logits: Output, target: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-        from_label, from_teacher = logits
+    def distillation(output: tuple[Tensor, Tensor], target: Tensor, images: Tensor) -> Tensor:
+        class_logits, distillation_logits = output
         decided = teacher(images)
-        return 0.5 * supervised(from_label, target, images) + 0.5 * F.cross_entropy(
-            from_teacher.float(), decided
+        return 0.5 * supervised(class_logits, target, images) + 0.5 * F.cross_entropy(
+            distillation_logits.float(), decided
         )
 
     return distillation
 
 
 class Teacher(nn.Module):
-    """A classifier that answers images normalised for the student with its class indices ``(B,)``.
+    """A classifier that labels images which are normalised for the student.
 
     Parameters
     ----------
-    spec : a checkpoint as `checkpoint.load` takes it, timm:NAME of any kind of model, or
-        torchvision:NAME, each with its own weights.
-    student : for the normalisation and number of classes.
+    spec : a checkpoint as in `checkpoint.load`, timm:NAME of any kind of model, or
+        torchvision:NAME; the last two with their published weights.
+    student : its normalisation and number of classes are used.
     """
+
+    scale: Tensor
+    shift: Tensor
 
     def __init__(self, spec: str, student: BViT) -> None:
         super().__init__()
         self.model = _open(spec).eval().requires_grad_(False)
-        cfg = getattr(self.model, "pretrained_cfg", None) or {}
-        own = cfg.get("mean") or IMAGENET_DEFAULT_MEAN, cfg.get("std") or IMAGENET_DEFAULT_STD
-        mean, std, own_mean, own_std = (
-            torch.tensor(values).view(3, 1, 1)
-            for values in (student.pretrained_cfg["mean"], student.pretrained_cfg["std"], *own)
-        )
+        cfg: dict[str, Any] = getattr(self.model, "pretrained_cfg", None) or {}
+        student_cfg: dict[str, Any] = student.pretrained_cfg  # type: ignore[assignment]
+        mean, std = _per_channel(student_cfg["mean"]), _per_channel(student_cfg["std"])
+        own_mean = _per_channel(cfg.get("mean") or IMAGENET_DEFAULT_MEAN)
+        own_std = _per_channel(cfg.get("std") or IMAGENET_DEFAULT_STD)
         self.register_buffer("scale", std / own_std)
         self.register_buffer("shift", (mean - own_mean) / own_std)
         height, width = student.patch_embed.img_size
@@ -104,9 +108,14 @@ class Teacher(nn.Module):
             )
 
     @torch.no_grad()
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Int[Tensor, " batch"]:
+        """The index of the teacher's most likely class."""
         self.model.eval()
         return self.model(images * self.scale + self.shift).argmax(1)
+
+
+def _per_channel(values: tuple[float, ...]) -> Tensor:
+    return torch.tensor(values).view(3, 1, 1)
 
 
 def _open(spec: str) -> nn.Module:
@@ -114,16 +123,16 @@ def _open(spec: str) -> nn.Module:
     if kind == "torchvision":
         if name not in models.list_models():
             raise UserError(f"recipe: torchvision has no model {name!r}")
-        return _fetched(spec, lambda: models.get_model(name, weights="DEFAULT"))
+        return _download(spec, lambda: models.get_model(name, weights="DEFAULT"))
     if kind == "timm" and "@" not in name and timm.is_model(name):
-        return _fetched(spec, lambda: timm.create_model(name, pretrained=True))
+        return _download(spec, lambda: timm.create_model(name, pretrained=True))
     return checkpoint.load(spec)
 
 
-def _fetched(spec: str, make: Callable[[], nn.Module]) -> nn.Module:
+def _download(spec: str, make: Callable[[], nn.Module]) -> nn.Module:
     try:
         return make()
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(
-            f"{spec}: weights could not be had ({str(error).partition(chr(10))[0]})"
+            f"{spec}: its weights cannot be loaded ({first_line(error)})"
         ) from error

@@ -1,7 +1,7 @@
-"""Random numbers that are a function of what they are drawn for, never of how far a process has
-come.
+"""Random numbers that depend only on what they are drawn for.
 
-A run that was killed goes on with the same images, on any number of workers and on any device.
+They never depend on how far a process has come. A run that was killed therefore continues with the
+same images, with any number of workers and on any device.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import torch
 
 
 class Draws:
-    """A table of uniform random numbers of which any row can be had without the others.
+    """A table of uniform random numbers; any row can be computed without the others.
 
-    Row r of the table of one `key` is the same whether it is taken alone, by a worker, or with all
-    rows at once.
+    Row r of a key's table is the same number for number whether it is computed alone, in a worker,
+    or together with all other rows.
 
     Parameters
     ----------
-    key : whole numbers >= 0 that the table is a function of, for instance (seed, epoch).
+    key : whole numbers >= 0 that determine the table, for instance (seed, epoch).
     width : numbers in a row; rounded up to a multiple of 4.
     """
 
@@ -42,15 +42,14 @@ class Draws:
 
 
 @contextmanager
-def drawn_for(*numbers: int) -> Iterator[None]:
-    """Inside, Python's, numpy's and torch's random numbers depend on `numbers` alone; outside
-    nothing changes.
+def seeded(*numbers: int) -> Iterator[None]:
+    """Seed the generators of Python, numpy and torch by `numbers`, and restore them at the end.
 
-    A GPU's generator is seeded too and not put back: nothing else draws from it in training.
+    The generator of a GPU is seeded too, but not restored: nothing else in training uses it.
     """
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002  timm draws from it
     try:
-        reseed(*numbers)
+        seed_generators(*numbers)
         if torch.cuda.is_initialized():
             torch.cuda.manual_seed(torch.initial_seed())
         yield
@@ -60,17 +59,20 @@ def drawn_for(*numbers: int) -> Iterator[None]:
         torch.set_rng_state(before[2])
 
 
-def reseed(*numbers: int) -> None:
-    """Seed the three global generators by `numbers`."""
+def seed_generators(*numbers: int) -> None:
+    """Seed the global generators of Python, numpy and torch (CPU) by `numbers`."""
     for_torch, for_numpy, for_python = np.random.SeedSequence(numbers).generate_state(3).tolist()
-    torch.default_generator.manual_seed(for_torch)  # torch.manual_seed would reseed the GPUs too
+    torch.default_generator.manual_seed(for_torch)  # torch.manual_seed would also seed the GPUs
     np.random.seed(for_numpy)  # noqa: NPY002
     random.seed(for_python)
 
 
-def sent(array: np.ndarray, device: torch.device | str) -> torch.Tensor:
-    """The array on `device`, without making a GPU wait for the host or the host for the GPU."""
+def to_device(array: np.ndarray, device: torch.device | str) -> torch.Tensor:
+    """Copy an array to `device`; a copy to a GPU is asynchronous."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     if torch.device(device).type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+drawn_for = seeded  # the former name

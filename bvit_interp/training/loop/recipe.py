@@ -1,5 +1,4 @@
-"""A recipe: everything a training run is made of, as a small YAML file shipped beside this
-module."""
+"""A recipe: all settings of a training run, in a small YAML file."""
 
 from __future__ import annotations
 
@@ -15,8 +14,8 @@ import yaml
 from bvit_interp.errors import UserError, choices
 
 FOLDER = Path(__file__).parents[1] / "recipes"
-# arguments of timm's factory that would load weights or make another kind of model
-_NOT_OF_A_MODEL = {
+# arguments of timm.create_model that would load weights or make another kind of model
+_REFUSED_ARGUMENTS = {
     "pretrained",
     "pretrained_cfg",
     "pretrained_cfg_overlay",
@@ -54,87 +53,87 @@ class Recipe:
     """One training run: `model` is a timm name and its arguments."""
 
     model: dict[str, Any]
-    """`name` and constructor arguments of the model."""
+    """`name` of the model in timm, and its arguments."""
     data: str
-    """Data set of the catalog, NAME or NAME:PATH."""
+    """Data set of the catalog: NAME or NAME:PATH."""
     init: str | None = None
-    """Checkpoint to start from; what it lacks (a time embedding, registers) starts at its own
-    beginning."""
+    """Checkpoint to start from. Weights that it lacks (a time embedding, registers) start at their
+    initial values."""
     teacher: str | None = None
-    """Distil from it (DeiT, hard labels): a checkpoint, timm:NAME or torchvision:NAME; needs a
-    distilled model."""
+    """Teacher for distillation (DeiT, hard labels): a checkpoint, timm:NAME or torchvision:NAME. It
+    needs a distilled model."""
     epochs: int
-    """Passes over the training images."""
+    """Number of epochs."""
     images_per_epoch: int | None = None
-    """Images an epoch; by default all there are (digits-s draws fresh scenes for each)."""
+    """Images per epoch; by default all. digits-s draws new scenes for each epoch."""
     easy_epochs: float = 0.0
-    """Epochs on plain ground before the photographs fade in (digits-s)."""
+    """Epochs on a plain background, before the photographs (digits-s)."""
     fade_epochs: float = 0.0
-    """Epochs over which photographs and distractors fade in (digits-s)."""
+    """Epochs in which the share of photographs and distractors grows (digits-s)."""
     batch_size: int = 128
-    """Images an optimiser step, all processes together."""
+    """Images per optimiser step, over all processes."""
     accumulate: int = 1
-    """Parts in which each process computes its share of a batch."""
+    """Number of parts in which each process computes its share of a batch."""
     lr: float = 1e-3
     """Peak learning rate of AdamW."""
     min_lr: float = 0.0
     """Learning rate at the end of the cosine."""
     warmup_epochs: float = 0.0
-    """Epochs of linear warm-up, from `warmup_factor` times the peak; then cosine."""
+    """Epochs of linear warm-up, from `warmup_factor` times the peak; a cosine follows."""
     warmup_factor: float = 0.033
-    """Where the warm-up starts, as a share of the peak."""
+    """Learning rate at the start of the warm-up, as a share of the peak."""
     schedule: str = "step"
-    """The learning rate changes with every step or with every epoch."""
+    """Whether the learning rate changes with every `step` or with every `epoch`."""
     weight_decay: float = 0.05
-    """Of AdamW, decoupled."""
+    """Decoupled weight decay of AdamW."""
     decay_all: bool = False
-    """Decay every tensor; by default norms, biases, tokens and positions are free of it."""
+    """Apply weight decay to every tensor; by default not to norms, biases, tokens and positions."""
     crop: str = "none"
-    """none, padded (by an eighth, then cut at random) or random-resized (area 0.08..1, ratio
-    3/4..4/3)."""
+    """none, padded (padded by an eighth, then cropped at random) or random-resized (area 0.08..1,
+    ratio 3/4..4/3)."""
     flip: bool = False
     """Mirror half of the images."""
     randaugment: str | None = None
-    """torchvision (RandAugment, 2 operations of magnitude 9) or timm's words, as
+    """RandAugment: torchvision (2 operations of magnitude 9), or as timm writes it, for instance
     rand-m9-mstd0.5-inc1."""
     erase: float = 0.0
     """Probability of Random Erasing, 0..1."""
     mixup: float = 0.0
-    """Alpha of Mixup; with `cutmix`, one of the two is drawn for each image."""
+    """Alpha of Mixup. With `cutmix`, one of the two is drawn for each image."""
     cutmix: float = 0.0
     """Alpha of CutMix."""
     label_smoothing: float = 0.0
-    """Share of each label spread over all classes."""
+    """Label smoothing: share of each label that is given to all classes equally."""
     ema: float | None = None
-    """Decay of the averaged weights; by default a horizon of 5.3 % of the steps, the paper's share
-    of its run."""
+    """Decay of the averaged weights; by default one that averages over 5.3 % of the steps, as the
+    paper does."""
     clip: float | None = 1.0
-    """Largest norm of the gradient; null does not clip."""
+    """Largest norm of the gradient; null for no clipping."""
     positions: str = "random"
-    """How the learned positions start: random (timm's, std 0.02) or sincos (2-D sines and cosines
-    of amplitude 1)."""
+    """Initial values of the learned positions: random (as in timm, std 0.02) or sincos (2-D sines
+    and cosines of amplitude 1)."""
     autocast: str = "auto"
-    """bf16, off, or auto: what a short trial on the device shows to be faster."""
+    """bf16, off, or auto (the faster of the two in a short trial on the device)."""
     patch_drop_until: float = 1.0
-    """Share of the epochs in which `model.patch_drop_rate` holds, 0..1; afterwards no patch is left
-    out."""
+    """Share of the epochs, from the first, in which patches are left out (`model.patch_drop_rate`),
+    0..1."""
     compile: bool = False
     """Compile the blocks (needs a C++ compiler on a CPU)."""
     grad_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, more time."""
+    """Recompute activations in the backward pass, which saves memory and costs time."""
     workers: int = 0
-    """Processes that prepare images beside each training process."""
+    """Number of processes that prepare images for each training process."""
     skip_corrupt: bool = False
-    """Show the next image in place of one that cannot be read, and say so, instead of stopping."""
+    """Report images that cannot be read, and show the next one instead of stopping."""
     score_every: int = 1
-    """Epochs between two scores on the test images; the last epoch is always scored."""
+    """Epochs between two evaluations on the test images; the last epoch is always evaluated."""
     seed: int = 0
-    """Of the initial weights, the order of images and every augmentation."""
+    """Random seed of the initial weights, the order of images and the augmentation."""
 
     def __post_init__(self) -> None:
         if "name" not in self.model:
             raise UserError("recipe: model needs a name")
-        if loaded := sorted(_NOT_OF_A_MODEL & self.model.keys()):
+        if loaded := sorted(_REFUSED_ARGUMENTS & self.model.keys()):
             raise UserError(
                 f"recipe: the model does not take {choices(loaded)}; weights come from init"
             )
@@ -173,7 +172,7 @@ class Recipe:
                 )
 
     def resume_key(self) -> dict[str, Any]:
-        """The settings that the weights depend on: those a run must share to be continued."""
+        """The settings that the weights depend on: a run is continued only with the same ones."""
         settings = {
             f.name: getattr(self, f.name)
             for f in fields(self)
@@ -182,7 +181,7 @@ class Recipe:
         return settings | {"data": self.data.partition(":")[0]}
 
     def patch_drop(self, epoch: float) -> float:
-        """Share of the patches that epoch `epoch` (from 0) leaves out of each image."""
+        """Share of each image's patches that is left out in epoch `epoch` (from 0)."""
         rate = float(self.model.get("patch_drop_rate") or 0.0)
         return (
             rate
@@ -191,8 +190,7 @@ class Recipe:
         )
 
     def hardness(self, epoch: int) -> float:
-        """Share of photographs and distractors in epoch `epoch` (from 0): 0 easy .. 1 the data
-        set."""
+        """Share of photographs and distractors in epoch `epoch` (from 0), 0..1 (digits-s)."""
         past_easy = epoch - self.easy_epochs
         return min(
             max(past_easy / self.fade_epochs if self.fade_epochs else float(past_easy >= 0), 0.0),
@@ -206,14 +204,19 @@ def available() -> list[str]:
 
 
 def read(name: str, settings: Sequence[str] = (), data: str | None = None) -> Recipe:
-    """A recipe with settings on top.
+    """Read a recipe and change some of its settings.
 
     Parameters
     ----------
-    name : a shipped recipe or a YAML file; a recipe that `extends` another changes only what it
-        names.
+    name : a shipped recipe or a YAML file. A recipe that `extends` another one holds only the
+        settings that differ.
     settings : ``key=value``, and ``model.key=value`` for the model's arguments.
     data : data set in place of the recipe's.
+
+    Raises
+    ------
+    UserError
+        For a file that cannot be read, and for unknown, missing or impossible settings.
     """
     content = _content(name) | ({} if data is None else {"data": data})
     for setting in settings:
@@ -247,8 +250,7 @@ _EXPECTED = {
 
 
 def _typed(recipe: str, key: str, value: Any) -> Any:
-    """A setting read from YAML in its field's type; YAML 1.1 takes 1e-3 for text and off for
-    false."""
+    """A setting in the type of its field: YAML 1.1 reads 1e-3 as text and off as false."""
     kind = get_type_hints(Recipe)[key]
     optional = get_origin(kind) is UnionType
     if optional:

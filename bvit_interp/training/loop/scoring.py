@@ -1,92 +1,121 @@
-"""The images a run is scored on, as its model sees them."""
+"""The test images of a run, and the scores of its models on them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from weakref import WeakValueDictionary
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
-from bvit_interp import results
 from bvit_interp.data.catalog import open_samples
 from bvit_interp.data.geometry import Geometry
 from bvit_interp.data.labels import label_map
 from bvit_interp.data.loader import Loader
 from bvit_interp.data.samples import Samples
 from bvit_interp.errors import UserError
+from bvit_interp.metrics.streaming.scores import Classification
 from bvit_interp.models.bvit import BViT
-from bvit_interp.training.loop import feed
+from bvit_interp.results import rank_and_world
+from bvit_interp.training.loop.preload import fingerprint, reader_processes
 from bvit_interp.training.loop.recipe import Recipe
 
-_KEPT_BYTES = 4 * 2**30  # test images kept as the model sees them
+_BATCH = 250
+_KEPT_BYTES = 4 * 2**30  # largest size of the test images that are kept
+_PIXEL_BYTES = 12  # three channels of float32
 
 
-class Test:
-    """The test images as a model sees them; kept on the device where they fit.
+class ScoringImages:
+    """The test images as a model sees them, kept on the device if they fit.
+
+    It reads through `Loader` rather than `stream`, because the images are kept between epochs and
+    training has its own progress bar.
 
     Parameters
     ----------
     samples : the data set.
     geometry : how the model sees it.
-    places : the model's class of each class of the set, ``(classes,)``.
-    workers, device : how and where the images are read.
+    model_class : the model's class of each class of the data set, ``(classes,)``.
+    workers : processes that read the images.
+    device : where the images are given.
+
+    Attributes
+    ----------
+    fits : whether the images are kept.
     """
 
     def __init__(
-        self, samples: Samples, geometry: Geometry, places: torch.Tensor, workers: int, device: str
+        self,
+        samples: Samples,
+        geometry: Geometry,
+        model_class: Tensor,
+        workers: int,
+        device: str,
     ) -> None:
-        self.places, self.device = places, device
-        self.loader = Loader(samples, [geometry], batch_size=250, workers=workers)
-        self.fits = 12 * len(self.loader.index) * math.prod(geometry.size) <= _KEPT_BYTES
-        self.kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.model_class, self.device = model_class, device
+        self.loader = Loader(samples, [geometry], batch_size=_BATCH, workers=workers)
+        size = _PIXEL_BYTES * len(self.loader.index) * math.prod(geometry.size)
+        self.fits = size <= _KEPT_BYTES
+        self.kept: list[tuple[Tensor, Tensor]] = []
 
     def read(self) -> None:
-        """Read the images now, where they are kept."""
+        """Read the images now, unless that was done before."""
         if not self.kept:
             with torch.inference_mode():
                 for _ in self:
                     pass
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Images ``(b, 3, H, W)`` and the model's labels ``(b,)``, of this process's share."""
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images ``(b, 3, H, W)`` and the model's labels ``(b,)`` of this process's share."""
         if self.kept:
             yield from self.kept
             return
         kept = []
         for batch in self.loader:
-            pair = batch.images.to(self.device), self.places[batch.labels].to(self.device)
+            labels = self.model_class[batch.labels]
+            pair = batch.images.to(self.device), labels.to(self.device)
             if self.fits:
                 kept.append(pair)
             yield pair
         self.kept = kept
 
 
-_TESTS: WeakValueDictionary[tuple, Test] = WeakValueDictionary()  # runs side by side share one
+# several runs in one process share the images
+_SHARED: WeakValueDictionary[tuple, ScoringImages] = WeakValueDictionary()
 
 
-def test_images(trained: Samples, model: BViT, recipe: Recipe, device: str) -> Test:
+def scoring_images(trained: Samples, model: BViT, recipe: Recipe, device: str) -> ScoringImages:
     """The recipe's test images.
 
     Raises
     ------
     UserError
-        If they are the images it is trained on, or of other classes.
+        If they are the images that the model is trained on, or of other classes.
     """
     samples = open_samples(recipe.data)
-    place, own = (
-        [getattr(kind, name, None) for name in ("root", "split")] for kind in (samples, trained)
-    )
-    if place == own:
+    if _source(samples) == _source(trained):
         raise UserError(f"recipe: {recipe.data} has nothing to score on beside its training images")
-    places, geometry = label_map(samples, model), Geometry.of(model, samples)
-    key = (
-        feed.fingerprint(samples),
-        geometry,
-        tuple(places.tolist()),
-        device,
-        results.rank_and_world(),
-    )
-    if (found := _TESTS.get(key)) is None:
-        found = _TESTS[key] = Test(samples, geometry, places, feed.readers(recipe, device), device)
-    return found
+    model_class, geometry = label_map(samples, model), Geometry.of(model, samples)
+    key = (fingerprint(samples), geometry, tuple(model_class.tolist()), device, rank_and_world())
+    if (shared := _SHARED.get(key)) is None:
+        workers = reader_processes(recipe, device)
+        shared = _SHARED[key] = ScoringImages(samples, geometry, model_class, workers, device)
+    return shared
+
+
+def score(models: Mapping[str, VisionTransformer], images: ScoringImages) -> dict[str, dict]:
+    """Scores (`Classification`) of models in full precision, in one pass; name -> scores."""
+    metrics = {
+        name: Classification(model.num_classes).to(images.device) for name, model in models.items()
+    }
+    with torch.inference_mode():
+        for pixels, labels in images:
+            for name, model in models.items():
+                metrics[name].update(model(pixels), labels)
+    return {name: metric.compute() for name, metric in metrics.items()}
+
+
+def _source(samples: Samples) -> list[object]:
+    return [getattr(samples, name, None) for name in ("root", "split")]

@@ -1,16 +1,18 @@
-"""What a training run has become, in one file: weights, moments, history and how far it is.
+"""The state of a training run, written to one file and read back.
 
-There is no state of random numbers or of a sampler to keep: every draw is a function of (seed,
-epoch, image).
+There is no state of random numbers or of a sampler to keep: whatever is drawn depends on the seed,
+the epoch and the image alone.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
+from torch import Tensor
 
 from bvit_interp import results
 from bvit_interp.data.samples import first_line
@@ -19,22 +21,22 @@ from bvit_interp.models.bvit import BViT
 from bvit_interp.training.loop.recipe import Recipe
 
 STATE = "state.pt"
-_COUNTED = ("done", "loss", "norm", "seconds", "history", "precision")
-_NO_STATE = "not the whole state of a run"
+_PROGRESS = ("done", "loss", "norm", "seconds", "history", "precision")
+_INCOMPLETE = "not the whole state of a run"
 
 
 @dataclass
 class Run:
-    """What a run has become: the contents of `state.pt`.
+    """A training run between two steps: what `state.pt` holds.
 
     Parameters
     ----------
-    model, ema, optimizer : the raw weights, the averaged ones and AdamW's moments.
-    done : optimiser steps taken.
+    model, ema, optimizer : the raw weights, the averaged weights, and AdamW with its moments.
+    done : optimiser steps so far.
     loss, norm : sums over the steps of the current epoch.
-    seconds : time spent training in the current epoch.
-    history : a row of `COLUMNS` for every finished epoch.
-    precision : bf16 or off, as the run trains; a run goes on as it began.
+    seconds : time spent on training in the current epoch.
+    history : one row per finished epoch; see `trainer.COLUMNS`.
+    precision : bf16 or off; a run continues with the precision it began with.
     """
 
     model: BViT
@@ -48,46 +50,58 @@ class Run:
     precision: str = "off"
 
     def average(self) -> None:
-        """Move the averaged weights towards the raw ones after a step, by the decay of `ema`.
+        """Move the averaged weights towards the raw weights, after a step.
 
-        As `ModelEmaV3.update`, but for the names: building two state dicts takes longer than a
-        GPU's step.
+        `ModelEmaV3.update` does the same, but builds two state dicts, which takes longer than a
+        step on a GPU.
         """
         decay = self.ema.get_decay(self.done + 1)
-        averaged, raw = list(self.ema.module.parameters()), list(self.model.parameters())
+        averaged: list[Tensor] = list(self.ema.module.parameters())
+        raw: list[Tensor] = list(self.model.parameters())
         with torch.no_grad():
             torch._foreach_lerp_(averaged, raw, 1 - decay)
 
     def save(self, path: Path, recipe: Recipe, data: str, masks: str | None = None) -> None:
-        """Write the state, with the fingerprints of its data and of its masks, if any; on an error
-        (`UserError`) the file there stays as it was."""
-        parts = {key: getattr(self, key).state_dict() for key in ("model", "optimizer")}
-        counted = {key: getattr(self, key) for key in _COUNTED}
-        state = {**parts, **counted, "ema": self.ema.module.state_dict()} | {
+        """Write the state.
+
+        Parameters
+        ----------
+        recipe : the run's recipe.
+        data, masks : fingerprints of the run's images, and of its masks if it has any.
+
+        Raises
+        ------
+        UserError
+            If it cannot be written; a file that was there before stays as it was.
+        """
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            **{key: getattr(self, key) for key in _PROGRESS},
+            "ema": self.ema.module.state_dict(),
             "recipe": recipe.resume_key(),
             "data": data,
-            **({} if masks is None else {"masks": masks}),
         }
+        if masks is not None:
+            state["masks"] = masks
         try:
             with results.replacing(path) as temporary:
                 torch.save(state, temporary)
-        except (OSError, RuntimeError) as error:  # torch raises RuntimeError where the disk is full
+        except (OSError, RuntimeError) as error:  # RuntimeError is what torch raises on a full disk
             raise UserError(f"{path}: the state cannot be written ({first_line(error)})") from error
 
     def resume(self, path: Path, recipe: Recipe, data: str, masks: str | None = None) -> None:
-        """Take up a saved state; one of another recipe, of other data or under other masks is
-        refused."""
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            saved = dict(state["recipe"])
-        except (
-            Exception
-        ) as error:  # torch raises UnpicklingError, RuntimeError, EOFError, ... as the damage is
-            raise UserError(
-                f"{path}: {_NO_STATE} ({first_line(error)}); --overwrite starts again"
-            ) from error
-        if state.get("done") == 0:  # saved before the first step: nothing to go on with
+        """Continue from a saved state; the parameters are those of `save`.
+
+        Raises
+        ------
+        UserError
+            For a damaged file, or the state of another recipe, of other images or other masks.
+        """
+        state = _read(path)
+        if state.get("done") == 0:  # saved before the first step: there is nothing to continue
             return
+        saved = state["recipe"]
         differing = [
             f"{key}: {saved.get(key)!r} there, {value!r} now"
             for key, value in recipe.resume_key().items()
@@ -106,19 +120,33 @@ class Run:
                 f"{path} was trained under other masks than these; --overwrite starts again"
             )
         try:
-            self.model.load_state_dict(state["model"])
-            self.ema.module.load_state_dict(state["ema"])
-            capturable = [
-                group["capturable"] for group in self.optimizer.param_groups
-            ]  # of this device
-            self.optimizer.load_state_dict(state["optimizer"])
-            for group, own in zip(self.optimizer.param_groups, capturable, strict=True):
-                group["capturable"] = own
-            for key in _COUNTED:
-                setattr(self, key, state[key])
-            if not isinstance(self.history, list) or not isinstance(self.done, int):
-                raise ValueError("its parts have other types")
+            self._load(state)
         except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{path}: {_NO_STATE} ({first_line(error)}); --overwrite starts again"
+                f"{path}: {_INCOMPLETE} ({first_line(error)}); --overwrite starts again"
             ) from error
+
+    def _load(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.ema.module.load_state_dict(state["ema"])
+        # `capturable` depends on the device of this process, not on that of the saved run
+        capturable = [group["capturable"] for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group, value in zip(self.optimizer.param_groups, capturable, strict=True):
+            group["capturable"] = value
+        for key in _PROGRESS:
+            setattr(self, key, state[key])
+        if not isinstance(self.history, list) or not isinstance(self.done, int):
+            raise ValueError("its parts have other types")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return {**state, "recipe": dict(state["recipe"])}
+    except (
+        Exception
+    ) as error:  # depends on the damage: UnpicklingError, RuntimeError, EOFError, ...
+        raise UserError(
+            f"{path}: {_INCOMPLETE} ({first_line(error)}); --overwrite starts again"
+        ) from error

@@ -1,52 +1,53 @@
-"""One optimiser step; on a GPU captured once in a CUDA graph and replayed, so that the host never
-holds it up."""
+"""One optimiser step; on a GPU it is captured in a CUDA graph and replayed.
+
+A replayed step needs almost no time of the host, which would otherwise slow down small models.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
+from jaxtyping import Float, Shaped
 from timm.layers import PatchDropout
 from torch import Tensor, nn
 
-from bvit_interp.training.loop.draws import drawn_for
+from bvit_interp.training.loop.draws import seeded
 from bvit_interp.training.loop.recipe import Recipe
 
-_EAGER = 3  # steps taken before one is captured: kernels are chosen, memory and moments allocated
+_EAGER = 3  # steps before the captured one: kernels are chosen, memory and moments are allocated
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Images and targets -> mean loss."""
 
 
-class GivenPatchDropout(PatchDropout):
-    """timm's `PatchDropout` on noise that is drawn before the forward pass, for steps that are
-    captured.
+class NoisePatchDropout(PatchDropout):
+    """timm's `PatchDropout` with noise that is drawn before the forward pass.
 
-    A captured step would draw by a seed at an address that all graphs of a process share, so runs
-    side by side would take each other's.
+    A captured step cannot draw its own noise: all CUDA graphs of a process share one address for
+    the seed, so that runs side by side would use each other's.
 
     Parameters
     ----------
-    like : the module that this one takes the place of.
-    patches : number of patches of an image.
+    replaced : the module whose place it takes.
+    patches : number of patches per image.
     """
 
-    def __init__(self, like: PatchDropout, patches: int) -> None:
-        super().__init__(like.prob, like.num_prefix_tokens, like.ordered)
+    def __init__(self, replaced: PatchDropout, patches: int) -> None:
+        super().__init__(replaced.prob, replaced.num_prefix_tokens, replaced.ordered)
         self.patches, self.used = patches, 0
         self.noise: Tensor | None = None
 
     def draw(self, images: Tensor, generator: torch.Generator) -> None:
-        """New noise for a batch, at the address of the last."""
+        """Draw noise for a batch, at the same address as that of the last batch."""
         if self.noise is None or len(self.noise) != len(images):
             self.noise = torch.empty(len(images), self.patches, device=images.device)
         self.noise.normal_(generator=generator)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Keep each image's patches of the smallest noise, ``(b, tokens, D)``; the parts of a batch
-        come in turn."""
+    def forward(self, x: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch kept width"]:
+        """Keep each image's patches of the smallest noise; parts of a batch come one by one."""
         if not self.training or not self.prob:
             return x
         assert self.noise is not None
@@ -60,23 +61,22 @@ class GivenPatchDropout(PatchDropout):
 
 
 class Stepper:
-    """Forward, backward, clipping and AdamW.
+    """Forward and backward pass, clipping and AdamW.
 
-    On one GPU the fourth step is captured with all its kernels, at fixed addresses; later ones are
-    replays. What changes between steps comes in from outside: images, targets, the learning rate
-    and the noise by which patches are left out. Several processes and CPUs take every step one call
-    at a time.
+    On one GPU the fourth step is captured with all its kernels, at fixed addresses; later steps
+    replay it. Inputs that change between steps are copied in: images, targets, the learning rate,
+    and the noise that chooses which patches to leave out. On a CPU, or with several processes,
+    every step is computed call by call.
 
     Parameters
     ----------
-    recipe : accumulate and clip.
-    model : whose parameters are trained.
-    optimizer : with `capturable` groups where steps are captured.
-    loss : of a part of a batch.
-    unshared : a context in which gradients are not yet shared among processes, for all parts but
-        the last.
+    recipe : its accumulate and clip.
+    model : its parameters are trained.
+    optimizer : its groups must be `capturable` if steps are captured.
+    loss : loss of a part of a batch.
+    no_sync : a context in which processes do not share gradients, used for all parts but the last.
     captures : whether steps are captured.
-    noisy : modules whose noise is drawn before every step.
+    dropouts : modules whose noise is drawn before every step.
     """
 
     def __init__(
@@ -85,60 +85,57 @@ class Stepper:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         loss: Loss,
-        unshared: Callable = nullcontext,
+        no_sync: Callable[[], AbstractContextManager] = nullcontext,
         captures: bool = False,
-        noisy: Sequence[GivenPatchDropout] = (),
+        dropouts: Sequence[NoisePatchDropout] = (),
     ) -> None:
         self.recipe, self.model, self.optimizer, self.loss = recipe, model, optimizer, loss
-        self.unshared, self.captures = unshared, captures
-        self.noisy = noisy
+        self.no_sync, self.captures, self.dropouts = no_sync, captures, dropouts
         self._generator: torch.Generator | None = None
-        self.forget()
+        self.reset()
 
-    def forget(self) -> None:
-        """Capture anew, after the model has changed its shapes."""
-        self._taken = 0
+    def reset(self) -> None:
+        """Forget the captured step: another one is captured after the model's shapes change."""
+        self._eager_steps = 0
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._given: tuple[Tensor, Tensor] | None = None
+        self._inputs: tuple[Tensor, Tensor] | None = None
         self._result: tuple[Tensor, Tensor] | None = None
         self._rates: list[Tensor] = []
 
-    def __call__(self, images: Tensor, targets: Tensor, *drawn: int) -> tuple[Tensor, Tensor]:
-        """One step on images ``(b, 3, H, W)`` and their targets.
+    def __call__(
+        self,
+        images: Float[Tensor, "batch channels height width"],
+        targets: Shaped[Tensor, "batch ..."],
+        *key: int,
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """One step.
 
         Parameters
         ----------
-        drawn : what the model's own random numbers are a function of.
+        key : whole numbers that determine the random numbers of the model itself.
 
         Returns
         -------
-        Loss and norm of the gradient before clipping, on the device.
+        The loss, and the norm of the gradient before clipping; both on the device.
         """
-        if self.noisy:
-            seed = int(
-                np.random.SeedSequence(drawn).generate_state(1, np.uint64)[0] >> np.uint64(1)
-            )
+        if self.dropouts:
+            seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
             self._generator = self._generator or torch.Generator(images.device)
             self._generator.manual_seed(seed)
-            for module in self.noisy:
+            for module in self.dropouts:
                 module.draw(images, self._generator)
-        if self.captures and self._taken >= _EAGER:
-            return self._replayed(images, targets)
-        self._taken += 1
-        with drawn_for(*drawn):
-            return self._taken_once(images, targets)
+        if self.captures and self._eager_steps >= _EAGER:
+            return self._replay(images, targets)
+        self._eager_steps += 1
+        with seeded(*key):
+            return self._compute(images, targets)
 
-    def _taken_once(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        parts = list(
-            zip(
-                images.chunk(self.recipe.accumulate),
-                targets.chunk(self.recipe.accumulate),
-                strict=True,
-            )
-        )
+    def _compute(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        number = self.recipe.accumulate
+        parts = list(zip(images.chunk(number), targets.chunk(number), strict=True))
         total = torch.zeros((), device=images.device)
         for i, (pixels, target) in enumerate(parts):
-            with nullcontext() if i + 1 == len(parts) else self.unshared():
+            with nullcontext() if i + 1 == len(parts) else self.no_sync():
                 loss = self.loss(pixels, target) / len(parts)
                 loss.backward()
             total += loss.detach()
@@ -147,12 +144,12 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
         return total, norm.detach()
 
-    def _replayed(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def _replay(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         if self._graph is None:
             self._capture(images, targets)
-        assert self._graph is not None and self._given is not None and self._result is not None
-        for own, given in zip(self._given, (images, targets), strict=True):
-            own.copy_(given, non_blocking=True)
+        assert self._graph is not None and self._inputs is not None and self._result is not None
+        for fixed, given in zip(self._inputs, (images, targets), strict=True):
+            fixed.copy_(given, non_blocking=True)
         for rate, group in zip(self._rates, self.optimizer.param_groups, strict=True):
             rate.fill_(group["lr"])
         self._graph.replay()
@@ -160,7 +157,7 @@ class Stepper:
         return loss.clone(), norm.clone()
 
     def _capture(self, images: Tensor, targets: Tensor) -> None:
-        self._given = images.clone(), targets.clone()
+        self._inputs = images.clone(), targets.clone()
         groups = self.optimizer.param_groups
         self._rates = [torch.full((), group["lr"], device=images.device) for group in groups]
         before = [group["lr"] for group in groups]
@@ -168,8 +165,8 @@ class Stepper:
             group["lr"] = rate  # the graph reads it at its address
         self._graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.current_stream()
-        # thread_local: the thread that pins a feed's batches may go on meanwhile
+        # thread_local: the thread that pins batches in memory may continue meanwhile
         with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
-            self._result = self._taken_once(*self._given)
+            self._result = self._compute(*self._inputs)
         for group, rate in zip(groups, before, strict=True):
             group["lr"] = rate

@@ -1,10 +1,9 @@
-"""A study: one recipe trained at several points of a grid and with several seeds, into one tidy
-table.
+"""A study: train one recipe on a grid of shapes and seeds.
 
 Fig. 2 (width, steps, heads) and Table 2 (blocks) of the paper (arXiv 2605.10661), at the scale of
-CIFAR-10 or digits-s. A study is a YAML file, as those beside this module: a recipe, settings for
-all runs, and points that change some of them. It goes on where it stopped, also in the middle of a
-run.
+CIFAR-10 or digits-s. A study is a YAML file, such as those in `training/studies`: a recipe,
+settings for all runs, and points that change some of the settings. It continues where it stopped,
+even in the middle of a run, and gives one table.
 """
 
 from __future__ import annotations
@@ -31,32 +30,37 @@ COLUMNS = {
     "study": "what is varied: width, steps, heads or blocks",
     "series": "line of the figure",
     "width": "embedding dimension",
-    "heads": "attention heads",
-    "blocks": "distinct blocks",
-    "steps": "applications of a block",
-    "seed": "of the run",
-    "epochs": "of the run",
-    "parameters": "of the model",
-    "gflops": "an image, without attention products",
-    "top1": "share of test images classified right by the raw weights, 0..1",
-    "ema_top1": "the same of the averaged weights, 0..1",
+    "heads": "number of attention heads",
+    "blocks": "number of distinct blocks",
+    "steps": "number of steps",
+    "seed": "random seed of the run",
+    "epochs": "number of training epochs",
+    "parameters": "number of the model's parameters",
+    "gflops": "cost per image, without attention products, GFLOPs",
+    "accuracy": "share of test images that the raw weights classify correctly, 0..1",
+    "ema_accuracy": "share of test images that the averaged weights classify correctly, 0..1",
     "test_loss": "test cross-entropy of the raw weights, nats",
     "chance": "the null: share of the most frequent test class, 0..1",
 }
-_SCORES = ("top1", "ema_top1", "test_loss", "chance")
+_SCORES = {  # column of the study -> column of a run's history
+    "accuracy": "top1",
+    "ema_accuracy": "ema_top1",
+    "test_loss": "test_loss",
+    "chance": "chance",
+}
 _SHAPE = ("width", "heads", "blocks", "steps")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """What is trained: every point with every seed.
+    """What to train: every point with every seed.
 
     Parameters
     ----------
     name : what is varied, a column of the table.
-    recipe : the recipe all runs share.
+    recipe : recipe of all runs.
     settings : ``key=value`` for all runs.
-    points : `series`, and the settings of this point by key.
+    points : for each point its `series`, and the settings that it changes.
     data : data set in place of the recipe's.
     """
 
@@ -67,21 +71,24 @@ class Study:
     data: str | None = None
 
     def __post_init__(self) -> None:
-        own = {"seed", "series"}.union(*self.points)
-        if taken := [setting for setting in self.settings if setting.partition("=")[0] in own]:
+        varied = {"seed", "series"}.union(*self.points)
+        if refused := [text for text in self.settings if text.partition("=")[0] in varied]:
             raise UserError(
-                f"study {self.name}: its points and seeds set {choices(sorted(own))}; not {choices(taken)}"
+                f"study {self.name}: its points and seeds set {choices(sorted(varied))};"
+                f" not {choices(refused)}"
             )
 
     def runs(self, seeds: tuple[int, ...]) -> list[tuple[str, int, recipes.Recipe]]:
-        """Series, seed and full recipe of every run, the first seed of all points first."""
-        listed = []
-        for seed in seeds:
-            for point in self.points:
-                own = [f"{key}={value}" for key, value in point.items() if key != "series"]
-                plan = recipes.read(self.recipe, [*self.settings, *own, f"seed={seed}"], self.data)
-                listed.append((str(point["series"]), seed, plan))
-        return listed
+        """Series, seed and complete recipe of every run; all points of the first seed first."""
+        return [
+            (str(point["series"]), seed, self._recipe(point, seed))
+            for seed in seeds
+            for point in self.points
+        ]
+
+    def _recipe(self, point: dict[str, Any], seed: int) -> recipes.Recipe:
+        changes = [f"{key}={value}" for key, value in point.items() if key != "series"]
+        return recipes.read(self.recipe, [*self.settings, *changes, f"seed={seed}"], self.data)
 
 
 def available() -> list[str]:
@@ -92,15 +99,22 @@ def available() -> list[str]:
 def read(
     name: str, recipe: str | None = None, settings: tuple[str, ...] = (), data: str | None = None
 ) -> Study:
-    """A shipped study or a .yaml file of one, with another recipe or further settings for all its
-    runs."""
+    """Read a study.
+
+    Parameters
+    ----------
+    name : a shipped study or a .yaml file.
+    recipe : recipe in place of the study's; the study's settings are then not used.
+    settings : further ``key=value`` for all runs.
+    data : data set in place of the recipe's.
+    """
     path = Path(name) if name.endswith(".yaml") else FOLDER / f"{name}.yaml"
     if not path.is_file():
         raise UserError(f"no study {name!r}; studies: {choices(available())}, or a .yaml file")
     content = yaml.safe_load(path.read_text())
-    lacking = {"recipe", "settings", "points"} - {*(content if isinstance(content, dict) else ())}
-    if lacking:
-        raise UserError(f"{path}: not a study, it lacks {choices(sorted(lacking))}")
+    missing = {"recipe", "settings", "points"} - {*(content if isinstance(content, dict) else ())}
+    if missing:
+        raise UserError(f"{path}: not a study, it lacks {choices(sorted(missing))}")
     varied = content.get("varies", path.stem)
     if varied not in _SHAPE:
         raise UserError(f"{path}: varies must be one of {', '.join(_SHAPE)}, got {varied!r}")
@@ -122,51 +136,56 @@ def run(
     overwrite: bool = False,
     save_minutes: float = 2.0,
 ) -> pd.DataFrame:
-    """Train what is missing and return the table, a row of `COLUMNS` a run; it is written after
-    each.
+    """Train the missing runs and return the table, one row of `COLUMNS` per run.
+
+    The table is written after each run.
 
     Parameters
     ----------
     study : the recipe and its points.
-    seeds : every point is trained with each.
-    out : folder of the table `study_NAME.csv` and of a checkpoint folder for every run.
-    device : as in `train`.
-    overwrite : start again where a table would be continued.
-    save_minutes : as in `train`.
+    seeds : every point is trained with each seed.
+    out : folder of the table `study_NAME.csv` and of one checkpoint folder per run.
+    device : as in `supervised.train`.
+    overwrite : start again instead of continuing a table.
+    save_minutes : as in `supervised.train`.
     """
     plans = study.runs(seeds)
     if not plans:
         raise UserError("a study needs at least one seed")
     samples = open_samples(plans[0][2].data, "train")
-    abouts = [
-        _about(build.make_model(plan, samples)) for _, _, plan in plans
-    ]  # one that cannot be built stops at once
+    # before the first run, so that a model that cannot be built stops the study at once
+    shapes = [_shape(build.make_model(plan, samples)) for _, _, plan in plans]
     options = {"study": study.name, "recipe": _shared(plans), "images": feed.fingerprint(samples)}
     table = Table(out / f"study_{study.name}.csv", options, overwrite)
-    for (series, seed, plan), about in zip(plans, abouts, strict=True):
+    for (series, seed, plan), shape in zip(plans, shapes, strict=True):
         keys = {
             "study": study.name,
             "series": series,
-            **{key: about[key] for key in _SHAPE},
+            **{key: shape[key] for key in _SHAPE},
             "seed": seed,
         }
         if table.has(**keys):
             continue
         slug = re.sub(r"\W+", "-", "-".join(str(value) for value in keys.values())).lower()
         supervised.train(plan, out / slug, device, overwrite=overwrite, save_minutes=save_minutes)
-        history = read_table(out / slug / HISTORY)
-        if not len(history) or not {*_SCORES} <= {*history.columns}:
-            raise UserError(
-                f"{out / slug / HISTORY}: not the history of a run; --overwrite starts again"
-            )
-        scores = {name: float(history[name].iloc[-1]) for name in _SCORES}
-        table.append({**keys, **about, "epochs": plan.epochs, **scores})
+        scores = _last_scores(out / slug / HISTORY)
+        table.append({**keys, **shape, "epochs": plan.epochs, **scores})
     return pd.DataFrame(table.rows)[list(COLUMNS)]
 
 
+def _last_scores(path: Path) -> dict[str, float]:
+    """The scores of a run's last epoch, by the study's columns."""
+    history = read_table(path)
+    if not len(history) or not {*_SCORES.values()} <= {*history.columns}:
+        raise UserError(f"{path}: not the history of a run; --overwrite starts again")
+    return {column: float(history[source].iloc[-1]) for column, source in _SCORES.items()}
+
+
 def _shared(plans: list[tuple[str, int, recipes.Recipe]]) -> dict[str, Any]:
-    """The settings that all runs have in common; the model's as one text, so that one more or less
-    is seen too."""
+    """The settings that all runs have in common.
+
+    Those of the model are one text, so that an added or removed setting counts as a change.
+    """
     settings = [plan.resume_key() | plan.model for _, _, plan in plans]
     common = {
         key: value
@@ -179,13 +198,12 @@ def _shared(plans: list[tuple[str, int, recipes.Recipe]]) -> dict[str, Any]:
     }
 
 
-def _about(model: BViT) -> dict[str, Any]:
-    """The columns that the model alone decides."""
-    stored = list(model.blocks.children())
+def _shape(model: BViT) -> dict[str, Any]:
+    """The columns that depend on the model alone."""
     return {
         "width": model.embed_dim,
-        "heads": stored[0].attn.num_heads,
-        "blocks": len(stored),
+        "heads": build.heads(model),
+        "blocks": len(list(model.blocks.children())),
         "steps": len(model.blocks),
         "parameters": cost.parameters(model),
         "gflops": cost.flops(model, count_attention=False) / 1e9,

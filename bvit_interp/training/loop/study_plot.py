@@ -1,4 +1,4 @@
-"""The figure of a study: accuracy against what was varied, mean and spread over the seeds."""
+"""The figure of a study: accuracy over what is varied."""
 
 from __future__ import annotations
 
@@ -11,32 +11,34 @@ _LABELS = {"width": "width D", "steps": "steps", "heads": "heads", "blocks": "di
 
 
 def plot(frame: pd.DataFrame) -> Figure:
-    """Top-1 of the averaged weights, a line a series; bars are one standard deviation over the
-    seeds."""
-    name = str(frame["study"].iloc[0])
+    """Accuracy of the averaged weights: one line per series, the mean over seeds.
+
+    Bands reach one standard deviation over the seeds to both sides.
+    """
+    varied = str(frame["study"].iloc[0])
+    values = sorted(frame[varied].unique())
     figure, axes = plotting.canvas(width=5.2, height=3.6)
     ax = axes[0, 0]
-    for i, (series, part) in enumerate(frame.groupby("series", sort=False)):
-        seeds = part.groupby(name)["ema_top1"].agg(["mean", "std", "count"])
-        label = (
-            f"{series}, {seeds['count'].max()} seeds"
-            if seeds["count"].max() > 1
-            else f"{series}, one seed"
-        )
-        ax.errorbar(
-            seeds.index,
-            seeds["mean"],
-            yerr=seeds["std"],
-            capsize=3,
-            label=label,
-            **plotting.line_style(i),
-        )
+    for i, (series, rows) in enumerate(frame.groupby("series", sort=False)):
+        means = _over_seeds(rows, varied)
+        seeds = int(means["seeds"].max())
+        label = f"{series}, {seeds} seeds" if seeds > 1 else f"{series}, one seed"
+        plotting.line(ax, means, varied, style=plotting.line_style(i), label=label)
     ax.axhline(frame["chance"].iloc[0], **plotting.NULL, label="chance")
     ax.set_xscale("log", base=2)
-    ax.set_xticks(
-        sorted(frame[name].unique()), [str(value) for value in sorted(frame[name].unique())]
-    )
+    ax.set_xticks(values, [str(value) for value in values])
     ax.minorticks_off()
-    ax.set(xlabel=_LABELS[name], ylabel="top-1 of the averaged weights", ylim=(0, None))
+    ax.set(xlabel=_LABELS[varied], ylabel="accuracy of the averaged weights", ylim=(0, None))
     plotting.legend(ax)
     return figure
+
+
+def _over_seeds(rows: pd.DataFrame, varied: str) -> pd.DataFrame:
+    """Mean over the seeds, the ends of its band, and the number of seeds, at each point."""
+    means = rows.groupby(varied)["ema_accuracy"].agg(["mean", "std", "count"]).reset_index()
+    return means.assign(
+        value=means["mean"],
+        low=means["mean"] - means["std"],
+        high=means["mean"] + means["std"],
+        seeds=means["count"],
+    )

@@ -1,4 +1,4 @@
-"""Supervised training of one recipe, or of several side by side: folders, resuming, time limits."""
+"""Supervised training of one recipe or several: folders, resuming, time limits."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from bvit_interp.training.loop.recipe import Recipe
 from bvit_interp.training.loop.state import STATE
 from bvit_interp.training.loop.trainer import WRITTEN, Trainer
 
+_LONGEST_TITLE = 40  # characters of a progress bar
+
 
 def train(
     recipe: Recipe,
@@ -33,23 +35,22 @@ def train(
     masks: Masks | None = None,
     minutes: float | None = None,
 ) -> BViT:
-    """Train the recipe's model, or go on where a run in `out` stopped, and leave a checkpoint
-    folder there.
+    """Train a recipe's model, or continue the run in `out`, and leave a checkpoint folder there.
 
     Parameters
     ----------
-    recipe : what to train, on what and how.
-    out : the folder: `model.safetensors`, `ema.safetensors`, `config.json`, `README.md`,
-        `history.csv` with `COLUMNS`, and `state.pt` to resume from; with `masks` also
-        `masks.safetensors`, for `FOLDER@masked`.
-    device : of this process.
-    overwrite : start again where a run in `out` would be resumed.
-    tensorboard : log the history's columns for TensorBoard too, in `out`.
+    recipe : what to train, on what data, and how.
+    out : the folder. It gets `model.safetensors`, `ema.safetensors`, `config.json`, `README.md`,
+        `history.csv` with the columns `trainer.COLUMNS`, and `state.pt` to continue from; with
+        `masks` also `masks.safetensors`, for `FOLDER@masked`.
+    device : device of this process.
+    overwrite : start again instead of continuing a run in `out`.
+    tensorboard : also log the history for TensorBoard, in `out`.
     save_minutes : time between two states.
-    masks : one for every step (`models.masks`), active in training and in all scores; blocks are
+    masks : one mask per step (`models.masks`), active in training and in all scores. Blocks are
         then not compiled.
-    minutes : stop after so many, between two steps, with a state to go on from; by default train to
-        the end.
+    minutes : stop after this time, between two steps, with a state to continue from; by default
+        train to the end.
 
     Returns
     -------
@@ -58,8 +59,8 @@ def train(
     Raises
     ------
     UserError
-        A recipe that does not fit its data, a folder with other things or the state of another
-        recipe, a loss that is not finite, too little GPU memory.
+        For a recipe that does not fit its data, a folder with other files or the state of another
+        recipe, a loss that is not finite, or too little GPU memory.
     """
     (model,) = train_all(
         [(recipe, out)],
@@ -83,60 +84,59 @@ def train_all(
     masks: Masks | None = None,
     minutes: float | None = None,
 ) -> list[BViT]:
-    """Train several recipes side by side, a step of each in turn; on a GPU each has a stream of its
-    own.
+    """Train several recipes side by side, one step of each in turn.
 
-    Small models leave most of a GPU idle: the steps of several overlap there. Runs on the same
-    images share them. Each run is what it would be alone.
+    On a GPU each run has its own stream. Small models leave most of a GPU idle, so the steps of
+    several runs overlap there. Runs on the same images share them in memory. Each run gives what it
+    would give alone.
 
     Parameters
     ----------
-    plans : recipe and folder of each run; the rest as in `train`.
+    plans : recipe and folder of each run. The other parameters are those of `train`.
     """
     folders = [out.resolve() for _, out in plans]
-    if twice := sorted({str(folder) for folder in folders if folders.count(folder) > 1}):
+    if repeated := sorted({str(folder) for folder in folders if folders.count(folder) > 1}):
         raise UserError(
-            f"two runs in one folder: {choices(twice)}; give recipe files of different names"
+            f"two runs in one folder: {choices(repeated)}; give recipe files of different names"
         )
     runs = [
-        _Running(recipe, out, device, overwrite, tensorboard, save_minutes, masks)
+        _RunInFolder(recipe, out, device, overwrite, tensorboard, save_minutes, masks)
         for recipe, out in plans
     ]
-    for run in runs:  # all of them are made, so nothing is touched where one cannot be
+    for run in runs:  # only now, when every run could be made, is anything written or removed
         run.begin(overwrite)
-    until = (
-        math.inf if minutes is None else time.monotonic() + 60 * minutes
-    )  # reading the images does not count
-    first, names = runs[0].trainer.first, ", ".join(out.name for _, out in plans)
+    # the time it takes to read the images does not count
+    deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
+    names = ", ".join(out.name for _, out in plans)
     with tqdm(
         total=sum(run.trainer.total for run in runs),
         initial=sum(run.trainer.run.done for run in runs),
-        desc=names if len(names) < 40 else f"{len(runs)} runs",
+        desc=names if len(names) < _LONGEST_TITLE else f"{len(runs)} runs",
         unit="step",
-        disable=not first,
+        disable=not runs[0].trainer.is_first,
     ) as bar:
-        going = [(run, run.steps(bar)) for run in runs]
-        while going:
-            if _late(until, runs[0].trainer.world):
-                for run, _ in going:
+        active = [(run, run.steps(bar)) for run in runs]
+        while active:
+            if _is_late(deadline, runs[0].trainer.world):
+                for run, _ in active:
                     run.trainer.pause()
                 break
-            going = [(run, steps) for run, steps in going if run.advance(steps)]
+            active = [(run, steps) for run, steps in active if run.advance(steps)]
     return [run.finished() for run in runs]
 
 
-def _late(until: float, world: int) -> bool:
+def _is_late(deadline: float, world: int) -> bool:
     """Whether the time is up, by the first process's clock."""
-    if math.isinf(until):
+    if math.isinf(deadline):
         return False
-    late = [time.monotonic() > until]
+    late = [time.monotonic() > deadline]
     if world > 1:
         dist.broadcast_object_list(late)
     return late[0]
 
 
-class _Running:
-    """A run in its folder: made ready or resumed, then advanced a step at a time."""
+class _RunInFolder:
+    """A run in its folder: new or resumed, then advanced one step at a time."""
 
     def __init__(
         self,
@@ -149,20 +149,23 @@ class _Running:
         masks: Masks | None,
     ) -> None:
         results.check_folder(out)
-        there = [name for name in (*WRITTEN, MASKS) if (out / name).exists()]
-        if there and STATE not in there and not overwrite:
+        existing = [name for name in (*WRITTEN, MASKS) if (out / name).exists()]
+        if existing and STATE not in existing and not overwrite:
             raise UserError(
-                f"{out} holds {choices(there)} and no run to go on with: give another --out or --overwrite"
+                f"{out} holds {choices(existing)} and no run to continue: give another --out or"
+                " --overwrite"
             )
         self.stream = torch.cuda.Stream(device) if torch.device(device).type == "cuda" else None
         with torch.cuda.stream(self.stream):
             self.trainer = trainer = Trainer(recipe, out, device, save_minutes, masks)
-            if STATE in there and not overwrite:
-                trainer.run.resume(out / STATE, recipe, trainer.data, trainer.under)
-        self.writer = _tensorboard(out) if tensorboard and trainer.first else None
+            if STATE in existing and not overwrite:
+                trainer.run.resume(
+                    out / STATE, recipe, trainer.data_fingerprint, trainer.masks_fingerprint
+                )
+        self.writer = _tensorboard(out) if tensorboard and trainer.is_first else None
 
     def begin(self, overwrite: bool) -> None:
-        """Make the folder this run's."""
+        """Take over the folder: remove the files of an earlier run, and save a first state."""
         if overwrite:
             self.trainer.clear()
         if not self.trainer.run.done:
@@ -190,14 +193,14 @@ class _Running:
             ) from None
 
     def finished(self) -> BViT:
-        """The model as it is now, with what a folder holds at the end of a run."""
+        """The model as it is now; the files of a finished run are written if one is missing."""
         trainer, out = self.trainer, self.trainer.out
-        done = trainer.run.done == trainer.total
+        is_done = trainer.run.done == trainer.total
         written = (*WRITTEN, *([MASKS] if trainer.masks else ()))
-        if trainer.first and done and not all((out / name).exists() for name in written):
+        if trainer.is_first and is_done and not all((out / name).exists() for name in written):
             trainer.write()
         if trainer.world > 1:
-            dist.barrier()  # what the first process wrote is there for all
+            dist.barrier()  # the other processes may read what the first one wrote
         if self.stream is not None:
             self.stream.synchronize()
         trainer.scored.load_state_dict(trainer.run.model.state_dict())

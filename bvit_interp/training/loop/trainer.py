@@ -1,10 +1,9 @@
-"""One training run from step to step: data, model, loss and schedule around a `Run`, scores and
-checkpoints.
+"""One training run from step to step: data, model, loss, schedule, scores.
 
-Everything a run has become lies in `state.pt`, written whole or not at all; everything it will draw
-is a function of (seed, epoch, image), so a run killed at any moment and started again ends with the
-very same weights. Recipe: section 3.3 of the paper (arXiv 2605.10661); optimiser, schedule and EMA
-are torch's and timm's.
+The state of a run is in `state.pt`, which is written completely or not at all. Whatever will be
+drawn depends on (seed, epoch, image) alone. A run that is killed at any moment and started again
+therefore ends with the very same weights. The recipe is that of section 3.3 of the paper (arXiv
+2605.10661); the optimiser, the schedule and the averaging are torch's and timm's.
 """
 
 from __future__ import annotations
@@ -18,66 +17,77 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
 import torch.distributed as dist
-from timm.layers import PatchDropout
+from timm.models.vision_transformer import VisionTransformer
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from bvit_interp import results
 from bvit_interp.data.catalog import open_samples
 from bvit_interp.errors import UserError, choices
-from bvit_interp.metrics.streaming.scores import Classification
 from bvit_interp.models import checkpoint, cost
 from bvit_interp.models.bvit import BViT
 from bvit_interp.models.masks import FILE as MASKS
 from bvit_interp.models.masks import Masks, masked
 from bvit_interp.training.loop import build, card, feed
 from bvit_interp.training.loop.distill import objective
+from bvit_interp.training.loop.prepare import prepare
 from bvit_interp.training.loop.recipe import Recipe
-from bvit_interp.training.loop.scoring import test_images
+from bvit_interp.training.loop.scoring import score, scoring_images
 from bvit_interp.training.loop.state import STATE, Run
-from bvit_interp.training.loop.stepper import GivenPatchDropout, Stepper
-from bvit_interp.training.loop.throughput import (
-    fuses,
-    peak_flops,
-    peak_memory,
-    precision,
-    utilisation,
-)
+from bvit_interp.training.loop.stepper import NoisePatchDropout, Stepper
+from bvit_interp.training.loop.throughput import peak_flops, peak_memory, precision, utilisation
 
 COLUMNS = {
-    "epoch": "passes done, from 1",
+    "epoch": "number of finished epochs, from 1",
     "loss": "mean training loss of the epoch, nats",
-    "top1": "share of test images classified right by the raw weights, 0..1",
-    "top5": "the same among the five likeliest classes, 0..1",
+    "top1": "share of test images that the raw weights classify correctly, 0..1",
+    "top5": "share of test images whose class is among the five most likely, raw weights, 0..1",
     "test_loss": "mean test cross-entropy of the raw weights, nats",
-    "chance": "share of the most frequent test class: top1 without looking, 0..1",
+    "chance": "share of the most frequent test class: the null of top1, 0..1",
     "ema_top1": "top1 of the averaged weights, 0..1",
     "ema_top5": "top5 of the averaged weights, 0..1",
-    "ema_loss": "test cross-entropy of the averaged weights, nats",
+    "ema_loss": "mean test cross-entropy of the averaged weights, nats",
     "lr": "learning rate at the end of the epoch",
     "grad_norm": "mean norm of the gradient before clipping",
-    "images_per_second": "training throughput of all processes; beside other runs, this one's share",
-    "mfu": "model FLOPs utilisation of a process's device, share of its measured peak, 0..1",
-    "memory": "most memory held by the first process, GB",
+    "images_per_second": "training throughput of all processes; runs side by side share it",
+    "mfu": "model FLOPs utilisation: share of the measured peak of a process's device, 0..1",
+    "memory": "most memory that the first process used, GB",
 }
 HISTORY = "history.csv"
 WRITTEN = (STATE, HISTORY, checkpoint.WEIGHTS, checkpoint.EMA, checkpoint.CONFIG, checkpoint.CARD)
 _COMPILERS = ("g++", "clang++", "c++")
-_UNDER_MASKS = """- Trained and scored under `masks.safetensors`, a mask for every step: open `{folder}@masked`.
-  Without them, also as `{folder}@ema`, the weights make another network.
+_CARD_OF_MASKS = """- Trained and scored under `masks.safetensors`, one mask per step: open
+  `{folder}@masked`. Without the masks, also as `{folder}@ema`, it is another network.
 """
-_CHECKED_EVERY = 10  # steps between two looks at the losses; a state is saved after one of them
-_LOOK = 10.0  # seconds between two looks on a GPU at least: each waits for it
+_CHECKED_EVERY = 10  # steps between two checks of the losses; a state is saved only after one
+_SECONDS_BETWEEN_CHECKS = 10.0  # at least, on a GPU, which each check waits for
 
 
 class Trainer:
-    """A recipe made ready to run: data, model, loss and schedule around a `Run`."""
+    """A recipe that is ready to run: data, model, loss and schedule around a `Run`.
+
+    Parameters
+    ----------
+    recipe : what to train, and how.
+    out : folder of the checkpoint and of the state.
+    device : device of this process.
+    save_minutes : time between two states.
+    masks : one mask per step, active in training and in scores.
+
+    Attributes
+    ----------
+    run : the state of the run.
+    steps, total : optimiser steps per epoch, and of the whole run.
+    data_fingerprint, masks_fingerprint : what a state to continue from must agree with.
+    is_first : whether this is the first process, which writes the files.
+    """
 
     def __init__(
         self,
@@ -88,106 +98,222 @@ class Trainer:
         masks: Masks | None = None,
     ) -> None:
         self.recipe, self.out, self.device, self.save_minutes = recipe, out, device, save_minutes
-        self.masks, self.under = masks, None if masks is None else masks.fingerprint()
+        self.masks = masks
+        self.masks_fingerprint = None if masks is None else masks.fingerprint()
         self.rank, self.world = results.rank_and_world()
-        self.first = self.rank == 0
-        for left in out.glob(f".{STATE}.*.partial") if self.first else ():
-            left.unlink(missing_ok=True)  # by a process killed while it wrote
+        self.is_first = self.rank == 0
+        if self.is_first:
+            for partial in out.glob(f".{STATE}.*.partial"):  # of a process killed while it wrote
+                partial.unlink(missing_ok=True)
         self.samples = open_samples(recipe.data, "train")
-        self.data = feed.fingerprint(self.samples)
+        self.data_fingerprint = feed.fingerprint(self.samples)
         model = build.make_model(recipe, self.samples).to(device)
         self.steps = feed.images_per_epoch(recipe, self.samples) // recipe.batch_size
         self.total = recipe.epochs * self.steps
         self._check(model)
-        self.test = test_images(self.samples, model, recipe, device)
-        cost.flops(
-            model, count_attention=True
-        )  # what the history needs must be known before an epoch is spent
-        self.scored = (
-            copy.deepcopy(model).requires_grad_(False).eval()
-        )  # neither compiled nor its attention changed
-        decay, warmup = (
-            build.ema_decay(recipe, self.total),
-            round(recipe.warmup_epochs * self.steps),
-        )
-        ema = ModelEmaV3(model, decay=decay, update_after_step=warmup)
-        self.run = Run(
-            model, ema, build.optimizer(model, recipe), precision=precision(recipe.autocast, device)
-        )
+        self.scored_on = scoring_images(self.samples, model, recipe, device)
+        cost.flops(model, count_attention=True)  # an error must come before an epoch is trained
+        self.run = self._new_run(model)
         peak_flops(device, self._dtype())  # measured while nothing else runs
         self.schedule = build.schedule(self.run.optimizer, recipe, self.steps)
         self.objective = objective(recipe, model, device)
         self.feed = feed.Feed(recipe, self.samples, model, device)  # late: it may read all images
-        if self.test.fits:
-            self.test.read()  # an image that cannot be read must be known before an epoch is spent
-        self.pending: list[
-            tuple[torch.Tensor, torch.Tensor]
-        ] = []  # losses and norms not yet looked at
+        if self.scored_on.fits:
+            self.scored_on.read()  # so that an unreadable image is found before training
+        self.unchecked: list[tuple[Tensor, Tensor]] = []  # losses and norms, on the device
         self.began = self.last_saved = time.monotonic()
 
+    def _new_run(self, model: BViT) -> Run:
+        # neither compiled nor its attention changed
+        self.scored = copy.deepcopy(model).requires_grad_(False).eval()
+        ema = ModelEmaV3(
+            model,
+            decay=build.ema_decay(self.recipe, self.total),
+            update_after_step=round(self.recipe.warmup_epochs * self.steps),
+        )
+        return Run(
+            model,
+            ema,
+            build.optimizer(model, self.recipe),
+            precision=precision(self.recipe.autocast, self.device),
+        )
+
+    def _check(self, model: BViT) -> None:
+        size, parts = self.recipe.batch_size, self.world * self.recipe.accumulate
+        if size % parts:
+            raise UserError(
+                f"recipe: batch_size {size} is not divisible by {parts} (processes x accumulate)"
+            )
+        if self.recipe.compile and self.device == "cpu" and not any(map(shutil.which, _COMPILERS)):
+            raise UserError(
+                f"recipe: compile needs a C++ compiler ({choices(_COMPILERS)}); set compile=false"
+            )
+        if not self.steps:
+            raise UserError(
+                f"recipe: an epoch of {len(self.samples)} images is less than a batch of {size}"
+            )
+        if self.masks is not None:
+            masked(model, self.masks)  # refuses masks that do not fit before anything is written
+
     def epoch(self, bar: tqdm) -> Iterator[None]:
-        """Train to the end of the current epoch, yielding after every step; score, and write the
-        checkpoint."""
-        run, recipe = self.run, self.recipe
+        """Train to the end of the current epoch and write the checkpoint; yields after every step.
+
+        Parameters
+        ----------
+        bar : progress bar of steps.
+        """
+        run = self.run
         number, first = divmod(run.done, self.steps)
         self.forward.train()
-        self._drop(recipe.patch_drop(number))
-        self.began = looked = time.monotonic()
-        pending = self.pending
+        self._set_patch_drop(self.recipe.patch_drop(number))
+        self.began = checked = time.monotonic()
         for images, targets in self.feed.epoch(number, first):
             self.schedule.step_update(run.done)
             self.schedule.step(number)
-            pending.append(self._step(images, targets, number))
+            self.unchecked.append(self._step(images, targets, number))
             run.done += 1
             bar.update()
             at_end = run.done % self.steps == 0
-            alone = (
-                self.world == 1
-            )  # several processes look at the same steps, whatever their clocks say
-            waits = alone and self.device != "cpu" and time.monotonic() - looked < _LOOK
-            if at_end or (len(pending) >= _CHECKED_EVERY and not waits):
-                self._account(pending, number)
-                looked = time.monotonic()
+            if at_end or (len(self.unchecked) >= _CHECKED_EVERY and self._may_check(checked)):
+                self._check_losses(number)
+                checked = time.monotonic()
                 bar.set_postfix(
-                    epoch=f"{number + 1}/{recipe.epochs}",
+                    epoch=f"{number + 1}/{self.recipe.epochs}",
                     loss=f"{run.loss / (run.done % self.steps or self.steps):.3f}",
                 )
             if not at_end:
-                if not pending and time.monotonic() - self.last_saved > 60 * self.save_minutes:
-                    self._save_between()
+                if not self.unchecked and self._is_save_due():
+                    self._save_within_epoch()
                 yield
         run.seconds += time.monotonic() - self.began
         self._finish(number)
         yield
 
-    def pause(self) -> None:
-        """Save the state between two steps, to go on from."""
-        if self.pending:
-            self._account(self.pending, self.run.done // self.steps)
-        self._save_between()
+    def _may_check(self, checked: float) -> bool:
+        """Whether to wait for the losses, after a last check at time `checked`.
 
-    def _save_between(self) -> None:
+        Several processes must check after the same steps, whatever their clocks say.
+        """
+        if self.world > 1 or self.device == "cpu":
+            return True
+        return time.monotonic() - checked >= _SECONDS_BETWEEN_CHECKS
+
+    def _is_save_due(self) -> bool:
+        return time.monotonic() - self.last_saved > 60 * self.save_minutes
+
+    def pause(self) -> None:
+        """Save the state between two steps, so that the run can be continued."""
+        if self.unchecked:
+            self._check_losses(self.run.done // self.steps)
+        self._save_within_epoch()
+
+    def _save_within_epoch(self) -> None:
         if self.run.done % self.steps:
             self.run.seconds += time.monotonic() - self.began
         self.save()
         self.began = time.monotonic()
 
-    def clear(self) -> None:
-        """Remove what an earlier run left, so that nothing of two runs lies side by side."""
-        if self.first:
-            for name in (*WRITTEN, MASKS):
-                (self.out / name).unlink(missing_ok=True)
+    def _step(self, images: Tensor, targets: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+        """One optimiser step: this process's loss and the norm of the gradient, on the device."""
+        run = self.run
+        result = self.step(images, targets, self.recipe.seed, epoch, run.done, self.rank)
+        run.average()
+        return result
+
+    def _loss(self, images: Tensor, target: Tensor) -> Tensor:
+        with self._autocast():  # of the teacher too
+            return self.objective(self.forward(images), target, images)
+
+    def _set_patch_drop(self, rate: float) -> None:
+        """Leave out this share of the patches from now on."""
+        # DDP wraps the model; with masks, the trained model is an unroll of the run's
+        trained: Any = getattr(self.forward, "module", self.forward)
+        model: Any = self.run.model
+        for dropout in (model.patch_drop, trained.patch_drop):
+            if getattr(dropout, "prob", 0.0) != rate:
+                dropout.prob = rate
+                self.step.reset()
+
+    def _check_losses(self, epoch: int) -> None:
+        """Add the latest losses and norms to the epoch's sums; stop if one is not finite.
+
+        Both are means over all processes. All of them therefore stop at the same step, and any
+        process can continue from the state that the first one wrote.
+        """
+        loss_sums, all_norms = (torch.stack(column) for column in zip(*self.unchecked, strict=True))
+        if self.world > 1:
+            dist.all_reduce(loss_sums)
+        losses, norms = (loss_sums / self.world).tolist(), all_norms.tolist()
+        for i, (loss, norm) in enumerate(zip(losses, norms, strict=True)):
+            if not (math.isfinite(norm) and math.isfinite(loss)):
+                step = (self.run.done - len(losses) + i) % self.steps
+                raise UserError(
+                    f"the loss is {loss} and its gradient's norm {norm} in epoch {epoch + 1},"
+                    f" step {step + 1} of {self.steps}; {self.out} holds the last good state"
+                )
+            self.run.loss += loss
+            self.run.norm += norm
+        self.unchecked.clear()
+
+    def _finish(self, epoch: int) -> None:
+        """Score the epoch if it is due, add a row to the history, and write the files."""
+        run = self.run
+        per_second = self.steps * self.recipe.batch_size / run.seconds
+        is_last = run.done == self.total
+        is_scored = (epoch + 1) % self.recipe.score_every == 0 or is_last
+        row = {
+            "loss": run.loss / self.steps,
+            **(self.score() if is_scored else {}),
+            "lr": run.optimizer.param_groups[0]["lr"],
+            "grad_norm": run.norm / self.steps,
+            "images_per_second": per_second,
+            "memory": peak_memory(self.device),
+            "mfu": utilisation(run.model, per_second / self.world, self.device, self._dtype()),
+        }
+        run.history.append(
+            {column: float(row.get(column, math.nan)) for column in COLUMNS} | {"epoch": epoch + 1}
+        )
+        run.loss = run.norm = run.seconds = 0.0
+        if self.is_first and is_scored:
+            self.write()
+        if is_last or self._is_save_due():
+            self.save()
+
+    def score(self) -> dict[str, float]:
+        """Test scores of the raw and the averaged weights, in full precision."""
+        self.scored.load_state_dict(self.run.model.state_dict())
+        models: dict[str, VisionTransformer] = {"raw": self.scored, "ema": self.run.ema.module}
+        if self.masks is not None:
+            models = {name: masked(model, self.masks, baked=True) for name, model in models.items()}
+        scores = score(models, self.scored_on)
+        raw, averaged = scores["raw"], scores["ema"]
+        return {
+            "top1": raw["accuracy"],
+            "top5": raw["top5_accuracy"],
+            "test_loss": raw["loss"],
+            "chance": raw["chance"],
+            "ema_top1": averaged["accuracy"],
+            "ema_top5": averaged["top5_accuracy"],
+            "ema_loss": averaged["loss"],
+        }
+
+    def save(self) -> None:
+        """Write `state.pt`."""
+        if self.is_first:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.run.save(
+                self.out / STATE, self.recipe, self.data_fingerprint, self.masks_fingerprint
+            )
+        self.last_saved = time.monotonic()
 
     def write(self) -> None:
-        """The checkpoint folder as of the last finished epoch, and its history."""
+        """Write the checkpoint folder of the last finished epoch, and the history."""
         run, table = self.run, pd.DataFrame(self.run.history)[list(COLUMNS)]
-        made = results.provenance({})
-        last = {column: value for column, value in run.history[-1].items() if not math.isnan(value)}
-        text = card.write(
-            self.out, run.model, replace(self.recipe, autocast=run.precision), table, made
-        )
+        recipe = replace(self.recipe, autocast=run.precision)
+        text = card.write(self.out, run.model, recipe, table, results.provenance({}))
         if self.masks is not None:
-            text += _UNDER_MASKS.format(folder=self.out)
+            text += _CARD_OF_MASKS.format(folder=self.out)
+        last = {column: value for column, value in run.history[-1].items() if not math.isnan(value)}
         checkpoint.save(
             run.model,
             self.out,
@@ -199,126 +325,47 @@ class Trainer:
             self.masks.save(self.out / MASKS, run.model)
         results.write_table(table, self.out / HISTORY)
 
-    def _step(
-        self, images: torch.Tensor, targets: torch.Tensor, epoch: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One optimiser step; returns this process's loss and the gradient's norm, both still on
-        the device."""
-        run = self.run
-        result = self.step(images, targets, self.recipe.seed, epoch, run.done, self.rank)
-        run.average()
-        return result
+    def clear(self) -> None:
+        """Remove the files of an earlier run, so that those of two runs are never mixed."""
+        if self.is_first:
+            for name in (*WRITTEN, MASKS):
+                (self.out / name).unlink(missing_ok=True)
 
-    def _loss(self, images: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        with self._autocast():  # the teacher too
-            return self.objective(self.forward(images), target, images)
-
-    def _drop(self, rate: float) -> None:
-        """Leave out this share of the patches from now on."""
-        trained = getattr(
-            self.forward, "module", self.forward
-        )  # under DDP; with masks an unroll of the model
-        for drop in (self.run.model.patch_drop, trained.patch_drop):
-            if getattr(drop, "prob", 0.0) != rate:
-                drop.prob = rate
-                self.step.forget()
-
-    def _account(self, pending: list[tuple[torch.Tensor, torch.Tensor]], epoch: int) -> None:
-        """Add losses and norms to the epoch's sums; stop if one is not finite.
-
-        Both are those of all processes: all of them stop at the same place, and any can go on from
-        the first's state.
-        """
-        loss_of, norm_of = (torch.stack(column) for column in zip(*pending, strict=True))
-        if self.world > 1:
-            dist.all_reduce(loss_of)
-        losses, norms = (loss_of / self.world).tolist(), norm_of.tolist()
-        for i, (loss, norm) in enumerate(zip(losses, norms, strict=True)):
-            if not (math.isfinite(norm) and math.isfinite(loss)):
-                step = self.run.done - len(losses) + i
-                raise UserError(
-                    f"the loss is {loss} and its gradient's norm {norm} in epoch {epoch + 1}, "
-                    f"step {step % self.steps + 1} of {self.steps}; {self.out} holds the last good state"
-                )
-            self.run.loss += loss
-            self.run.norm += norm
-        pending.clear()
-
-    def _finish(self, epoch: int) -> None:
-        run = self.run
-        images = self.steps * self.recipe.batch_size
-        per_second = images / run.seconds
-        scored = (epoch + 1) % self.recipe.score_every == 0 or run.done == self.total
-        row = {
-            "epoch": epoch + 1,
-            "loss": run.loss / self.steps,
-            **(self.score() if scored else {}),
-            "lr": run.optimizer.param_groups[0]["lr"],
-            "grad_norm": run.norm / self.steps,
-            "images_per_second": per_second,
-            "memory": peak_memory(self.device),
-            "mfu": utilisation(run.model, per_second / self.world, self.device, self._dtype()),
-        }
-        run.history.append(
-            {column: float(row.get(column, math.nan)) for column in COLUMNS} | {"epoch": epoch + 1}
+    @cached_property
+    def forward(self) -> nn.Module:
+        """The model as it is trained; made late, because a resumed run sets the precision."""
+        return prepare(
+            self.run.model,
+            self.recipe,
+            self.masks,
+            self.device,
+            self.run.precision,
+            self.world,
+            self._captures(),
         )
-        run.loss = run.norm = run.seconds = 0.0
-        if self.first and scored:
-            self.write()
-        if run.done == self.total or time.monotonic() - self.last_saved > 60 * self.save_minutes:
-            self.save()
 
-    def score(self) -> dict[str, float]:
-        """Test scores of the raw and the averaged weights, in full precision and one pass over the
-        images."""
-        self.scored.load_state_dict(self.run.model.state_dict())
-        models: dict[str, nn.Module] = {"raw": self.scored, "ema": self.run.ema.module}
-        if self.masks is not None:
-            models = {name: masked(model, self.masks, baked=True) for name, model in models.items()}
-        metrics = {
-            name: Classification(model.num_classes).to(self.device)
-            for name, model in models.items()
-        }
-        with torch.inference_mode():
-            for images, labels in self.test:
-                for name, model in models.items():
-                    metrics[name].update(model(images), labels)
-        raw, ema = metrics["raw"].compute(), metrics["ema"].compute()
-        return {
-            "top1": raw["accuracy"],
-            "top5": raw["top5_accuracy"],
-            "test_loss": raw["loss"],
-            "chance": raw["chance"],
-            "ema_top1": ema["accuracy"],
-            "ema_top5": ema["top5_accuracy"],
-            "ema_loss": ema["loss"],
-        }
+    @cached_property
+    def step(self) -> Stepper:
+        """An optimiser step on images and targets."""
+        dropouts = [
+            module for module in self.forward.modules() if isinstance(module, NoisePatchDropout)
+        ]
+        forward: Any = self.forward
+        is_distributed = isinstance(forward, DistributedDataParallel)
+        return Stepper(
+            self.recipe,
+            self.run.model,
+            self.run.optimizer,
+            self._loss,
+            forward.no_sync if is_distributed else nullcontext,
+            self._captures(),
+            dropouts,
+        )
 
-    def save(self) -> None:
-        """Write `state.pt`."""
-        if self.first:
-            self.out.mkdir(parents=True, exist_ok=True)
-            self.run.save(self.out / STATE, self.recipe, self.data, self.under)
-        self.last_saved = time.monotonic()
-
-    def _check(self, model: BViT) -> None:
-        size, shares = self.recipe.batch_size, self.world * self.recipe.accumulate
-        if size % shares:
-            raise UserError(
-                f"recipe: batch_size {size} is not divisible by {shares} (processes x accumulate)"
-            )
-        if self.recipe.compile and self.device == "cpu" and not any(map(shutil.which, _COMPILERS)):
-            raise UserError(
-                f"recipe: compile needs a C++ compiler ({choices(_COMPILERS)}); set compile=false"
-            )
-        if not self.steps:
-            raise UserError(
-                f"recipe: an epoch of {len(self.samples)} images is less than a batch of {size}"
-            )
-        if self.masks is not None:
-            masked(
-                model, self.masks
-            )  # masks that do not fit are refused before anything is written
+    def _captures(self) -> bool:
+        """Whether to capture steps in a CUDA graph: not with several processes or recomputation."""
+        on_gpu = torch.device(self.device).type == "cuda"
+        return on_gpu and self.world == 1 and not self.recipe.grad_checkpointing
 
     def _dtype(self) -> torch.dtype:
         return torch.float32 if self.run.precision == "off" else torch.bfloat16
@@ -326,68 +373,4 @@ class Trainer:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(
             torch.device(self.device).type, torch.bfloat16, enabled=self.run.precision != "off"
-        )
-
-    @cached_property
-    def step(self) -> Stepper:
-        """An optimiser step on images and targets."""
-        noisy = [
-            module for module in self.forward.modules() if isinstance(module, GivenPatchDropout)
-        ]
-        unshared = (
-            self.forward.no_sync
-            if isinstance(self.forward, DistributedDataParallel)
-            else nullcontext
-        )
-        return Stepper(
-            self.recipe,
-            self.run.model,
-            self.run.optimizer,
-            self._loss,
-            unshared,
-            self._captures(),
-            noisy,
-        )
-
-    def _captures(self) -> bool:
-        """Whether steps are captured in a CUDA graph: not what several processes share, nor what is
-        recomputed."""
-        on_gpu = torch.device(self.device).type == "cuda"
-        return on_gpu and self.world == 1 and not self.recipe.grad_checkpointing
-
-    @cached_property
-    def forward(self) -> nn.Module:
-        """The model as it is trained, made once its precision is known.
-
-        It is masked, its blocks are compiled, activations recomputed, gradients shared, as asked.
-        Masked blocks are not compiled: each step's is another one, and the twelve would be compiled
-        one by one.
-        """
-        model = self.run.model
-        trained = model if self.masks is None else masked(model, self.masks)
-        blocks = list(trained.blocks.children())
-        trained.set_grad_checkpointing(self.recipe.grad_checkpointing)
-        tokens = model.num_prefix_tokens + round(
-            model.patch_embed.num_patches * (1 - self.recipe.patch_drop(0))
-        )
-        attention = blocks[0].attn
-        share = self.recipe.batch_size // self.world // self.recipe.accumulate
-        shape = (share, attention.num_heads, tokens, attention.head_dim)
-        for block in blocks:
-            block.attn.fused_attn = fuses(self.device, self.run.precision, shape)
-        if self._captures() and isinstance(trained.patch_drop, PatchDropout):
-            trained.patch_drop = GivenPatchDropout(
-                trained.patch_drop, trained.patch_embed.num_patches
-            )
-        if self.recipe.compile and self.masks is None:
-            # blocks of one shape share what is compiled, also those of several runs; each shape
-            # counts
-            torch._dynamo.config.recompile_limit = 64
-            for block in blocks:
-                block.compile(dynamic=False)
-        if self.world == 1:
-            return trained
-        on = None if self.device == "cpu" else [torch.device(self.device)]
-        return DistributedDataParallel(
-            trained, device_ids=on, static_graph=self.recipe.accumulate == 1
         )

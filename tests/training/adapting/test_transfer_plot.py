@@ -20,16 +20,16 @@ def row(**values):
         "backbone": "trained",
         "rank": 0,
         "epochs": 2,
-        "train_images": 9,
+        "n_train": 9,
         "weights": "0",
         "images": "0",
-        "head": 3,
+        "head_parameters": 3,
         "train_loss": 1.0,
         "low": 0.0,
         "high": 1.0,
         "n": 9,
         "chance": 0.25,
-        "exact": math.nan,
+        "exact_accuracy": math.nan,
     }
     return keys | values
 
@@ -39,11 +39,17 @@ def frame(tmp_path):
     """Two modes with two seeds, a random null, a sweep over three steps; as it comes from a CSV."""
     rows = []
     for seed in (0, 1):
-        more = {"seed": seed, "trainable": 0}
-        rows.append(row(mode="probe", steps="none", accuracy=0.5 + seed / 10, exact=0.6, **more))
+        more = {"seed": seed, "trainable_parameters": 0}
+        rows.append(
+            row(mode="probe", steps="none", accuracy=0.5 + seed / 10, exact_accuracy=0.6, **more)
+        )
         rows.append(
             row(
-                mode="probe", steps="none", accuracy=0.3, exact=0.3, **more | {"backbone": "random"}
+                mode="probe",
+                steps="none",
+                accuracy=0.3,
+                exact_accuracy=0.3,
+                **more | {"backbone": "random"},
             )
         )
         for steps, accuracy in (
@@ -58,7 +64,7 @@ def frame(tmp_path):
                     mode="lora-qv",
                     steps=steps,
                     accuracy=accuracy,
-                    **more | {"trainable": 25344, "rank": 8},
+                    **more | {"trainable_parameters": 25344, "rank": 8},
                 )
             )
     write_table(pd.DataFrame(rows)[list(COLUMNS)], tmp_path / "transfer.csv")
@@ -93,8 +99,9 @@ def test_modes_are_means_with_deviations_and_grey_nulls(frame):
 
 def test_the_sweep_has_its_steps_and_both_ends(frame):
     _, sweep = plot(frame).axes
-    each, ends = (container.lines[0] for container in sweep.containers)
-    np.testing.assert_allclose(each.get_xydata(), [[1, 0.6], [2, 0.7], [3, 0.65]])
+    single = sweep.get_lines()[0]
+    (ends,) = (container.lines[0] for container in sweep.containers)
+    np.testing.assert_allclose(single.get_xydata(), [[1, 0.6], [2, 0.7], [3, 0.65]])
     np.testing.assert_allclose(ends.get_ydata(orig=False), [0.55, 0.8])
     assert [label.get_text() for label in sweep.get_xticklabels()] == ["1", "2", "3", "none", "all"]
 
@@ -117,7 +124,7 @@ def test_runs_of_other_settings_are_not_averaged(frame):
 
 def test_one_seed_has_its_interval_over_images_and_every_models_parameters_are_told(frame):
     one = frame[(frame["seed"] == 0) | (frame["mode"] == "probe")].assign(low=0.2, high=0.9)
-    vit = frame.assign(model="vit", trainable=frame["trainable"] * 10)
+    vit = frame.assign(model="vit", trainable_parameters=frame["trainable_parameters"] * 10)
     modes = plot(pd.concat([one, vit])).axes[0]
     drawn = modes.containers[0].lines[2][0].get_segments()
     np.testing.assert_allclose(drawn[1][:, 1], [0.2, 0.9])

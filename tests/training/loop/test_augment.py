@@ -5,17 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from scipy.stats import beta as beta_distribution
-from scipy.stats import ks_2samp, kstest
-from timm.data import Mixup, mixup
+from scipy.stats import ks_2samp
 from torchvision.transforms import RandomErasing
 
 from bvit_interp.data.digits import DigitScenes
 from bvit_interp.data.geometry import Geometry
 from bvit_interp.errors import UserError
-from bvit_interp.training.loop import augment, build
-from bvit_interp.training.loop.draws import Draws, drawn_for
+from bvit_interp.training.loop import augment, build, mixing
+from bvit_interp.training.loop.draws import Draws, seeded
 
 DRAWS = 400
 
@@ -166,8 +163,8 @@ def test_erasing_blanks_a_rectangle_after_normalising(view_of, image):
 def test_erased_boxes_are_distributed_as_torchvisions(size):
     """Largest difference of the distribution functions of area, ratio and both places: 0.04 is p <
     0.001."""
-    boxes = augment.erased_boxes(Draws([1], augment._ERASING).table(20_000), 1.0, size)
-    with drawn_for(0):
+    boxes = augment.erased_boxes(Draws([1], augment.ERASING_WIDTH).table(20_000), 1.0, size)
+    with seeded(0):
         theirs = np.array(
             [
                 RandomErasing.get_params(
@@ -211,7 +208,7 @@ def test_the_order_is_crop_flip_randaugment_erase(view_of, image, monkeypatch):
     monkeypatch.setattr(
         augment.crops, "cut", lambda *given: order.append("crop and flip") or cut(*given)
     )
-    monkeypatch.setattr(augment.randaugment, "torchvisions", Noted)
+    monkeypatch.setattr(augment.randaugment, "like_torchvision", Noted)
     monkeypatch.setattr(augment, "erased_boxes", erased)
     view = view_of(
         raw=False, crop="random-resized", flip=True, randaugment="torchvision", erase=0.1
@@ -236,8 +233,8 @@ def test_no_two_parts_draw_from_the_same_numbers(recipe):
         def __getitem__(self, key):
             return Row(self.columns[key[1]])
 
-    given["mixing"] = view.of_mixing(Row(np.arange(view.width))).columns[:4]
-    given["erasing"] = np.arange(view._erasing, view._erasing + 1 + 2 * 10 + 2)
+    given["mixing"] = view.mixing_draws(Row(np.arange(view.width))).columns[: mixing.WIDTH]
+    given["erasing"] = np.arange(view._erasing, view._erasing + augment.ERASING_WIDTH)
     given["randaugment"] = np.arange(
         augment.crops.WIDTH, augment.crops.WIDTH + view.randaugment.width
     )
@@ -254,7 +251,8 @@ def test_no_two_parts_draw_from_the_same_numbers(recipe):
         assert torch.equal(view.cropped(images, table), view.cropped(images, other)) == (
             part != "crop"
         )
-        assert np.array_equal(view.of_mixing(table), view.of_mixing(other)) == (part != "mixing")
+        mixing_unchanged = np.array_equal(view.mixing_draws(table), view.mixing_draws(other))
+        assert mixing_unchanged == (part != "mixing")
         coloured, others = view.coloured(images, table), view.coloured(images, other)
         assert torch.equal(coloured, others) == (part in ("crop", "mixing"))
         assert torch.equal(coloured == 0, others == 0) == (part != "erasing")
@@ -268,145 +266,3 @@ def test_an_image_of_another_size(view_of, crop, size):
         match=f"an image of {size[0]} x {size[1]} pixels for a model of 32 x 32: use crop=",
     ):
         view_of(crop=crop)(np.zeros((*size, 3), np.uint8))
-
-
-# ---- Mixup and CutMix ------------------------------------------------------------------------------------
-
-
-def draws_of(n, key=0):
-    return Draws([key], 4).table(n)
-
-
-def test_no_mixing_by_default(recipe):
-    mixing = augment.Mixing(recipe(label_smoothing=0.1), 10)
-    images, labels = torch.rand(4, 3, 8, 8), torch.arange(4)
-    assert not mixing.active
-    found, targets = mixing(images, labels, draws_of(4))
-    assert found is images and targets is labels
-
-
-@pytest.mark.parametrize("alphas", [{"mixup": 0.8}, {"cutmix": 1.0}, {"mixup": 0.2, "cutmix": 1.0}])
-def test_targets_are_mixed_as_the_images_are_and_smoothed_once(recipe, alphas):
-    """Image i is constant i: its mixture with image 8 - i tells the share, which the target must
-    have."""
-    labels = torch.arange(9)
-    smooth = 0.8 * F.one_hot(labels, 10) + 0.2 / 10
-    images = torch.arange(9.0).view(9, 1, 1, 1).expand(9, 3, 16, 16)
-    mixing, kinds = augment.Mixing(recipe(**alphas, label_smoothing=0.2), 10), set()
-    for i in range(30):
-        mixed, targets = mixing(images, labels, draws_of(9, i))
-        torch.testing.assert_close(targets.sum(1), torch.ones(9))
-        for own in (0, 1, 2, 3, 5, 6, 7, 8):
-            share = (mixed[own].mean() - own) / (8 - 2 * own)  # of image 8 - i in image i
-            wanted = (1 - share) * smooth[own] + share * smooth[8 - own]
-            torch.testing.assert_close(targets[own], wanted, atol=1e-5, rtol=0)
-            if 0 < share < 1:
-                kinds.add("cutmix" if len(mixed[own].unique()) == 2 else "mixup")
-    assert kinds == set(alphas)
-    assert torch.equal(images[:, 0, 0, 0], torch.arange(9.0))  # what is given stays as it is
-
-
-@pytest.mark.parametrize("size", [(16, 16), (24, 10)])
-@pytest.mark.parametrize("alphas", [{"mixup": 0.2}, {"cutmix": 1.0}, {"mixup": 0.2, "cutmix": 1.0}])
-def test_the_arithmetic_is_timms_for_given_draws(recipe, monkeypatch, alphas, size):
-    """timm is told which of the two, the share and the centre of the box that ours drew."""
-    n, draws = 40, draws_of(40, 7)
-    generator = torch.Generator().manual_seed(0)
-    images, labels = torch.rand(n, 3, *size, generator=generator), torch.arange(n) % 10
-    found, targets = augment.Mixing(recipe(**alphas, label_smoothing=0.1), 10)(
-        images, labels, draws
-    )
-    theirs = Mixup(
-        alphas.get("mixup", 0.0),
-        alphas.get("cutmix", 0.0),
-        mode="elem",
-        label_smoothing=0.1,
-        num_classes=10,
-    )
-    cuts = draws[:, 0] < 0.5 if len(alphas) == 2 else np.full(n, "cutmix" in alphas)
-    alpha = np.where(cuts, alphas.get("cutmix", 1.0), alphas.get("mixup", 1.0))
-    share = beta_distribution.ppf(draws[:, 1], alpha, alpha)
-    centres = iter(
-        int(place * side) for row in draws[cuts] for place, side in zip(row[2:4], size, strict=True)
-    )
-    monkeypatch.setattr(theirs, "_params_per_elem", lambda batch: (share.copy(), cuts))
-    monkeypatch.setattr(mixup.np.random, "randint", lambda *given, size=None: next(centres))
-    expected, wanted = theirs(images.clone(), labels)
-    torch.testing.assert_close(
-        found, expected, atol=2e-3, rtol=0
-    )  # the share is of a table of 4,097 quantiles
-    torch.testing.assert_close(targets, wanted.float(), atol=2e-3, rtol=0)
-    assert (found - images).abs().mean() > 0.02
-
-
-@pytest.mark.parametrize("alpha", [0.2, 1.0])
-@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
-def test_shares_are_distributed_as_timms(recipe, alpha, kind):
-    """The largest difference of two distribution functions; of Mixup also from Beta itself, as far
-    as its ends."""
-    n, labels = 4000, torch.arange(4000) % 2
-    images = torch.zeros(n, 1, 16, 16)
-    mixing = augment.Mixing(recipe(**{kind: alpha}), n)
-    other = (torch.arange(n) != torch.arange(n).flip(0)).nonzero().flatten()
-    _, targets = mixing(images, torch.arange(n), draws_of(n, 3))
-    ours = targets[other, other].double().numpy()
-    with drawn_for(0):
-        theirs_of = Mixup(
-            **{f"{kind}_alpha": alpha, "mixup_alpha" if kind == "cutmix" else "cutmix_alpha": 0.0},
-            mode="elem",
-            label_smoothing=0.0,
-            num_classes=2,
-        )
-        _, mixed = theirs_of(images.clone(), labels)
-    own = (
-        mixed[torch.arange(n), labels].double().numpy()
-    )  # the partner of an even place is an odd one
-    assert ks_2samp(ours, own).statistic < 0.045  # 1.95 sqrt(2 / 4000), p < 0.001
-    if kind == "mixup":
-        assert (
-            kstest(ours.clip(1e-6, 1 - 1e-6), beta_distribution(alpha, alpha).cdf).statistic < 0.05
-        )
-        assert (
-            ks_2samp(
-                ours, beta_distribution(alpha * 1.5, alpha * 1.5).rvs(n, random_state=0)
-            ).statistic
-            > 0.045
-        )
-
-
-def test_one_of_the_two_is_drawn_for_each_image(recipe):
-    images = torch.rand(2000, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    mixed, _ = augment.Mixing(recipe(mixup=1.0, cutmix=1.0), 2)(
-        images, torch.zeros(2000).long(), draws_of(2000)
-    )
-    swapped = (mixed == images) | (mixed == images.flip(0))
-    assert swapped.flatten(1).all(1).float().mean() == pytest.approx(0.5, abs=0.04)
-
-
-def test_batches_do_not_mix_with_each_other(recipe):
-    mixing = augment.Mixing(recipe(mixup=0.5, cutmix=1.0, label_smoothing=0.1), 10)
-    images, labels = (
-        torch.rand(21, 3, 8, 8, generator=torch.Generator().manual_seed(1)),
-        torch.arange(21) % 10,
-    )
-    draws = draws_of(21, 5)
-    together, targets = mixing(images, labels, draws, 7)
-    for begin in (0, 7, 14):
-        own = slice(begin, begin + 7)
-        alone, expected = mixing(images[own], labels[own], draws[own])
-        assert torch.equal(together[own], alone) and torch.equal(targets[own], expected)
-    assert not torch.equal(together, mixing(images, labels, draws)[0])
-
-
-def test_a_box_of_an_odd_side_has_that_side(recipe, monkeypatch):
-    """A share of 1 - (3 / 8)**2 around pixel (4, 4) of 8 x 8: three rows and columns, from 3 to
-    5."""
-    mixing = augment.Mixing(recipe(cutmix=1.0), 2)  # Beta(1, 1): the share is the number drawn
-    draws = np.array([[0.0, 1 - (3.001 / 8) ** 2, 4.5 / 8, 4.5 / 8]] * 2)
-    mixed, targets = mixing(
-        torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 1, 8, 8), torch.tensor([0, 1]), draws
-    )
-    assert [*zip(*(place.tolist() for place in mixed[0, 0].nonzero().T), strict=True)] == [
-        (r, c) for r in (3, 4, 5) for c in (3, 4, 5)
-    ]
-    assert targets[0].tolist() == pytest.approx([55 / 64, 9 / 64])

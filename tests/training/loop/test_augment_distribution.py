@@ -18,7 +18,7 @@ from timm.data.auto_augment import rand_augment_transform
 from torchvision.transforms import v2
 
 from bvit_interp.training.loop import augment, crops, randaugment
-from bvit_interp.training.loop.draws import Draws, drawn_for
+from bvit_interp.training.loop.draws import Draws, seeded
 from bvit_interp.training.loop.recipe import Recipe
 
 DRAWS, SIZE = 1200, (32, 32)
@@ -99,7 +99,7 @@ def by_pillow(plan, photos, seed):
     )
     found = []
     for photo in photos:
-        with drawn_for(seed, len(found)):
+        with seeded(seed, len(found)):
             for _ in range(DRAWS):
                 picture = Image.fromarray(photo)
                 for step in steps:
@@ -190,35 +190,39 @@ PADDED, RESIZED = RECIPES
 OTHERS = {  # what is changed, and the statistics that must tell it
     "strength 4.5 of 30": (
         PADDED,
-        strength_of("torchvisions", strength=0.15),
+        strength_of("like_torchvision", strength=0.15),
         {"black", "histogram", "images"},
     ),
     "strength 15 of 30": (
         PADDED,
-        strength_of("torchvisions", strength=0.5),
+        strength_of("like_torchvision", strength=0.5),
         {"mean", "black", "histogram", "images"},
     ),
     "filled with grey": (
         PADDED,
-        strength_of("torchvisions", fill=(124, 116, 104)),
+        strength_of("like_torchvision", fill=(124, 116, 104)),
         {"mean", "spread", "black"},
     ),
     "erased up to 0.2": (
         PADDED,
-        lambda patch: patch.setattr(augment, "_ERASED", (0.02, 0.2)),
+        lambda patch: patch.setattr(augment, "_ERASED_AREA", (0.02, 0.2)),
         {"erased"},
     ),
     "erased for 40 %": (PADDED, {"erase": 0.4}, {"erased", "images"}),
     "not mirrored": (PADDED, {"flip": False}, {"mean", "spread"}),
     "strength 7 of 10": (
         RESIZED,
-        strength_of("timms", strength=0.7),
+        strength_of("like_timm", strength=0.7),
         {"mean", "spread", "black", "histogram"},
     ),
-    "for 60 %": (RESIZED, strength_of("timms", probability=0.6), {"mean", "histogram", "images"}),
+    "for 60 %": (
+        RESIZED,
+        strength_of("like_timm", probability=0.6),
+        {"mean", "histogram", "images"},
+    ),
     "filled with black": (
         RESIZED,
-        strength_of("timms", fill=(0, 0, 0)),
+        strength_of("like_timm", fill=(0, 0, 0)),
         {"mean", "black", "histogram"},
     ),
     "not increasing": (

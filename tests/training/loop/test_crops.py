@@ -16,7 +16,7 @@ from bvit_interp.training.loop.draws import Draws
 SIZES = [(32, 32), (24, 40), (90, 70), (8, 5)]
 
 
-@pytest.fixture(params=["cut", "_multiplied"], ids=["as on a CPU", "as on a GPU"])
+@pytest.fixture(params=["cut", "_cut_by_matrices"], ids=["as on a CPU", "as on a GPU"])
 def cut(request):
     """Both ways: torch's filter image by image, and two matrices for each."""
     return getattr(crops, request.param)
@@ -119,7 +119,7 @@ def test_images_of_one_pixel_and_boxes_beside_them(cut):
     assert (found[1, :, :, 5:] == 0).all() and (found[1, :, :, :5] == 200).all()
 
 
-# ---- where the boxes lie ---------------------------------------------------------------------------------
+# ---- where the boxes lie
 
 
 def torchvisions(size, n=4000):

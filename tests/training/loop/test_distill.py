@@ -158,7 +158,7 @@ def test_a_teacher_of_any_kind_from_timm(recipe, student, monkeypatch):
 
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(
-        CheckpointError, match=r"^timm:test_resnet: weights could not be had \(no network\)$"
+        CheckpointError, match=r"^timm:test_resnet: its weights cannot be loaded \(no network\)$"
     ):
         distill.Teacher("timm:test_resnet", student)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from scipy.stats import kstest
 
-from bvit_interp.training.loop.draws import Draws, drawn_for, reseed, sent
+from bvit_interp.training.loop.draws import Draws, seed_generators, seeded, to_device
 
 
 @pytest.mark.parametrize("width", [0, 1, 4, 58, 61])
@@ -57,32 +57,32 @@ def states():
 def test_draws_depend_on_the_numbers_alone_and_leave_no_trace():
     before, found = states(), []
     for numbers in ((1, 2), (1, 2), (1, 3), (2, 2)):
-        with drawn_for(*numbers):
+        with seeded(*numbers):
             found.append(draw())
         assert states() == before
     assert found[0] == found[1]
     assert all(len({triple[i] for triple in found}) == 3 for i in range(3))
-    with contextlib.suppress(KeyError), drawn_for(9):
+    with contextlib.suppress(KeyError), seeded(9):
         draw()
         raise KeyError
     assert states() == before
 
 
 def test_within_another_they_leave_no_trace_either():
-    with drawn_for(1):
+    with seeded(1):
         expected = draw(), draw()
-    with drawn_for(1):
+    with seeded(1):
         first = draw()
-        with drawn_for(2):
+        with seeded(2):
             draw()
         assert (first, draw()) == expected
 
 
 def test_reseeding_is_what_is_drawn_for_the_same_numbers():
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    with drawn_for(4, 2):
+    with seeded(4, 2):
         expected = draw()
-    reseed(4, 2)
+    seed_generators(4, 2)
     assert draw() == expected
     random.setstate(before[0])
     np.random.set_state(before[1])
@@ -91,4 +91,4 @@ def test_reseeding_is_what_is_drawn_for_the_same_numbers():
 
 def test_an_array_that_is_not_contiguous_is_sent_as_it_is():
     array = np.arange(12.0).reshape(3, 4)[:, ::-2]
-    np.testing.assert_array_equal(sent(array, "cpu"), array)
+    np.testing.assert_array_equal(to_device(array, "cpu"), array)

@@ -10,7 +10,7 @@ import torch
 from bvit_interp.data.digits import DigitScenes
 from bvit_interp.errors import DataError, UserError
 from bvit_interp.models.checkpoint import load
-from bvit_interp.training.loop import build, feed, study, supervised
+from bvit_interp.training.loop import build, epochs, feed, study, supervised
 from bvit_interp.training.loop import trainer as run_trainer
 from bvit_interp.training.loop.recipe import read
 
@@ -57,32 +57,6 @@ def test_other_images_under_the_same_name_are_refused(recipe, tmp_path, monkeypa
     monkeypatch.setattr(feed, "fingerprint", lambda samples: "of others")
     with pytest.raises(UserError, match="is of other images than digits-s holds now"):
         supervised.train(recipe(epochs=1), tmp_path / "run")
-
-
-def test_the_fingerprint_sees_images_labels_and_number():
-    class Other(DigitScenes):
-        def __init__(self, change, **kwargs):
-            super().__init__(**kwargs)
-            self.change = change
-
-        def read(self, i):
-            image, label, mask = super().read(i)
-            return (
-                (255 - image if self.change == "image" else image),
-                label + (self.change == "label"),
-                mask,
-            )
-
-    same = feed.fingerprint(DigitScenes("train", length=40))
-    assert feed.fingerprint(Other("", split="train", length=40)) == same
-    others = [
-        feed.fingerprint(Other(change, split="train", length=40)) for change in ("image", "label")
-    ]
-    others += [
-        feed.fingerprint(DigitScenes("train", length=41)),
-        feed.fingerprint(DigitScenes("test", length=40)),
-    ]
-    assert len({same, *others}) == 5
 
 
 @pytest.mark.parametrize(
@@ -138,12 +112,12 @@ class Damaged(DigitScenes):
 
 
 def test_skip_corrupt_shows_the_next_image(recipe, caplog, monkeypatch):
-    monkeypatch.setattr(feed, "training_samples", lambda recipe, samples, epoch: samples)
+    monkeypatch.setattr(epochs, "training_samples", lambda recipe, samples, epoch: samples)
     samples = Damaged("train", length=30)
     view = lambda image, draws: torch.from_numpy(image.copy())  # noqa: E731
     plan = recipe(images_per_epoch=30, batch_size=30, skip_corrupt=True)
-    images, labels, _ = feed.Epoch(plan, samples, view, 0)[0]
-    order = feed.Epoch(plan, samples, view, 0).order
+    images, labels, _ = epochs.Epoch(plan, samples, view, 0)[0]
+    order = epochs.Epoch(plan, samples, view, 0).order
     shown = [i + 1 if i % 3 == 0 else i for i in order.tolist()]
     assert all(
         torch.equal(images[k], torch.from_numpy(samples.read(i)[0])) for k, i in enumerate(shown)
@@ -152,7 +126,7 @@ def test_skip_corrupt_shows_the_next_image(recipe, caplog, monkeypatch):
     assert "digits-s/train/000003: the image cannot be read" in caplog.text
     assert (
         "cannot be read"
-        in feed.Epoch(recipe(images_per_epoch=30, batch_size=30), samples, view, 0)[0]
+        in epochs.Epoch(recipe(images_per_epoch=30, batch_size=30), samples, view, 0)[0]
     )
 
 

@@ -11,7 +11,7 @@ import torch
 
 from bvit_interp.errors import UserError
 from bvit_interp.models.checkpoint import load
-from bvit_interp.training.loop import feed, supervised
+from bvit_interp.training.loop import preload, supervised
 from bvit_interp.training.loop import trainer as run_trainer
 
 STEPS = 5  # of an epoch
@@ -106,7 +106,7 @@ def test_the_memory_of_the_machine_may_change_when_it_goes_on(
     with pytest.raises(Killed):
         supervised.train(plan, tmp_path / "run", save_minutes=0)
     undo()
-    monkeypatch.setattr(feed, "_HOST_BYTES", 0)
+    monkeypatch.setattr(preload, "HOST_BYTES", 0)
     supervised.train(plan, tmp_path / "run", save_minutes=0)
     same_run(tmp_path / "undisturbed", tmp_path / "run")
 

@@ -15,7 +15,7 @@ from bvit_interp.data.catalog import open_samples
 from bvit_interp.errors import UserError
 from bvit_interp.models.checkpoint import load
 from bvit_interp.models.masks import full
-from bvit_interp.training.loop import build, feed, supervised, throughput
+from bvit_interp.training.loop import build, epochs, preload, scoring, supervised, throughput
 from bvit_interp.training.loop import trainer as run_trainer
 
 STEPS = 5  # of an epoch
@@ -42,7 +42,7 @@ def stopped_after(monkeypatch):
 
     def stop(rounds):
         left = iter([False] * rounds)
-        monkeypatch.setattr(supervised, "_late", lambda until, world: next(left, True))
+        monkeypatch.setattr(supervised, "_is_late", lambda until, world: next(left, True))
 
     return stop
 
@@ -51,7 +51,7 @@ def done_of(folder):
     return torch.load(folder / "state.pt", weights_only=True)["done"]
 
 
-# ---- side by side ----------------------------------------------------------------------------------------
+# ---- side by side
 
 
 def test_each_of_two_runs_is_what_it_is_alone(pair, alone, tmp_path, same_run):
@@ -73,7 +73,7 @@ def test_they_take_turns_and_share_the_images(pair, tmp_path, monkeypatch):
 
     def noted(trainer, *batch):
         turns.append(trainer.out.name)
-        kept.add(id(trainer.feed.resident))
+        kept.add(id(trainer.feed.on_device))
         return step(trainer, *batch)
 
     monkeypatch.setattr(run_trainer.Trainer, "_step", noted)
@@ -161,7 +161,7 @@ def test_a_run_of_another_recipe_in_one_folder_stops_all_before_a_step(pair, tmp
         supervised.train_all([(pair[0], tmp_path / "a"), (pair[1], tmp_path / "b")])
 
 
-# ---- patches left out until a share of the epochs --------------------------------------------------------
+# ---- patches left out until a share of the epochs
 
 DROPPING = {
     "epochs": 4,
@@ -204,13 +204,13 @@ def test_patches_are_left_out_right_where_it_goes_on(
     assert done_of(tmp_path / "run") == 2 * STEPS + 2
     monkeypatch.undo()
     made = run_trainer.Trainer(plan, tmp_path / "run", "cpu", 2.0)
-    made.run.resume(tmp_path / "run" / "state.pt", plan, made.data)
+    made.run.resume(tmp_path / "run" / "state.pt", plan, made.data_fingerprint)
     assert tokens_of(made) == [1 + 16] * (2 * STEPS - 2)
     supervised.train(plan, tmp_path / "run")
     same_run(tmp_path / "undisturbed", tmp_path / "run")
 
 
-# ---- precision -------------------------------------------------------------------------------------------
+# ---- precision
 
 
 def test_precision_is_as_wanted_or_by_a_trial_that_is_made_once(monkeypatch):
@@ -235,7 +235,7 @@ def test_the_faster_one_is_chosen(monkeypatch, seconds, faster):
     monkeypatch.setattr(throughput.Block, "forward", timed)
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: clock[0])
     before = torch.get_rng_state()
-    assert throughput._faster.__wrapped__("cpu") == faster
+    assert throughput._faster_precision.__wrapped__("cpu") == faster
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -245,13 +245,13 @@ def test_a_run_goes_on_in_the_precision_it_began_with(
 ):
     """What a trial shows on another machine, or on another day, does not matter."""
     plan = recipe(full=True, **pictures | {"autocast": "auto"})
-    monkeypatch.setattr(throughput, "_faster", lambda kind: began)
+    monkeypatch.setattr(throughput, "_faster_precision", lambda kind: began)
     supervised.train(plan, tmp_path / "undisturbed")
     with monkeypatch.context() as patch:
         left = iter([False] * 3)
-        patch.setattr(supervised, "_late", lambda until, world: next(left, True))
+        patch.setattr(supervised, "_is_late", lambda until, world: next(left, True))
         supervised.train(plan, tmp_path / "run", minutes=1.0)
-    monkeypatch.setattr(throughput, "_faster", lambda kind: now)
+    monkeypatch.setattr(throughput, "_faster_precision", lambda kind: now)
     supervised.train(plan, tmp_path / "run")
     same_run(tmp_path / "undisturbed", tmp_path / "run")
     supervised.train(plan, tmp_path / "other")
@@ -265,7 +265,7 @@ def shared_gradients(tmp_path, monkeypatch):
     dist.init_process_group(
         "gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1
     )
-    for module in (supervised.results, feed):
+    for module in (supervised.results, epochs, preload, scoring):
         monkeypatch.setattr(module, "rank_and_world", lambda: (0, 2))
     yield
     dist.destroy_process_group()

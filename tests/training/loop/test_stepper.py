@@ -13,7 +13,7 @@ import torch
 from timm.layers import PatchDropout
 from torch import nn
 
-from bvit_interp.training.loop.stepper import GivenPatchDropout, Stepper
+from bvit_interp.training.loop.stepper import NoisePatchDropout, Stepper
 
 
 @pytest.fixture
@@ -39,10 +39,10 @@ def weights_of(model):
 
 @pytest.fixture
 def stepper(recipe):
-    """``stepper(model, rate=0.5, unshared=..., **recipe)``: a step of plain gradient descent."""
+    """``stepper(model, rate=0.5, no_sync=..., **recipe)``: a step of plain gradient descent."""
 
     def make(model, rate=0.5, **settings):
-        about = {"unshared": settings.pop("unshared")} if "unshared" in settings else {}
+        about = {"no_sync": settings.pop("no_sync")} if "no_sync" in settings else {}
         loss = lambda images, targets: nn.functional.cross_entropy(model(images), targets)  # noqa: E731
         return Stepper(
             recipe(**settings), model, torch.optim.SGD(model.parameters(), lr=rate), loss, **about
@@ -104,14 +104,14 @@ def test_gradients_are_shared_in_the_last_part_alone(stepper, batch):
     entered, model = [], model_of()
 
     @contextmanager
-    def unshared():
+    def no_sync():
         entered.append("in")
         yield
         entered.append("out")
 
     model.register_forward_pre_hook(lambda *_: entered.append("forward"))
     model.register_full_backward_hook(lambda *_: entered.append("backward"))
-    stepper(model, accumulate=3, batch_size=9, unshared=unshared)(
+    stepper(model, accumulate=3, batch_size=9, no_sync=no_sync)(
         torch.randn(9, 3, 4, 4, requires_grad=True), torch.zeros(9).long(), 0
     )
     part = ["forward", "backward"]
@@ -146,25 +146,27 @@ def test_forgetting_changes_nothing_where_nothing_is_captured(stepper, batch):
     for i in range(6):
         for step in steps:
             step(*batch, i)
-        steps[1].forget()
+        steps[1].reset()
     assert torch.equal(weights_of(models[0]), weights_of(models[1]))
 
 
-# ---- patches left out by noise that is given -------------------------------------------------------------
+# ---- patches left out by noise that is given
 
 TOKENS = torch.arange(8 * 17 * 2.0).view(8, 17, 2)
 
 
 def noise_of(*numbers):
-    module = GivenPatchDropout(PatchDropout(0.25), 16).train()
+    module = NoisePatchDropout(PatchDropout(0.25), 16).train()
     given = []
-    loss = lambda images, targets: (
-        given.append(module(TOKENS[: len(images)])) or images.sum() * weight.sum()
-    )
+
+    def loss(images, targets):
+        given.append(module(TOKENS[: len(images)]))
+        return images.sum() * weight.sum()
+
     weight = nn.Parameter(torch.ones(1))
     recipe = SimpleNamespace(accumulate=2, clip=None)
     holder = nn.ParameterList([weight])
-    step = Stepper(recipe, holder, torch.optim.SGD([weight], lr=0.1), loss, noisy=[module])
+    step = Stepper(recipe, holder, torch.optim.SGD([weight], lr=0.1), loss, dropouts=[module])
     for drawn in numbers:
         step(torch.ones(4, 3, 2, 2), torch.zeros(4), *drawn)
     return module, given
@@ -173,7 +175,7 @@ def noise_of(*numbers):
 @pytest.mark.parametrize("ordered", [False, True])
 def test_it_leaves_out_what_timms_does_on_that_noise(monkeypatch, ordered):
     theirs = PatchDropout(0.3, num_prefix_tokens=1, ordered=ordered).train()
-    ours = GivenPatchDropout(theirs, 16).train()
+    ours = NoisePatchDropout(theirs, 16).train()
     ours.draw(torch.empty(8, 3, 4, 4), torch.Generator().manual_seed(3))
     assert abs(ours.noise.mean()) < 0.3 and 0.8 < ours.noise.std() < 1.2
     monkeypatch.setattr(torch, "randn", lambda *shape, **_: ours.noise.clone())
@@ -184,7 +186,7 @@ def test_it_leaves_out_what_timms_does_on_that_noise(monkeypatch, ordered):
 
 
 def test_parts_of_a_batch_take_its_noise_in_turn_and_a_new_batch_begins_anew():
-    module = GivenPatchDropout(PatchDropout(0.5), 16).train()
+    module = NoisePatchDropout(PatchDropout(0.5), 16).train()
     module.draw(torch.empty(8, 3, 4, 4), torch.Generator().manual_seed(3))
     address = module.noise.data_ptr()
     whole = module(TOKENS)
@@ -195,7 +197,7 @@ def test_parts_of_a_batch_take_its_noise_in_turn_and_a_new_batch_begins_anew():
 
 
 def test_nothing_is_left_out_in_eval_mode_or_at_a_rate_of_zero():
-    module = GivenPatchDropout(PatchDropout(0.5), 16)
+    module = NoisePatchDropout(PatchDropout(0.5), 16)
     assert module.eval()(TOKENS) is TOKENS
     module.train().prob = 0.0
     assert module(TOKENS) is TOKENS

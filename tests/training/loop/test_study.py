@@ -57,7 +57,7 @@ def test_a_shipped_study_has_points_that_can_be_built(name):
         arguments = dict(plan.model)
         with torch.device("meta"):
             model = timm.create_model(arguments.pop("name"), **arguments)
-        about = study._about(model)
+        about = study._shape(model)
         varied.add((series, about[study.read(name).name]))
         if name == "blocks":
             assert about["steps"] == 12
@@ -124,7 +124,7 @@ def test_the_table(shipped):
         alone = shipped / "alone" / f"{row.Index}"
         supervised.train(plan, alone)
         last = read_table(alone / "history.csv").iloc[-1]
-        assert (row.seed, row.top1, row.ema_top1, row.test_loss) == (
+        assert (row.seed, row.accuracy, row.ema_accuracy, row.test_loss) == (
             seed,
             last["top1"],
             last["ema_top1"],

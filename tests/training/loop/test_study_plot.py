@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.container import ErrorbarContainer
 
 from bvit_interp.results import read_table, write_table
 from bvit_interp.training.loop.study_plot import plot
@@ -20,11 +19,11 @@ def frame(tmp_path):
             "series": series,
             "width": width,
             "seed": seed,
-            "ema_top1": top1,
-            "top1": 0.9,
+            "ema_accuracy": accuracy,
+            "accuracy": 0.9,
             "chance": 0.1,
         }
-        for series, width, seed, top1 in [
+        for series, width, seed, accuracy in [
             ("bViT", 128, 0, 0.5),
             ("bViT", 128, 1, 0.6),
             ("bViT", 128, 2, 0.7),
@@ -39,20 +38,17 @@ def frame(tmp_path):
     return read_table(tmp_path / "study_width.csv")
 
 
-def test_lines_are_means_and_bars_one_standard_deviation(frame):
+def test_lines_are_means_and_bands_one_standard_deviation(frame):
     (ax,) = plot(frame).axes
-    drawn = {
-        container.get_label(): container
-        for container in ax.containers
-        if isinstance(container, ErrorbarContainer)
-    }
-    assert list(drawn) == ["bViT, 3 seeds", "ViT, one seed"]
-    line, _, (bars,) = drawn["bViT, 3 seeds"]
-    np.testing.assert_allclose(line.get_xydata(), [[64, 0.3], [128, 0.6]])
-    np.testing.assert_allclose(
-        bars.get_segments(), [[[64, 0.2], [64, 0.4]], [[128, 0.5], [128, 0.7]]]
+    lines = {line.get_label(): line for line in ax.get_lines()}
+    np.testing.assert_allclose(lines["bViT, 3 seeds"].get_xydata(), [[64, 0.3], [128, 0.6]])
+    np.testing.assert_allclose(lines["ViT, one seed"].get_xydata(), [[64, 0.35], [128, 0.8]])
+    band = ax.collections[0].get_paths()[0].vertices
+    low, high = (
+        {width: end(band[band[:, 0] == width, 1]) for width in (64, 128)} for end in (min, max)
     )
-    np.testing.assert_allclose(drawn["ViT, one seed"][0].get_xydata(), [[64, 0.35], [128, 0.8]])
+    assert low == pytest.approx({64: 0.2, 128: 0.5})
+    assert high == pytest.approx({64: 0.4, 128: 0.7})
 
 
 def test_chance_axis_and_ticks(frame):

@@ -38,7 +38,7 @@ def by_numpy(model, scenes):
     return (above == 0).mean(), (above < 5).mean(), (np.log(np.exp(logits).sum(1)) - own).mean()
 
 
-# ---- what a run leaves ---------------------------------------------------------------------------------
+# ---- what a run leaves
 
 
 def test_a_run_leaves_a_checkpoint_a_table_and_a_card(recipe, tmp_path):
@@ -179,7 +179,7 @@ def test_tensorboard(recipe, tmp_path, monkeypatch):
     assert {name for name, _, _ in logged} == set(run_trainer.COLUMNS)
 
 
-# ---- one step ------------------------------------------------------------------------------------------
+# ---- one step
 
 
 def watched(trainer, look):
