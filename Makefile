@@ -21,7 +21,7 @@ $(STAMP): setup.cfg pyproject.toml
 demo: setup
 	rm -rf $(RUN)
 	$(BIN)/bvit-interp data export digits-s $(RUN)/digits-s --limit 300
-	$(BIN)/bvit-interp features $(ONE) --limit 100 --iterations 20 --count 2 --steps 1 3 6 12
+	$(BIN)/bvit-interp features $(ONE) --limit 100 --iterations 20 --n-neurons 2 --steps 1 3 6 12
 	$(BIN)/bvit-interp pointing-game $(ALL)
 	$(BIN)/bvit-interp energy-rank $(ALL)
 	$(BIN)/bvit-interp rank-sweep $(ALL) --ranks 16 32 64 128
@@ -38,11 +38,11 @@ demo: setup
 	$(BIN)/bvit-interp selectivity $(ONE) --limit 60 --n-ablated 2 --random-units 1
 	$(BIN)/bvit-interp patching $(ONE) --limit 16
 	$(BIN)/bvit-interp ablation $(ONE) --limit 40 --n-ablated 4 --methods mean --groups 0
-	$(BIN)/bvit-interp lens $(ONE) --limit 60 --fit-images 100 --iterations 5
+	$(BIN)/bvit-interp lens $(ONE) --limit 60 --n-fit 100 --iterations 5
 	$(BIN)/bvit-interp stability $(ONE) --limit 16 --n-jacobian 1 --steps 13 --jacobian-steps 1 --leading 1 --iterations 3
 	$(BIN)/bvit-interp step-attribution $(ONE) --limit 24 --folds 4 --methods magnitude stepwise random --sparsities 0.5
 	$(BIN)/bvit-interp schedule $(ONE) --limit 40 --n-scored 8 --runs 6 24
-	$(BIN)/bvit-interp circuits $(ONE) --limit 8 --fit-images 16 --fractions 0.5 --draws 1
+	$(BIN)/bvit-interp circuits $(ONE) --limit 8 --n-fit 16 --fractions 0.5 --draws 1
 	$(BIN)/bvit-interp report $(RUN)
 
 test: setup lint

@@ -29,14 +29,10 @@ import timing
 import torch
 
 from bvit_interp import load
-from bvit_interp.analyses.features.maximise import (
-    VARIATION,
-    Neurons,
-    Recipe,
-    Stream,
-    maximise,
-    total_variation,
-)
+from bvit_interp.analyses.features.augmentations import AugmentationSequence
+from bvit_interp.analyses.features.maximise import TV_UNIT, maximise, total_variation
+from bvit_interp.analyses.features.neurons import NeuronActivations
+from bvit_interp.analyses.features.recipe import Recipe
 from bvit_interp.models.unroll import unroll
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # hard-coded in lucent
@@ -51,9 +47,9 @@ def pairs_of(model, count):
 
 def time_ours(model, neurons, steps, recipe):
     """Seconds for all pairs in one call."""
-    of = Neurons(model, MEAN, STD)
+    activations = NeuronActivations(model, MEAN, STD)
     with stopwatch(model) as passed:
-        maximise(of, neurons, steps, recipe)
+        maximise(activations, neurons, steps, recipe)
     return passed[0]
 
 
@@ -75,19 +71,19 @@ def time_lucent(model, neurons, steps, recipe):
     from lucent.optvis import render
 
     seconds, size = 0.0, tuple(model.patch_embed.img_size)
-    variation = VARIATION * recipe.tv * 224 / size[0]
+    variation = TV_UNIT * recipe.tv_weight * 224 / size[0]
     for neuron, step in zip(neurons.tolist(), steps.tolist(), strict=True):
         view = unroll(model)
         image = torch.rand(1, 3, *size, device=next(model.parameters()).device).requires_grad_()
-        stream, seen = Stream(recipe, size), []
+        sequence, seen = AugmentationSequence(recipe, size), []
 
-        def augment(pixels, stream=stream, seen=seen):
-            seen.append(stream.draw(len(seen))(pixels)[0])
+        def augment(pixels, sequence=sequence, seen=seen):
+            seen.append(sequence.draw(len(seen))(pixels)[0])
             return seen[-1]
 
         def loss(read, neuron=neuron, step=step, view=view, seen=seen):
             fired = read(f"blocks_{step - 1}_mlp_act")[:, view.num_prefix_tokens :, neuron].mean()
-            return variation * total_variation(seen[-1]).mean() - recipe.weight * fired
+            return variation * total_variation(seen[-1]).mean() - recipe.activation_weight * fired
 
         with contextlib.redirect_stdout(io.StringIO()), stopwatch(model) as passed:
             render.render_vis(
@@ -139,7 +135,7 @@ def main():
     each = 1e3 / len(neurons) / recipe.iterations
     lines = [
         f"{timing.machine(options.device)}; {len(neurons)} pictures, {recipe.iterations}"
-        f" iterations of {recipe.copies} "
+        f" iterations of {recipe.n_copies} "
         f"copies, median of {options.rounds} rounds",
         "",
         "| way | ms a picture and iteration |",

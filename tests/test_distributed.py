@@ -40,7 +40,7 @@ COMMANDS = {
     "masks, pictures": [
         ("pathways --swaps", 41),
         ("pathways", 1),
-        ("features --steps 1 3 --iterations 2 --chunk 2", 41),
+        ("features --steps 1 3 --iterations 2 --chunk-size 2", 41),
         ("features --neurons 5 --iterations 1", 1),
     ],
     "units": [
@@ -50,16 +50,16 @@ COMMANDS = {
         ("ablation --groups 0 --methods mean zero", 1),
     ],
     "states": [
-        ("lens --fit-images 24 --iterations 5", 41),
-        ("lens --fit-images 24 --iterations 5", 1),
+        ("lens --n-fit 24 --iterations 5", 41),
+        ("lens --n-fit 24 --iterations 5", 1),
         ("stability --n-jacobian 3 --steps 13 --jacobian-steps 1 --leading 2 --iterations 3", 7),
         ("stability --n-jacobian 1 --steps 13 --jacobian-steps 1 --leading 2 --iterations 3", 3),
     ],
     "weights, gates": [
         ("step-attribution --folds 6 --sparsities 0.5", 41),
         ("schedule --n-scored 6 --runs 6 --shifts 1", 41),
-        ("circuits --fractions 0.5 --fit-images 16 --draws 1", 41),
-        ("circuits --methods gradient learned --epochs 1 --fit-images 16 --fractions 0.5", 1),
+        ("circuits --fractions 0.5 --n-fit 16 --draws 1", 41),
+        ("circuits --methods gradient learned --epochs 1 --n-fit 16 --fractions 0.5", 1),
     ],
 }
 

@@ -30,7 +30,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "selectivity": {"n_ablated": 6, "random_units": 1},
     "patching": {"mode": ("same", "other", "corrupted"), "tokens": ("all", "cls"), "limit": 12},
     "ablation": {"groups": 2, "n_ablated": 6, "limit": 24},
-    "lens": {"fit_images": 24, "iterations": 4},
+    "lens": {"n_fit": 24, "iterations": 4},
     "stability": {
         "n_jacobian": 2,
         "steps": 5,
@@ -44,7 +44,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "circuits": {
         "methods": ("gradient", "learned"),
         "fractions": (0.5,),
-        "fit_images": 16,
+        "n_fit": 16,
         "epochs": 1,
         "draws": 1,
         "groups": 2,

@@ -1,37 +1,35 @@
-"""Which pictures excite the same neuron at every step, and do they turn from texture to structure?
+"""Images that excite each neuron at each step, their numbers, and the trend of their centroid.
 
 Fig. 3, section 4.2.1 of bViT (arXiv 2605.10661): for a neuron f of the FFN and a step t, the image
-that maximises the mean of `mlp_post` over the patches (CLS and registers left out) at that step.
-The paper says no more than "optimization based visualization"; method and defaults are those of
-Ghiasi et al. (2022, arXiv 2212.06727), see `probes.maximise`. All images start alike and see the
-same augmentations.
+that maximises the mean of `mlp_post` over the patches (without CLS and registers) at that step. The
+paper says only "optimization based visualization"; method and defaults are those of Ghiasi et al.
+(2022, arXiv 2212.06727), see `maximise`. All images start from the same image and see the same
+augmentations.
 
-Ours: `--neurons auto` chooses among the neurons that answer at every step (spread over the real
-images above a tenth of the step's median). They are ranked by `change`, 1 - the mean correlation,
-over the images, of their answers at successive steps, and taken at even quantiles of it: the
-steadiest, the median, the most changing. "Texture to structure" is tested as a falling spectral
-centroid: `trend` is the mean over neurons of Spearman's correlation of centroid and step; its null,
-and that of the mean centroid of a step, shuffles the steps of each neuron (2,000 times). Pictures
-that excite their neuron no more than the best real image have found nothing and are left out of
-that: where GELU is flat only total variation acts, and smooths. `--site mlp_pre` maximises the
-neuron before GELU, which is never flat. An untrained model (timm:NAME@random) is a second null. Of
-a stacked ViT, f is another neuron in each block.
+Ours: `--neurons auto` chooses among the neurons that respond at every step (their spread over the
+real images is above a tenth of the step's median). They are ranked by `correlation_distance`, 1 -
+the mean correlation, over the images, of their activations at successive steps. Evenly spaced ranks
+are taken: the least changing, the median, the most changing neuron. "Texture to structure" is
+tested as a falling spectral centroid: `spearman_mean` is the mean over neurons of Spearman's
+correlation of centroid and step. Its null, and that of the mean centroid of a step, shuffles the
+steps of each neuron (2,000 times). An image that does not excite its neuron more than the best real
+image is left out: where GELU is flat only total variation acts, and smooths. `--site mlp_pre`
+maximises the neuron before GELU, which is never flat. An untrained model (timm:NAME@random) is a
+second null. In a stacked ViT, f is another neuron in each block.
 
-Cost: `copies` forwards and backwards up to the step, an iteration and pair; at width 128 and 65
-tokens 0.06 s on one core, so 14 minutes for 3 neurons x 12 steps x 400 iterations. Pairs are
-written as they finish, and continued with. Expected: in the paper edges and textures at early
-steps, composite patterns at late ones; no number is printed.
+Cost: `n_copies` forwards and backwards up to the step, per iteration and image; at width 128 and 65
+tokens 0.06 s on one core, so 14 minutes for 3 neurons x 12 steps x 400 iterations. Images are
+written as they are finished, and a run that was stopped continues. Expected: in the paper edges and
+textures at early steps, composite patterns at late ones; it prints no number.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
@@ -39,17 +37,19 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from bvit_interp import metrics
-from bvit_interp.analyses.features import COLUMNS, Config
-from bvit_interp.analyses.features.maximise import Neurons, maximise_in_chunks
-from bvit_interp.analyses.features.profiles import StepProfiles, answers, from_steady_to_changing
+from bvit_interp.analyses.features import COLUMNS, TREND_COLUMNS, Config
+from bvit_interp.analyses.features.maximise import maximise_in_chunks
+from bvit_interp.analyses.features.neurons import NeuronActivations
+from bvit_interp.analyses.features.profiles import ResponseProfiles, responses, select_neurons
 from bvit_interp.data.geometry import Geometry
-from bvit_interp.data.loader import run_in_halves
 from bvit_interp.data.samples import Samples
+from bvit_interp.data.stream import ModelBatch, device_of, stream
 from bvit_interp.errors import UserError
-from bvit_interp.metrics import spectral_centroid
-from bvit_interp.metrics.streaming.top_images import TopList
+from bvit_interp.metrics.streaming.top_images import TopImages
 from bvit_interp.probes.probe import Probe
-from bvit_interp.results import Table, rank_and_world, replacing
+from bvit_interp.results import Table, file_stem, rank_and_world, replacing
+
+Tensors = dict[str, Tensor]
 
 
 def measure(
@@ -59,210 +59,205 @@ def measure(
     folder: Path | None = None,
     table: Table | None = None,
 ) -> pd.DataFrame:
-    """Pictures of every model, neuron and step, and the real images beside them.
+    """Optimised images of every model, neuron and step, and the real images beside them.
 
     Parameters
     ----------
-    models : name -> model; all see each real image in one pass.
+    models : name -> model; all models see each real image in one pass.
     data : images; their labels are not used.
-    folder : where the pictures go; without it none are kept.
-    table : pairs already there are not made again; finished ones are added at once.
+    folder : folder for the images; without it none are stored.
+    table : its rows are not made again; finished rows are added at once.
 
     Returns
     -------
     A table of `COLUMNS`; with `table`, all its rows.
     """
     geometries = {name: Geometry.of(model, data, config.resize) for name, model in models.items()}
-    neurons_of = {
-        name: Neurons(model, geometries[name].mean, geometries[name].std)
+    activations = {
+        name: NeuronActivations(model, geometries[name].mean, geometries[name].std)
         for name, model in models.items()
     }
-    steps = {name: _steps(name, of, config) for name, of in neurons_of.items()}
-    tops, profiles = _watch(models, data, config)
-    chosen = {name: _chosen(name, profile, config) for name, profile in profiles.items()}
+    steps = {name: _steps(name, activations[name], config) for name in models}
+    top_images, profiles = _real_images(models, data, config)
+    neurons = {name: _neurons(name, profiles[name], config) for name in models}
     rows: list[dict[str, Any]] = []
-    for name, of in neurons_of.items():
-        pairs = [
+    for name in models:
+        keys = [
             {"model": name, "neuron": neuron, "step": step}
-            for neuron in chosen[name]
+            for neuron in neurons[name]
             for step in steps[name]
         ]
-        lacking = [pair for pair in pairs if table is None or not table.has(**pair)]
-        for pair, image, numbers in _make(of, lacking, config):
-            neuron, step = pair["neuron"], pair["step"]
-            best = {key: values[step - 1, neuron] for key, values in tops[name].items()}
-            real, grid = best["values"][0].item(), of.model.patch_embed.grid_size
-            rows.append(
-                {
-                    **pair,
-                    **numbers,
-                    "real": real,
-                    "ratio": numbers["activation"] / real if real > 0 else math.nan,
-                    "found": int(numbers["activation"] > real),
-                    **dict.fromkeys(_OF_ALL, math.nan),
-                    "change": profiles[name]["change"][neuron].item(),
-                    "top": _listed(best, grid),
-                    "grid": f"{grid[0]}x{grid[1]}",
-                    "n": int(profiles[name]["count"]),
-                    "iterations": config.iterations,
-                    "path": _keep(pair, image, best["images"], data, geometries[name], folder),
-                }
-            )
+        missing = [key for key in keys if table is None or not table.has(**key)]
+        for key, image, numbers in _optimise(activations[name], missing, config):
+            of_neuron = {
+                part: values[key["step"] - 1, key["neuron"]]
+                for part, values in top_images[name].items()
+            }
+            seen = of_neuron["images"][of_neuron["images"] >= 0].tolist()
+            path = _path(key, folder)
+            if path is not None:
+                _write_picture(path, image, seen, data, geometries[name])
+            row = {
+                **key,
+                **numbers,
+                **_beside_real(numbers["activation"], of_neuron["values"][0].item()),
+                **dict.fromkeys(TREND_COLUMNS, math.nan),
+                "correlation_distance": profiles[name]["correlation_distance"][
+                    key["neuron"]
+                ].item(),
+                **_listed(of_neuron, activations[name].model.patch_embed.grid_size),
+                "n": int(profiles[name]["count"]),
+                "iterations": config.iterations,
+                "path": None if path is None else str(path),
+            }
+            rows.append(row)
             if table is not None:
-                table.append(rows[-1])
+                table.append(row)
     frame = pd.DataFrame(rows if table is None else table.rows)
-    return _with_trend(frame, config)[list(COLUMNS)]
+    return _with_trends(frame, config.seed)[list(COLUMNS)]
 
 
-def _steps(name: str, of: Neurons, config: Config) -> list[int]:
-    """The steps asked for, counted from 1; refuses steps and neurons that the model has not."""
+def summary(frame: pd.DataFrame) -> pd.DataFrame:
+    """The whole table."""
+    return frame
+
+
+def _steps(name: str, activations: NeuronActivations, config: Config) -> list[int]:
+    """The steps of the options, counted from 1; refuses steps and neurons that do not exist."""
     try:
         for neuron in config.neurons if config.neurons != "auto" else ():
-            of.check(int(neuron), 1)
-        return list(
-            dict.fromkeys(of.check(0, step) for step in config.steps or range(1, of.num_steps + 1))
-        )
+            activations.check(int(neuron), 1)
+        steps = config.steps or range(1, activations.num_steps + 1)
+        return list(dict.fromkeys(activations.check(0, step) for step in steps))
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
 
 
-def _watch(
-    models: Mapping[str, VisionTransformer], data: Samples, config: Config
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]]]:
-    """What `TopList` and `StepProfiles` say of every model's neurons, in one pass over the real
-    images."""
-    probes = {name: Probe(model) for name, model in models.items()}
-    tops, profiles = dict[str, TopList](), dict[str, StepProfiles]()
-    for name, probe in probes.items():
-        size, device = (probe.num_steps, probe.num_neurons), next(probe.model.parameters()).device
-        tops[name], profiles[name] = (
-            TopList(*size, config.top).to(device),
-            StepProfiles(*size).to(device),
-        )
-    loader, geometries = config.loader(data, models, "features")
-    for batch in loader:
-        for name, probe in probes.items():
-            parts = run_in_halves(
-                lambda part, p=probe, g=geometries[name]: (
-                    part.index,
-                    *answers(p, part.views[g][0]),
-                ),
-                batch,
-            )
-            for index, means, patches in parts:
-                tops[name].update(means, patches, index)
-                profiles[name].update(means)
-    return {name: top.compute() for name, top in tops.items()}, {
-        name: p.compute() for name, p in profiles.items()
-    }
-
-
-def _chosen(name: str, profile: Mapping[str, Tensor], config: Config) -> list[int]:
-    """The neurons asked for, or those that auto means."""
+def _neurons(name: str, profiles: Tensors, config: Config) -> list[int]:
+    """The neurons of the options, or those that auto selects."""
     if config.neurons != "auto":
         return list(dict.fromkeys(int(neuron) for neuron in config.neurons))
     try:
-        return from_steady_to_changing(profile, config.count)
+        return select_neurons(profiles, config.n_neurons)
     except UserError as error:
         raise UserError(f"{name}: {error}; name some with --neurons, or give more images") from None
 
 
-def _make(
-    of: Neurons, pairs: list[dict[str, Any]], config: Config
-) -> Iterator[tuple[dict[str, Any], np.ndarray, dict[str, float]]]:
-    """The pairs in order, each with its picture ``(3, height, width)`` in 0..1 and the picture's
-    numbers."""
-    neurons, steps = (torch.tensor([pair[key] for pair in pairs]) for key in ("neuron", "step"))
-    title = f"features {pairs[0]['model']}" if pairs else ""
-    for part, start, images in maximise_in_chunks(
-        of, neurons, steps, config._recipe(), config.chunk, title
-    ):
-        with torch.no_grad():
-            reached, begun = (
-                of(these, neurons[part], steps[part]).tolist()
-                for these in (images, start.expand_as(images))
-            )
-        centroids, null = spectral_centroid(images).tolist(), spectral_centroid(start).item()
-        for i, pair in enumerate(pairs[part]):
-            yield (
-                pair,
-                images[i].numpy(),
-                {
-                    "activation": reached[i],
-                    "start": begun[i],
-                    "centroid": centroids[i],
-                    "centroid_start": null,
-                },
-            )
+def _real_images(
+    models: Mapping[str, VisionTransformer], data: Samples, config: Config
+) -> tuple[dict[str, Tensors], dict[str, Tensors]]:
+    """`TopImages` and `ResponseProfiles` of every model, in one pass over the real images."""
+    probes = {name: Probe(model) for name, model in models.items()}
+    top_images: dict[str, TopImages] = {}
+    profiles: dict[str, ResponseProfiles] = {}
+    for name, probe in probes.items():
+        steps, neurons, device = probe.num_steps, probe.num_neurons, device_of(probe.model)
+        top_images[name] = TopImages(steps, neurons, config.n_top).to(device)
+        profiles[name] = ResponseProfiles(steps, neurons).to(device)
 
+    def respond(batch: ModelBatch) -> tuple[Tensor, Tensor, Tensor]:
+        return batch.index, *responses(probes[batch.model], batch.images)
 
-def _listed(best: Mapping[str, Tensor], grid: tuple[int, int]) -> str:
-    """The column `top` of a neuron and step."""
-    places = zip(best["images"].tolist(), best["patches"].tolist(), strict=True)
-    return " ".join(
-        f"{image}:{patch // grid[1]},{patch % grid[1]}" for image, patch in places if image >= 0
+    for name, (index, means, peaks) in stream(models, data, config, respond, progress="features"):
+        top_images[name].update(means, peaks, index)
+        profiles[name].update(means)
+    return (
+        {name: metric.compute() for name, metric in top_images.items()},
+        {name: metric.compute() for name, metric in profiles.items()},
     )
 
 
-def _keep(
-    pair: Mapping[str, Any],
-    image: np.ndarray,
-    best: Tensor,
-    data: Samples,
-    geometry: Geometry,
-    folder: Path | None,
-) -> str | None:
-    """The PNG of a picture and of the images `best`, written by the first process."""
+def _optimise(
+    activations: NeuronActivations, keys: list[dict[str, Any]], config: Config
+) -> Iterator[tuple[dict[str, Any], Tensor, dict[str, float]]]:
+    """For each key in order the image ``(3, height, width)`` in 0..1, and its numbers."""
+    neurons, steps = (torch.tensor([key[part] for key in keys]) for part in ("neuron", "step"))
+    title = f"features {keys[0]['model']}" if keys else ""
+    for chunk, start, images in maximise_in_chunks(
+        activations, neurons, steps, config, config.chunk_size, title
+    ):
+        with torch.no_grad():
+            reached, at_start = (
+                activations(shown, neurons[chunk], steps[chunk]).tolist()
+                for shown in (images, start.expand_as(images))
+            )
+        centroids = metrics.spectral_centroid(images).tolist()
+        start_centroid = metrics.spectral_centroid(start).item()
+        for i, key in enumerate(keys[chunk]):
+            numbers = {
+                "activation": reached[i],
+                "start_activation": at_start[i],
+                "spectral_centroid": centroids[i],
+                "start_spectral_centroid": start_centroid,
+            }
+            yield key, images[i], numbers
+
+
+def _beside_real(activation: float, real: float) -> dict[str, float]:
+    """How an activation compares with the largest one among the real images."""
+    return {
+        "real_activation": real,
+        "activation_ratio": activation / real if real > 0 else math.nan,
+        "exceeds_real": int(activation > real),
+    }
+
+
+def _listed(of_neuron: Tensors, grid: tuple[int, int]) -> dict[str, str]:
+    """The columns with the top-k images of a neuron and step, and with the grid of patches."""
+    entries = zip(of_neuron["images"].tolist(), of_neuron["patches"].tolist(), strict=True)
+    listed = [
+        f"{image}:{patch // grid[1]},{patch % grid[1]}" for image, patch in entries if image >= 0
+    ]
+    return {"top_images": " ".join(listed), "patch_grid": f"{grid[0]}x{grid[1]}"}
+
+
+def _path(key: Mapping[str, Any], folder: Path | None) -> Path | None:
     if folder is None:
         return None
-
-    name = pair["model"].replace("/", "_").replace("@", "_")
-    path = folder / "features" / f"{name}_neuron{pair['neuron']}_step{pair['step']}.png"
-    if rank_and_world()[0] == 0:
-        plain = replace(geometry, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-        real = [plain(data.read(i)[0])[0].numpy() for i in best.tolist() if i >= 0]
-        strip = np.concatenate([image, *real], axis=2).clip(0, 1).transpose(1, 2, 0)
-        with replacing(path) as temporary:
-            Image.fromarray((255 * strip).round().astype(np.uint8)).save(temporary, format="PNG")
-    return str(path)
+    name = file_stem(key["model"])
+    return folder / "features" / f"{name}_neuron{key['neuron']}_step{key['step']}.png"
 
 
-_OF_ALL = (
-    "rho",
-    "trend",
-    "trend_low",
-    "trend_high",
-    "band_low",
-    "band_high",
-)  # filled when all pictures are there
+def _write_picture(
+    path: Path, image: Tensor, seen: list[int], data: Samples, geometry: Geometry
+) -> None:
+    """A PNG of the image and, right of it, of the real images; the first process writes it."""
+    if rank_and_world()[0] != 0:
+        return
+    optimised = (255 * image.clamp(0, 1)).round().byte().movedim(0, -1)
+    real = [geometry.to_pixels(geometry(data.read(i)[0])[0]) for i in seen]
+    strip = torch.cat([optimised, *real], dim=1).numpy()
+    with replacing(path) as temporary:
+        Image.fromarray(strip).save(temporary, format="PNG")
 
 
-def _with_trend(frame: pd.DataFrame, config: Config) -> pd.DataFrame:
-    """The table with the trends of the centroid, of the pictures that count, and their nulls."""
-    for _, part in frame.groupby("model", sort=False):
-        counted = part.assign(centroid=part["centroid"].where(part["found"] > 0))
-        centroids = counted.pivot(index="neuron", columns="step", values="centroid")
-        shuffled = metrics.shuffled_rows(centroids.to_numpy(), config.seed)
-        rho, draws = metrics.rank_trend(centroids.to_numpy()), metrics.rank_trend(shuffled)
-        low, high = metrics.interval(metrics.mean_over_images(draws.T))
-        bands = [
-            metrics.interval(metrics.mean_over_images(at_step.T))
-            for at_step in shuffled.transpose(2, 0, 1)
-        ]
-        of_step = dict(zip(centroids.columns, bands, strict=True))
-        frame.loc[part.index, "rho"] = part["neuron"].map(
-            dict(zip(centroids.index, rho, strict=True))
-        )
-        for key, value in (
-            ("trend", float(metrics.mean_over_images(rho))),
-            ("trend_low", low),
-            ("trend_high", high),
-        ):
-            frame.loc[part.index, key] = value
-        frame.loc[part.index, ["band_low", "band_high"]] = [of_step[step] for step in part["step"]]
-    return frame
+def _with_trends(frame: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """The table with its `TREND_COLUMNS`."""
+    parts = [
+        part.assign(**_trend_columns(part, seed)) for _, part in frame.groupby("model", sort=False)
+    ]
+    return pd.concat(parts).loc[frame.index]
 
 
-def summary(frame: pd.DataFrame) -> pd.DataFrame:
-    """All of it."""
-    return frame
+def _trend_columns(part: pd.DataFrame, seed: int) -> dict[str, Any]:
+    """Trends of the centroid of one model, over the images that exceed the real ones."""
+    counted = part["spectral_centroid"].where(part["exceeds_real"] > 0)
+    by_neuron = part.assign(spectral_centroid=counted).pivot(
+        index="neuron", columns="step", values="spectral_centroid"
+    )
+    centroids = by_neuron.to_numpy()
+    shuffled = metrics.shuffled_rows(centroids, seed)  # (draws, neurons, steps)
+    spearman = metrics.rank_trend(centroids)
+    low, high = metrics.interval(metrics.mean_over_images(metrics.rank_trend(shuffled).T))
+    null_of_step = {
+        step: metrics.interval(metrics.mean_over_images(shuffled[:, :, i].T))
+        for i, step in enumerate(by_neuron.columns)
+    }
+    return {
+        "spearman": part["neuron"].map(dict(zip(by_neuron.index, spearman, strict=True))),
+        "spearman_mean": float(metrics.mean_over_images(spearman)),
+        "spearman_null_low": low,
+        "spearman_null_high": high,
+        "centroid_null_low": [null_of_step[step][0] for step in part["step"]],
+        "centroid_null_high": [null_of_step[step][1] for step in part["step"]],
+    }

@@ -3,9 +3,6 @@ drawn."""
 
 from __future__ import annotations
 
-import io
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,9 +10,12 @@ import torch
 from PIL import Image
 from scipy import stats
 
-from bvit_interp.analyses.features import COLUMNS, Config, _with_trend, measure, plot
+from bvit_interp.analyses.features import COLUMNS, TREND_COLUMNS, Config, measure
 from bvit_interp.analyses.features import maximise as module
-from bvit_interp.analyses.features.maximise import Neurons, Recipe, maximise
+from bvit_interp.analyses.features.maximise import maximise
+from bvit_interp.analyses.features.measure import _with_trends
+from bvit_interp.analyses.features.neurons import NeuronActivations
+from bvit_interp.analyses.features.recipe import Recipe
 from bvit_interp.cli import main
 from bvit_interp.data.geometry import Geometry
 from bvit_interp.errors import UserError
@@ -24,7 +24,6 @@ from bvit_interp.probes.probe import Probe
 from bvit_interp.results import Table
 
 QUICK = {"iterations": 2, "limit": 20, "batch_size": 7}
-OF_ALL = ["rho", "trend", "trend_low", "trend_high", "band_low", "band_high"]
 
 
 def patches_of(model, data, images):
@@ -36,14 +35,23 @@ def patches_of(model, data, images):
 
 
 def test_every_model_has_its_table(any_model, digits):
-    frame = measure({"m": any_model}, digits, Config(**{**QUICK, "iterations": 1}, count=2))
+    frame = measure({"m": any_model}, digits, Config(**{**QUICK, "iterations": 1}, n_neurons=2))
     assert list(frame) == list(COLUMNS)
     assert len(frame) == 2 * len(any_model.blocks)
     assert frame["neuron"].nunique() == 2
     assert np.isfinite(
-        frame.drop(columns=["model", "top", "grid", "path", "ratio", *OF_ALL]).to_numpy(float)
+        frame.drop(
+            columns=[
+                "model",
+                "top_images",
+                "patch_grid",
+                "path",
+                "activation_ratio",
+                *TREND_COLUMNS,
+            ]
+        ).to_numpy(float)
     ).all()
-    assert ((frame["activation"] > frame["real"]) == frame["found"]).all()
+    assert ((frame["activation"] > frame["real_activation"]) == frame["exceeds_real"]).all()
     assert frame["path"].isna().all()
 
 
@@ -53,7 +61,7 @@ def test_optimised_images_and_their_numbers(tiny_reg4, digits, tmp_path):
     )
     assert frame[["neuron", "step"]].to_numpy().tolist() == [[5, 3], [5, 12], [72, 3], [72, 12]]
     geometry = Geometry.of(tiny_reg4, digits)
-    of = Neurons(tiny_reg4, geometry.mean, geometry.std)
+    of = NeuronActivations(tiny_reg4, geometry.mean, geometry.std)
     neurons, steps = torch.tensor([5, 5, 72, 72]), torch.tensor([3, 12, 3, 12])
     start, images = maximise(of, neurons, steps, Recipe(iterations=2))
     for i, row in enumerate(frame.itertuples()):
@@ -67,13 +75,13 @@ def test_optimised_images_and_their_numbers(tiny_reg4, digits, tmp_path):
                 "mlp_post", row.step
             ]
         expected = recorded[:, 5:, row.neuron].mean(1)  # behind CLS and four registers
-        assert [row.activation, row.start] == pytest.approx(expected.tolist(), abs=1e-5)
+        assert [row.activation, row.start_activation] == pytest.approx(expected.tolist(), abs=1e-5)
         picture = np.asarray(Image.open(row.path))
         assert picture.shape == (32, 4 * 32, 3)
         np.testing.assert_array_equal(
             picture[:, :32], (255 * images[i].permute(1, 2, 0)).round().byte()
         )
-        shown = [int(entry.partition(":")[0]) for entry in row.top.split()]
+        shown = [int(entry.partition(":")[0]) for entry in row.top_images.split()]
         for place, number in enumerate(shown, start=1):
             np.testing.assert_array_equal(
                 picture[:, 32 * place : 32 * (place + 1)], digits.read(number)[0]
@@ -81,22 +89,22 @@ def test_optimised_images_and_their_numbers(tiny_reg4, digits, tmp_path):
 
 
 def test_best_real_images_against_all_activations(tiny, digits):
-    frame = measure({"m": tiny}, digits, Config(**QUICK, neurons=(5, 72), steps=(1, 7), top=4))
+    frame = measure({"m": tiny}, digits, Config(**QUICK, neurons=(5, 72), steps=(1, 7), n_top=4))
     seen = np.arange(0, 60, 3)  # 20 of 60, spread evenly
     patches = patches_of(tiny, digits, seen)
     for row in frame.itertuples():
         values = patches[:, row.step - 1, :, row.neuron]
         best = np.argsort(-values.mean(1))[:4]
-        assert row.real == pytest.approx(values.mean(1).max(), abs=1e-6)
+        assert row.real_activation == pytest.approx(values.mean(1).max(), abs=1e-6)
         places = [divmod(int(values[i].argmax()), 4) for i in best]
-        assert row.top == " ".join(
+        assert row.top_images == " ".join(
             f"{seen[i]}:{r},{c}" for i, (r, c) in zip(best, places, strict=True)
         )
-        assert (row.grid, row.n) == ("4x4", 20)
+        assert (row.patch_grid, row.n) == ("4x4", 20)
         assert (
-            np.isnan(row.ratio)
-            if row.real <= 0
-            else row.ratio == pytest.approx(row.activation / row.real)
+            np.isnan(row.activation_ratio)
+            if row.real_activation <= 0
+            else row.activation_ratio == pytest.approx(row.activation / row.real_activation)
         )
 
 
@@ -105,31 +113,31 @@ def test_auto_takes_even_quantiles_of_the_change(tiny, digits):
         tiny.blocks[0].mlp.fc1.weight[[3, 4]] = 0
     means = patches_of(tiny, digits, np.arange(0, 60, 3)).mean(2)  # (n, T, F)
     spread = means.std(0)
-    answering = (spread > 0.1 * np.median(spread, axis=1, keepdims=True)).all(0)
-    assert not answering[[3, 4]].any()
+    responsive = (spread > 0.1 * np.median(spread, axis=1, keepdims=True)).all(0)
+    assert not responsive[[3, 4]].any()
     steady = np.array(
         [
             np.mean([np.corrcoef(means[:, t, f], means[:, t + 1, f])[0, 1] for t in range(11)])
-            if answering[f]
+            if responsive[f]
             else np.nan
             for f in range(128)
         ]
     )
-    ranked = [f for f in np.argsort(1 - steady) if answering[f]]
+    ranked = [f for f in np.argsort(1 - steady) if responsive[f]]
     for count, places in ((1, [0.5]), (2, [0, 1]), (5, [0, 0.25, 0.5, 0.75, 1])):
         frame = measure(
-            {"m": tiny}, digits, Config(**{**QUICK, "iterations": 1}, count=count, steps=(1,))
+            {"m": tiny}, digits, Config(**{**QUICK, "iterations": 1}, n_neurons=count, steps=(1,))
         )
         expected = [ranked[int(np.round(q * (len(ranked) - 1)))] for q in places]
         if count == 1:
             expected = [ranked[len(ranked) // 2]]
         assert list(frame["neuron"]) == expected
-        np.testing.assert_allclose(frame["change"], 1 - steady[expected], atol=1e-5)
+        np.testing.assert_allclose(frame["correlation_distance"], 1 - steady[expected], atol=1e-5)
 
 
-def test_too_few_neurons_answer(tiny, digits):
+def test_too_few_neurons_respond(tiny, digits):
     with pytest.raises(
-        UserError, match=r"m: 0 neurons answer differently .* not 3; name some with --neurons"
+        UserError, match=r"m: 0 neurons respond differently .* not 3; name some with --neurons"
     ):
         measure({"m": tiny}, digits, Config(limit=1, iterations=1))
 
@@ -145,41 +153,47 @@ def test_trend_of_the_centroid_and_its_null():
                 "model": "m",
                 "neuron": f,
                 "step": steps,
-                "centroid": 0.3 - slope * steps + rng.normal(0, 0.01, 10),
+                "spectral_centroid": 0.3 - slope * steps + rng.normal(0, 0.01, 10),
             }
         )
         for f, slope in ((7, 0.02), (2, 0.02), (5, 0.0))
     ]
-    frame = pd.concat([*made, made[0].head(2).assign(neuron=11)], ignore_index=True).assign(found=1)
-    frame.loc[[3, 15], ["found", "centroid"]] = 0, 9.0
-    frame = _with_trend(frame.assign(**dict.fromkeys(OF_ALL, np.nan)), Config(iterations=1))
-    counted = frame[frame["found"] == 1]
+    frame = pd.concat([*made, made[0].head(2).assign(neuron=11)], ignore_index=True).assign(
+        exceeds_real=1
+    )
+    frame.loc[[3, 15], ["exceeds_real", "spectral_centroid"]] = 0, 9.0
+    frame = _with_trends(frame.assign(**dict.fromkeys(TREND_COLUMNS, np.nan)), seed=0)
+    counted = frame[frame["exceeds_real"] == 1]
     rho = [
-        stats.spearmanr(part["step"], part["centroid"]).statistic if len(part) > 2 else np.nan
+        stats.spearmanr(part["step"], part["spectral_centroid"]).statistic
+        if len(part) > 2
+        else np.nan
         for _, part in counted.groupby("neuron", sort=False)
     ]
-    np.testing.assert_allclose(frame["rho"], np.repeat(rho, [10, 10, 10, 2]))
+    np.testing.assert_allclose(frame["spearman"], np.repeat(rho, [10, 10, 10, 2]))
     assert rho[0] < -0.95
-    np.testing.assert_allclose(frame["trend"], np.nanmean(rho))
+    np.testing.assert_allclose(frame["spearman_mean"], np.nanmean(rho))
     # by another route: normal, with the variance of Spearman's rho, 1 / (steps - 1), of the mean of
     # three
     expected = 1.96 * np.sqrt(1 / 8 + 1 / 8 + 1 / 9) / 3
-    assert frame["trend_high"].iloc[0] == pytest.approx(expected, abs=0.05)
-    assert frame["trend_low"].iloc[0] == pytest.approx(-expected, abs=0.05)
-    of_step = frame.groupby("step")[["band_low", "band_high"]].first()
-    assert (of_step["band_low"] < of_step["band_high"]).all()
+    assert frame["spearman_null_high"].iloc[0] == pytest.approx(expected, abs=0.05)
+    assert frame["spearman_null_low"].iloc[0] == pytest.approx(-expected, abs=0.05)
+    of_step = frame.groupby("step")[["centroid_null_low", "centroid_null_high"]].first()
+    assert (of_step["centroid_null_low"] < of_step["centroid_null_high"]).all()
     assert (
-        counted["centroid"].groupby(counted["step"]).mean()[10] < of_step.loc[10, "band_low"]
+        counted["spectral_centroid"].groupby(counted["step"]).mean()[10]
+        < of_step.loc[10, "centroid_null_low"]
     )  # the fall is seen
-    assert (of_step["band_high"] < 1).all()  # 9.0 is left out
+    assert (of_step["centroid_null_high"] < 1).all()  # 9.0 is left out
 
 
 def test_nothing_found_has_no_trend(tiny, digits):
     frame = measure({"m": tiny}, digits, Config(**QUICK, neurons=(5,), steps=(1, 2)))
-    assert frame["trend"].isna().all()
-    assert frame["centroid_start"].nunique() == 1
-    assert frame["centroid_start"].iloc[0] == pytest.approx(0.3826, abs=0.02)  # white noise
-    assert plot(frame).axes
+    assert frame["spearman_mean"].isna().all()
+    assert frame["start_spectral_centroid"].nunique() == 1
+    assert frame["start_spectral_centroid"].iloc[0] == pytest.approx(
+        0.3826, abs=0.02
+    )  # white noise
 
 
 def test_several_models_share_one_pass_and_come_back_as_they_were(tiny, stacked, digits):
@@ -218,21 +232,21 @@ def test_a_stack_of_copies_has_the_pictures_of_the_recurrent_model(make, digits)
 def test_a_table_is_continued_and_not_mixed(tiny, digits, tmp_path, monkeypatch):
     made = []
 
-    def counted(of, neurons, steps, *rest, plain=module.maximise):
+    def counted(activations, neurons, steps, *rest, plain=module.maximise):
         made.extend(zip(neurons.tolist(), steps.tolist(), strict=True))
-        return plain(of, neurons, steps, *rest)
+        return plain(activations, neurons, steps, *rest)
 
     monkeypatch.setattr(module, "maximise", counted)
     first, more = (
         Config(**QUICK, neurons=(5,), steps=(1, 2)),
-        Config(**QUICK, neurons=(5, 9), steps=(2, 1, 3), chunk=2),
+        Config(**QUICK, neurons=(5, 9), steps=(2, 1, 3), chunk_size=2),
     )
     path = tmp_path / "features.csv"
     begun = measure({"m": tiny}, digits, first, tmp_path, Table(path, first.resume_key()))
     assert made == [(5, 1), (5, 2)]
     went_on = measure({"m": tiny}, digits, more, tmp_path, Table(path, more.resume_key()))
     assert made[2:] == [(5, 3), (9, 2), (9, 1), (9, 3)]
-    fixed = [column for column in COLUMNS if column not in OF_ALL]
+    fixed = [column for column in COLUMNS if column not in TREND_COLUMNS]
     pd.testing.assert_frame_equal(went_on.head(2)[fixed], begun[fixed])
     whole = measure({"m": tiny}, digits, Config(**QUICK, neurons=(5, 9), steps=(1, 2, 3)), tmp_path)
     together = went_on.sort_values(["neuron", "step"], ignore_index=True)
@@ -240,36 +254,6 @@ def test_a_table_is_continued_and_not_mixed(tiny, digits, tmp_path, monkeypatch)
     other = Config(**{**QUICK, "iterations": 3}, neurons=(5,), steps=(1, 2))
     with pytest.raises(UserError, match="made with other options .*iterations: 2 there, 3 now"):
         Table(path, other.resume_key())
-
-
-def test_figure_from_the_csv_alone(tiny, stacked, digits, tmp_path):
-    config = Config(**QUICK, neurons=(5, 72), steps=(1, 3))
-    frame = measure({"a": tiny, "b": stacked}, digits, config, tmp_path)
-    read_back = pd.read_csv(io.StringIO(frame.to_csv(index=False)))
-    figure = plot(read_back)
-    pictures = [ax for ax in figure.axes if ax.images]
-    assert len(pictures) == 2 * len(frame)
-    first = frame.iloc[0]
-    np.testing.assert_allclose(
-        pictures[0].images[0].get_array(), np.asarray(Image.open(first["path"]))[:, :32] / 255
-    )
-    reached = f"{first['activation']:.2f}"
-    assert pictures[0].get_xlabel() == (reached if first["found"] else f"({reached})")
-    row, column = map(int, first["top"].split()[0].partition(":")[2].split(","))
-    below = next(ax for ax in pictures if ax.patches)
-    assert below.patches[0].get_xy() == (8 * column - 0.5, 8 * row - 0.5)
-    of_a = figure.axes[-2]
-    for line, (_, part) in zip(
-        of_a.lines, frame[frame["model"] == "a"].groupby("neuron", sort=False), strict=False
-    ):
-        np.testing.assert_array_equal(line.get_ydata(), part["centroid"].where(part["found"] == 1))
-    for path in frame["path"]:
-        Path(path).unlink()
-    figure = plot(read_back)
-    assert not any(ax.images for ax in figure.axes)
-    assert sum(text.get_text() == "no file" for ax in figure.axes for text in ax.texts) == 2 * len(
-        frame
-    )
 
 
 @pytest.mark.slow
@@ -288,7 +272,7 @@ def test_the_command(tiny, tmp_path):
     ]
     assert main([*words, "--neurons", "5", "72", "--steps", "1", "12", "--iterations", "1"]) == 0
     assert (
-        main([*words, "--neurons", "auto", "--count", "1", "--steps", "1", "--iterations", "1"])
+        main([*words, "--neurons", "auto", "--n-neurons", "1", "--steps", "1", "--iterations", "1"])
         == 0
     )
     assert len(pd.read_csv(tmp_path / "out" / "features.csv")) == 5
@@ -301,9 +285,9 @@ def test_bad_input(tiny, stacked, digits):
     with pytest.raises(UserError, match=r"b: no step 4; steps: 1\.\.3"):
         measure({"a": tiny, "b": stacked}, digits, Config(steps=(4,)))
     for options, message in (
-        ({"count": 0}, "count must be >= 1, got 0"),
-        ({"top": 0}, "top must be >= 1, got 0"),
-        ({"chunk": 0}, "chunk must be >= 1, got 0"),
+        ({"n_neurons": 0}, "n-neurons must be >= 1, got 0"),
+        ({"n_top": 0}, "n-top must be >= 1, got 0"),
+        ({"chunk_size": 0}, "chunk-size must be >= 1, got 0"),
         ({"iterations": 0}, "iterations must be >= 1, got 0"),
         ({"neurons": ()}, "no neuron chosen; neurons: auto, or numbers from 0"),
         ({"limit": 0}, "limit must be >= 1"),
