@@ -1,4 +1,4 @@
-"""Spectra: energy rank, participation ratio, spectral centroid, and what chance would give."""
+"""Energy rank, participation ratio and spectral centroid, with their nulls."""
 
 from __future__ import annotations
 
@@ -6,22 +6,25 @@ import math
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
-def energy_rank(singular_values: Tensor, energy: float = 0.95) -> Tensor:
-    """Smallest k whose first k squared singular values hold `energy` of their sum.
+def energy_rank(
+    singular_values: Float[Tensor, "*batch values"], energy: float = 0.95
+) -> Int[Tensor, "*batch"]:
+    """Smallest k whose k largest squared singular values hold `energy` of their sum.
 
     ``E_k = sum_{i<=k} s_i^2 / sum_i s_i^2``, ``r = min{k : E_k >= energy}`` (bViT, App. A.2).
 
     Parameters
     ----------
-    singular_values : ``(..., K)``, in any order, not negative.
+    singular_values : in any order, not negative.
     energy : share of the energy to keep, in (0, 1].
 
     Returns
     -------
-    int64 ``(...)``; 0 for a matrix of zeros.
+    int64; 0 for a matrix of zeros.
     """
     squared = singular_values.double().square().sort(dim=-1, descending=True).values
     total = squared.sum(-1, keepdim=True)
@@ -31,23 +34,28 @@ def energy_rank(singular_values: Tensor, energy: float = 0.95) -> Tensor:
     return torch.where(total.squeeze(-1) > 0, rank.clamp(max=squared.shape[-1]), 0)
 
 
-def singular_values_of_gram(gram: Tensor) -> Tensor:
-    """Singular values ``(..., D)`` of X, largest first, from X^T X ``(..., D, D)``."""
+def singular_values_of_gram(gram: Float[Tensor, "*batch d d"]) -> Float[Tensor, "*batch d"]:
+    """Singular values of X in float64, largest first, from X^T X."""
     return torch.linalg.eigvalsh(gram.double()).clamp(min=0).sqrt().flip(-1)
 
 
 def random_energy_rank(rows: int, columns: int, energy: float = 0.95, grid: int = 20_000) -> int:
-    """Energy rank expected of a `rows` x `columns` matrix of independent Gaussian entries: the
-    null.
+    """Null of `energy_rank`: its value for a matrix of independent Gaussian entries.
 
-    From the Marchenko-Pastur density of the eigenvalues of X^T X / rows (Marchenko & Pastur, 1967),
-    integrated numerically. A 3072 x 768 matrix has 661.
+    The Marchenko-Pastur density of the eigenvalues of X^T X / rows (Marchenko & Pastur, 1967) is
+    integrated numerically. A 3072 x 768 matrix has rank 661.
+
+    Parameters
+    ----------
+    rows, columns : shape of the matrix.
+    energy : as in `energy_rank`.
+    grid : number of points of the integral.
     """
     tall, wide = max(rows, columns), min(rows, columns)
     ratio = wide / tall
     low, high = (1 - math.sqrt(ratio)) ** 2, (1 + math.sqrt(ratio)) ** 2
-    # eigenvalues low..high as 1 + ratio + 2 sqrt(ratio) cos(angle): no singular ends on a uniform
-    # grid of angles
+    # on a uniform grid of angles, with eigenvalue = 1 + ratio + 2 sqrt(ratio) cos(angle), the
+    # density has no singular ends
     angle = (np.arange(grid) + 0.5) * math.pi / grid  # from the largest eigenvalue down
     value = np.clip(1 + ratio + 2 * math.sqrt(ratio) * np.cos(angle), low, high)
     density = np.sin(angle) ** 2 / value
@@ -56,45 +64,59 @@ def random_energy_rank(rows: int, columns: int, energy: float = 0.95, grid: int 
     return min(max(math.ceil(share * wide), 1), wide)
 
 
-def participation_ratio(centred: Tensor) -> Tensor:
-    """``(sum_i l_i)^2 / sum_i l_i^2`` of the eigenvalues of ``(..., D, D)``: over how many
-    directions points spread.
+def participation_ratio(covariance: Float[Tensor, "*batch d d"]) -> Float[Tensor, "*batch"]:
+    """Number of directions over which points spread, ``(sum_i l_i)^2 / sum_i l_i^2``.
 
-    k equal eigenvalues, the others 0, give k. From traces alone, no decomposition; nan for a matrix
-    of zeros.
+    k equal eigenvalues l_i, with the others 0, give k. It is computed from traces, without a
+    decomposition.
+
+    Parameters
+    ----------
+    covariance : second moments about the mean, in any scale.
+
+    Returns
+    -------
+    float64; nan for a matrix of zeros.
     """
-    trace, square = (
-        centred.double().diagonal(dim1=-2, dim2=-1).sum(-1),
-        centred.double().square().sum((-2, -1)),
-    )
+    trace = covariance.double().diagonal(dim1=-2, dim2=-1).sum(-1)
+    square = covariance.double().square().sum((-2, -1))
     return torch.where(square > 0, trace.square() / square, torch.nan)
 
 
 def random_participation_ratio(rows: int, columns: int) -> float:
-    """The same expected of `rows` independent points of an isotropic Gaussian in `columns`
-    dimensions: the null.
+    """Null of `participation_ratio`: its value for points of an isotropic Gaussian.
 
     ``(m D + 2) / (m + D + 1)`` with m = rows - 1 and D = columns, from the Wishart moments E[tr^2
-    W] = m D (m D + 2) and E[tr W^2] = m D (m + D + 1); W / tr W is independent of tr W, so it is
+    W] = m D (m D + 2) and E[tr W^2] = m D (m + D + 1). W / tr W is independent of tr W, so this is
     exactly 1 / E[1 / ratio].
+
+    Parameters
+    ----------
+    rows, columns : number of points and of dimensions.
+
+    Returns
+    -------
+    nan for fewer than two points.
     """
     m = rows - 1
     return (m * columns + 2) / (m + columns + 1) if m > 0 else math.nan
 
 
-def spectral_centroid(images: Tensor) -> Tensor:
-    """Mean spatial frequency of the grey image weighted by power: ``sum |k| |F(k)|^2 / sum
-    |F(k)|^2``, k not 0.
+def spectral_centroid(
+    images: Float[Tensor, "*batch channels height width"],
+) -> Float[Tensor, "*batch"]:
+    """Mean spatial frequency of the grey image, weighted by power.
+
+    ``sum |k| |F(k)|^2 / sum |F(k)|^2`` over all k but 0.
 
     Parameters
     ----------
-    images : ``(..., channels, height, width)``; grey is the mean over channels, its own mean is
-        taken off.
+    images : grey is the mean over channels, minus its own mean.
 
     Returns
     -------
-    float64 ``(...)``, cycles a pixel, 0 to 0.71; white noise has about 0.38, an image of one grey
-    nan.
+    float64, in cycles per pixel, 0 to 0.71. White noise has about 0.38; an image of a single grey
+    has nan.
     """
     grey = images.double().mean(-3)
     grey = grey - grey.mean((-2, -1), keepdim=True)
@@ -104,5 +126,5 @@ def spectral_centroid(images: Tensor) -> Tensor:
     radius = torch.hypot(rows[:, None], columns[None, :])
     power = torch.fft.fft2(grey).abs().square()
     total = power.sum((-2, -1))
-    seen = total > (1e-10 * radius.numel()) ** 2  # contrast above rounding
-    return torch.where(seen, (radius * power).sum((-2, -1)) / total, torch.nan)
+    has_contrast = total > (1e-10 * radius.numel()) ** 2  # above rounding error
+    return torch.where(has_contrast, (radius * power).sum((-2, -1)) / total, torch.nan)

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 
 from bvit_interp import metrics
 
@@ -175,3 +176,14 @@ def test_the_centroid_of_colours_noise_and_nothing():
     assert metrics.spectral_centroid(noise).item() == pytest.approx(
         (2**0.5 + math.asinh(1)) / 6, abs=0.01
     )
+
+
+def test_a_wrong_shape_is_refused():
+    with pytest.raises(TypeCheckError):
+        metrics.singular_values_of_gram(torch.zeros(3, 4))
+    with pytest.raises(TypeCheckError):
+        metrics.participation_ratio(torch.zeros(2, 3, 4))
+    with pytest.raises(TypeCheckError):
+        metrics.spectral_centroid(torch.zeros(8, 8))
+    with pytest.raises(TypeCheckError):
+        metrics.energy_rank(torch.tensor(1.0))

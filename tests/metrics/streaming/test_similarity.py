@@ -3,12 +3,16 @@ shuffles."""
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
+from jaxtyping import TypeCheckError
+from scipy.linalg import orthogonal_procrustes
 
 from bvit_interp.errors import UserError
-from bvit_interp.metrics.streaming.similarity import StatePairs
+from bvit_interp.metrics.streaming.similarity import StatePairs, similarity
 
 
 def drawn(seed, *shape):
@@ -87,8 +91,6 @@ def test_equal_up_to_rotation_scale_and_place():
 
 
 def test_the_best_rotation_is_what_scipy_finds():
-    from scipy.linalg import orthogonal_procrustes
-
     x, y = drawn(2, 20, 4), drawn(3, 20, 4)
     a, b = (centred(z) / np.linalg.norm(centred(z)) for z in (x, y))
     rotation, _ = orthogonal_procrustes(b, a)
@@ -120,8 +122,6 @@ def test_nulls_against_shuffled_images():
 
 
 def test_the_exact_null_over_all_permutations():
-    import itertools
-
     x, y = drawn(4, 4, 2), drawn(5, 4, 3)
     every = [
         measured([x, y[list(order)]])["cka"][0, 1] for order in itertools.permutations(range(4))
@@ -159,3 +159,26 @@ def test_bad_states():
         pytest.raises(UserError, match="no image"),
     ):
         metric.compute()
+
+
+def test_the_procrustes_null_is_one_gaussian_draw():
+    """The formula term by term, with the matrix that the seed gives."""
+    x, y = drawn(6, 9, 2) * torch.tensor([3.0, 1.0]), drawn(7, 9, 3)
+    metric = StatePairs([2, 3], seed=5)
+    metric.update([x, y])
+    generator = torch.Generator().manual_seed(5)
+    gauss = torch.randn(3, 3, generator=generator, dtype=torch.float64).numpy()[:2]
+    a, b = centred(x), centred(y)
+    # in the bases in which both moments are diagonal, smallest first
+    left, right = (np.sort(np.linalg.svd(z, compute_uv=False)) for z in (a, b))
+    drawn_product = np.diag(left) @ gauss @ np.diag(right) / np.sqrt(8)
+    nuclear = np.linalg.svd(drawn_product, compute_uv=False).sum()
+    expected = 2 - 2 * nuclear / np.linalg.norm(a) / np.linalg.norm(b)
+    assert metric.compute()["procrustes_null"][0, 1] == pytest.approx(expected)
+
+
+def test_a_wrong_shape_is_refused():
+    with pytest.raises(TypeCheckError):
+        StatePairs([2, 3]).update([torch.zeros(2), torch.zeros(3)])
+    with pytest.raises(TypeCheckError):
+        similarity(torch.zeros(5, 4), torch.zeros(2, 2), [2, 3], 7)
