@@ -1,12 +1,13 @@
-"""One self-contained HTML page of a folder of results: opens from disk, needs no server and no
-network."""
+"""A folder of results as one HTML page that opens from disk."""
 
 from __future__ import annotations
 
+import ast
 import base64
 import importlib
 import json
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jinja2
@@ -17,14 +18,23 @@ from bvit_interp.errors import UserError
 from bvit_interp.report import unit_page
 from bvit_interp.results import read_table, replacing
 
-SHOWN = 1000  # rows of a table; its CSV has them all
+SHOWN = 1000
+"""Most rows of a table on the page; its CSV has all of them."""
 
 
 def write(folder: Path, out: Path | None = None) -> Path:
-    """Write the page of every analysis whose table lies in `folder`, and beside it one for each
-    described unit.
+    """Write a self-contained page of every analysis whose table lies in a folder.
 
-    Returns the page's path.
+    The page needs no server and no network. Beside it stands a page per described unit.
+
+    Parameters
+    ----------
+    folder : the results.
+    out : the page; by default ``report.html`` in the folder.
+
+    Returns
+    -------
+    The page's path.
 
     Raises
     ------
@@ -51,8 +61,8 @@ def write(folder: Path, out: Path | None = None) -> Path:
 
 def _section(folder: Path, word: str) -> dict[str, Any]:
     """What the template shows of one analysis."""
-    module = importlib.import_module(f"bvit_interp.analyses.{word}")
-    question, _, text = (module.__doc__ or "").partition("\n")
+    analysis = importlib.import_module(f"bvit_interp.analyses.{word}")
+    question, *summary = _paragraphs(analysis.__doc__ or "")
     path = folder / f"{word}.csv"
     frame = read_table(path)
     figure, about = path.with_suffix(".png"), path.with_suffix(".json")
@@ -60,8 +70,9 @@ def _section(folder: Path, word: str) -> dict[str, Any]:
         "word": word,
         "command": word.replace("_", "-"),
         "question": question,
-        "paragraphs": [" ".join(part.split()) for part in text.split("\n\n") if part.strip()],
-        "columns": {name: module.COLUMNS.get(name, "") for name in frame.columns},
+        "summary": summary,
+        "method": _paragraphs(_method(analysis)),
+        "columns": {name: analysis.COLUMNS.get(name, "") for name in frame.columns},
         "length": len(frame),
         "rows": [
             [_cell(value) for value in row] for row in frame.head(SHOWN).itertuples(index=False)
@@ -69,6 +80,16 @@ def _section(folder: Path, word: str) -> dict[str, Any]:
         "figure": base64.b64encode(figure.read_bytes()).decode() if figure.is_file() else None,
         "about": _options(about) if about.is_file() else None,
     }
+
+
+def _method(analysis: ModuleType) -> str:
+    """The docstring of the folder's ``measure.py``, read without importing it."""
+    source = Path(str(analysis.__file__)).with_name("measure.py").read_text(encoding="utf-8")
+    return ast.get_docstring(ast.parse(source)) or ""
+
+
+def _paragraphs(text: str) -> list[str]:
+    return [" ".join(part.split()) for part in text.split("\n\n") if part.strip()]
 
 
 def _options(path: Path) -> str:

@@ -15,7 +15,7 @@ import pytest
 
 import bvit_interp
 from bvit_interp import results
-from bvit_interp.analyses import ANALYSES
+from bvit_interp.analyses import ANALYSES, energy_rank
 from bvit_interp.errors import UserError
 from bvit_interp.report import page
 
@@ -24,10 +24,11 @@ PNG = base64.b64decode(
 )  # one pixel
 
 
-def docstring(word):
-    """The module's docstring, read without importing it."""
-    source = Path(bvit_interp.__file__).parent / "analyses" / f"{word}.py"
-    return ast.get_docstring(ast.parse(source.read_text()), clean=False)
+def paragraphs(word, file):
+    """The docstring of a file of an analysis, in paragraphs of one line."""
+    source = Path(bvit_interp.__file__).parent / "analyses" / word / file
+    text = ast.get_docstring(ast.parse(source.read_text()))
+    return [" ".join(part.split()) for part in text.split("\n\n")]
 
 
 class Page(HTMLParser):
@@ -84,7 +85,7 @@ def test_one_file_with_every_figure_and_question(folder):
     path = page.write(folder)
     assert path == folder / "report.html"
     seen = Page(path)
-    assert seen.headings == [docstring(word).partition("\n")[0] for word in ANALYSES]
+    assert seen.headings == [paragraphs(word, "__init__.py")[0] for word in ANALYSES]
     assert all(heading.endswith("?") for heading in seen.headings)
     figures = [
         base64.b64decode(source.removeprefix("data:image/png;base64,")) for source in seen.sources
@@ -122,8 +123,6 @@ def test_tables_options_and_meanings(folder):
     text = "".join(seen.text)
     for i in range(len(ANALYSES)):
         assert f'"limit": {100 + i}' in text
-    from bvit_interp.analyses import energy_rank
-
     results.write_table(
         pd.DataFrame([dict.fromkeys([*energy_rank.COLUMNS, "added"], 1)]),
         folder / "energy_rank.csv",
@@ -133,11 +132,11 @@ def test_tables_options_and_meanings(folder):
     assert Page(page.write(folder)).meanings == {**energy_rank.COLUMNS, "added": ""}
 
 
-def test_the_method_is_told_whole(folder):
+def test_summary_and_method_are_shown_in_full(folder):
     text = " ".join("".join(Page(page.write(folder)).text).split())
     for word in ANALYSES:
-        for paragraph in docstring(word).split("\n\n"):
-            assert " ".join(paragraph.split()) in text
+        for paragraph in paragraphs(word, "__init__.py") + paragraphs(word, "measure.py"):
+            assert paragraph in text
 
 
 def test_what_a_cell_holds_is_text(folder):
@@ -190,7 +189,7 @@ def test_another_place(folder, tmp_path):
     assert not (folder / "report.html").exists()
 
 
-# ---- what cannot be shown ------------------------------------------------------------------------------
+# ---- what cannot be shown ----
 
 
 def test_a_folder_that_is_not_there(tmp_path):
