@@ -22,8 +22,9 @@ def test_random_vectors_belong_to_the_image():
 def test_norms_and_shares_of_energy():
     vectors = torch.tensor([[[3.0, 0.0], [0.0, 4.0], [0.0, 0.0]]])
     assert state_norms(vectors).tolist() == [5.0]
+    vectors = torch.tensor([[[3.0, 1.0], [0.0, 4.0], [2.0, 0.0]]])
     shares = energy_shares(vectors, [slice(0, 1), slice(1, 3)])
-    np.testing.assert_allclose(shares, [[9 / 25, 16 / 25]], rtol=1e-6)
+    np.testing.assert_allclose(shares, [[10 / 30, 20 / 30]], rtol=1e-6)
 
 
 def test_a_wrong_shape_is_refused():
