@@ -1,4 +1,4 @@
-"""Does the run come to rest, return or drift past T, and which states are alike?
+"""Do states come to rest past T, and which are alike?
 
 The model runs on past its trained steps. The states of each kind of token are compared from step to
 step and with earlier steps. A verdict says whether they settle at a fixed point or a cycle. CKA and

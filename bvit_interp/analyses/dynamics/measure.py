@@ -1,4 +1,4 @@
-"""Does the run come to rest, return or drift past T, and which states are alike?
+"""Do states come to rest past T, and which are alike?
 
 Appendix E.1 of bViT (arXiv 2605.10661) says "bViT is not a fixed-point method". The paper argues
 from the accuracy in Fig. 8 and gives no number about the states, so these metrics are ours. A row

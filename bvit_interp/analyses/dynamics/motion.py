@@ -1,4 +1,4 @@
-"""How far states move from step to step, how they turn, whether they return.
+"""How far states move, how they turn, and whether they return.
 
 Everything follows from the inner products of one image's states z_0..z_S, so one small matrix per
 image is enough. The null is pooled over all pairs of two different images: it is the same number

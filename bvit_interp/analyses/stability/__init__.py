@@ -1,4 +1,4 @@
-"""Does a step amplify a small change of its state, and does a run recover from a perturbation?
+"""Does a step amplify small changes, and does a run recover?
 
 The Jacobian of each step is analysed at real states: largest singular values, spectral radius,
 gains between kinds of token. Lyapunov exponents follow along the run. Every image's state is also

@@ -1,4 +1,4 @@
-"""The Jacobian of a step at a batch of states, by products alone.
+"""The Jacobian of a step at given states, by products alone.
 
 Attention does not mix images, so one product for the batch is the product with every image's own
 Jacobian. A product with the transpose is one backward pass. A product with the Jacobian is a

@@ -1,4 +1,4 @@
-"""Does a step amplify a small change of its state, and does a run recover from a perturbation?
+"""Does a step amplify small changes, and does a run recover?
 
 This analysis is ours. bViT (arXiv 2605.10661) says only in words that the model is not a
 fixed-point method. The step map F_t: z_{t-1} -> z_t acts on all tokens of an image (in a model with

@@ -1,4 +1,4 @@
-"""How does the CLS token move over the steps, and when do classes separate?
+"""How does the CLS token move, and when do classes separate?
 
 The CLS token of every image after every step is embedded in two dimensions, by PaCMAP and by PCA.
 An embedding can invent structure, so each point carries checks of its nearest neighbours: how many

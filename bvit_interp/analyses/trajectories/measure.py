@@ -1,4 +1,4 @@
-"""How does the CLS token move over the steps, and when do classes separate?
+"""How does the CLS token move, and when do classes separate?
 
 Fig. 9 and Appendix E.2 of bViT (arXiv 2605.10661) show the CLS token after every step of many
 images, brought to two dimensions by PaCMAP (Wang et al., 2021), with one panel per class and the
