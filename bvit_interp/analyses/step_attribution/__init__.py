@@ -1,5 +1,10 @@
-"""Which step is a shared weight's gradient for, do the steps agree, and does that tell which
-weights to prune?"""
+"""Which step causes a shared weight's gradient, do the steps agree, and does it guide pruning?
+
+A weight applied at T steps has a gradient that is the sum of T terms, one per step. The terms are
+computed exactly, compared, and used to prune the weights. Their null is the same terms with their
+weights in random order. The nulls of pruning are random weights, and masks of the next step.
+Confidence intervals are a jackknife over folds of images.
+"""
 
 from __future__ import annotations
 
@@ -20,27 +25,25 @@ class Config(LoaderOptions):
     """Options of the step attribution."""
 
     folds: int = 8
-    """Parts of the images that intervals are over; even. Half of them make masks, the other half
-    scores them."""
+    """Number of parts of the images for confidence intervals; even. Half of them make masks and the
+    other half scores them, and vice versa."""
     methods: tuple[Method, ...] = get_args(Method)
-    """How to choose weights: magnitude |w|, taylor |w sum_t g_t|, stepwise sum_t |w g_t|, step_max
-    max_t |w g_t|, random (null); where steps share, own_masks a mask a step by |w g_t|,
-    shifted_masks by the next step's (null)."""
+    """How to choose the weights to prune: magnitude |w|, taylor |w sum_t g_t|, stepwise sum_t
+    |w g_t|, step_max max_t |w g_t|, random (null); where steps share weights also own_masks, a mask
+    per step by |w g_t|, and shifted_masks, the masks of the next step (null)."""
     sparsities: tuple[float, ...] = (0.25, 0.5, 0.75)
-    """Shares of the weights of all block matrices together (of each step's, for masks of steps) set
-    to zero, 0..1."""
+    """Shares of the weights to set to zero, 0..1: of all block matrices together, or of each step's
+    for masks per step."""
     seed: int = 0
-    """Of the folds, of the random order of weights and of random pruning."""
+    """Random seed for the folds, the random order of weights and random pruning."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.folds not in range(4, 17, 2):
             raise UserError(f"folds must be even, 4 to 16, got {self.folds}")
         if set(self.methods) - set(get_args(Method)) or len(set(self.methods)) < len(self.methods):
-            allowed = ", ".join(get_args(Method))
-            raise UserError(
-                f"methods must be of {allowed}, each once, got {', '.join(map(str, self.methods))!r}"
-            )
+            allowed, given = ", ".join(get_args(Method)), ", ".join(map(str, self.methods))
+            raise UserError(f"methods must be of {allowed}, each once, got {given!r}")
         if len(set(self.sparsities)) < len(self.sparsities) or not all(
             0 < share < 1 for share in self.sparsities
         ):
@@ -49,26 +52,29 @@ class Config(LoaderOptions):
 
 COLUMNS = {
     "model": "checkpoint",
-    "statistic": "norm, share, taylor, owner, owner_agreement, entropy, cosine, cosine_apart, sum_ratio, accuracy or"
-    " gain",
-    "part": "q, k, v, proj, fc1, fc2, vectors (biases and norms), all, head (rows of q, k, v and columns of proj) or"
-    " neuron (a row of fc1 and a column of fc2)",
-    "unit": "the head or neuron, from 0; none for all of them: a mean, of owner a share of them",
-    "block": "stored block, from 0; none where all are taken together",
-    "step": "step t; of a neuron's entropy, its owner",
+    "metric": "norm, share, taylor, owner, owner_agreement, entropy, cosine, cosine_apart,"
+    " sum_ratio, accuracy or gain",
+    "layer": "q, k, v, proj, fc1, fc2, vectors (biases and norms), all, head (rows of q, k, v and"
+    " columns of proj) or neuron (a row of fc1 and a column of fc2)",
+    "unit": "the head or neuron, from 0; empty for all of them: their mean, for owner a share",
+    "block": "stored block, from 0; empty where all blocks are taken together",
+    "step": "step t, from 1; for the entropy of a neuron the step that owns it",
     "other_step": "step of the other term of a cosine",
-    "method": "of accuracy and gain, how weights were chosen: none, or a method of the options",
-    "against": "of a gain, the method compared with",
+    "method": "for accuracy and gain, how the pruned weights were chosen: none (nothing is pruned),"
+    " or a method of the options",
+    "against": "for gain, the method it is compared with",
     "sparsity": "share of the weights set to zero, 0..1",
-    "trained_steps": "steps T of the model; of a stack, its blocks",
-    "value": "the value: norm in nats a unit of weight, cosine -1..1, gain a difference of accuracies,"
-    " sum_ratio 0..T, others 0..1; a head's or neuron's squares are summed first",
-    "low": "lower end of the 95 % interval: jackknife over folds; of accuracy Wilson's, of gain normal over images",
-    "high": "upper end of it",
-    "null": "null: terms with weights in random order (cosine: mean of all orders); of a part's share and taylor 1/T;"
-    " of norm, that by choice of images alone; of owner_agreement, independent owners; of accuracy and"
-    " gain, random weights; of own_masks, shifted_masks; of none and random, the most frequent class",
-    "null_high": "of a cosine, the null's 97.5 % point; its 2.5 % point is as far on the other side of null",
+    "trained_steps": "steps T of the model; for a stack its blocks",
+    "value": "value of the metric: norm in nats per unit of weight, cosine -1..1, gain a difference"
+    " of accuracies, sum_ratio 0..T, others 0..1; squares of a head or neuron are summed first",
+    "low": "lower end of the 95 % confidence interval: jackknife over folds; for accuracy Wilson's,"
+    " for gain normal over images",
+    "high": "upper end of the interval",
+    "null": "null: terms with their weights in random order (cosine: mean of all orders); for share"
+    " and taylor of a layer 1/T; for norm the norm by the choice of images alone; for"
+    " owner_agreement independent owners; for accuracy and gain random weights; for own_masks"
+    " shifted_masks; for none and random the most frequent class",
+    "null_high": "97.5 % point of the null of a cosine; its 2.5 % point is as far below null",
     "n": "images",
 }
 

@@ -4,57 +4,58 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bvit_interp import plotting
 
-_TITLES = {
+_METHODS = {
     "magnitude": "$|w|$",
     "taylor": r"$|w\,\Sigma_t g_t|$",
     "stepwise": r"$\Sigma_t |w g_t|$",
     "step_max": r"$\max_t |w g_t|$",
-    "own_masks": r"a mask a step: $|w g_t|$",
+    "own_masks": r"a mask per step: $|w g_t|$",
     "random": "random weights",
     "shifted_masks": "masks of the next step",
 }
+_NULL_DASHES = {"random": "-", "shifted_masks": "--"}
+_LAYERS = ("all", "q", "k", "v", "proj", "fc1", "fc2")
 
 
-_DASHES = {"random": "-", "shifted_masks": "--"}  # of nulls
+@dataclass(frozen=True)
+class _Line:
+    """A line over the steps: a layer of a model."""
+
+    model: str
+    layer: str
+    label: str
+    null_label: str | None = None
+    """Without it the null is not drawn."""
 
 
 def plot(frame: pd.DataFrame) -> Figure:
-    """Shares by step, cosines and owners of the first model whose steps share; norms and pruning of
-    all."""
+    """Shares by step, cosines and owners of the first model whose steps share weights; norms and
+    pruning of all models."""
     names = list(dict.fromkeys(frame["model"]))
-    own = next(iter(frame["model"][frame["statistic"] == "cosine"]), names[0])
+    sharing = next(iter(frame.loc[frame["metric"] == "cosine", "model"]), names[0])
     figure, axes = plotting.canvas(
         columns=3, rows=math.ceil((4 + len(names)) / 3), width=4.6, height=3.7
     )
-    others = {f"{name}: all": (name, "all") for name in names if name != own}
-    of = dict([*frame[frame["part"] != "head"].groupby("statistic")])
-    lines = {part: (own, part) for part in ("all", "q", "k", "v", "proj", "fc1", "fc2")} | others
-    _by_step(axes.flat[0], of["share"], lines, {"all": "all steps equal"})
-    axes.flat[0].set(title=f"share of squared gradient: {own}", yscale="log", ylim=(None, 20))
-    whole = {name: (name, "all") for name in names}
-    _by_step(
-        axes.flat[3], of["norm"], whole, {name: f"{name}: by choice of images" for name in names}
-    )
-    axes.flat[3].set(title="norm of the gradient, all of the block", yscale="log")
-    if "cosine" in of:
-        _cosines(figure, axes.flat[1], frame[(frame["model"] == own) & (frame["part"] == "all")])
-        lines = {"weights": (own, "all"), "neurons": (own, "neuron")}
-        _by_step(
-            axes.flat[2], of["owner"], lines, {unit: f"{unit}, terms shuffled" for unit in lines}
-        )
-        axes.flat[2].set(
-            title="owner: share with their largest $g_t^2$ at the step", ylim=(0, None)
-        )
-    for ax, name in zip(axes.flat[4:], names, strict=False):
-        _curves(ax, frame[(frame["model"] == name) & (frame["statistic"] == "accuracy")])
+    share, cosine, owner, norm, *pruning = axes.flat
+    by_layer = frame[frame["layer"] != "head"]
+    _draw_shares(share, by_layer[by_layer["metric"] == "share"], sharing)
+    if "cosine" in set(frame["metric"]):
+        whole = frame[(frame["model"] == sharing) & (frame["layer"] == "all")]
+        _draw_cosines(figure, cosine, whole)
+        _draw_owners(owner, by_layer[by_layer["metric"] == "owner"], sharing)
+    _draw_norms(norm, by_layer[by_layer["metric"] == "norm"])
+    accuracy = frame[frame["metric"] == "accuracy"]
+    for ax, name in zip(pruning, names, strict=False):
+        _draw_pruning(ax, accuracy[accuracy["model"] == name])
         ax.set_title(f"pruned, not retrained: {name}")
     for ax in axes.flat:
         ax.title.set_fontsize(10)
@@ -62,69 +63,82 @@ def plot(frame: pd.DataFrame) -> Figure:
     return figure
 
 
-def _line(ax: Axes, x: str, rows: pd.DataFrame, label: str, style: Mapping[str, Any]) -> None:
-    """A line with its interval."""
-    ax.plot(rows[x], rows["value"], **style, label=label)
-    ax.fill_between(
-        rows[x], rows["low"], rows["high"], color=style["color"], alpha=0.12, linewidth=0
-    )
+def _draw_shares(ax: Axes, frame: pd.DataFrame, sharing: str) -> None:
+    lines = [
+        _Line(sharing, layer, layer, "all steps equal" if layer == "all" else None)
+        for layer in _LAYERS
+    ]
+    others = [name for name in dict.fromkeys(frame["model"]) if name != sharing]
+    lines += [_Line(name, "all", f"{name}: all") for name in others]
+    _draw_by_step(ax, frame, lines)
+    ax.set(title=f"share of squared gradient: {sharing}", yscale="log", ylim=(None, 20))
 
 
-def _by_step(
-    ax: Axes, rows: pd.DataFrame, lines: Mapping[str, tuple[str, str]], nulls: Mapping[str, str]
-) -> None:
-    """Labelled lines of a model's part against step, some with their null."""
-    for i, (label, (name, part)) in enumerate(lines.items()):
-        line, style = rows[(rows["model"] == name) & (rows["part"] == part)], plotting.line_style(i)
-        _line(ax, "step", line, label, style)
-        if label in nulls:
-            ax.plot(
-                line["step"],
-                line["null"],
-                **plotting.NULL,
-                linestyle=style["linestyle"],
-                label=nulls[label],
-            )
-    plotting.step_axis(ax, rows["step"])
+def _draw_owners(ax: Axes, frame: pd.DataFrame, name: str) -> None:
+    lines = [
+        _Line(name, "all", "weights", "weights, terms shuffled"),
+        _Line(name, "neuron", "neurons", "neurons, terms shuffled"),
+    ]
+    _draw_by_step(ax, frame, lines)
+    ax.set(title="owner: share with the largest $g_t^2$ at the step", ylim=(0, None))
+
+
+def _draw_norms(ax: Axes, frame: pd.DataFrame) -> None:
+    names = dict.fromkeys(frame["model"])
+    lines = [_Line(name, "all", name, f"{name}: by choice of images") for name in names]
+    _draw_by_step(ax, frame, lines)
+    ax.set(title="norm of the gradient of the block", yscale="log")
+
+
+def _draw_by_step(ax: Axes, frame: pd.DataFrame, lines: list[_Line]) -> None:
+    for i, line in enumerate(lines):
+        rows = frame[(frame["model"] == line.model) & (frame["layer"] == line.layer)]
+        plotting.line(
+            ax,
+            rows,
+            "step",
+            style=plotting.line_style(i),
+            label=line.label,
+            null="null" if line.null_label else None,
+            null_label=line.null_label,
+        )
+    plotting.step_axis(ax, frame["step"])
     ax.legend(frameon=False, fontsize=8, ncols=2 if len(lines) > 4 else 1)
 
 
-def _cosines(figure: Figure, ax: Axes, whole: pd.DataFrame) -> None:
-    """Cosines of the whole terms: above the diagonal of the same images, on and below it of
+def _draw_cosines(figure: Figure, ax: Axes, frame: pd.DataFrame) -> None:
+    """Cosines of the whole terms: above the diagonal for the same images, on and below it for
     different ones."""
-    above, below = (
-        whole[whole["statistic"] == statistic].pivot(
-            index="step", columns="other_step", values="value"
-        )
-        for statistic in ("cosine", "cosine_apart")
-    )
-    values = below.T.combine_first(above).astype(float).round(2) + 0.0  # no -0.00
-    null = whole["null"].abs() + (whole["null_high"] - whole["null"])
-    steps = values.columns.astype(int).tolist()
-    plotting.heat_map(figure, ax, values.to_numpy(), steps, steps, "cosine")
-    ax.set_title(
-        f"cosine of two steps' terms (null within {null.max():.2g})\nlower left: of different images",
-        fontsize=9,
-    )
+    tables = {
+        metric: rows.pivot(index="step", columns="other_step", values="value")
+        for metric in ("cosine", "cosine_apart")
+        for rows in [frame[frame["metric"] == metric].astype({"step": int, "other_step": int})]
+    }
+    above = tables["cosine"]
+    table = tables["cosine_apart"].T.combine_first(above)
+    values = table.to_numpy(dtype=float).round(2) + 0.0  # no -0.00
+    cosines = frame[frame["metric"].isin(["cosine", "cosine_apart"])]
+    largest_null = (cosines["null"].abs() + cosines["null_high"] - cosines["null"]).max()
+    steps = [int(step) for step in table.columns]
+    plotting.heat_map(figure, ax, values, steps, steps, "cosine")
+    title = f"cosine of two steps' terms (null within {largest_null:.2g})"
+    ax.set_title(f"{title}\nlower left: from different images")
     ax.set(xlabel="step", ylabel="step")
 
 
-def _curves(ax: Axes, scored: pd.DataFrame) -> None:
+def _draw_pruning(ax: Axes, frame: pd.DataFrame) -> None:
     """Accuracy against the share of weights set to zero, by method."""
-    whole = scored[scored["method"] == "none"]
-    for i, (method, label) in enumerate(_TITLES.items()):
-        rows, null = (
-            scored[scored["method"] == method],
-            {**plotting.NULL, "linestyle": _DASHES.get(method)},
-        )
-        style = null if method in _DASHES else plotting.line_style(i)
-        if len(rows):
-            _line(ax, "sparsity", pd.concat([whole, rows]), label, style)
-    ax.axhline(whole["null"].iloc[0], **plotting.NULL, linestyle=":", label="most frequent class")
-    ax.set(
-        xlabel="share of matrix weights set to zero",
-        ylabel="accuracy on the other half",
-        ylim=(0, 1.4),
-    )
-    ax.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
+    whole = frame[frame["method"] == "none"]
+    for i, (method, label) in enumerate(_METHODS.items()):
+        rows = frame[frame["method"] == method]
+        if rows.empty:
+            continue
+        style: Mapping[str, object] = plotting.line_style(i)
+        if method in _NULL_DASHES:
+            style = {**plotting.NULL, "linestyle": _NULL_DASHES[method]}
+        plotting.line(ax, pd.concat([whole, rows]), "sparsity", style=style, label=label)
+    chance = whole["null"].iloc[0]
+    ax.axhline(chance, **plotting.NULL, linestyle=":", label="most frequent class")
+    ax.set(xlabel="share of matrix weights set to zero", ylabel="accuracy on the other half")
+    ax.set(ylim=(0, 1.4), yticks=np.linspace(0, 1, 6))
     ax.legend(frameon=False, fontsize=8, ncols=2, loc="upper left")

@@ -4,7 +4,6 @@ pruned by hand."""
 from __future__ import annotations
 
 import copy
-import io
 import math
 
 import numpy as np
@@ -13,9 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bvit_interp.analyses.step_attribution import COLUMNS, Config, measure, plot
+from bvit_interp.analyses.step_attribution import COLUMNS, Config, measure, summary
+from bvit_interp.analyses.step_attribution.measure import _pruning_rows, _Setting
 from bvit_interp.data.geometry import Geometry
 from bvit_interp.errors import UserError
+from bvit_interp.metrics import wilson_interval
 
 FEW = {"folds": 4, "limit": 12, "batch_size": 5}
 
@@ -29,8 +30,8 @@ def batch_of(model, data, limit=12):
     return images, torch.tensor([label for _, label, _ in scenes]), torch.from_numpy(half)
 
 
-def values(frame, statistic, part="all", **keys):
-    rows = frame[(frame["statistic"] == statistic) & (frame["part"] == part)]
+def values(frame, metric, layer="all", **keys):
+    rows = frame[(frame["metric"] == metric) & (frame["layer"] == layer)]
     for key, value in keys.items():
         rows = rows[rows[key] == value]
     return rows
@@ -62,13 +63,13 @@ def test_the_parts_of_the_gradient_add_up_to_autograds(any_model, digits):
             block.mlp.fc1.weight.grad.square().sum().item(), rel=1e-6
         )
         if tied:
-            for part in ("all", "q", "head", "neuron"):
-                assert values(frame, "owner", part, block=b)["value"].sum() == pytest.approx(1)
+            for layer in ("all", "q", "head", "neuron"):
+                assert values(frame, "owner", layer, block=b)["value"].sum() == pytest.approx(1)
             of_head = values(frame, "share", "head", block=b, unit=1)
             assert of_head["value"].sum() == pytest.approx(1)
             assert of_head["null"].sum() == pytest.approx(1)
-    for statistic in ("share", "taylor"):
-        shares = values(frame, statistic, "v")
+    for metric in ("share", "taylor"):
+        shares = values(frame, metric, "v")
         assert shares["value"].sum() == pytest.approx(1)
         assert (shares["null"] == 1 / steps).all()
     untied = {"norm", "share", "taylor", "accuracy"}
@@ -80,7 +81,7 @@ def test_the_parts_of_the_gradient_add_up_to_autograds(any_model, digits):
         "cosine_apart",
         "sum_ratio",
     }
-    assert set(frame["statistic"]) == (
+    assert set(frame["metric"]) == (
         everything if tied else untied
     )  # magnitude and taylor left out: no gain
     assert set(frame["method"].dropna()) == {"none", "random"} | ({"own_masks"} if tied else set())
@@ -176,33 +177,63 @@ def test_batches_do_not_matter_and_models_share_a_pass(tiny, stacked, digits):
     assert set(both["model"]) == {"a", "b"}
 
 
-def test_a_figure_from_the_file(tiny, stacked, digits, tmp_path):
-    config = Config(**FEW, sparsities=(0.4, 0.7))
-    frame = measure({"a": tiny, "b": stacked}, digits, config)
-    text = frame.to_csv(index=False)
-    figure = plot(pd.read_csv(io.StringIO(text)))
-    assert sum(ax.get_visible() and ax.has_data() for ax in figure.axes if ax.get_title()) == 6
-    figure.savefig(tmp_path / "figure.png", dpi=40)
-    alone = plot(frame[frame["model"] == "b"])
-    alone.savefig(tmp_path / "alone.png", dpi=40)
-    assert [ax.get_title() for ax in alone.axes if ax.get_visible()] == [
-        "share of squared gradient: b",
-        "norm of the gradient, all of the block",
-        "pruned, not retrained: b",
-    ]
-    assert set(frame["method"][frame["model"] == "b"].dropna()) == {
-        "none",
-        "magnitude",
-        "taylor",
-        "random",
-    }
-    assert 0 < len(config.headline(frame)) <= 40
-
-
-def test_without_pruning(tiny, digits, tmp_path):
+def test_without_pruning_and_the_summary(tiny, stacked, digits):
     frame = measure({"a": tiny}, digits, Config(**FEW, methods=()))
     assert set(values(frame, "accuracy")["method"]) == {"none"}
-    plot(frame).savefig(tmp_path / "figure.png", dpi=40)
+    config = Config(**FEW, sparsities=(0.4, 0.7))
+    frame = measure({"a": tiny, "b": stacked}, digits, config)
+    untied = {"none", "magnitude", "taylor", "random"}
+    assert set(frame["method"][frame["model"] == "b"].dropna()) == untied
+    shown = summary(frame)
+    assert set(shown["metric"]) == {"entropy", "owner_agreement", "sum_ratio", "accuracy"}
+    assert set(shown["sparsity"].dropna()) == {0.0, 0.4}
+
+
+def test_intervals_are_a_jackknife_over_folds(stacked, digits):
+    """Norms and shares of a stack without each fold, by autograd on the model itself."""
+    frame = measure({"m": stacked}, digits, Config(**FEW, methods=()))
+    images, labels, _ = batch_of(stacked, digits)
+    fold = torch.from_numpy(np.random.default_rng(0).permutation(12) % 4)
+
+    def norms(rows):
+        whole = copy.deepcopy(stacked).double()
+        F.cross_entropy(whole(images[rows].double()), labels[rows]).backward()
+        return np.array(
+            [
+                math.sqrt(sum(p.grad.square().sum().item() for p in block.parameters()))
+                for block in whole.blocks.children()
+            ]
+        )
+
+    without = np.stack([norms(fold != f) for f in range(4)])
+    shares = without**2 / (without**2).sum(1, keepdims=True)
+    for metric, each in (("norm", without), ("share", shares)):
+        half_width = 3.182446 * np.sqrt(3 / 4 * np.square(each - each.mean(0)).sum(0))
+        rows = values(frame, metric)
+        np.testing.assert_allclose(rows["high"] - rows["value"], half_width, rtol=1e-5)
+        np.testing.assert_allclose(rows["value"] - rows["low"], half_width, rtol=1e-5)
+    np.testing.assert_allclose(values(frame, "norm")["value"], norms(fold >= 0), rtol=1e-9)
+
+
+def test_intervals_of_gains_and_accuracies():
+    """Gains from two tables of hits: the interval of their mean difference."""
+    settings = [_Setting("none", 0.0), _Setting("magnitude", 0.5), _Setting("taylor", 0.5)]
+    scores = np.array(
+        [[1, 1, 0, 2], [1, 1, 1, 0], [1, 0, 1, 2], [0, 0, 1, 2], [1, 0, 1, 1], [1, 1, 1, 0]]
+    )
+    rows = pd.DataFrame(_pruning_rows(settings, scores.astype(float))).set_index(
+        ["metric", "method"]
+    )
+    gain = rows.loc[("gain", "taylor")]
+    differences = np.array([-1, 0, 1, 1, 1, 0])
+    half_width = 1.959964 * differences.std(ddof=1) / math.sqrt(6)
+    assert gain["value"] == pytest.approx(2 / 6)
+    assert gain["high"] - gain["value"] == pytest.approx(half_width, rel=1e-6)
+    assert gain["value"] - gain["low"] == pytest.approx(half_width, rel=1e-6)
+    assert rows.loc[("accuracy", "none"), "null"] == 3 / 6
+    accuracy = rows.loc[("accuracy", "taylor")]
+    assert (accuracy["value"], accuracy["n"]) == (5 / 6, 6)
+    assert (accuracy["low"], accuracy["high"]) == wilson_interval(5, 6)
 
 
 @pytest.mark.parametrize(
