@@ -32,7 +32,7 @@ demo: setup
 	$(BIN)/bvit-interp early-exit train --limit 1000 --out $(RUN)/exits
 	$(BIN)/bvit-interp early-exit $(ONE) --exits $(RUN)/exits
 	$(BIN)/bvit-interp transfer --data digits-s --mode probe lora-qv --seeds 0 --epochs 6 --train-batch 16 \
-		--limit-train 128 --limit 100 --random-baseline --out $(RUN)/transfer
+		--n-train 128 --limit 100 --random-baseline --out $(RUN)/transfer
 	$(BIN)/bvit-interp attention $(ALL) --limit 80
 	$(BIN)/bvit-interp cost $(ALL)
 	$(BIN)/bvit-interp selectivity $(ONE) --limit 60 --n-ablated 2 --random-units 1

@@ -25,7 +25,7 @@ from torch import nn
 
 import bvit_interp.models.bvit  # noqa: F401  (registers the models with timm)
 from bvit_interp.models.masks import Masks, full, masked
-from bvit_interp.training.loop import build as start
+from bvit_interp.training.loop import build
 from bvit_interp.training.loop.recipe import Recipe
 from bvit_interp.training.pruning.grafts import Grafts, graft_logits
 
@@ -50,7 +50,7 @@ def training(
     labels: torch.Tensor,
 ) -> Callable[[], None]:
     """A training step in bf16 of a function with logits ``(..., B, C)``."""
-    optimizer = start.optimizer(weights, Recipe(model={"name": NAME}, data="random", epochs=1))  # type: ignore[arg-type]
+    optimizer = build.optimizer(weights, Recipe(model={"name": NAME}, data="random", epochs=1))  # type: ignore[arg-type]
 
     def step() -> None:
         with torch.autocast(images.device.type, torch.bfloat16):

@@ -33,9 +33,9 @@ from torch import Tensor, nn
 
 import bvit_interp.models.bvit  # noqa: F401  (registers the models with timm)
 from bvit_interp.models import cost
-from bvit_interp.training.loop import build as start
+from bvit_interp.training.loop import build
 from bvit_interp.training.loop.recipe import Recipe
-from bvit_interp.training.loop.throughput import BACKWARD, utilisation
+from bvit_interp.training.loop.throughput import FORWARD_PASSES, utilisation
 
 try:
     from bvit_interp.training.loop.stepper import Stepper
@@ -81,7 +81,7 @@ class Training:
         self.model, self.device = timm.create_model(name, **shape).to(device).train(), device
         recipe = Recipe(model={"name": name}, data="random", epochs=1)
         self.optimizer, self.ema = (
-            start.optimizer(self.model, recipe),
+            build.optimizer(self.model, recipe),
             ModelEmaV3(self.model, decay=0.999),
         )
         blocks = list(self.model.blocks.children())
@@ -112,7 +112,7 @@ class Training:
 
     def flops(self) -> float:
         """Of a step."""
-        return BACKWARD * cost.flops(self.model, count_attention=True) * len(self.images)
+        return FORWARD_PASSES * cost.flops(self.model, count_attention=True) * len(self.images)
 
     def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
         with torch.autocast(torch.device(self.device).type, torch.bfloat16):

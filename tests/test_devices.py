@@ -22,9 +22,8 @@ from bvit_interp.data.catalog import open_samples
 from bvit_interp.data.digits import DigitScenes
 from bvit_interp.models import masks
 from bvit_interp.models.adapters import Adapted, Spec
-from bvit_interp.training.adapting import transfer
-from bvit_interp.training.loop import build as start
-from bvit_interp.training.loop import stepper, supervised
+from bvit_interp.training.adapting import transfer, transfer_data, transfer_plan
+from bvit_interp.training.loop import build, stepper, supervised
 from bvit_interp.training.loop import trainer as run_trainer
 from bvit_interp.training.loop.recipe import Recipe
 from bvit_interp.training.pruning import by_subset, graft_training
@@ -249,7 +248,7 @@ def test_nor_do_adapters_and_they_start_from_the_numbers_of_a_cpu(make, mode):
 
 def test_nor_do_grafts(recipe, tmp_path):
     samples, plan = open_samples("digits-s", "train"), recipe()
-    init, generator = start.make_model(plan, samples), torch.Generator().manual_seed(0)
+    init, generator = build.make_model(plan, samples), torch.Generator().manual_seed(0)
     of = masks.Masks(
         {n: torch.rand(m.shape, generator=generator) < 0.6 for n, m in masks.full(init).items()}
     )
@@ -275,9 +274,10 @@ def test_nor_do_tickets(recipe, tmp_path, by):
 
 def test_nor_do_adapters(make, tmp_path):
     train, test = (
-        transfer.chosen(DigitScenes(split, length=90), 90) for split in ("train", "test")
+        transfer_data.training_images(DigitScenes(split, length=90), 90)
+        for split in ("train", "test")
     )
-    plan = transfer.Plan(
+    plan = transfer_plan.Plan(
         mode=("probe", "te", "full", "lora-qv", "lora-ffn"), seeds=(0,), epochs=1, train_batch=32
     )
     with Pretended():

@@ -73,6 +73,3 @@ def to_device(array: np.ndarray, device: torch.device | str) -> torch.Tensor:
     if torch.device(device).type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
-
-
-drawn_for = seeded  # the former name

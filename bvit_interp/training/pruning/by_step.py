@@ -38,7 +38,7 @@ from bvit_interp.models import checkpoint
 from bvit_interp.models.bvit import BViT
 from bvit_interp.models.masks import PLACES, Masks, full
 from bvit_interp.training.loop import build, feed, supervised
-from bvit_interp.training.loop.draws import drawn_for
+from bvit_interp.training.loop.draws import seeded
 from bvit_interp.training.loop.recipe import Recipe
 from bvit_interp.training.loop.state import STATE
 from bvit_interp.training.loop.trainer import HISTORY
@@ -212,7 +212,7 @@ def _trained(model: VisionTransformer, masks: Masks) -> dict[str, Tensor]:
 
 def _drawn(seed: int, number: int, masks: Masks) -> dict[str, Tensor]:
     """Random numbers for a round, which rank the weights at random."""
-    with drawn_for(seed, number, 2):
+    with seeded(seed, number, 2):
         return {name: torch.rand(mask.shape) for name, mask in masks.items()}
 
 

@@ -27,7 +27,7 @@ from bvit_interp.models.bvit import BViT
 from bvit_interp.models.masks import Masks
 from bvit_interp.training.loop import build, feed
 from bvit_interp.training.loop.distill import objective
-from bvit_interp.training.loop.draws import drawn_for
+from bvit_interp.training.loop.draws import seeded
 from bvit_interp.training.loop.recipe import Recipe
 from bvit_interp.training.loop.throughput import precision
 from bvit_interp.training.pruning.grafts import Grafts, graft_logits
@@ -171,7 +171,7 @@ class _Training:
         parts = list(
             zip(images.chunk(recipe.accumulate), targets.chunk(recipe.accumulate), strict=True)
         )
-        with drawn_for(recipe.seed, epoch, self.done, self.rank, 1):
+        with seeded(recipe.seed, epoch, self.done, self.rank, 1):
             for pixels, target in parts:
                 losses = self._losses(pixels, target) / len(parts)
                 losses.sum().backward()  # no graft is in another's loss

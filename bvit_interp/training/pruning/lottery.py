@@ -25,7 +25,7 @@ from bvit_interp.models.masks import FILE, Masks
 from bvit_interp.models.unroll import unroll
 from bvit_interp.training.loop import feed
 from bvit_interp.training.loop.augment import Augmentation
-from bvit_interp.training.loop.draws import drawn_for
+from bvit_interp.training.loop.draws import seeded
 from bvit_interp.training.loop.recipe import Recipe
 from bvit_interp.training.pruning import routing, subsets
 from bvit_interp.training.pruning.criteria import prune_to
@@ -169,7 +169,7 @@ class Lottery:
         smallest."""
         sparsity = self.rounds[number - self.first][0]
         if family == "random":
-            with drawn_for(self.recipe.seed, _DRAW, k, number):
+            with seeded(self.recipe.seed, _DRAW, k, number):
                 scores = {name: torch.rand(mask.shape) for name, mask in masks.items()}
             return prune_to(masks, scores, sparsity)
         path = self.out / EXTRACTED / family / f"round-{number:02d}" / f"{k:02d}.safetensors"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bvit_interp.data.geometry import Geometry
 from bvit_interp.errors import UserError
 from bvit_interp.training.loop import build, feed
-from bvit_interp.training.loop.draws import drawn_for
+from bvit_interp.training.loop.draws import seeded
 from bvit_interp.training.loop.recipe import Recipe
 from bvit_interp.training.loop.throughput import precision
 from bvit_interp.training.pruning.graft_training import shortened_recipe
@@ -72,7 +72,7 @@ def train(
         schedule.step_update(j)
         if hasattr(drop, "prob"):
             drop.prob = recipe.patch_drop(recipe.epochs * j / len(batches))
-        with drawn_for(*batches.key, j), _autocast(recipe, device):
+        with seeded(*batches.key, j), _autocast(recipe, device):
             loss = subnets.loss(images.to(device), labels.to(device), k, recipe.label_smoothing)
             loss.backward()
         nn.utils.clip_grad_norm_(module.parameters(), recipe.clip or math.inf)

@@ -29,7 +29,7 @@ from bvit_interp.models.bvit import BViT
 from bvit_interp.models.masks import PLACES, Masks
 from bvit_interp.models.unroll import unroll
 from bvit_interp.training.loop.build import make_model
-from bvit_interp.training.loop.draws import drawn_for
+from bvit_interp.training.loop.draws import seeded
 from bvit_interp.training.loop.recipe import Recipe
 from bvit_interp.training.loop.throughput import precision
 from bvit_interp.training.pruning.grafts import check_model
@@ -68,7 +68,7 @@ def _build(recipe: Recipe, pool: Pool) -> nn.Module:
     if not timm.is_model(name) or timm.model_entrypoint(name).__module__.startswith("bvit_interp."):
         about = SimpleNamespace(classes=pool.classes, native_size=pool.samples.native_size)
         return make_model(recipe, cast("Samples", about))
-    with drawn_for(recipe.seed):
+    with seeded(recipe.seed):
         arguments = {key: value for key, value in recipe.model.items() if key != "name"}
         try:
             return timm.create_model(name, **arguments)
