@@ -50,8 +50,9 @@ def _latency(ax: Axes, frame: pd.DataFrame) -> None:
     times = frame["latency_ms"]
     _bars(ax, frame, times, "one image, ms", ends=frame["latency_high"])
     error = [times - frame["latency_low"], frame["latency_high"] - times]
-    line = {"ecolor": "black", "capsize": 2, "linewidth": 1}
-    ax.errorbar(times, frame["model"], xerr=error, fmt="none", **line)
+    ax.errorbar(
+        times, frame["model"], xerr=error, fmt="none", ecolor="black", capsize=2, linewidth=1
+    )
 
 
 def _bars(
@@ -61,8 +62,9 @@ def _bars(
     ends = values if ends is None else ends
     ax.barh(frame["model"], values, color=plotting.COLOURS[0], height=0.6)
     for y, (value, end) in enumerate(zip(values, ends.fillna(0), strict=True)):
-        style = {"textcoords": "offset points", "va": "center", "fontsize": 8}
-        ax.annotate(_number(value), (end, y), (4, 0), **style)
+        ax.annotate(
+            _number(value), (end, y), (4, 0), textcoords="offset points", va="center", fontsize=8
+        )
     ax.set_title(title, fontsize=9)
     ax.set_xlim(0, 1.3 * ends.fillna(1).max())
 

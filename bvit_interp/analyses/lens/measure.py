@@ -1,73 +1,82 @@
-"""What does the head already read in every token at every step, raw and behind an affine map tuned
-for the step?
+"""The logit lens and the tuned lens on every token at every step, scored.
 
-Ours; not in bViT (arXiv 2605.10661), whose Fig. 8 is the raw lens on CLS. Raw is the logit lens
-(nostalgebraist, 2020): the model's own final norm and head on z_t, of CLS, registers and patches
-alike. Tuned is the tuned lens (Belrose et al., 2023, arXiv 2303.08112): the same on ``z_t W_t +
-c_t``, one affine map for each step and kind of token, trained on cached states of images that are
-not scored for the least ``KL(final answer || lens)``. Unlike theirs the training starts at the
-least squared error to z_T^cls and each step is over the whole set, so that it is the same on any
-number of processes (`probes/lenses.py`). Of an image it sees CLS and up to four tokens of each
-other kind; registers and patches are to give the image's answer too.
+Ours; not in bViT (arXiv 2605.10661), whose Fig. 8 is the raw lens on CLS. The raw lens is the logit
+lens (nostalgebraist, 2020): the model's own final norm and head on z_t, of CLS, registers and
+patches alike. The tuned lens (Belrose et al., 2023, arXiv 2303.08112) is the same on ``z_t W_t +
+c_t``, with one affine map for each step and group of tokens, trained on cached states of images
+that are not scored to minimise ``KL(final prediction || lens)``. Unlike theirs the training starts
+at the least squared error to z_T^cls, and each step is over the whole set, so that it is the same
+on any number of processes (`tuned_lens.py`). It uses CLS and up to four tokens of each other group
+per image; registers and patches are trained to give the prediction of the image too.
 
-A row is one value of one `statistic` after one step, an image's number being the mean over its
-tokens of the kind:
+A row is one value of one `metric` after one step; the number of an image is the mean over its
+tokens of the group:
 
-- `top1`; `agreement` with the model's final answer and the `kl` from it, nats; `flips` from the
-  step before; `entropy`, nats; `true_rank`; `confidence` and the `calibration_error` of Guo et al.
-  (2017), 15 bins over all tokens;
-- `exit_accuracy` where an image leaves after the first step whose largest softmax probability on
-  CLS exceeds tau, and after T by the model's own head; `mean_step` at which they leave;
-- of every patch's log probability of the true class, a map for each image: `map_entropy` of the
+- `accuracy`; `agreement` with the model's final prediction and the `kl` from it, nats; `flips` from
+  the previous step; `entropy`, nats; `true_rank`; `confidence` and the `calibration_error` of Guo
+  et al. (2017), 15 bins over all tokens;
+- `exit_accuracy` if an image leaves after the first step whose largest softmax probability on CLS
+  exceeds tau, and after T by the model's own head; `mean_step` at which images leave;
+- a map for each image, of every patch's log probability of the true class: `map_entropy` of the
   probabilities as shares of the patches, `map_correlation` with the map of step T, and with masks
-  `pointing`: is its maximum on the object?
+  `pointing`: whether its maximum is on the object.
 
-`null`, in this order: the most frequent class; the final answer of another image, over all pairs,
-twice; independent answers given as often; log C; logits in random order; none; what sampling alone
-makes of calibrated answers (tokens as if independent); as many images leaving at each step, drawn
-at random; the classes that are not true; another image's map; another image's mask, over all pairs.
-A point that does not look hits with `object_share`, the share of patches whose centre is on the
-object. The lens `shuffled` is a null of the tuned one: trained alike, on states and answers of
-different images.
+The null of each metric: for `accuracy`, the share of the most frequent class; for `agreement` and
+`kl`, the final prediction of another image, over all pairs; for `flips`, independent predictions
+with the same class frequencies; for `entropy`, log C; for `true_rank`, logits in random order; for
+`confidence`, none; for `calibration_error`, the error that sampling alone gives calibrated
+predictions (tokens as if independent); for `exit_accuracy`, as many images leaving at each step,
+drawn at random; for `map_entropy`, the other classes; for `map_correlation`, the map of another
+image; for `pointing`, the mask of another image, over all pairs. A point chosen at random hits with
+`object_share`, the share of patches whose centre is on the object. The lens `shuffled` is a null of
+the tuned lens: trained in the same way, on states and logits of different images.
 
 Cost: one forward of every image, and the training; 1000 images of 32 px scored and 2000 cached, for
 a bViT of width 128 and its ViT, take 90 s of one core. ImageNet on a GPU, computed and not
-measured: 44 GFLOPs an image for bViT-B, a third more than the forward alone, 3 x 10^13 FLOPs for
-the training, and 370 MB of cached states for 1000 images. Expected: raw answers are near chance at
-the first steps; the tuned lens reads more there and meets the raw one at T.
+measured: 44 GFLOPs per image for bViT-B, a third more than the forward alone, 3 x 10^13 FLOPs for
+the training, and 370 MB of cached states for 1000 images. Expected: raw predictions are near chance
+at the first steps; the tuned lens reads more there and equals the raw one at T.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
 from bvit_interp.analyses.lens import COLUMNS, Config
-from bvit_interp.analyses.lens.scores import LENSES, Readings, leave
-from bvit_interp.analyses.lens.tuned_lens import Lenses, cached_states, kinds, make_lenses
-from bvit_interp.data.labels import label_map
-from bvit_interp.data.loader import run_in_halves
-from bvit_interp.data.samples import Samples, Subset, spread
+from bvit_interp.analyses.lens.map_scores import MapScores
+from bvit_interp.analyses.lens.prediction_scores import PredictionScores
+from bvit_interp.analyses.lens.tuned_lens import (
+    LENSES,
+    Lenses,
+    cached_states,
+    fit_lenses,
+    lens_logits,
+    token_groups,
+)
+from bvit_interp.data.samples import IGNORE, Samples, Subset, spread
+from bvit_interp.data.stream import ModelBatch, stream
 from bvit_interp.errors import UserError
-from bvit_interp.metrics import wilson_interval
+from bvit_interp.metrics import at_patch_centres, wilson_interval
+from bvit_interp.metrics.exits import exit_positions, random_exit_accuracy
 from bvit_interp.metrics.streaming.statistics import PerImage
+from bvit_interp.models.stepping import device_of
 from bvit_interp.models.unroll import unroll
-from bvit_interp.results import rank_and_world, replacing
+from bvit_interp.results import file_stem, write_arrays
 
-_SHARES = ("top1", "agreement", "flips")  # on CLS each image is right or not
-
-
-_TOKENS = 4  # of an image and kind, at most, that a map is trained on
-
-
+_SHARES = ("accuracy", "agreement", "flips")  # on CLS each image counts as 0 or 1
+_TRAINED_TOKENS = 4  # the most of an image and group that a map is trained on
 _THRESHOLDS = tuple(i / 50 for i in range(51))
+_BYTES_OF_LOGITS = 2**27  # of the patches' logits of one batch, the most
 
 
 def measure(
@@ -76,158 +85,239 @@ def measure(
     config: Config,
     folder: Path | None = None,
 ) -> pd.DataFrame:
-    """What every lens reads in every model.
+    """Scores of every lens on every model.
 
     Parameters
     ----------
-    models : name -> model whose head reads CLS; all see each image in one pass, and the images of
-        the fit in another.
-    data : labelled images; masks are used where there are any.
-    folder : where the maps go; without it none are kept.
+    models : name -> model whose head reads CLS; all models see each image in one pass, and the
+        images of the fit in another.
+    data : labelled images; masks are used if there are any.
+    folder : where the maps are written; without it none are kept.
 
     Returns
     -------
     A table of `COLUMNS`.
     """
-    classes = {name: label_map(data, model) for name, model in models.items()}
+    unrolled = {name: unroll(model) for name, model in models.items()}
     fitted, scored = _split(data, config)
-    lenses, trained_on = _tune(models, fitted, config)
-    examples = (
-        spread(len(scored), config.examples) if folder is not None and config.examples else []
-    )
-    readings = {
-        name: Readings(view, of_model, data.has_masks, examples)
-        for name, (view, of_model) in lenses.items()
+    lenses, n_fit = _fit(unrolled, fitted, config)
+    examples: list[int] = []
+    if folder is not None and config.n_examples:
+        examples = spread(len(scored), config.n_examples)
+    scores = {
+        name: _ModelScores(view, lenses[name], data.has_masks, examples)
+        for name, view in unrolled.items()
     }
-    loader, geometries = replace(config, limit=None).loader(scored, models, "lens")
-    for batch in loader:
-        for name, of_model in readings.items():
-            of_model.update(batch, geometries[name], classes[name])
+
+    def read(batch: ModelBatch) -> tuple[ModelBatch, dict[tuple[str, str], Tensor]]:
+        return batch, lens_logits(unrolled[batch.model], batch.images, lenses[batch.model])
+
+    for name, (batch, logits) in stream(
+        unrolled,
+        scored,
+        replace(config, limit=None),
+        read,
+        progress="lens",
+        labels=True,
+        images_at_once={name: _images_at_once(view) for name, view in unrolled.items()},
+    ):
+        scores[name].update(batch, logits)
     rows: list[dict[str, Any]] = []
-    for name, of_model in readings.items():
-        path = (
-            None
-            if folder is None
-            else folder / f"lens_{name.replace('/', '_').replace('@', '_')}.npz"
-        )
+    for name, of_model in scores.items():
+        path = None if folder is None else folder / f"lens_{file_stem(name)}.npz"
         if path is not None:
-            _keep(of_model, path, data.classes)
-        shared = {
-            "model": name,
-            "fit_images": trained_on,
-            "path": None if path is None else str(path),
-        }
-        rows += [shared | row for row in _rows(of_model)]
+            of_model.write_maps(path, data.classes)
+        shared = {"model": name, "n_fit": n_fit, "path": None if path is None else str(path)}
+        rows += [shared | row for row in of_model.rows()]
     return pd.DataFrame(rows).reindex(columns=list(COLUMNS)).astype({"step": "Int64"})
-
-
-def _split(data: Samples, config: Config) -> tuple[Subset, Subset]:
-    """Images to train the maps on, and others to score."""
-    chosen = spread(len(data), config.limit)
-    pool = sorted(set(range(len(data))) - set(chosen))
-    if len(pool) >= config.fit_images:
-        return Subset(data, [pool[i] for i in spread(len(pool), config.fit_images)]), Subset(
-            data, chosen
-        )
-    if len(chosen) < 4:
-        raise UserError(
-            f"the lens is tuned on images that are not scored: at least 4 are needed, got {len(chosen)}"
-        )
-    held = set(spread(len(chosen), min(config.fit_images, len(chosen) // 2)))
-    fitted, scored = (
-        [place for i, place in enumerate(chosen) if (i in held) == which] for which in (True, False)
-    )
-    return Subset(data, fitted), Subset(data, scored)
-
-
-def _tune(
-    models: Mapping[str, VisionTransformer], fitted: Subset, config: Config
-) -> tuple[dict[str, tuple[VisionTransformer, Lenses]], int]:
-    """Every model unrolled with its lenses, and the images they are trained on: states cached in
-    one pass, then a map for each step and kind of token.
-
-    States are gathered in the order of the data set, so every process trains the same maps."""
-    views = {name: unroll(model) for name, model in models.items()}
-    cached = {
-        name: {kind: PerImage() for kind in (*kinds(view), "answers")}
-        for name, view in views.items()
-    }
-    loader, geometries = replace(config, limit=None).loader(fitted, models, "lens, tuning")
-    for batch in loader:
-        for name, view in views.items():
-            for index, found in run_in_halves(
-                lambda part, name=name, view=view: (
-                    part.index,
-                    cached_states(view, part.views[geometries[name]][0], part.index, _TOKENS),
-                ),
-                batch,
-            ):
-                for kind, states in found.items():
-                    cached[name][kind].update(index, states.flatten(1).cpu())
-    made, count = {}, 0
-    for name, view in views.items():
-        rows = {kind: of_kind.compute()[1].float() for kind, of_kind in cached.pop(name).items()}
-        made[name] = view, make_lenses(view, rows, config.iterations, config.seed)
-        count = len(rows["answers"])
-    return made, count
-
-
-def _rows(readings: Readings) -> Iterator[dict[str, Any]]:
-    """Rows of one model, but for what they share."""
-    found = {key: scores.compute() for key, scores in readings.scores.items()}
-    for lens, maps in readings.maps.items():
-        found[lens, "patches"] |= maps.compute()
-    n = int(found["raw", "cls"]["top1"]["n"][0])
-    for (lens, kind), statistics in found.items():
-        for statistic, measures in statistics.items():
-            for t in range(readings.steps):
-                of_step = {key: values[t].item() for key, values in measures.items()}
-                if kind == "cls" and statistic in _SHARES and not math.isnan(of_step["value"]):
-                    of_step["low"], of_step["high"] = wilson_interval(of_step["value"] * n, n)
-                yield {
-                    "lens": lens,
-                    "tokens": kind,
-                    "statistic": statistic,
-                    "step": t + 1,
-                    "n": n,
-                } | of_step
-    leaving = readings.leaving.compute()[1].numpy().reshape(n, len(LENSES), 2, readings.steps)
-    for i, lens in enumerate(LENSES):
-        for tau in _THRESHOLDS:
-            row = {
-                "lens": lens,
-                "tokens": "cls",
-                "statistic": "exit_accuracy",
-                "threshold": tau,
-                "n": n,
-            }
-            yield row | leave(leaving[:, i, 0], leaving[:, i, 1], tau)
-
-
-def _keep(readings: Readings, path: Path, classes: Sequence[str]) -> None:
-    """Write the mean maps and the examples."""
-    lenses, size = list(readings.maps), readings.view.patch_embed.img_size
-    means = np.stack([maps.mean.compute()["value"] for maps in readings.maps.values()])
-    labels, pixels, maps = np.split(
-        readings.examples.compute()[1].numpy(), [1, 1 + 3 * size[0] * size[1]], axis=1
-    )
-    if rank_and_world()[0] == 0:
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            np.savez_compressed(
-                file,
-                lenses=np.array(lenses),
-                classes=np.array([classes[int(label)] for label in labels[:, :1].flat]),
-                images=pixels.reshape(len(labels), *size, 3).astype(np.uint8),
-                maps=maps.reshape(len(labels), len(lenses), readings.steps, *readings.grid).astype(
-                    np.float32
-                ),
-                mean_maps=means.reshape(len(lenses), readings.steps, *readings.grid),
-            )
 
 
 def summary(frame: pd.DataFrame) -> pd.DataFrame:
     """Accuracy and divergence on CLS after a quarter, half and all of the steps."""
     last = frame.groupby("model")["step"].transform("max")
     shown = (frame["step"] == last) | (frame["step"] == last // 2) | (frame["step"] == last // 4)
-    rows = frame[shown & (frame["tokens"] == "cls") & frame["statistic"].isin(("top1", "kl"))]
+    metrics = frame["metric"].isin(("accuracy", "kl"))
+    rows = frame[shown & (frame["tokens"] == "cls") & metrics]
     return rows.drop(columns=["threshold", "mean_step", "path"])
+
+
+# ---- training the maps ---------------------------------------------------------------------------
+
+
+def _split(data: Samples, config: Config) -> tuple[Subset, Subset]:
+    """Images to train the maps on, and others to score."""
+    chosen = spread(len(data), config.limit)
+    others = sorted(set(range(len(data))) - set(chosen))
+    if len(others) >= config.n_fit:
+        fitted = [others[i] for i in spread(len(others), config.n_fit)]
+        return Subset(data, fitted), Subset(data, chosen)
+    if len(chosen) < 4:
+        raise UserError(
+            "the lens is tuned on images that are not scored:"
+            f" at least 4 are needed, got {len(chosen)}"
+        )
+    held_out = set(spread(len(chosen), min(config.n_fit, len(chosen) // 2)))
+    fitted = [image for i, image in enumerate(chosen) if i in held_out]
+    scored = [image for i, image in enumerate(chosen) if i not in held_out]
+    return Subset(data, fitted), Subset(data, scored)
+
+
+def _fit(
+    unrolled: Mapping[str, VisionTransformer], fitted: Subset, config: Config
+) -> tuple[dict[str, Lenses], int]:
+    """The lenses of every model, and the number of images they are trained on.
+
+    States are cached in one pass and gathered in the order of the data set, so every process trains
+    the same maps.
+    """
+    cached = {
+        name: {key: PerImage() for key in (*token_groups(view), "logits")}
+        for name, view in unrolled.items()
+    }
+
+    def record(batch: ModelBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        recorded = cached_states(unrolled[batch.model], batch.images, batch.index, _TRAINED_TOKENS)
+        return batch.index, {key: values.flatten(1).cpu() for key, values in recorded.items()}
+
+    # labels are not used here, but classes that do not match are refused before the training
+    for name, (index, recorded) in stream(
+        unrolled, fitted, replace(config, limit=None), record, progress="lens, tuning", labels=True
+    ):
+        for key, values in recorded.items():
+            cached[name][key].update(index, values)
+    lenses, n_fit = {}, 0
+    for name, view in unrolled.items():
+        rows = {key: metric.compute()[1].float() for key, metric in cached.pop(name).items()}
+        lenses[name] = fit_lenses(view, rows, config.iterations, config.seed)
+        n_fit = len(rows["logits"])
+    return lenses, n_fit
+
+
+# ---- scoring -------------------------------------------------------------------------------------
+
+
+def _images_at_once(view: VisionTransformer) -> int:
+    """How many images' logits of all patches, steps and lenses fit in `_BYTES_OF_LOGITS`."""
+    logits = len(view.blocks) * view.patch_embed.num_patches * view.num_classes * len(LENSES)
+    return _BYTES_OF_LOGITS // (8 * logits)
+
+
+class _ModelScores:
+    """All that is kept of one model while the images are read.
+
+    Parameters
+    ----------
+    view : a tied unroll or a stacked ViT.
+    lenses : its lenses.
+    masks : whether the images have masks.
+    examples : positions of the images whose maps are kept.
+    """
+
+    def __init__(
+        self, view: VisionTransformer, lenses: Lenses, masks: bool, examples: Collection[int]
+    ) -> None:
+        self._steps = len(view.blocks)
+        self._grid: tuple[int, int] = tuple(view.patch_embed.grid_size)
+        self._size: tuple[int, int] = tuple(view.patch_embed.img_size)
+        device, patches = device_of(view), view.patch_embed.num_patches
+        self._predictions = {
+            key: PredictionScores(self._steps, view.num_classes, device) for key in lenses
+        }
+        self._maps = {lens: MapScores(self._steps, patches, masks, device) for lens in LENSES}
+        self._exits = PerImage()
+        self._examples = PerImage()
+        self._kept = torch.tensor(sorted(examples), dtype=torch.int64)
+
+    def update(self, batch: ModelBatch, logits: Mapping[tuple[str, str], Tensor]) -> None:
+        """Add a batch with the logits of every lens."""
+        final = logits["raw", "cls"][-1, :, 0]
+        for key, scores in self._predictions.items():
+            scores.update(logits[key], final, batch.labels)
+        masks = _patch_masks(batch, self._grid)
+        maps = [
+            scores.update(logits[lens, "patches"], batch.labels, masks)
+            for lens, scores in self._maps.items()
+        ]
+        exits = [_exit_numbers(logits[lens, "cls"], final, batch.labels) for lens in LENSES]
+        self._exits.update(batch.index, torch.cat(exits, 1).cpu())
+        kept = torch.isin(batch.index, self._kept)
+        examples = batch.take(kept)
+        parts = [
+            examples.data_labels[:, None],
+            batch.geometry.to_pixels(examples.images),
+            torch.stack(maps, 1)[kept.to(batch.device)],
+        ]
+        numbers = torch.cat([part.double().flatten(1) for part in parts], 1)
+        self._examples.update(examples.index, numbers.cpu())
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The rows of the model, without the columns that are equal in all of them."""
+        scores = {key: metric.compute() for key, metric in self._predictions.items()}
+        for lens, maps in self._maps.items():
+            scores[lens, "patches"] |= maps.compute()
+        n = int(scores["raw", "cls"]["accuracy"]["n"][0])
+        for (lens, group), metrics in scores.items():
+            for metric, columns in metrics.items():
+                key = {"lens": lens, "tokens": group, "metric": metric}
+                for i in range(self._steps):
+                    row = {column: values[i].item() for column, values in columns.items()}
+                    if group == "cls" and metric in _SHARES and not math.isnan(row["value"]):
+                        row["low"], row["high"] = wilson_interval(row["value"] * n, n)
+                    yield key | {"step": i + 1, "n": n} | row
+        yield from self._exit_rows()
+
+    def _exit_rows(self) -> Iterator[dict[str, Any]]:
+        table = self._exits.compute()[1].numpy()
+        n = len(table)
+        numbers = table.reshape(n, len(LENSES), 2, self._steps)
+        for i, lens in enumerate(LENSES):
+            confidence, correct = numbers[:, i, 0], numbers[:, i, 1]
+            for tau in _THRESHOLDS:
+                positions = exit_positions(confidence, tau)
+                hits = correct[np.arange(n), positions].sum()
+                low, high = wilson_interval(hits, n)
+                yield {
+                    "lens": lens,
+                    "tokens": "cls",
+                    "metric": "exit_accuracy",
+                    "threshold": tau,
+                    "n": n,
+                    "value": hits / n,
+                    "low": low,
+                    "high": high,
+                    "null": random_exit_accuracy(correct, positions),
+                    "mean_step": float(positions.mean() + 1),
+                }
+
+    def write_maps(self, path: Path, classes: Sequence[str]) -> None:
+        """Write the mean maps and the examples."""
+        pixels = 3 * self._size[0] * self._size[1]
+        labels, images, maps = np.split(
+            self._examples.compute()[1].numpy(), [1, 1 + pixels], axis=1
+        )
+        means = np.stack([scores.mean_maps().numpy() for scores in self._maps.values()])
+        shape = (len(LENSES), self._steps, *self._grid)
+        write_arrays(
+            path,
+            lenses=np.array(LENSES),
+            classes=np.array([classes[int(label)] for label in labels.flat]),
+            images=images.reshape(len(labels), *self._size, 3).astype(np.uint8),
+            maps=maps.reshape(len(labels), *shape).astype(np.float32),
+            mean_maps=means.reshape(shape),
+        )
+
+
+def _patch_masks(batch: ModelBatch, grid: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
+    """Patches whose centre is on the object, and those whose centre is ignored, ``(B, P)`` bool."""
+    if batch.masks is None:
+        return None
+    centres = at_patch_centres(batch.masks, grid)
+    return centres == batch.data_labels[:, None] + 1, centres == IGNORE
+
+
+def _exit_numbers(logits: Tensor, final: Tensor, labels: Tensor) -> Tensor:
+    """Confidence on CLS after every step, then whether the prediction is correct, ``(B, 2 T)``;
+    after T those of the model itself."""
+    per_step = torch.cat([logits[:-1, :, 0], final[None]]).double()
+    confidence, correct = per_step.softmax(-1).amax(-1), per_step.argmax(-1) == labels
+    return torch.cat([confidence.T, correct.double().T], 1)

@@ -1,4 +1,4 @@
-"""Figure of `lens`, from its table alone."""
+"""Figure of `lens`, from its table alone; example maps from their files."""
 
 from __future__ import annotations
 
@@ -12,72 +12,68 @@ from matplotlib.figure import Figure, SubFigure
 
 from bvit_interp import plotting
 
+# (metric, tokens): title, unit, null
 _PANELS = {
-    ("top1", "cls"): ("CLS: accuracy", "share of images", "most frequent class"),
-    ("kl", "cls"): ("CLS: KL from the final answer", "nats", "final answer of another image"),
+    ("accuracy", "cls"): ("CLS: accuracy", "share of images", "most frequent class"),
+    ("kl", "cls"): (
+        "CLS: KL from the final prediction",
+        "nats",
+        "final prediction of another image",
+    ),
     ("calibration_error", "cls"): ("CLS: calibration error", "15 bins", "sampling alone"),
     ("exit_accuracy", "cls"): (
-        "CLS: leaving early, tau from 0 to 1",
-        "share of images right",
+        "CLS: early exit, tau from 0 to 1",
+        "accuracy",
         "leaving at random",
     ),
-    ("top1", "patches"): ("patches: accuracy", "mean share of patches", "most frequent class"),
+    ("accuracy", "patches"): ("patches: accuracy", "mean share of patches", "most frequent class"),
     ("pointing", "patches"): (
         "maps: maximum on the object",
         "share of images",
         "mask of another image",
     ),
     ("map_correlation", "patches"): (
-        "maps: correlation with that of T",
-        "Pearson's",
+        "maps: correlation with the map of step T",
+        "Pearson's r",
         "map of another image",
     ),
 }
+_SHOWN_STEPS = 7  # of an example
 
 
 def plot(frame: pd.DataFrame) -> Figure:
     """Accuracy, divergence, calibration and early exit on CLS, accuracy and maps of patches; below,
     example maps."""
-    masks = (frame["statistic"] == "pointing").any()
-    panels = [key for key in _PANELS if key[0] != ("map_correlation" if masks else "pointing")]
-    paths = frame.dropna(subset="path").drop_duplicates("model")
-    examples = {
-        name: _read(Path(path)) for name, path in zip(paths["model"], paths["path"], strict=True)
-    }
-    examples = {
-        name: arrays for name, arrays in examples.items() if arrays and len(arrays["images"])
-    }
+    masks = (frame["metric"] == "pointing").any()
+    left_out = "map_correlation" if masks else "pointing"
+    examples = _examples(frame)
     heights = [6.4, *(0.5 + 2.1 * len(arrays["images"]) for arrays in examples.values())]
     figure = Figure(figsize=(12.5, sum(heights)), layout="constrained")
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-    axes = parts[0].subplots(2, 3)
-    for ax, key in zip(axes.flat, panels, strict=True):
-        _panel(
-            ax, frame[(frame["statistic"] == key[0]) & (frame["tokens"] == key[1])], *_PANELS[key]
-        )
-    lines = [line for line in axes[0, 0].lines if not str(line.get_label()).startswith("_")]
-    lines.sort(key=lambda line: line.get_linestyle() == ":")  # the null last
-    parts[0].legend(
-        handles=lines,
-        loc="outside upper center",
-        ncols=min(len(lines), 5),
-        frameon=False,
-        fontsize=9,
-    )
+    axes = plotting.subcanvas(parts[0], columns=3, rows=2)
+    panels = [key for key in _PANELS if key[0] != left_out]
+    for ax, (metric, tokens) in zip(axes.flat, panels, strict=True):
+        rows = frame[(frame["metric"] == metric) & (frame["tokens"] == tokens)]
+        _panel(ax, rows, *_PANELS[metric, tokens])
+    _shared_legend(parts[0], axes[0, 0])
     for part, (name, arrays) in zip(parts[1:], examples.items(), strict=True):
-        _strip(part, str(name), arrays)
+        _example_maps(part, name, arrays)
     return figure
 
 
-def _read(path: Path) -> dict[str, np.ndarray]:
-    if not path.exists():
-        return {}
-    with np.load(path) as found:
-        return dict(found)
+def _examples(frame: pd.DataFrame) -> dict[str, dict[str, np.ndarray]]:
+    """Model -> the arrays of its examples, where there are any."""
+    examples = {}
+    for _, row in frame.dropna(subset="path").drop_duplicates("model").iterrows():
+        path = Path(row["path"])
+        if path.exists():
+            with np.load(path) as arrays:
+                examples[str(row["model"])] = dict(arrays)
+    return {name: arrays for name, arrays in examples.items() if len(arrays["images"])}
 
 
 def _panel(ax: Axes, frame: pd.DataFrame, title: str, unit: str, null: str) -> None:
-    """A statistic of each model, raw dashed and hollow, tuned solid; grey: its null, and the
+    """One metric of each model, raw dashed and hollow, tuned solid; grey: its null, and the
     shuffled lens."""
     exits = frame["threshold"].notna().any()
     x = "mean_step" if exits else "step"
@@ -85,30 +81,14 @@ def _panel(ax: Axes, frame: pd.DataFrame, title: str, unit: str, null: str) -> N
         for lens, part in frame[frame["model"] == name].groupby("lens", sort=False):
             style = plotting.line_style(i) | {"linestyle": "-", "markersize": 3 if exits else 4}
             if lens == "shuffled":
-                label = None if i else "tuned on answers of other images"
-                ax.plot(
-                    part[x],
-                    part["value"],
-                    **plotting.NULL,
-                    linestyle=":",
-                    marker=style["marker"],
-                    markersize=2,
-                    label=label,
-                )
+                grey = {"linestyle": ":", "marker": style["marker"], "markersize": 2}
+                label = None if i else "tuned on logits of other images"
+                plotting.line(ax, part, x, style=plotting.NULL | grey, label=label, interval=None)
                 continue
             if lens == "raw":
                 style |= {"linestyle": "--", "markerfacecolor": "white"}
-            part = part.sort_values(x)
-            ax.plot(part[x], part["value"], **style, label=f"{name}, {lens}")
-            ax.fill_between(
-                part[x], part["low"], part["high"], color=style["color"], alpha=0.15, linewidth=0
-            )
-            ax.plot(
-                part[x], part["null"], **plotting.NULL, linestyle=style["linestyle"], label="_null"
-            )
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(axis="y", color="0.9", linewidth=0.8)
-    ax.set_axisbelow(True)
+            label = f"{name}, {lens}"
+            plotting.line(ax, part, x, style=style, label=label, null="null", null_label="_null")
     if not exits:
         plotting.step_axis(ax, frame["step"])
     ax.set(xlabel="mean step at which images leave" if exits else "step", ylabel=unit)
@@ -116,21 +96,33 @@ def _panel(ax: Axes, frame: pd.DataFrame, title: str, unit: str, null: str) -> N
     ax.set_title(f"{title}\ngrey: {null}", fontsize=10)
 
 
-def _strip(panel: SubFigure, name: str, arrays: Mapping[str, np.ndarray]) -> None:
-    """Example images, and what every patch gives the true class after some steps: raw, and tuned
-    below."""
-    steps = np.unique(np.linspace(1, arrays["maps"].shape[2], 7).round().astype(int))
+def _shared_legend(panel: SubFigure, ax: Axes) -> None:
+    """One legend above all panels, the null last."""
+    lines = [line for line in ax.lines if not str(line.get_label()).startswith("_")]
+    lines.sort(key=lambda line: line.get_linestyle() == ":")
+    panel.legend(
+        handles=lines,
+        loc="outside upper center",
+        ncols=min(len(lines), 5),
+        frameon=False,
+        fontsize=9,
+    )
+
+
+def _example_maps(panel: SubFigure, name: str, arrays: Mapping[str, np.ndarray]) -> None:
+    """Example images, and every patch's probability of the true class after some steps: raw, and
+    tuned below."""
+    steps = np.unique(np.linspace(1, arrays["maps"].shape[2], _SHOWN_STEPS).round().astype(int))
     count, lenses = len(arrays["images"]), list(arrays["lenses"])
     axes = panel.subplots(count * len(lenses), len(steps) + 1, squeeze=False)
-    for i, (image, label, of_image) in enumerate(
-        zip(arrays["images"], arrays["classes"], arrays["maps"], strict=True)
-    ):
-        for j, (lens, maps) in enumerate(zip(lenses, of_image, strict=True)):
+    for i in range(count):
+        for j, lens in enumerate(lenses):
             row = axes[i * len(lenses) + j]
-            row[0].imshow(image)
-            row[0].set_ylabel(f"{label}\n{lens}", fontsize=9)
+            row[0].imshow(arrays["images"][i])
+            row[0].set_ylabel(f"{arrays['classes'][i]}\n{lens}", fontsize=9)
             for ax, step in zip(row[1:], steps, strict=True):
-                shown = ax.imshow(np.exp(maps[step - 1]), cmap=plotting.SEQUENTIAL, vmin=0, vmax=1)
+                probability = np.exp(arrays["maps"][i, j, step - 1])
+                shown = ax.imshow(probability, cmap=plotting.SEQUENTIAL, vmin=0, vmax=1)
                 if not i and not j:
                     ax.set_title(f"step {step}", fontsize=9)
     for ax in axes.flat:

@@ -1,32 +1,44 @@
-"""The lens against `step_accuracy`, against a reading by hand, and against what its table must say
-at both ends."""
+"""The lens against `step_accuracy`, against a reading by hand, and at both ends."""
 
 from __future__ import annotations
 
 import dataclasses
-import io
+import importlib
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from bvit_interp.analyses import lens, step_accuracy
-from bvit_interp.analyses.lens import COLUMNS, Config, measure, plot
+from bvit_interp.analyses import step_accuracy
+from bvit_interp.analyses.lens import COLUMNS, Config, measure, plot, summary
+from bvit_interp.analyses.lens.measure import _images_at_once, _split
+from bvit_interp.data.geometry import Geometry
+from bvit_interp.data.samples import spread
 from bvit_interp.errors import DataError, UserError
+from bvit_interp.metrics import wilson_interval
+from bvit_interp.models.unroll import unroll
 
-FAST = Config(fit_images=10, iterations=2, limit=12, batch_size=8)
-BOTH_ENDS = ("agreement", "kl", "top1")
+FAST = Config(n_fit=10, iterations=2, limit=12, batch_size=8)
+BOTH_ENDS = ("agreement", "kl", "accuracy")
+
+
+def without_masks(squares):
+    class Unmasked(squares):
+        has_masks = False
+
+        def read(self, i):
+            return (*super().read(i)[:2], None)
+
+    return Unmasked(27)
 
 
 def change(**options):
     return dataclasses.replace(FAST, **options)
 
 
-def steps_of(frame, of, tokens, statistic):
-    rows = frame[
-        (frame["lens"] == of) & (frame["tokens"] == tokens) & (frame["statistic"] == statistic)
-    ]
+def steps_of(frame, of, tokens, metric):
+    rows = frame[(frame["lens"] == of) & (frame["tokens"] == tokens) & (frame["metric"] == metric)]
     return rows.set_index("step")
 
 
@@ -36,17 +48,17 @@ def test_raw_on_cls_is_the_step_accuracy(any_model, digits):
     known = step_accuracy.measure(
         {"m": any_model}, digits, step_accuracy.Config(steps=depth, limit=12)
     ).set_index("step")
-    for name in ("top1", "agreement", "entropy", "true_rank", "confidence", "flips"):
+    for name in ("accuracy", "agreement", "entropy", "true_rank", "confidence", "flips"):
         rows = steps_of(frame, "raw", "cls", name)
         np.testing.assert_allclose(rows["value"], known[name], rtol=1e-6, err_msg=name)
     np.testing.assert_allclose(steps_of(frame, "raw", "cls", "flips")["null"], known["flips_null"])
-    np.testing.assert_allclose(steps_of(frame, "raw", "cls", "top1")["null"], known["chance"])
+    np.testing.assert_allclose(steps_of(frame, "raw", "cls", "accuracy")["null"], known["chance"])
     np.testing.assert_allclose(
-        steps_of(frame, "raw", "cls", "top1")[["low", "high"]], known[["low", "high"]]
+        steps_of(frame, "raw", "cls", "accuracy")[["low", "high"]], known[["low", "high"]]
     )
     assert steps_of(frame, "raw", "cls", "kl")["value"].iloc[-1] == pytest.approx(0, abs=1e-12)
     assert (frame["n"] <= 12).all()
-    assert (frame["fit_images"] == 10).all()
+    assert (frame["n_fit"] == 10).all()
     registers = any_model.num_prefix_tokens > (2 if hasattr(any_model, "head_dist") else 1)
     assert set(frame["tokens"]) == ({"cls", "reg", "patches"} if registers else {"cls", "patches"})
     for kind in set(frame["tokens"]):
@@ -55,9 +67,6 @@ def test_raw_on_cls_is_the_step_accuracy(any_model, digits):
 
 def test_patches_by_hand(tiny, digits, by_hand):
     frame = measure({"m": tiny}, digits, FAST)
-    from bvit_interp.data.geometry import Geometry
-    from bvit_interp.data.samples import spread
-
     geometry = Geometry.of(tiny, digits)
     scenes = [digits.read(i) for i in spread(60, 12)]
     images, labels = (
@@ -78,7 +87,7 @@ def test_patches_by_hand(tiny, digits, by_hand):
             found = {
                 name: steps_of(frame, "raw", "patches", name)["value"][t] for name in BOTH_ENDS
             }
-            assert found["top1"] == pytest.approx((q.argmax(-1) == labels[:, None]).mean())
+            assert found["accuracy"] == pytest.approx((q.argmax(-1) == labels[:, None]).mean())
             assert found["agreement"] == pytest.approx(
                 (q.argmax(-1) == final.argmax(-1)[:, None]).mean()
             )
@@ -105,7 +114,7 @@ def test_the_tuned_lens_reads_more_than_the_raw_and_than_its_null(make, digits):
     """A random model's answers are functions of the image; the map learns them from other
     images."""
     model = make(num_steps=3)
-    frame = measure({"m": model}, digits, Config(fit_images=40, limit=20, iterations=20))
+    frame = measure({"m": model}, digits, Config(n_fit=40, limit=20, iterations=20))
     raw, tuned, shuffled = (
         steps_of(frame, of, "cls", "kl")["value"] for of in ("raw", "tuned", "shuffled")
     )
@@ -123,10 +132,9 @@ def test_it_does_not_depend_on_the_batches(name, digits, request):
 
 def test_memory_that_runs_short_changes_nothing(tiny, digits, monkeypatch):
     """Parts that fit a bound, and batches halved after an error as on a GPU."""
-    from bvit_interp.analyses.lens import scores as lens_scores
-
+    module = importlib.import_module("bvit_interp.analyses.lens.measure")
     whole = measure({"m": tiny}, digits, FAST)
-    monkeypatch.setattr(lens_scores, "BYTES_OF_LOGITS", 1)
+    monkeypatch.setattr(module, "_BYTES_OF_LOGITS", 1)
     pd.testing.assert_frame_equal(measure({"m": tiny}, digits, FAST), whole, rtol=1e-5, atol=1e-5)
     monkeypatch.undo()
     head = type(tiny).forward_head
@@ -141,36 +149,60 @@ def test_memory_that_runs_short_changes_nothing(tiny, digits, monkeypatch):
 
 
 def test_images_are_trained_on_or_scored_never_both(squares):
-    for count, limit, fit_images, scored, fitted in (
+    for count, limit, n_fit, scored, fitted in (
         (27, 9, 18, 9, 18),
         (27, None, 10, 17, 10),
         (27, 20, 18, 10, 10),
     ):
-        fit, score = lens._split(squares(count), Config(limit=limit, fit_images=fit_images))
+        fit, score = _split(squares(count), Config(limit=limit, n_fit=n_fit))
         assert (len(score), len(fit)) == (scored, fitted)
         assert not set(fit.places) & set(score.places)
         assert score.name(2) == f"square-{score.places[2]}"
     with pytest.raises(UserError, match="at least 4 are needed, got 3"):
-        lens._split(squares(3), Config())
+        _split(squares(3), Config())
 
 
 def test_leaving_at_both_ends_of_the_threshold(tiny, digits):
     frame = measure({"m": tiny}, digits, FAST)
-    exits = frame[frame["statistic"] == "exit_accuracy"]
-    own = steps_of(frame, "raw", "cls", "top1")["value"]
+    exits = frame[frame["metric"] == "exit_accuracy"]
+    own = steps_of(frame, "raw", "cls", "accuracy")["value"]
     for of in ("raw", "tuned"):
         curve = exits[exits["lens"] == of].set_index("threshold")
         assert curve.loc[1.0, "value"] == own[12] == curve.loc[1.0, "null"]
         assert curve.loc[1.0, "mean_step"] == 12
-        assert curve.loc[0.0, "value"] == steps_of(frame, of, "cls", "top1")["value"][1]
+        assert curve.loc[0.0, "value"] == steps_of(frame, of, "cls", "accuracy")["value"][1]
         assert curve.loc[0.0, "mean_step"] == 1
         assert curve["mean_step"].is_monotonic_increasing
+
+
+def test_early_exit_between_the_ends_by_hand(tiny, digits, by_hand):
+    frame = measure({"m": tiny}, digits, FAST)
+    scenes = [digits.read(i) for i in spread(60, 12)]
+    images = torch.stack([Geometry.of(tiny, digits)(scene[0])[0] for scene in scenes])
+    labels = np.array([scene[1] for scene in scenes])
+    with torch.no_grad():
+        sites = by_hand.run(tiny, images, [tiny.blocks[0]] * 12)[1:]
+        logits = torch.stack([by_hand.logits(tiny, site["resid_post"]) for site in sites], 1)
+    p = logits.double().softmax(-1).numpy()
+    exits = frame[(frame["metric"] == "exit_accuracy") & (frame["lens"] == "raw")]
+    steps_seen = set()
+    for tau in (0.3, 0.5, 0.7):
+        steps = [next((t for t in range(11) if row[t].max() > tau), 11) for row in p]
+        steps_seen |= set(steps)
+        hits = sum(row[t].argmax() == label for row, t, label in zip(p, steps, labels, strict=True))
+        found = exits.set_index("threshold").loc[tau]
+        assert found["value"] == hits / 12
+        assert found["mean_step"] == pytest.approx(np.mean(steps) + 1)
+        assert (found["low"], found["high"]) == pytest.approx(wilson_interval(int(hits), 12))
+        null = [(p[:, t].argmax(-1) == labels).mean() for t in steps]
+        assert found["null"] == pytest.approx(np.mean(null))
+    assert len(steps_seen) > 2  # or the comparison says little
 
 
 def test_one_image_is_scored_and_has_no_other_to_compare_with(make, digits):
     frame = measure({"m": make(num_steps=1)}, digits, change(limit=1))
     assert (frame["n"] <= 1).all()
-    assert frame[frame["statistic"].isin(["kl", "agreement"])]["null"].isna().all()
+    assert frame[frame["metric"].isin(["kl", "agreement"])]["null"].isna().all()
     plot(frame)
 
 
@@ -191,8 +223,8 @@ def test_several_models_share_one_pass_and_come_back_as_they_were(tiny, stacked,
     pd.testing.assert_frame_equal(both[both["model"] == "b"].reset_index(drop=True), alone)
 
 
-def test_kept_maps_are_those_of_the_table(tiny, digits, tmp_path):
-    frame = measure({"a/b@ema": tiny}, digits, change(examples=3), folder=tmp_path)
+def test_kept_maps_are_those_by_hand(tiny, digits, by_hand, tmp_path):
+    frame = measure({"a/b@ema": tiny}, digits, change(n_examples=3), folder=tmp_path)
     assert set(frame["path"]) == {str(tmp_path / "lens_a_b_ema.npz")}
     with np.load(tmp_path / "lens_a_b_ema.npz") as found:
         assert found["maps"].shape == (3, 2, 12, 4, 4)
@@ -203,45 +235,61 @@ def test_kept_maps_are_those_of_the_table(tiny, digits, tmp_path):
             image, label, _ = digits.read(place)
             assert found["classes"][i] == str(label)
             assert np.abs(found["images"][i].astype(int) - image).max() <= 1
-    without = measure({"a": tiny}, digits, change(examples=0), folder=tmp_path)
+        reference = kept_maps_by_hand(tiny, digits, by_hand)
+        np.testing.assert_allclose(found["maps"][:, 0], reference[[0, 4, 8]], rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(found["mean_maps"][0], reference.mean(0), rtol=1e-3, atol=1e-4)
+    without = measure({"a": tiny}, digits, change(n_examples=0), folder=tmp_path)
     assert len(plot(without).axes) == 6
 
 
-def test_columns_and_figure_from_the_csv_alone(tiny, stacked, squares, digits, tmp_path):
-    class Unmasked(squares):
-        has_masks = False
+def kept_maps_by_hand(model, data, by_hand):
+    """Raw maps of the scored images ``(12, T, 4, 4)``: log probability of the true class."""
+    scenes = [data.read(i) for i in spread(60, 12)]
+    images = torch.stack([Geometry.of(model, data)(scene[0])[0] for scene in scenes])
+    with torch.no_grad():
+        sites = by_hand.run(model, images, [model.blocks[0]] * 12)[1:]
+        logits = torch.stack(
+            [
+                torch.stack([by_hand.logits(model, z["resid_post"][:, 1 + i :]) for i in range(16)])
+                for z in sites
+            ]
+        )  # (T, P, B, C)
+    log_p = logits.double().log_softmax(-1).numpy()
+    maps = [log_p[:, :, i, scene[1]] for i, scene in enumerate(scenes)]
+    return np.stack(maps).reshape(12, 12, 4, 4)
 
-        def read(self, i):
-            return (*super().read(i)[:2], None)
 
-    frame = measure({"a": tiny, "b": stacked}, digits, FAST, folder=tmp_path)
+def test_columns_rows_and_summary(tiny, stacked, squares, digits):
+    frame = measure({"a": tiny, "b": stacked}, digits, FAST)
     assert list(frame) == list(COLUMNS)
-    assert not frame.duplicated(["model", "lens", "tokens", "statistic", "step", "threshold"]).any()
-    figure = plot(pd.read_csv(io.StringIO(frame.to_csv(index=False))))
-    accuracy = figure.axes[0]
-    rows = steps_of(frame[frame["model"] == "a"], "raw", "cls", "top1")
-    np.testing.assert_allclose(accuracy.lines[0].get_ydata(), rows["value"])
-    np.testing.assert_allclose(accuracy.lines[1].get_ydata(), rows["null"])
-    assert "maximum on the object" in figure.axes[5].get_title()
-    headline = FAST.headline(frame[frame["model"] == "a"])
-    assert set(headline["step"]) == {3, 6, 12}
+    assert not frame.duplicated(["model", "lens", "tokens", "metric", "step", "threshold"]).any()
+    short = summary(frame[frame["model"] == "a"])
+    assert set(short["step"]) == {3, 6, 12}
+    assert set(short["metric"]) == {"accuracy", "kl"}
     tiny.reset_classifier(3)
-    unmasked = measure({"a": tiny}, Unmasked(27), FAST)
-    assert not unmasked["statistic"].isin(["pointing", "object_share"]).any()
-    assert "correlation with that of T" in plot(unmasked).axes[5].get_title()
+    unmasked = measure({"a": tiny}, without_masks(squares), FAST)
+    assert not unmasked["metric"].isin(["pointing", "object_share"]).any()
+
+
+def test_how_many_images_logits_fit(tiny, monkeypatch):
+    """12 steps, 16 patches, 10 classes and two lenses of 8 bytes: 30,720 bytes per image."""
+    module = importlib.import_module("bvit_interp.analyses.lens.measure")
+    for total, images in ((30_719, 0), (30_720, 1), (5 * 30_720 + 1, 5)):
+        monkeypatch.setattr(module, "_BYTES_OF_LOGITS", total)
+        assert _images_at_once(unroll(tiny)) == images
 
 
 def test_bad_input(tiny, make, digits):
     for options, message in (
-        ({"fit_images": 1}, "fit-images must be >= 2, got 1"),
+        ({"n_fit": 1}, "n-fit must be >= 2, got 1"),
         ({"iterations": -1}, "iterations must be >= 0, got -1"),
-        ({"examples": -2}, "examples must be >= 0, got -2"),
+        ({"n_examples": -2}, "n-examples must be >= 0, got -2"),
     ):
         with pytest.raises(UserError, match=message):
             Config(**options)
     with pytest.raises(UserError, match="global_pool must be token"):
         measure({"m": make(global_pool="avg")}, digits, FAST)
-    assert change(examples=5).resume_key() == FAST.resume_key()
+    assert change(n_examples=5).resume_key() == FAST.resume_key()
     assert change(seed=5).resume_key() != FAST.resume_key()
     with torch.no_grad():
         tiny.cls_token[:] = torch.nan
