@@ -4,7 +4,7 @@ Attention entropy and attention distance show how wide a head looks, and shares 
 at which kinds of token. The attention map of CLS is correlated between steps, and with attention
 rollout. The null is uniform attention; for correlations between steps it is two different heads. A
 second null correlates maps of different images. A permutation test compares each head with the
-other heads. With --out the CLS attention maps of some images are stored.
+other heads. The CLS attention maps of some images are stored beside the table.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 An image is optimised to excite a neuron at one step, for each neuron and step. The real images with
 the largest activation are shown beside it. Texture to structure is tested as a falling spectral
 centroid; the null shuffles the steps of each neuron. By default neurons are chosen by how much
-their response to real images changes between steps. With --out the images are stored.
+their response to real images changes between steps. The images are stored beside the table.
 """
 
 from __future__ import annotations

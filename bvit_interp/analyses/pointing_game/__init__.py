@@ -3,8 +3,8 @@
 A hit is an image where the patch of the largest attention lies on the object of the image's class.
 The hit ratio is the share of hits, for each step and head. Nulls are the area of the object and the
 hit ratio of the image's centre pixel. The best head is also chosen on one half of the images and
-scored on the other, since a maximum over heads is optimistic. The images need masks. With --out
-some maps are stored.
+scored on the other, since a maximum over heads is optimistic. The images need masks. Some maps
+are stored beside the table.
 """
 
 from __future__ import annotations
