@@ -113,7 +113,7 @@ class Pretended:
         with _Calls(self):
             return _run_backward(*given, **named)
 
-    # ---- marks ---------------------------------------------------------------------------------------
+    # ---- marks -----------------------------------------------------------------------------------
 
     def state(self, tensor: Tensor) -> str:
         """cpu, cuda or neither; of a tensor never seen, cpu."""
@@ -184,9 +184,8 @@ class _Calls(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs, of = dict(kwargs or {}), self.of
-        if isinstance(
-            func, torch._ops.OpOverload
-        ):  # an operation that is run, of which `_Operations` knows
+        # an operation that is run, of which `_Operations` knows
+        if isinstance(func, torch._ops.OpOverload):
             return func(*args, **kwargs)
         if func in _GETTERS:
             return _GETTERS[func](of, args[0])
@@ -214,7 +213,8 @@ class _Calls(TorchFunctionMode):
             generator = kwargs.get("generator")
             if generator is not None and _side(generator.device) != of.state(tensor):
                 raise WrongDevice(
-                    f"{name}: a generator on {generator.device} draws a tensor on {of.device(tensor)}"
+                    f"{name}: a generator on {generator.device} draws a tensor on"
+                    f" {of.device(tensor)}"
                 )
         return result
 
@@ -288,7 +288,8 @@ class _Operations(TorchDispatchMode):
         for tensor in left:
             if tensor.ndim or name in STRICT or tensor is changed:
                 raise WrongDevice(
-                    f"{name}: tensors on the device and on the CPU, {[tuple(t.shape) for t in left]}"
+                    f"{name}: tensors on the device and on the CPU,"
+                    f" {[tuple(t.shape) for t in left]}"
                 )
 
 

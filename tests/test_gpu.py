@@ -137,7 +137,7 @@ def test_under_autocast_every_table_is_there(word, make, scenes, tmp_path):
     assert len(cells) <= BF16.get(word, 0.05) * wanted.size, cells.to_string(max_rows=40)
 
 
-# ---- models and probes ---------------------------------------------------------------------------------
+# ---- models and probes ---------------------------------------------------------------------------
 
 
 def close(found: torch.Tensor, wanted: torch.Tensor, atol: float = 2e-4) -> None:
@@ -281,7 +281,7 @@ def test_a_checkpoint_of_a_gpu_opens_on_either(tiny, images, tmp_path):
         torch.testing.assert_close(on_cpu(images), wanted, rtol=1e-3, atol=2e-4)
 
 
-# ---- training ------------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------
 
 
 def test_exits_are_trained_as_on_the_cpu(tiny, tmp_path):
@@ -344,7 +344,7 @@ def test_training_goes_on_where_it_was_killed(tmp_path, monkeypatch):
     assert next(load(tmp_path / "run@ema").parameters()).device.type == "cpu"
 
 
-# ---- a GPU that is shared, and one that is full --------------------------------------------------------
+# ---- a GPU that is shared, and one that is full --------------------------------------------------
 
 
 @pytest.mark.skipif(ON in ("pretended", "rounded"), reason="other processes do not pretend")
@@ -381,9 +381,8 @@ def test_a_batch_too_large_is_halved(tiny):
     (batch,) = Loader(data, [Geometry.of(tiny, data)], batch_size=8)
     sizes = []
 
-    whole = torch.cuda.get_device_properties(
-        0
-    ).total_memory  # what is free depends on the tests beside this one
+    # what is free depends on the tests beside this one
+    whole = torch.cuda.get_device_properties(0).total_memory
 
     def hungry(part):
         torch.empty(2 * whole if len(part) > 2 else 1, dtype=torch.uint8, device="cuda")

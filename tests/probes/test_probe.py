@@ -139,7 +139,7 @@ def test_dynamic_image_size(make):
     assert cache["pattern", 1].shape == (2, 4, 12, 13)
 
 
-# ---- addresses ---------------------------------------------------------------------------------------
+# ---- addresses -----------------------------------------------------------------------------------
 
 
 def test_addresses_bring_their_step_and_pick_a_unit(tiny, images):
@@ -185,7 +185,7 @@ def test_what_was_not_recorded_is_named(tiny, images):
         cache["q"]
 
 
-# ---- edits -------------------------------------------------------------------------------------------
+# ---- edits ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("site", list(SITES))
@@ -376,7 +376,7 @@ def test_hooks_are_removed_also_after_an_exception(tiny, images):
     assert hooks_left(probe) == 0
 
 
-# ---- refusals ----------------------------------------------------------------------------------------
+# ---- refusals ------------------------------------------------------------------------------------
 
 
 def test_a_compiled_model_is_refused(tiny, images):

@@ -153,7 +153,7 @@ def test_an_inner_update_that_is_not_there_is_named(request, images, fixture, ke
             pass
 
 
-# ---- the distillation token ----------------------------------------------------------------------------
+# ---- the distillation token ----------------------------------------------------------------------
 
 
 def test_the_distillation_token_is_a_word(tiny_distilled, tiny, images):

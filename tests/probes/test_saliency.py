@@ -54,7 +54,7 @@ def test_every_method_has_a_word():
     ]
 
 
-# ---- attention -----------------------------------------------------------------------------------------
+# ---- attention -----------------------------------------------------------------------------------
 
 
 def test_attention_is_the_softmax_of_the_cls_row(any_model, images):
@@ -68,9 +68,8 @@ def test_attention_is_the_softmax_of_the_cls_row(any_model, images):
         for head in range(4):
             q, k = cache["q", t][:, 0, head], cache["k", t][:, :, head]
             row = (k @ q[:, :, None])[..., 0] / q.shape[-1] ** 0.5
-            expected = row.exp() / row.exp().sum(
-                -1, keepdim=True
-            )  # over all tokens, CLS and registers too
+            # over all tokens, CLS and registers too
+            expected = row.exp() / row.exp().sum(-1, keepdim=True)
             assert (maps[:, t - 1, head] - expected[:, prefix:]).abs().max() < 1e-5
 
 
@@ -83,7 +82,7 @@ def test_attention_is_that_of_the_loop_by_hand(any_model, images, by_hand):
     assert (maps.sum(-1) < 1).all()  # what CLS and the registers take is not given to the patches
 
 
-# ---- rollout -------------------------------------------------------------------------------------------
+# ---- rollout -------------------------------------------------------------------------------------
 
 
 def test_rollout_is_the_product_written_out(any_model, images, by_hand):
@@ -107,7 +106,7 @@ def test_first_rollout_is_half_the_mean_attention(tiny_reg4, images):
     torch.testing.assert_close(saliency.rollout(probe, images)[:, 0, 0], expected, **CLOSE)
 
 
-# ---- attribution ---------------------------------------------------------------------------------------
+# ---- attribution ---------------------------------------------------------------------------------
 
 
 def test_gradient_times_activation(any_model, images, by_hand):
@@ -132,9 +131,8 @@ def test_gradient_times_activation_vanishes_at_the_last_step(any_model, images):
     """
     maps = saliency.gradient_x_activation(Probe(any_model.double()), images.double())
     memory = getattr(any_model.blocks[0], "memory", None)
-    through_a_norm_alone = (
-        memory is None or memory.kind == "state"
-    )  # refreshed at the last of its 5 steps
+    # refreshed at the last of its 5 steps
+    through_a_norm_alone = memory is None or memory.kind == "state"
     assert (maps[:, -1].abs().max() < 1e-5 * maps.abs().max()) == through_a_norm_alone
 
 
@@ -182,14 +180,13 @@ def test_integrated_gradients_are_complete_at_the_embedding(make, images, monkey
 def test_more_steps_than_the_model_takes(make, images, method):
     probe = Probe(unroll(make(num_steps=2), steps=3))
     whole = saliency.METHODS[method](probe, images)
-    longer = saliency.METHODS[method](
-        Probe(make(num_steps=3)), images
-    )  # equal weights by the same seed
+    # equal weights by the same seed
+    longer = saliency.METHODS[method](Probe(make(num_steps=3)), images)
     assert whole.shape == (4, 3, 1, 16)
     torch.testing.assert_close(whole, longer)
 
 
-# ---- nothing is left -----------------------------------------------------------------------------------
+# ---- nothing is left -----------------------------------------------------------------------------
 
 
 @pytest.fixture
