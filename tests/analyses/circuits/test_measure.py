@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 from bvit_interp import results
-from bvit_interp.analyses import circuits
-from bvit_interp.analyses.circuits import COLUMNS, Config, measure, plot
+from bvit_interp.analyses.circuits import COLUMNS, Config, measure, summary
+from bvit_interp.analyses.circuits.gates import Gates
+from bvit_interp.analyses.circuits.measure import _fit_positions
 from bvit_interp.data.digits import DigitScenes
 from bvit_interp.data.geometry import Geometry
 from bvit_interp.errors import DataError, UserError
 from bvit_interp.probes.probe import Probe
 
-SMALL = {"fractions": (0.5,), "groups": 4, "fit_images": 6, "draws": 1}
+SMALL = {"fractions": (0.5,), "groups": 4, "n_fit": 6, "draws": 1}
 
 
 def batch_of(model, data, places):
@@ -26,15 +29,15 @@ def batch_of(model, data, places):
     )
 
 
-def of_models(frame):
+def whole_rows(frame):
     return frame[frame["step"] == "all"].set_index("condition")
 
 
 def gates_of(frame, steps):
     """The circuit read back from the table: heads, and groups of neurons, ``(T, n)`` of 0 and 1."""
     tables = []
-    for kind in ("head", "neuron"):
-        part = frame[frame["kind"] == kind]
+    for site in ("z", "mlp_post"):
+        part = frame[frame["site"] == site]
         assert part["step"].tolist() == [str(t) for t in range(1, steps + 1)]
         tables.append(np.array([[float(char == "#") for char in gates] for gates in part["gates"]]))
     return tables
@@ -48,9 +51,9 @@ def test_the_circuit_applied_by_hand(any_model, digits, ablation):
     frame = measure({"m": any_model}, digits, config)
     probe = Probe(any_model)
     heads, neurons = gates_of(frame, probe.num_steps)
-    fit, _ = batch_of(any_model, digits, circuits._fit_places(digits, config))
+    fit, _ = batch_of(any_model, digits, _fit_positions(digits, config))
     places = [i * 60 // 8 for i in range(8)]
-    assert not set(places) & set(circuits._fit_places(digits, config))
+    assert not set(places) & set(_fit_positions(digits, config))
     images, labels = batch_of(any_model, digits, places)
 
     def by_hand(activation, address):
@@ -76,13 +79,13 @@ def test_the_circuit_applied_by_hand(any_model, digits, ablation):
             gated = probe(images).double().log_softmax(-1)
         whole = any_model(images).double().log_softmax(-1)
     kl = (whole.exp() * (whole - gated)).sum(-1)
-    row = of_models(frame).loc["per-step"]
+    row = whole_rows(frame).loc["per-step"]
     assert row["kl"] == pytest.approx(kl.mean().item(), rel=1e-3, abs=1e-5)
     half = 1.959963984540054 * kl.std() / 8**0.5
     assert row["kl_high"] == pytest.approx((kl.mean() + half).item(), rel=1e-3, abs=1e-5)
     assert row["accuracy"] == (gated.argmax(-1) == labels).double().mean().item()
     assert row["n"] == 8
-    full = of_models(frame).loc["full"]
+    full = whole_rows(frame).loc["full"]
     assert full["accuracy"] == (whole.argmax(-1) == labels).double().mean().item()
 
 
@@ -94,7 +97,7 @@ def test_fractions_conditions_and_their_counts(tiny, stacked, digits):
     for (name, fraction), part in frame[frame["fraction"] < 1].groupby(["model", "fraction"]):
         model = {"a": tiny, "b": stacked}[name]
         steps = len(model.blocks)
-        assert of_models(part).index.tolist() == [
+        assert whole_rows(part).index.tolist() == [
             "per-step",
             "even",
             "all-steps",
@@ -104,24 +107,23 @@ def test_fractions_conditions_and_their_counts(tiny, stacked, digits):
             "even-random",
             "same-random",
         ]
-        for kind, table in zip(("head", "neuron"), gates_of(part, steps), strict=True):
-            np.testing.assert_allclose(part[part["kind"] == kind]["kept"], table.mean(1))
+        for site, table in zip(("z", "mlp_post"), gates_of(part, steps), strict=True):
+            np.testing.assert_allclose(part[part["site"] == site]["kept"], table.mean(1))
             assert table.sum() == round(fraction * table.size)
     assert frame["condition"].eq("full").sum() == 2
 
 
 def test_excess_is_the_difference_to_the_circuit(tiny, digits):
-    rows = of_models(measure({"m": tiny}, digits, Config(**SMALL | {"draws": 2}, limit=9)))
+    rows = whole_rows(measure({"m": tiny}, digits, Config(**SMALL | {"draws": 2}, limit=9)))
     others = rows.drop(index=["full", "per-step"])
     np.testing.assert_allclose(
         others["excess"], others["kl"] - rows.loc["per-step", "kl"], atol=1e-9
     )
     assert rows.loc[["full", "per-step"], "excess"].isna().all()
-    assert (others["kl_least"] <= others["kl"] + 1e-12).all()
-    assert (others["kl_most"] >= others["kl"] - 1e-12).all()
+    assert (others["kl_min"] <= others["kl"] + 1e-12).all()
+    assert (others["kl_max"] >= others["kl"] - 1e-12).all()
     assert (
-        others.loc[["shuffled", "random"], "kl_most"]
-        > others.loc[["shuffled", "random"], "kl_least"]
+        others.loc[["shuffled", "random"], "kl_max"] > others.loc[["shuffled", "random"], "kl_min"]
     ).all()
     labels = [digits.read(i * 60 // 9)[1] for i in range(9)]
     assert (rows["chance"] == np.bincount(labels).max() / 9).all()
@@ -144,7 +146,7 @@ def test_the_unit_that_answers_is_found(make, digits):
     heads, neurons = gates_of(frame, 3)
     assert np.argwhere(heads).tolist() == [[2, 2]]
     assert np.argwhere(neurons).tolist() == [[1, 0]]
-    rows = of_models(frame)
+    rows = whole_rows(frame)
     assert rows.loc["per-step", "kl"] == pytest.approx(0, abs=1e-9)
     assert rows.loc["per-step", "agreement"] == 1.0
     assert rows.loc["shuffled", "excess"] > 1e-4
@@ -159,32 +161,30 @@ def test_batches_and_order_of_models_change_nothing(tiny, stacked, digits):
         pd.testing.assert_frame_equal(*parts, rtol=1e-6, atol=1e-6)
 
 
-def test_out_of_memory_halves_the_batch(tiny, digits, monkeypatch):
-    whole = measure({"m": tiny}, digits, Config(**SMALL, limit=12))
-    from bvit_interp.analyses.circuits.gates import Gates
+def test_out_of_memory_halves_the_batch_and_the_fit(tiny, digits, monkeypatch):
+    config = Config(**SMALL, limit=12)
+    whole = measure({"m": tiny}, digits, config)
+    for name, most in (("logits", 5), ("slopes", 1)):
+        run = getattr(Gates, name)
 
-    run = Gates.logits
+        def fail(self, images, *args, run=run, most=most):
+            if len(images) > most:
+                raise torch.OutOfMemoryError
+            return run(self, images, *args)
 
-    def fail(self, images, keep):
-        if len(images) > 5:
-            raise torch.OutOfMemoryError
-        return run(self, images, keep)
-
-    monkeypatch.setattr(Gates, "logits", fail)
-    pd.testing.assert_frame_equal(
-        measure({"m": tiny}, digits, Config(**SMALL, limit=12)), whole, rtol=1e-6, atol=1e-6
-    )
+        monkeypatch.setattr(Gates, name, fail)
+    pd.testing.assert_frame_equal(measure({"m": tiny}, digits, config), whole, rtol=1e-6, atol=1e-6)
 
 
-def test_all_images_are_either_fit_or_judged(tiny):
+def test_all_images_are_either_fit_or_scored(tiny):
     data = DigitScenes("test", length=20)
-    config = Config(**SMALL | {"fit_images": 50})
+    config = Config(**SMALL | {"n_fit": 50})
     frame = measure({"m": tiny}, data, config)
-    assert (of_models(frame)["n"] == 10).all()
-    assert (frame[frame["kind"] == "head"]["n"] == 10).all()
-    assert len(set(circuits._fit_places(data, config))) == 10
+    assert (whole_rows(frame)["n"] == 10).all()
+    assert (frame[frame["site"] == "z"]["n"] == 10).all()
+    assert len(set(_fit_positions(data, config))) == 10
     # what the limit leaves out comes first
-    assert set(circuits._fit_places(data, Config(limit=10, fit_images=8))) <= set(range(1, 20, 2))
+    assert set(_fit_positions(data, Config(limit=10, n_fit=8))) <= set(range(1, 20, 2))
 
 
 def test_a_sweep_continues_where_it_stopped(tiny, digits, tmp_path, monkeypatch):
@@ -207,7 +207,7 @@ def test_a_sweep_continues_where_it_stopped(tiny, digits, tmp_path, monkeypatch)
     assert len(again.rows) == 40
     frame = measure({"m": tiny}, digits, config, again)
     pd.testing.assert_frame_equal(frame, whole, rtol=1e-9)
-    monkeypatch.setattr(circuits, "_judge", None)  # all is there
+    monkeypatch.setattr(sys.modules[measure.__module__], "_score", None)  # all is there
     third = measure({"m": tiny}, digits, config, results.Table(path, options))
     pd.testing.assert_frame_equal(third, whole, rtol=1e-9)
 
@@ -220,28 +220,17 @@ def test_the_model_comes_back_as_it_was(tiny_te, digits, watched_models):
     assert tiny_te in watched_models  # the fixture asserts that no hook is left
 
 
-def test_figure_and_summary_from_the_csv_alone(tiny, stacked, digits, tmp_path):
-    config = Config(
-        **SMALL | {"fractions": (0.3, 0.7)}, limit=6, methods=("gradient", "learned"), epochs=1
-    )
-    results.write_table(measure({"a": tiny, "b": stacked}, digits, config), tmp_path / "c.csv")
-    frame = results.read_table(tmp_path / "c.csv")
-    axes = plot(frame).axes
-    rows = frame[
-        (frame["model"] == "a")
-        & (frame["method"] == "learned")
-        & (frame["condition"] == "shuffled")
-    ]
-    drawn = {line.get_label(): line for line in axes[0].lines}
-    np.testing.assert_allclose(
-        drawn["circuit of another step"].get_ydata(), rows.sort_values("fraction")["kl"]
-    )
-    raster = axes[3].images[0].get_array()
-    assert raster.shape == (8, 12)
-    assert raster.sum() == round(0.7 * 48) * 2
-    shown = config.headline(frame)
-    assert len(shown) == 8
-    assert shown["shuffled"].tolist()[0] == frame[frame["condition"] == "shuffled"]["kl"].iloc[0]
+def test_the_summary_has_the_kl_of_every_condition(tiny, stacked, digits):
+    config = Config(**SMALL | {"fractions": (0.3, 0.7)}, limit=6)
+    frame = measure({"a": tiny, "b": stacked}, digits, config)
+    shown = summary(frame)
+    assert len(shown) == 4
+    for row in shown.to_dict("records"):
+        rows = frame[(frame["model"] == row["model"]) & (frame["fraction"] == row["fraction"])]
+        rows = whole_rows(rows)
+        assert row["shuffled"] == rows["kl"]["shuffled"]
+        assert row["even"] == rows["kl"]["even"]
+        assert row["shuffled_excess"] == rows["excess"]["shuffled"]
 
 
 def test_bad_input(tiny, digits):
@@ -253,7 +242,7 @@ def test_bad_input(tiny, digits):
             "methods must be one or more of gradient, learned, each once",
         ),
         ({"ablation": "resample"}, "ablation must be mean or zero, got 'resample'"),
-        ({"fit_images": 0}, "fit-images must be >= 1, got 0"),
+        ({"n_fit": 0}, "n-fit must be >= 1, got 0"),
         ({"draws": 0}, "draws must be >= 1, got 0"),
     ):
         with pytest.raises(UserError, match=message):
@@ -275,12 +264,12 @@ def test_nan_and_images_that_cannot_be_read(tiny, digits, monkeypatch):
 
     monkeypatch.setattr(DigitScenes, "read", corrupt)
     with pytest.raises(DataError, match="cannot be read"):
-        measure({"m": tiny}, digits, Config(**SMALL | {"fit_images": 20}, limit=20))
+        measure({"m": tiny}, digits, Config(**SMALL | {"n_fit": 20}, limit=20))
     frame = measure(
-        {"m": tiny}, digits, Config(**SMALL | {"fit_images": 20}, limit=20, skip_corrupt=True)
+        {"m": tiny}, digits, Config(**SMALL | {"n_fit": 20}, limit=20, skip_corrupt=True)
     )
-    assert (of_models(frame)["n"] < 20).all()
-    assert (frame[frame["kind"] == "head"]["n"] < 20).all()
+    assert (whole_rows(frame)["n"] < 20).all()
+    assert (frame[frame["site"] == "z"]["n"] < 20).all()
     monkeypatch.undo()
     with torch.no_grad():
         tiny.head.bias[0] = torch.nan
