@@ -31,10 +31,12 @@ from devices import Pretended, Rounded
 from tiny_runs import VARIANTS, table, turned
 
 from bvit_interp.analyses import ANALYSES, step_accuracy
-from bvit_interp.data import digits, loader
+from bvit_interp.data import digits
 from bvit_interp.data.digits import DigitScenes
 from bvit_interp.data.geometry import Geometry
-from bvit_interp.data.loader import Loader, run_in_halves
+from bvit_interp.data.loader import Loader
+from bvit_interp.data.options import LoaderOptions
+from bvit_interp.data.stream import stream
 from bvit_interp.models import adapters, masks
 from bvit_interp.models.adapters import Adapted, Spec
 from bvit_interp.models.checkpoint import load, save
@@ -378,17 +380,16 @@ def test_two_processes_share_the_gpu(tiny, tmp_path):
 @on_a_gpu_alone
 def test_a_batch_too_large_is_halved(tiny):
     data = DigitScenes("test", length=8)
-    (batch,) = Loader(data, [Geometry.of(tiny, data)], batch_size=8)
     sizes = []
 
     # what is free depends on the tests beside this one
     whole = torch.cuda.get_device_properties(0).total_memory
 
-    def hungry(part):
-        torch.empty(2 * whole if len(part) > 2 else 1, dtype=torch.uint8, device="cuda")
-        sizes.append(len(part))
+    def hungry(batch):
+        torch.empty(2 * whole if len(batch) > 2 else 1, dtype=torch.uint8, device="cuda")
+        sizes.append(len(batch))
 
-    run_in_halves(hungry, batch)
+    list(stream({"m": tiny}, data, LoaderOptions(batch_size=8), hungry, progress="test"))
     assert sizes == [2, 2, 2, 2]
 
 
@@ -402,7 +403,7 @@ def test_a_table_is_the_same_when_memory_runs_out(make, monkeypatch):
     emptied, empty = [], torch.cuda.empty_cache
     empty()
     whole = torch.cuda.get_device_properties(0).total_memory
-    monkeypatch.setattr(loader.torch.cuda, "empty_cache", lambda: (emptied.append(1), empty()))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: (emptied.append(1), empty()))
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 128 * 2**20) / whole)
     try:
         found = step_accuracy.measure({"m": model}, data, step_accuracy.Config(batch_size=64))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -17,7 +16,6 @@ from bvit_interp.errors import DataError, UserError, choices
 from bvit_interp.results import rank_and_world
 
 _log = logging.getLogger(__name__)
-Result = TypeVar("Result")
 View = tuple[torch.Tensor, torch.Tensor | None]
 
 
@@ -51,20 +49,6 @@ class Batch:
         """The masks of the only geometry."""
         return self._only_view()[1]
 
-    def half(self) -> tuple[Batch, Batch]:
-        """First and second half; a batch of one raises `UserError`."""
-        if len(self) < 2:
-            raise UserError(f"a batch of one image cannot be halved ({self.names[0]})")
-        middle = len(self) // 2
-        return self._part(slice(middle)), self._part(slice(middle, None))
-
-    def _part(self, part: slice) -> Batch:
-        views = {
-            geometry: (images[part], None if masks is None else masks[part])
-            for geometry, (images, masks) in self.views.items()
-        }
-        return Batch(self.index[part], self.labels[part], views, self.names[part])
-
     def _only_view(self) -> View:
         if len(self.views) != 1:
             raise ValueError(f"the batch has {len(self.views)} geometries: take one of its views")
@@ -78,8 +62,8 @@ class Loader:
     ----------
     samples : the data set.
     geometries : one or more; equal ones share a view.
-    batch_size : images a batch and process.
-    limit : use that many images, spread evenly over the set; by default all.
+    batch_size : images per batch and process.
+    limit : use that many images, evenly spaced over the set; by default all.
     workers : processes that decode; 0 decodes in this one.
     skip_corrupt : leave out images that cannot be read, and list them in `skipped`, rather than
         raise.
@@ -149,22 +133,6 @@ class Loader:
             )
         if total and len(self.skipped) == total:
             raise DataError(f"none of the {total} images can be read, e.g. {self.skipped[0]}")
-
-
-def run_in_halves(run: Callable[[Batch], Result], batch: Batch) -> list[Result]:
-    """Results of `run` on the batch, or, where GPU memory does not suffice, on its halves, in
-    order."""
-    try:
-        return [run(batch)]
-    except torch.OutOfMemoryError:
-        if len(batch) == 1:
-            raise UserError(
-                f"out of GPU memory with a single image ({batch.names[0]}): use a smaller model"
-                " or device=cpu"
-            ) from None
-    # outside the handler: the exception holds the failed run's tensors
-    torch.cuda.empty_cache()
-    return [result for half in batch.half() for result in run_in_halves(run, half)]
 
 
 @dataclass(frozen=True)

@@ -41,22 +41,3 @@ class LoaderOptions:
             for key, value in asdict(self).items()
             if key not in ("batch_size", "workers")
         }
-
-    def loader(self, samples: Any, models: Any, progress: str) -> Any:
-        """To go: `stream` takes its place."""
-        from bvit_interp.data.geometry import Geometry
-        from bvit_interp.data.loader import Loader
-
-        geometries = {
-            name: Geometry.of(model, samples, self.resize) for name, model in models.items()
-        }
-        loader = Loader(
-            samples,
-            list(dict.fromkeys(geometries.values())),
-            self.batch_size,
-            limit=self.limit,
-            workers=self.workers,
-            skip_corrupt=self.skip_corrupt,
-            progress=progress,
-        )
-        return loader, geometries

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
@@ -12,7 +11,7 @@ from bvit_interp.data import loader as module
 from bvit_interp.data.digits import DigitScenes
 from bvit_interp.data.folders import ImageFolderSamples
 from bvit_interp.data.geometry import Geometry
-from bvit_interp.data.loader import Batch, Loader, run_in_halves
+from bvit_interp.data.loader import Loader
 from bvit_interp.errors import DataError, UserError
 
 SAME = Geometry((32, 32), 32, (0.5,) * 3, (0.5,) * 3, "bilinear")
@@ -144,40 +143,3 @@ def test_bad_options():
         Loader(DigitScenes(), [SAME], 2, limit=-1)
     with pytest.raises(DataError, match="no images"):
         Loader(DigitScenes(length=0), [SAME], 2)
-
-
-def test_halves_hold_the_parts_of_every_view():
-    batch = next(iter(Loader(DigitScenes(length=5), [SAME, SMALL], 5)))
-    first, second = batch.half()
-    assert (len(first), len(second)) == (2, 3)
-    assert first.names + second.names == batch.names
-    for geometry, (images, masks) in batch.views.items():
-        assert torch.equal(torch.cat([first.views[geometry][0], second.views[geometry][0]]), images)
-        assert torch.equal(torch.cat([first.views[geometry][1], second.views[geometry][1]]), masks)
-    with pytest.raises(UserError, match="digits-s/test/000000"):
-        first.half()[0].half()
-
-
-def out_of_memory_above(most: int, sizes: list[int]):
-    def run(batch: Batch) -> list[int]:
-        sizes.append(len(batch))
-        if len(batch) > most:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return batch.index.tolist()
-
-    return run
-
-
-def test_a_batch_that_does_not_fit_is_run_in_halves():
-    batch, sizes = next(iter(Loader(DigitScenes(length=7), [SAME], 7))), []
-    assert run_in_halves(out_of_memory_above(2, sizes), batch) == [[0], [1, 2], [3, 4], [5, 6]]
-    assert sizes == [7, 3, 1, 2, 4, 2, 2]
-    assert np.concatenate(run_in_halves(out_of_memory_above(9, sizes), batch)).tolist() == list(
-        range(7)
-    )
-
-
-def test_a_single_image_that_does_not_fit_is_named():
-    batch = next(iter(Loader(DigitScenes(length=3), [SAME], 3)))
-    with pytest.raises(UserError, match=r"out of GPU memory with a single image .*000000"):
-        run_in_halves(out_of_memory_above(0, []), batch)
