@@ -18,7 +18,7 @@ from torchmetrics import Metric
 
 from bvit_interp.metrics.checks import check_finite
 from bvit_interp.metrics.streaming.means import MeanCI
-from bvit_interp.metrics.streaming.top_images import TopList
+from bvit_interp.metrics.streaming.top_images import TopImages
 from bvit_interp.probes.ablate import UNIT_SITES, SiteMeans
 from bvit_interp.probes.probe import Edit, Key, Probe
 from bvit_interp.vocabulary import Address
@@ -159,11 +159,11 @@ class ResponseStatistics:
         }
         self.class_sums: dict[str, ClassSums] = {}
         self.site_means: dict[str, SiteMeans] = {}
-        self.top_images: dict[str, TopList] = {}
+        self.top_images: dict[str, TopImages] = {}
         for site, shape in shapes.items():
             self.class_sums[site] = ClassSums(classes, steps, shape[0]).to(device)
             self.site_means[site] = SiteMeans(steps, tokens, *shape).to(device)
-            self.top_images[site] = TopList(steps, shape[0], n_top).to(device)
+            self.top_images[site] = TopImages(steps, shape[0], n_top).to(device)
         self.firing = MeanCI(steps, probe.num_neurons).to(device)
 
     def update(

@@ -76,9 +76,6 @@ class TopImages(Metric):
         }
 
 
-TopList = TopImages  # name of the class before; to go
-
-
 def _merge(
     lists: Float[Tensor, "processes steps neurons k 3"], k: int
 ) -> Float[Tensor, "steps neurons k 3"]:

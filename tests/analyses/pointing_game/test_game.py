@@ -72,6 +72,16 @@ def test_maps_of_steps_and_heads():
     assert hits[1].isnan().all()
 
 
+def test_middle_of_an_oblong_image():
+    """Of 4 x 8 pixels it is pixel (2, 4)."""
+    ids = torch.zeros(2, 4, 8, dtype=torch.int64)
+    ids[0, 2, 4] = 1
+    ids[1] = 1
+    ids[1, 2, 4] = 0
+    maps = torch.eye(8).expand(2, 8, 8)
+    assert play(maps, ids, LABELS, (2, 4)).centre.tolist() == [1, 0]
+
+
 def test_wrong_shapes_are_refused():
     for maps, ids, labels in (
         (MAPS[:1], IDS, LABELS),
