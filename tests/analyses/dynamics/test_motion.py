@@ -187,6 +187,20 @@ def test_the_verdict(returns, expected):
     assert period(returns, 0.01) == expected
 
 
+def test_steps_that_are_compared():
+    measures = found(drawn(5, 3, 4, 1, 2), trained=2)
+    compared = {
+        metric: list(zip(rows["step"].tolist(), rows["other_step"].tolist(), strict=True))
+        for metric, rows in measures.items()
+    }
+    assert compared["norm"] == [(0, -1), (1, -1), (2, -1), (3, -1)]
+    assert compared["update_cosine"] == [(2, 1), (3, 2)]
+    for metric in ("step_size", "direction_change"):
+        assert compared[metric] == [(1, 0), (2, 1), (3, 2)]
+    assert compared["distance_to_trained"] == [(0, 2), (1, 2), (2, 2), (3, 2)]
+    assert compared["distance_to_last"] == [(0, 3), (1, 3), (2, 3), (3, 3)]
+
+
 def test_fewer_steps_than_trained():
     measures = found(drawn(5, 3, 4, 1, 2), trained=12)
     assert set(measures) == {
@@ -196,6 +210,9 @@ def test_fewer_steps_than_trained():
         "direction_change",
         "distance_to_last",
     }
+    measures = found(drawn(5, 3, 4, 1, 2), trained=3)  # as many: a distance to T, but no returns
+    assert measures["distance_to_trained"]["value"].shape == (4,)
+    assert measures["return_distance"]["value"].size == 0
     assert return_window(48, 12) == 12
     assert return_window(5, 12) == 0
 
