@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -250,3 +251,10 @@ def test_a_model_without_cls_has_no_cls_row(make, images, method):
     probe = Probe(make(name="vit_tiny_patch16_224", depth=2, class_token=False, global_pool="avg"))
     with pytest.raises(UserError, match="this model has no CLS token"):
         saliency.METHODS[method](probe, images)
+
+
+def test_wrong_shapes_are_refused(tiny, images):
+    with pytest.raises(jaxtyping.TypeCheckError):
+        saliency.attention(Probe(tiny), images[0])
+    with pytest.raises(jaxtyping.TypeCheckError):
+        saliency.rollout_step(torch.rand(2, 4, 17, 17), torch.rand(2, 16, 16))
