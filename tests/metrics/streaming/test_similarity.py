@@ -177,6 +177,14 @@ def test_the_procrustes_null_is_one_gaussian_draw():
     assert metric.compute()["procrustes_null"][0, 1] == pytest.approx(expected)
 
 
+def test_no_measure_depends_on_the_scale():
+    """Also the null, of states with fewer images than dimensions, whose moments are singular."""
+    sets = [drawn(8, 4, 6), drawn(9, 4, 3)]
+    one, small = measured(sets), measured([1e-3 * x for x in sets])
+    for name, values in one.items():
+        np.testing.assert_allclose(small[name], values, atol=1e-7, err_msg=name)
+
+
 def test_a_wrong_shape_is_refused():
     with pytest.raises(TypeCheckError):
         StatePairs([2, 3]).update([torch.zeros(2), torch.zeros(3)])
