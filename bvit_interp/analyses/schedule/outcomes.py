@@ -1,4 +1,4 @@
-"""Answers of changed runs, compared with the normal run of the same images."""
+"""Answers of changed runs, compared with those of the normal run."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ class Outcomes(MeanCI):
         both = check_finite(torch.cat([normal[None], logits]), "logits")
         answers = both.argmax(-1)
         hits = (answers == labels).double()
-        of_labels = labels.expand(len(both), -1)[..., None]
-        log_p = both.double().log_softmax(-1).gather(-1, of_labels)[..., 0]
+        true_classes = labels.expand(len(both), -1)[..., None]
+        log_p = both.double().log_softmax(-1).gather(-1, true_classes)[..., 0]
         same = (answers[1:] == answers[0]).double()
         values = [hits[1:], hits[1:] - hits[0], same, log_p[1:] - log_p[0]]
         super().update(torch.stack(values, dim=-1).transpose(0, 1))

@@ -46,20 +46,20 @@ def schedules(
         the end. Shifts of T and more are left out.
     """
     whole = tuple(range(1, trained + 1))
-    found = {Run("normal"): whole, Run("reverse"): whole[::-1], Run("twice"): 2 * whole}
+    named = {Run("normal"): whole, Run("reverse"): whole[::-1], Run("twice"): 2 * whole}
     for t in whole:
-        found[Run("skip", t)] = whole[: t - 1] + whole[t:]
-        found[Run("repeat", t)] = whole[:t] + whole[t - 1 :]
-        found[Run("fixed", t)] = (t,) * trained
+        named[Run("skip", t)] = whole[: t - 1] + whole[t:]
+        named[Run("repeat", t)] = whole[:t] + whole[t - 1 :]
+        named[Run("fixed", t)] = (t,) * trained
     for t in whole[:-1]:
-        found[Run("swap", t, t + 1)] = (*whole[: t - 1], t + 1, t, *whole[t + 1 :])
+        named[Run("swap", t, t + 1)] = (*whole[: t - 1], t + 1, t, *whole[t + 1 :])
     for d in shifts:
         if d >= trained:
             continue
-        found[Run("delay", d)] = whole[d:]
-        found[Run("lag", d)] = tuple(max(t - d, 1) for t in whole)
-        found[Run("lead", d)] = tuple(min(t + d, trained) for t in whole)
-    return found | {Run("run", count): tuple(range(1, count + 1)) for count in runs}
+        named[Run("delay", d)] = whole[d:]
+        named[Run("lag", d)] = tuple(max(t - d, 1) for t in whole)
+        named[Run("lead", d)] = tuple(min(t + d, trained) for t in whole)
+    return named | {Run("run", count): tuple(range(1, count + 1)) for count in runs}
 
 
 def substitutions(trained: int) -> dict[Run, Schedule]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from bvit_interp.analyses import attach
 from bvit_interp.data.options import LoaderOptions
@@ -110,6 +111,7 @@ COLUMNS = {
     "path": "for max_response: PNG of these images, one row per step, with the patch framed; for"
     " means over units: .npz with the class means and firing rates of all units",
 }
-
+QUICK: dict[str, Any] = {"n_ablated": 6, "random_units": 1}
+"""Options with which the answer takes seconds on the embedded data."""
 
 __getattr__, __dir__, __all__ = attach(__name__)

@@ -1,4 +1,4 @@
-"""Effect of ablating single units, one step or all steps at a time.
+"""Effect of ablating single units, at one step or all steps.
 
 All ablated variants of a step are one batch, which starts at the state before that step.
 """
@@ -37,7 +37,7 @@ class AblationEffects:
     """
 
     hits: Float[Tensor, " batch"]
-    changes: Float[Tensor, "batch 2 places variants"]
+    changes: Float[Tensor, "batch 2 steps_and_all variants"]
 
 
 def ablation_effects(

@@ -1,4 +1,4 @@
-"""Schedules against models of so many steps, decoding against scikit-learn, removals by hand."""
+"""Schedules against other models, decoding against scikit-learn, removals by hand."""
 
 from __future__ import annotations
 
@@ -208,7 +208,9 @@ def test_a_state_without_its_step_runs_on(tiny, digits):
             row = only(frame, experiment="removal", variant=kind, step=t, metric="log_prob_change")
             assert row["value"] == pytest.approx(change, abs=2e-4)
             far = ((tokens - own[:, t - 1]).norm(dim=-1) / own[:, t - 1].norm(dim=-1)).mean().item()
-            found = only(frame, experiment="removal", variant=kind, step=t, metric="distance")["value"]
+            found = only(frame, experiment="removal", variant=kind, step=t, metric="distance")[
+                "value"
+            ]
             assert found == pytest.approx(far, rel=1e-4)
     distance = frame[frame["metric"] == "distance"].pivot(
         index="step", columns="variant", values="value"

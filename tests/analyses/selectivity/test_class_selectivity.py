@@ -89,6 +89,14 @@ def test_the_interval_by_hand():
     assert high.item() == pytest.approx(0.5 + half)
 
 
+def test_the_scale_of_the_responses_does_not_matter():
+    values, labels = normal(30, 2, 3), torch.arange(30) % 4
+    found = class_selectivity(*sums(values, labels, 4)).value
+    for scale in (1e-9, 1e9):
+        scaled = class_selectivity(*sums(scale * values, labels, 4)).value
+        torch.testing.assert_close(scaled, found)
+
+
 def test_a_unit_at_the_threshold_is_selective():
     value = torch.tensor([[0.25, 0.2499]], dtype=torch.float64)
     found = Selectivity(torch.ones(1, 2, dtype=torch.float64), value, 0.0, 2, 50)

@@ -39,6 +39,18 @@ def test_variance_shares_by_hand():
     )
 
 
+def test_the_scale_of_the_responses_does_not_matter():
+    means, selective = normal(4, 3, 5), torch.ones(3, 5, dtype=torch.bool)
+    counts = torch.ones(2, 4, dtype=torch.float64)
+    for scale in (1e-9, 1e9):
+        torch.testing.assert_close(variance_shares(scale * means), variance_shares(means))
+        changes, scaled = (profile_changes(x, selective) for x in (means, scale * means))
+        torch.testing.assert_close(scaled, changes)
+        halves = torch.stack([means, normal(4, 3, 5, seed=1)])
+        whole, scaled = (reliability(x, counts) for x in (halves, scale * halves))
+        torch.testing.assert_close(scaled, whole)
+
+
 def test_onset_and_offset():
     selective = torch.tensor([[0, 1, 0, 0], [1, 1, 0, 0], [0, 1, 0, 1], [1, 1, 0, 0]]).bool()
     found = selective_period(selective)
