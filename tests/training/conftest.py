@@ -1,5 +1,4 @@
-"""A tiny run: bViT of width 32, 3 steps, on a few scenes of digits-s; and what two runs are
-compared by."""
+"""A tiny training run, and the comparison of two runs."""
 
 from __future__ import annotations
 

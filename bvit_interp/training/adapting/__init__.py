@@ -1,1 +1,1 @@
-"""What is trained beside a model: early exits and transfer to other data."""
+"""Adapting a model: early exits, and transfer to other data."""

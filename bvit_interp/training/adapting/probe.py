@@ -1,4 +1,4 @@
-"""What a linear probe needs: batches of features, an exact solver, random weights."""
+"""Parts of a linear probe: batches, an exact solver, random weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapt a model to another data set, in one table with the nulls.
+"""Adapt a model to another data set; one table with nulls.
 
 It trains a probe, a time embedding, a low-rank update or all weights. Section 4.3, Table 4 and
 appendix H of bViT (arXiv 2605.10661). The paper gives: AdamW, cross-entropy, 40 epochs, batches of

@@ -1,4 +1,4 @@
-"""Options of a transfer: how to adapt a model to another data set."""
+"""Options of a transfer to another data set."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Crop, flip and resize a batch, with its own box for each image.
+"""Crop, flip and resize a batch, each image by its own box.
 
 A separable resize is one matrix per axis: ``out = rows @ image @ columns.T``. The weights are those
 of the antialiased bilinear filter of Pillow and torch inside the box. An image cropped here equals

@@ -1,4 +1,4 @@
-"""The order of an epoch's images, and its batches read one by one.
+"""The order of an epoch's images, and its batches.
 
 The order of epoch e is a permutation drawn for (seed, e). An image is augmented for (seed, e,
 image, number of times it was shown in e). Neither the number of processes, nor that of workers, nor

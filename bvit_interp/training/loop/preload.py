@@ -1,4 +1,4 @@
-"""All images of a data set read once and kept on a device."""
+"""All images of a data set, kept on a device."""
 
 from __future__ import annotations
 

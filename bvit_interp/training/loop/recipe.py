@@ -1,4 +1,4 @@
-"""A recipe: all settings of a training run, in a small YAML file."""
+"""A recipe: all settings of a training run, in a YAML file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The test images of a run, and the scores of its models on them."""
+"""The test images of a run, and its models' scores on them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The state of a training run, written to one file and read back.
+"""The state of a training run, in one file.
 
 There is no state of random numbers or of a sampler to keep: whatever is drawn depends on the seed,
 the epoch and the image alone.

@@ -1,4 +1,4 @@
-"""One optimiser step; on a GPU it is captured in a CUDA graph and replayed.
+"""One optimiser step, captured in a CUDA graph on a GPU.
 
 A replayed step needs almost no time of the host, which would otherwise slow down small models.
 """

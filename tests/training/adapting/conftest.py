@@ -1,4 +1,4 @@
-"""A small model, pictures of three colours, and the transfer of one to the other."""
+"""A small model, pictures of three colours, and their transfer."""
 
 from __future__ import annotations
 

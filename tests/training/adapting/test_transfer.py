@@ -1,4 +1,4 @@
-"""Transfer: the probe in two ways, a killed run, the table with its nulls."""
+"""Transfer: the probe, a killed run, and the table with nulls."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Real processes for test_processes.py: one start of Python, and a fork for every process that
-trains.
+"""Training in real processes, for test_processes.py.
 
 ``python driver.py JOBS.json``: each job is a list of runs into one folder, one after another, each
 of one or two processes; a run that names a step kills itself there with SIGKILL, in the step or

@@ -1,4 +1,4 @@
-"""How training images vary, against numpy on small pictures, and statistics over many draws."""
+"""Augmentation against numpy on small pictures, and statistics of many draws."""
 
 from __future__ import annotations
 

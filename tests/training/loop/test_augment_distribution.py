@@ -1,5 +1,4 @@
-"""Augmented images on batches against the path through Pillow: torchvision's and timm's transforms,
-one by one.
+"""Augmented batches against pictures that Pillow augments one by one.
 
 Of a few hundred draws of two photographs on either path, how far apart are their statistics? The
 tolerances are stated once, and each of them is shown to tell a recipe with one other magnitude.

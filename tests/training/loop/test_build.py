@@ -1,5 +1,4 @@
-"""Where a run starts: weights, positions, weight decay, the learning rate of every epoch, the EMA's
-horizon."""
+"""The initial model, weight decay, the learning rate and the EMA."""
 
 from __future__ import annotations
 

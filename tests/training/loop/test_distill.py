@@ -1,5 +1,4 @@
-"""Distillation: the loss by hand, a teacher that sees what the student sees, and what does not
-fit."""
+"""Distillation: the loss by hand, and what the teacher sees."""
 
 from __future__ import annotations
 

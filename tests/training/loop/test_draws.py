@@ -1,5 +1,4 @@
-"""Random numbers of which any row can be had alone, and global generators that are left as they
-were."""
+"""Tables of random numbers, and global generators that are restored."""
 
 # ruff: noqa: NPY002  numpy's global generator is what timm draws from
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""What the model is shown: each image once an epoch, and the same on any number of workers and
-processes.
+"""Batches from the device and from workers are the same.
 
 And the same whether the images lie on the device or are read as they are needed.
 """

@@ -1,4 +1,4 @@
-"""What a run refuses before it costs anything, and what it never overwrites."""
+"""What a run refuses, and what it never overwrites."""
 
 from __future__ import annotations
 

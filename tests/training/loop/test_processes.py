@@ -1,5 +1,4 @@
-"""Runs of real processes: killed with SIGKILL in the middle of an epoch and resumed, and shared by
-two."""
+"""Runs of real processes: killed and resumed, and shared by two."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recipes: the shipped ones, what a setting may be, and what a run must share to be continued."""
+"""Recipes: the shipped ones, types of settings, and what is refused."""
 
 from __future__ import annotations
 

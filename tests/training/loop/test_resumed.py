@@ -1,5 +1,4 @@
-"""A run that is killed, fails or meets NaN at any place and is started again ends with the very
-same weights."""
+"""Runs that are killed or fail end with the same weights."""
 
 from __future__ import annotations
 

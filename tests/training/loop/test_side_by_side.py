@@ -1,5 +1,4 @@
-"""Several runs in turn on one device, a time limit, precision, and patches left out for a part of
-the epochs."""
+"""Runs side by side, time limits, precision, and patch dropout."""
 
 from __future__ import annotations
 

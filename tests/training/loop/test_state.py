@@ -1,4 +1,4 @@
-"""The state of a run: saved whole or not at all, taken up only by the recipe that it is of."""
+"""The state of a run: written whole, and refused if another."""
 
 from __future__ import annotations
 

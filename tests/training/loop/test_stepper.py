@@ -1,5 +1,4 @@
-"""One optimiser step on a CPU: parts, clipping, shared gradients, and random numbers that leave no
-trace."""
+"""One optimiser step: parts, clipping, shared gradients, random numbers."""
 
 from __future__ import annotations
 

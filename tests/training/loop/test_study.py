@@ -1,5 +1,4 @@
-"""A study: every point with every seed into one table, which goes on where it stopped and refuses
-other options."""
+"""Studies: one table, which continues and refuses other options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run: its checkpoint, table and card, its schedule, average, clipping and accumulation."""
+"""A run: checkpoint, table, card, schedule, average, clipping and accumulation."""
 
 from __future__ import annotations
 

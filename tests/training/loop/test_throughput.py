@@ -1,4 +1,4 @@
-"""Model FLOPs utilisation: what a model needs over what the machine can, both by hand."""
+"""Utilisation, peak and precision against hand-computed values."""
 
 from __future__ import annotations
 
@@ -43,3 +43,27 @@ def test_peak_of_this_machine_is_plausible_and_measured_once():
 def test_memory_is_in_gigabytes():
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert throughput.peak_memory("cpu") == pytest.approx(kilobytes * 1024 / 1e9, rel=0.05)
+
+
+@pytest.mark.parametrize(("bf16", "expected"), [(8.9, "bf16"), (9.1, "off"), (11.0, "off")])
+def test_bf16_must_be_a_tenth_faster_without_the_first_try(monkeypatch, bf16, expected):
+    """A step takes 10 s in float32; the first try takes 1 s, and does not count."""
+    clock, calls = [0.0], {False: 0, True: 0}
+    forward = throughput.Block.forward
+
+    def timed(block, images):
+        on = torch.is_autocast_enabled("cpu")
+        calls[on] += 1
+        clock[0] += 1.0 if calls[on] == 1 else bf16 if on else 10.0
+        return forward(block, images)
+
+    monkeypatch.setattr(throughput.Block, "forward", timed)
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: clock[0])
+    assert throughput._faster_precision.__wrapped__("cpu") == expected
+    assert calls == {False: 4, True: 4}
+
+
+def test_on_a_cpu_attention_is_fused_in_float32_alone():
+    shape = (2, 2, 5, 4)
+    assert throughput.prefers_fused_attention("cpu", "off", shape)
+    assert not throughput.prefers_fused_attention("cpu", "bf16", shape)
