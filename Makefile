@@ -4,10 +4,9 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 RUN := runs/demo
 WHERE := --data $(RUN)/digits-s --out $(RUN)
-ONE := --ckpt checkpoints/bvit-digits-s $(WHERE)
 ALL := --ckpt checkpoints/bvit-digits-s checkpoints/bvit-digits-s-te checkpoints/bvit-digits-s-reg4 $(WHERE)
 
-.PHONY: setup demo test lint notebooks bench gpu gpu-collect clean
+.PHONY: setup demo test lint docs notebooks bench gpu gpu-collect clean
 
 setup: $(STAMP)
 
@@ -21,28 +20,11 @@ $(STAMP): setup.cfg pyproject.toml
 demo: setup
 	rm -rf $(RUN)
 	$(BIN)/bvit-interp data export digits-s $(RUN)/digits-s --limit 300
-	$(BIN)/bvit-interp features $(ONE) --limit 100 --iterations 20 --n-neurons 2 --steps 1 3 6 12
-	$(BIN)/bvit-interp pointing-game $(ALL)
-	$(BIN)/bvit-interp energy-rank $(ALL)
-	$(BIN)/bvit-interp rank-sweep $(ALL) --ranks 16 32 64 128
-	$(BIN)/bvit-interp step-accuracy $(ALL)
-	$(BIN)/bvit-interp trajectories $(ONE) --limit 80
-	$(BIN)/bvit-interp dynamics $(ALL) --limit 80
-	$(BIN)/bvit-interp evaluate $(ALL)
 	$(BIN)/bvit-interp early-exit train --limit 1000 --out $(RUN)/exits
-	$(BIN)/bvit-interp early-exit $(ONE) --exits $(RUN)/exits
 	$(BIN)/bvit-interp transfer --data digits-s --mode probe lora-qv --seeds 0 --epochs 6 --train-batch 16 \
-		--n-train 128 --limit 100 --random-baseline --out $(RUN)/transfer
-	$(BIN)/bvit-interp attention $(ALL) --limit 80
-	$(BIN)/bvit-interp cost $(ALL)
-	$(BIN)/bvit-interp selectivity $(ONE) --limit 60 --n-ablated 2 --random-units 1
-	$(BIN)/bvit-interp patching $(ONE) --limit 16
-	$(BIN)/bvit-interp ablation $(ONE) --limit 40 --n-ablated 4 --methods mean --groups 0
-	$(BIN)/bvit-interp lens $(ONE) --limit 60 --n-fit 100 --iterations 5
-	$(BIN)/bvit-interp stability $(ONE) --limit 16 --n-jacobian 1 --steps 13 --jacobian-steps 1 --leading 1 --iterations 3
-	$(BIN)/bvit-interp step-attribution $(ONE) --limit 24 --folds 4 --methods magnitude stepwise random --sparsities 0.5
-	$(BIN)/bvit-interp schedule $(ONE) --limit 40 --n-scored 8 --runs 6 24
-	$(BIN)/bvit-interp circuits $(ONE) --limit 8 --n-fit 16 --fractions 0.5 --draws 1
+		--limit-train 128 --limit 100 --random-baseline --out $(RUN)/transfer
+	$(BIN)/bvit-interp demo --data $(RUN)/digits-s --out $(RUN)
+	$(BIN)/bvit-interp pointing-game $(ALL)
 	$(BIN)/bvit-interp report $(RUN)
 
 test: setup lint
@@ -54,6 +36,10 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+
+# what README and docs take from the code
+docs: setup
+	$(BIN)/python docs/generate.py
 
 notebooks: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --nbmake --nbmake-timeout=300 notebooks

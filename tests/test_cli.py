@@ -17,6 +17,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from tiny_runs import OPTIONS, as_arguments
 
 from bvit_interp.analyses import ANALYSES
 from bvit_interp.cli import main
@@ -40,8 +41,9 @@ def ckpt(tiny, tmp_path):
 
 @pytest.fixture
 def pictures(tmp_path):
-    """Six digits in ImageNet-S layout."""
-    assert main(["data", "export", "digits-s", str(tmp_path / "pictures"), "--limit", "6"]) == 0
+    """Twenty-four digits in ImageNet-S layout."""
+    pictures = str(tmp_path / "pictures")
+    assert main(["data", "export", "digits-s", pictures, "--limit", "24"]) == 0
     return tmp_path / "pictures"
 
 
@@ -135,36 +137,9 @@ def test_repeated_flags_are_gathered():
 # ---- results ----
 
 
-QUICK = {
-    "features": ["--neurons", "3", "--steps", "2", "--iterations", "2"],
-    "cost": ["--runs", "3", "--batch-size", "2"],
-    "trajectories": ["--methods", "pca"],
-    "early_exit": ["--n-timed", "6", "--timed-batch", "3"],
-    "selectivity": ["--n-ablated", "2", "--random-units", "1"],
-    "ablation": ["--n-ablated", "2", "--methods", "mean", "--groups", "0", "--scopes", "each"],
-    "patching": ["--steps", "1", "12"],
-    "lens": ["--n-fit", "6", "--iterations", "3"],
-    "stability": [
-        "--n-jacobian",
-        "1",
-        "--steps",
-        "13",
-        "--jacobian-steps",
-        "1",
-        "--leading",
-        "1",
-        "--iterations",
-        "3",
-    ],
-    "schedule": ["--n-scored", "2", "--runs", "6"],
-    "circuits": ["--n-fit", "3", "--fractions", "0.5", "--draws", "1"],
-    "step_attribution": ["--folds", "4", "--methods", "magnitude", "random", "--sparsities", "0.5"],
-}
-
-
 @pytest.mark.parametrize("word", ANALYSES)
 def test_every_analysis_writes_table_figure_and_provenance(word, ckpt, pictures, tmp_path, capsys):
-    out, name, more = tmp_path / "out", "tiny", QUICK.get(word, [])
+    out, name, more = tmp_path / "out", "tiny", as_arguments({"limit": 24, **OPTIONS[word]})
     if word == "pathways":
         model = load(ckpt)
         full(model).save(Path(ckpt) / FILE, model)

@@ -14,54 +14,43 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from tiny_runs import OF_THE_MACHINE, OPTIONS, as_arguments
 
+from bvit_interp.analyses import ANALYSES
 from bvit_interp.models import masks
 from bvit_interp.models.checkpoint import save
+from bvit_interp.models.exits import FILE as EXITS
+from bvit_interp.models.exits import Exits
 
-# with one image the second process has none
-COMMANDS = {
-    "the paper's figures": [
-        ("pointing-game", 41),
+GROUPS = 4  # of all questions: a process starts once for all of a group
+# (command, images); with one image the second process has none
+FURTHER = {
+    "one image": [
         ("pointing-game", 1),
-        ("energy-rank", 41),
-        ("rank-sweep", 41),
         ("rank-sweep", 1),
-        ("step-accuracy", 41),
-        ("trajectories", 48),
-    ],
-    "motion, tables": [
-        ("dynamics", 41),
         ("dynamics", 1),
-        ("attention", 41),
         ("attention", 1),
-        ("evaluate", 41),
         ("evaluate", 1),
-    ],
-    "masks, pictures": [
-        ("pathways --swaps", 41),
         ("pathways", 1),
-        ("features --steps 1 3 --iterations 2 --chunk-size 2", 41),
         ("features --neurons 5 --iterations 1", 1),
     ],
-    "units": [
-        ("selectivity --n-ablated 5", 41),
-        ("patching --steps 1 3 12 --tokens all cls", 41),
+    "few images": [
         ("ablation --groups 2 --n-ablated 7", 7),
         ("ablation --groups 0 --methods mean zero", 1),
-    ],
-    "states": [
-        ("lens --n-fit 24 --iterations 5", 41),
         ("lens --n-fit 24 --iterations 5", 1),
         ("stability --n-jacobian 3 --steps 13 --jacobian-steps 1 --leading 2 --iterations 3", 7),
-        ("stability --n-jacobian 1 --steps 13 --jacobian-steps 1 --leading 2 --iterations 3", 3),
-    ],
-    "weights, gates": [
-        ("step-attribution --folds 6 --sparsities 0.5", 41),
-        ("schedule --n-scored 6 --runs 6 --shifts 1", 41),
-        ("circuits --fractions 0.5 --n-fit 16 --draws 1", 41),
         ("circuits --methods gradient learned --epochs 1 --n-fit 16 --fractions 0.5", 1),
     ],
 }
+
+
+def quick(word, exits):
+    """The command of a question with its small options, and the number of images."""
+    options = {"limit": 41, **OPTIONS[word]}
+    if "exits" in options:
+        options["exits"] = (exits,)
+    limit = options.pop("limit")
+    return " ".join([word.replace("_", "-"), *as_arguments(options)]), limit
 
 
 @pytest.fixture
@@ -74,6 +63,7 @@ def ckpt(tiny, tmp_path):
         for name, mask in masks.full(tiny).items()
     }
     masks.Masks(of).save(folder / masks.FILE, tiny)
+    Exits((3, 6), tiny.embed_dim, tiny.num_classes).save(folder / EXITS, tiny, {})
     return str(folder)
 
 
@@ -129,7 +119,7 @@ def run(count, commands):
 def same(word, one, two):
     one, two = (pd.read_csv(out / f"{word.split()[0].replace('-', '_')}.csv") for out in (one, two))
     assert list(one) == list(two)
-    for column in one.columns.drop("path", errors="ignore"):
+    for column in one.columns.drop(["path", *OF_THE_MACHINE], errors="ignore"):
         if one[column].dtype == np.float64:
             np.testing.assert_allclose(
                 two[column], one[column], rtol=1e-6, atol=1e-6, err_msg=f"{word}: {column}"
@@ -138,20 +128,30 @@ def same(word, one, two):
             assert one[column].equals(two[column]), (word, column)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("group", COMMANDS)
-def test_two_processes_give_the_tables_of_one(group, ckpt, tmp_path):
-    commands = COMMANDS[group]
+def compare(commands, ckpt, folder):
+    """Run the commands in one process and in two, and compare the tables."""
     for count in (1, 2):
         run(
             count,
             [
-                arguments(*command, ckpt, tmp_path / f"{count}-{i}")
+                arguments(*command, ckpt, folder / f"{count}-{i}")
                 for i, command in enumerate(commands)
             ],
         )
     for i, (word, _) in enumerate(commands):
-        same(word, tmp_path / f"1-{i}", tmp_path / f"2-{i}")
+        same(word, folder / f"1-{i}", folder / f"2-{i}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", range(GROUPS))
+def test_two_processes_give_the_tables_of_one(group, ckpt, tmp_path):
+    compare([quick(word, ckpt) for word in ANALYSES[group::GROUPS]], ckpt, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", FURTHER)
+def test_also_where_a_process_has_no_image(group, ckpt, tmp_path):
+    compare(FURTHER[group], ckpt, tmp_path)
 
 
 @pytest.mark.slow

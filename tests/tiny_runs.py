@@ -11,47 +11,28 @@ import pandas as pd
 import torch
 from torch import nn
 
+from bvit_interp.analyses import ANALYSES
 from bvit_interp.models import masks
 from bvit_interp.models.exits import FILE, Exits
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "features": {"neurons": (3, 5), "steps": (1, 3), "iterations": 3, "chunk_size": 2, "limit": 24},
-    "pointing_game": {},
-    "pathways": {"swaps": True, "shuffles": 2},
-    "energy_rank": {},
-    "rank_sweep": {"ranks": (4, 16)},
-    "step_accuracy": {},
-    "trajectories": {"methods": ("pca",)},
-    "dynamics": {},
-    "evaluate": {},
-    "early_exit": {"n_timed": 8, "timed_batch": 4},
-    "attention": {},
-    "cost": {"runs": 2},
-    "selectivity": {"n_ablated": 6, "random_units": 1},
-    "patching": {"mode": ("same", "other", "corrupted"), "tokens": ("all", "cls"), "limit": 12},
-    "ablation": {"groups": 2, "n_ablated": 6, "limit": 24},
-    "lens": {"n_fit": 24, "iterations": 4},
-    "stability": {
-        "n_jacobian": 2,
-        "steps": 5,
-        "jacobian_steps": (1,),
-        "leading": 2,
-        "iterations": 3,
-        "limit": 12,
-    },
-    "step_attribution": {"folds": 4, "sparsities": (0.5,), "limit": 24},
-    "schedule": {"n_scored": 12, "n_matrix": 6, "runs": (2, 6), "shifts": (1,)},
-    "circuits": {
-        "methods": ("gradient", "learned"),
-        "fractions": (0.5,),
-        "n_fit": 16,
-        "epochs": 1,
-        "draws": 1,
-        "groups": 2,
-        "limit": 12,
-    },
+    word: importlib.import_module(f"bvit_interp.analyses.{word}").QUICK for word in ANALYSES
 }
 """Options that make each of them small; 41 images and batches of 8 unless it says otherwise."""
+
+
+def as_arguments(options: dict[str, Any]) -> list[str]:
+    """Options as they are typed on the command line."""
+    typed = []
+    for name, value in options.items():
+        flag = f"--{name.replace('_', '-')}"
+        if value is True:
+            typed.append(flag)
+        else:
+            values = value if isinstance(value, tuple) else (value,)
+            typed += [flag, *map(str, values)]
+    return typed
+
 
 VARIANTS: dict[str, tuple[str, dict[str, Any], str | None]] = {
     "rollout": ("pointing_game", {"saliency": "rollout", "target": "any", "tolerance": 2.0}, None),

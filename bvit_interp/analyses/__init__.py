@@ -2,7 +2,8 @@
 
 Each folder holds
 
-- ``__init__.py``: the question, `Config` (its options) and `COLUMNS` (its table); imports nothing heavy;
+- ``__init__.py``: the question, `Config` (its options), `COLUMNS` (its table) and `QUICK` (small
+  options); imports nothing heavy;
 - ``measure.py``: ``measure(models, data, config) -> DataFrame`` and ``summary(frame)``;
 - ``plot.py``: ``plot(frame) -> Figure``, from the table alone;
 - its instruments, for use on their own.

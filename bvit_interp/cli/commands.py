@@ -11,6 +11,7 @@ from typing import Any
 from bvit_interp.analyses import ANALYSES, OF_THE_PAPER, THROUGH_TIME
 from bvit_interp.cli.options.analysis import Inputs
 from bvit_interp.cli.options.data import Export, Listing
+from bvit_interp.cli.options.demo import Demo
 from bvit_interp.cli.options.exits import ExitTraining
 from bvit_interp.cli.options.report import Report
 from bvit_interp.cli.options.shared import Machine, RecipeChanges
@@ -86,6 +87,7 @@ DATA = (
     _made("data list", "data_list", listing=Listing),
     _made("data export", "data_export", export=Export),
     _made("report", "report", report=Report),
+    _made("demo", "demo", demo=Demo),
 )
 MADE = {command.word: command for command in (*WEIGHTS, *DATA)}
 

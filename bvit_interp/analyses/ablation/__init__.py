@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from bvit_interp.analyses import attach
 from bvit_interp.data.options import LoaderOptions
@@ -76,5 +76,8 @@ def drawn_method(methods: Collection[str]) -> str:
     """The method that the figure and the summary show: mean if it is there, else the first."""
     return "mean" if "mean" in methods else next(iter(methods))
 
+
+QUICK: dict[str, Any] = {"groups": 2, "n_ablated": 6, "limit": 24}
+"""Options with which the answer takes seconds on the embedded data."""
 
 __getattr__, __dir__, __all__ = attach(__name__)

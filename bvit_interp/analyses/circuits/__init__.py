@@ -107,5 +107,15 @@ COLUMNS = {
     "gates": "the step's gates in order, # open and . closed",
     "n": "number of images for scoring; for the gates of a step, number of fit images",
 }
+QUICK: dict[str, Any] = {
+    "methods": ("gradient", "learned"),
+    "fractions": (0.5,),
+    "n_fit": 16,
+    "epochs": 1,
+    "draws": 1,
+    "groups": 2,
+    "limit": 12,
+}
+"""Options with which the answer takes seconds on the embedded data."""
 
 __getattr__, __dir__, __all__ = attach(__name__)

@@ -9,7 +9,7 @@ the second state from another image.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from bvit_interp.analyses import attach
 from bvit_interp.data.options import LoaderOptions
@@ -80,5 +80,7 @@ COLUMNS = {
     ),
     "n": "number of images",
 }
+QUICK: dict[str, Any] = {}
+"""Options with which the answer takes seconds on the embedded data."""
 
 __getattr__, __dir__, __all__ = attach(__name__)

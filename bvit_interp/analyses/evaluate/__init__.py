@@ -8,6 +8,7 @@ of the five most frequent. The figure draws the accuracies and the reliability d
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from bvit_interp.analyses import attach
 from bvit_interp.data.options import LoaderOptions
@@ -46,5 +47,7 @@ COLUMNS = {
 
 WITH_AVERAGED_WEIGHTS = True
 """The command also evaluates the averaged weights of a checkpoint that has them."""
+QUICK: dict[str, Any] = {}
+"""Options with which the answer takes seconds on the embedded data."""
 
 __getattr__, __dir__, __all__ = attach(__name__)

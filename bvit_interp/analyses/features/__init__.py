@@ -90,6 +90,13 @@ TREND_COLUMNS = (
     "centroid_null_high",
 )
 """Columns that need all images of a model."""
-
+QUICK: dict[str, Any] = {
+    "neurons": (3, 5),
+    "steps": (1, 3),
+    "iterations": 3,
+    "chunk_size": 2,
+    "limit": 24,
+}
+"""Options with which the answer takes seconds on the embedded data."""
 
 __getattr__, __dir__, __all__ = attach(__name__)

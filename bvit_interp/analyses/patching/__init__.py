@@ -90,5 +90,11 @@ COLUMNS = {
     "skipped": "number of pairs left out because both images have one class",
     "trained_steps": "steps T of the model; for a stack, its blocks",
 }
+QUICK: dict[str, Any] = {
+    "mode": ("same", "other", "corrupted"),
+    "tokens": ("all", "cls"),
+    "limit": 12,
+}
+"""Options with which the answer takes seconds on the embedded data."""
 
 __getattr__, __dir__, __all__ = attach(__name__)

@@ -9,7 +9,7 @@ exchanged, and scored.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from bvit_interp.analyses import attach
 from bvit_interp.data.options import LoaderOptions
@@ -80,5 +80,11 @@ def run_of(model: str) -> str:
     """The pruning run of a model: its name up to the last "/"."""
     return model.rpartition("/")[0]
 
+
+QUICK: dict[str, Any] = {"swaps": True, "shuffles": 2}
+"""Options with which the answer takes seconds on the embedded data."""
+
+DEMO_CKPT = tuple(f"checkpoints/pathways-digits-s/round-0{i}@masked" for i in (2, 4, 6))
+"""Shipped models with masks of their steps."""
 
 __getattr__, __dir__, __all__ = attach(__name__)

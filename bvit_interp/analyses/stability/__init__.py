@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from bvit_interp.analyses import attach
 from bvit_interp.data.options import LoaderOptions
@@ -103,5 +104,14 @@ COLUMNS = {
     "null_high": "upper end of that interval",
     "n": "number of images",
 }
+QUICK: dict[str, Any] = {
+    "n_jacobian": 2,
+    "steps": 5,
+    "jacobian_steps": (1,),
+    "leading": 2,
+    "iterations": 3,
+    "limit": 12,
+}
+"""Options with which the answer takes seconds on the embedded data."""
 
 __getattr__, __dir__, __all__ = attach(__name__)

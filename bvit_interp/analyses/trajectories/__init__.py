@@ -9,7 +9,7 @@ last two are also given in CLS space. The null of each check is what chance give
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from bvit_interp.analyses import attach
 from bvit_interp.data.options import LoaderOptions
@@ -78,5 +78,7 @@ COLUMNS = {
     "neighbours": "number of neighbours k",
     "n": "number of images",
 }
+QUICK: dict[str, Any] = {"methods": ("pca",)}
+"""Options with which the answer takes seconds on the embedded data."""
 
 __getattr__, __dir__, __all__ = attach(__name__)
