@@ -96,6 +96,16 @@ def test_mirrored_is_the_flipped_crop(photos, cut):
     assert torch.equal(cut(photos, whole, upright(3), (53, 67)), photos)
 
 
+def test_a_box_of_the_size_wanted_is_cut_out_exactly(photos, cut):
+    boxes = np.array([[5, 7, 20, 30]] * 3)
+    assert torch.equal(cut(photos, boxes, upright(3), (20, 30)), photos[:, :, 5:25, 7:37])
+
+
+def test_whole_images_are_given_back_without_work(photos):
+    whole = crops.whole_boxes(np.zeros((3, crops.WIDTH)), (53, 67))
+    assert crops.cut(photos, whole, upright(3), (53, 67)) is photos
+
+
 @pytest.mark.parametrize("flipped", [False, True])
 def test_what_lies_beyond_the_image_is_black_and_the_rest_exact(photos, flipped, cut):
     images = photos[torch.arange(80) % 3]
