@@ -11,7 +11,7 @@ from torchvision.transforms import RandomErasing
 from bvit_interp.data.digits import DigitScenes
 from bvit_interp.data.geometry import Geometry
 from bvit_interp.errors import UserError
-from bvit_interp.training.loop import augment, build, mixing
+from bvit_interp.training.loop import augment, build
 from bvit_interp.training.loop.draws import Draws, seeded
 
 DRAWS = 400
@@ -233,8 +233,8 @@ def test_no_two_parts_draw_from_the_same_numbers(recipe):
         def __getitem__(self, key):
             return Row(self.columns[key[1]])
 
-    given["mixing"] = view.mixing_draws(Row(np.arange(view.width))).columns[: mixing.WIDTH]
-    given["erasing"] = np.arange(view._erasing, view._erasing + augment.ERASING_WIDTH)
+    given["mixing"] = view.mixing_draws(Row(np.arange(view.width))).columns[:4]
+    given["erasing"] = np.arange(view._erasing, view._erasing + 1 + 2 * 10 + 2)
     given["randaugment"] = np.arange(
         augment.crops.WIDTH, augment.crops.WIDTH + view.randaugment.width
     )
