@@ -11,12 +11,14 @@ checked = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int passes as 
 _PACKAGE = Path(__file__).resolve().parents[1] / "bvit_interp"
 _BY_HAND = {"probe"}  # these refuse wrong types with a message of their own
 _MODELS = ("cost", "exits", "masks", "stepping")  # torch.fx traces the others with its own types
+_PRUNING = ("criteria", "grafts", "masked_adam", "subnetworks", "ticket_table")
 
 
 def modules() -> list[str]:
-    """Names of the modules: metrics, probes, the analyses' instruments, and some of the models."""
+    """Names of the modules: metrics, probes, instruments, and some of the models."""
     rooms = ("metrics", "metrics/streaming", "probes", "analyses/*")
     files = [path for room in rooms for path in _PACKAGE.glob(f"{room}/*.py")]
+    files += [_PACKAGE / "training" / "pruning" / f"{name}.py" for name in _PRUNING]
     files += [_PACKAGE / "models" / f"{name}.py" for name in _MODELS]
     return [
         ".".join(path.relative_to(_PACKAGE.parent).with_suffix("").parts)

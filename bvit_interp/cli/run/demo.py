@@ -17,7 +17,7 @@ def run(demo: Demo) -> None:
     with processes(demo.device) as device:
         for word in ANALYSES:
             question = importlib.import_module(f"bvit_interp.analyses.{word}")
-            print(f"\n{question.__doc__.splitlines()[0]}")
+            print(f"\n{(question.__doc__ or '').splitlines()[0]}")
             inputs = Inputs(
                 ckpt=getattr(question, "DEMO_CKPT", demo.ckpt),
                 data=demo.data,

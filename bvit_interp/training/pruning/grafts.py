@@ -58,7 +58,7 @@ class Grafts(nn.ModuleList):
 
 def graft_logits(
     main: VisionTransformer,
-    grafts: nn.ModuleList,
+    grafts: nn.ModuleList | nn.Sequential,
     images: Float[Tensor, "batch channels height width"],
     *,
     recompute: bool = False,

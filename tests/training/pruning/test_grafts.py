@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 
 from bvit_interp.data.catalog import open_samples
 from bvit_interp.errors import UserError
@@ -63,7 +64,7 @@ def test_every_row_of_the_answers_is_the_model_with_one_graft(trained, images):
 @pytest.mark.parametrize(
     ("model", "own"),
     [
-        ({"num_blocks": 3, "num_steps": 2}, "3 blocks"),
+        ({"num_blocks": 2, "num_steps": 2}, "2 blocks"),
         ({"name": "bvit_small_sc_patch16_224"}, "a memory"),
         ({"name": "bvit_small_distilled_patch16_224"}, "a distillation token"),
     ],
@@ -73,3 +74,9 @@ def test_models_without_grafts(recipe, samples, model, own):
     with pytest.raises(UserError, match=f"a bViT of one block without a memory, this has {own}"):
         check_model(init)
     check_model(build.make_model(recipe(**TE), samples))
+
+
+def test_images_of_another_shape_are_refused(trained, images):
+    _, init, masks, main = trained()
+    with pytest.raises(TypeCheckError):
+        graft_logits(main, Grafts(init, main, masks), images[0])

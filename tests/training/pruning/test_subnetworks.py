@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
+from jaxtyping import TypeCheckError
 from torch import nn
 
 from bvit_interp.data.digits import DigitScenes
@@ -130,3 +131,11 @@ def test_build_gives_an_output_a_class_and_the_same_weights_for_a_seed(recipe, p
         build_model(replace(plan, model={**plan.model, "wide": 3}), pools[0])
     with pytest.raises(UserError, match="cannot make the model resnet0"):
         build_model(replace(plan, model={"name": "resnet0"}), pools[0])
+
+
+def test_images_of_another_shape_are_refused(recipe, pools, images):
+    model = build_model(recipe(), pools[0])
+    names = masked_weights(model)
+    subnets = Subnets(model, names, random_masks(model, names, 1), [None])
+    with pytest.raises(TypeCheckError):
+        subnets.loss(images, torch.zeros(len(images), 1, dtype=torch.long), 0, 0.0)

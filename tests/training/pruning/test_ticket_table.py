@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 
 from bvit_interp.metrics import independent_jaccard, jaccard
 from bvit_interp.models.masks import Masks
@@ -113,3 +114,29 @@ def test_scores_by_subset_are_those_of_its_images():
     assert x["recall"] == pytest.approx((1 / 2 + 1) / 2)
     assert y["balanced_accuracy"] == pytest.approx(3 / 4)
     assert whole["recall"] == pytest.approx((2 / 3 + 2 / 3) / 2)
+
+
+def test_scores_of_other_images_are_refused():
+    predicted, truth = torch.ones(3, 2).bool(), torch.ones(4, 2).bool()
+    with pytest.raises(TypeCheckError):
+        ticket_table.score_rows(predicted, truth, np.full(3, -1), ["x", "y"])
+
+
+def test_empty_layers_of_steps_are_named_from_one():
+    masks = Masks({"fc1.weight": torch.tensor([[1, 0], [0, 0], [1, 1], [0, 1]]).bool()})
+    assert ticket_table.empty_layers(masks, 2, ["x", "y"]) == ["fc1[2] for x"]
+
+
+def test_a_rise_as_large_as_the_tolerance_is_no_collapse():
+    rows = {"method": "rtl", "layer": "mean", "subset": "all"}
+    frame = pd.DataFrame(
+        [{**rows, "round": i, "similarity": s} for i, s in enumerate([0.5, 0.75, 1.0])]
+    )
+    assert ticket_table.with_collapse(frame, 0.25)["collapsed"].tolist() == [0, 0, 1]
+
+
+def test_a_single_subset_has_the_mean_over_classes():
+    truth = torch.tensor([[True, False], [False, True], [False, True]])
+    predicted = torch.tensor([[True, False], [True, False], [False, True]])
+    only, whole = ticket_table.score_rows(predicted, truth, np.zeros(3, dtype=int), ["x"])
+    assert only["recall"] == whole["recall"] == pytest.approx((1 + 1 / 2) / 2)
