@@ -1,7 +1,8 @@
 """What masks of steps cost: an evaluation with twelve masks, a training step under them, a step of
 the twelve grafts.
 
-    python benchmarks/masks.py [--widths 128 256] [--batch 128] [--rounds 9] [--device cpu] [--out FILE]
+    python benchmarks/masks.py [--widths 128 256] [--batch 128] [--rounds 9]
+        [--device cpu] [--out FILE]
 
 Evaluation multiplies once and then runs twelve matrices where the plain model runs one (float32);
 training multiplies in every forward pass (bf16, as the trainer: forward, loss, backward, AdamW). On
@@ -120,9 +121,8 @@ def main() -> None:
         for name, own in times.items():
             plain = times[f"{name.partition(',')[0]}, plain"]
             own_ms = 1000 * statistics.median(own)
-            lines.append(
-                f"| {width} | {name} | {own_ms:.{0 if own_ms > 10 else 2}f} | {timing.ratio(own, plain):.2f} |"
-            )
+            shown = f"{own_ms:.{0 if own_ms > 10 else 2}f}"
+            lines.append(f"| {width} | {name} | {shown} | {timing.ratio(own, plain):.2f} |")
     timing.report(lines, given.out)
 
 

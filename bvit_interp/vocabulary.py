@@ -38,6 +38,9 @@ inner update, `resid_pre` is what its block reads, m + z_{t-1} (+ e_t), and `res
 it leaves.
 """
 
+IGNORE = 1000
+"""Id of mask pixels that count neither as object nor as background (ImageNet-S)."""
+
 TOKEN_WORDS = ("cls", "dist", "reg", "patches", "all")
 Tokens = str | int | slice
 """Which tokens: cls | dist | reg | patches | all, an int (drops the axis, as cls and dist do) or a

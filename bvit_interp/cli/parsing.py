@@ -1,4 +1,4 @@
-"""Reading a command's options from its arguments; errors of usage become one line."""
+"""Reading a command's options from its arguments."""
 
 from __future__ import annotations
 

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from bvit_interp.data.samples import IGNORE, read_image, read_mask
+from bvit_interp.data.samples import read_image, read_mask
 from bvit_interp.errors import DataError, choices
+from bvit_interp.vocabulary import IGNORE
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 MASKS = "-segmentation"  # what the mask tree's name has after the split's

@@ -20,7 +20,6 @@ from PIL import Image
 
 from bvit_interp.errors import DataError, UserError
 
-IGNORE = 1000  # id of mask pixels that count neither way
 _UNREADABLE = (  # what PIL raises, depending on the format and the damage
     OSError,
     SyntaxError,

@@ -23,7 +23,7 @@ from typing import TypeVar
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 
 from bvit_interp.data.geometry import Geometry
 from bvit_interp.data.labels import label_map
@@ -32,6 +32,7 @@ from bvit_interp.data.options import LoaderOptions
 from bvit_interp.data.partners import Partners
 from bvit_interp.data.samples import Samples
 from bvit_interp.errors import UserError
+from bvit_interp.models.stepping import device_of
 
 Result = TypeVar("Result")
 
@@ -171,11 +172,6 @@ def stream(
             for part in _parts(sight.of(batch), (images_at_once or {}).get(name)):
                 for result in halve_on_oom(run, part):
                     yield name, result
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """The device of a model's weights, where statistics over its activations are best kept."""
-    return next(model.parameters()).device
 
 
 @dataclass(frozen=True)

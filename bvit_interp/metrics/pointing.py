@@ -1,4 +1,4 @@
-"""Points and masks: whether the maximum of a map lies on an object."""
+"""Points and masks: does the maximum lie on an object?"""
 
 from __future__ import annotations
 

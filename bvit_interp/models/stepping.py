@@ -1,4 +1,4 @@
-"""A forward pass one step at a time: read a state, drop images, continue.
+"""A forward pass one step at a time: read, drop images, continue.
 
 For what needs more than a hook: images that leave after a step of their own, and runs that start
 again from a stored state. The steps are those of the tied unroll, called as its forward calls them,
@@ -94,5 +94,5 @@ def answer(model: VisionTransformer, state: State) -> Float[Tensor, "batch class
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """The device of a model's weights."""
+    """The device of a model's weights, where statistics over its activations are best kept."""
     return next(model.parameters()).device

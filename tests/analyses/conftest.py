@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bvit_interp.data.digits import DigitScenes
-from bvit_interp.data.samples import IGNORE
+from bvit_interp.vocabulary import IGNORE
 
 
 class Squares:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bvit_interp.data.samples import IGNORE, Subset, read_image, read_mask, spread, write_mask
+from bvit_interp.data.samples import Subset, read_image, read_mask, spread, write_mask
 from bvit_interp.errors import DataError, UserError
+from bvit_interp.vocabulary import IGNORE
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ from bvit_interp.data.digits import DigitScenes
 from bvit_interp.data.geometry import Geometry
 from bvit_interp.data.options import LoaderOptions
 from bvit_interp.data.partners import Partners
-from bvit_interp.data.stream import ModelBatch, device_of, halve_on_oom, stream
+from bvit_interp.data.stream import ModelBatch, halve_on_oom, stream
 from bvit_interp.errors import DataError, UserError
+from bvit_interp.models.stepping import device_of
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Attention entropy, distance and shares of every head, and correlations of its CLS maps.
+"""Attention entropy, distance, shares and correlations of every head.
 
 Fig. 10-13, section 4.2.2 and Appendix F of bViT (arXiv 2605.10661) show where heads look; these
 numbers beside them are ours. For each step and head: entropy of the CLS row, attention distance
@@ -44,10 +44,11 @@ from bvit_interp.analyses.attention.patterns import (
     uniform_value,
 )
 from bvit_interp.data.samples import Samples, Subset, spread
-from bvit_interp.data.stream import ModelBatch, device_of, stream
+from bvit_interp.data.stream import ModelBatch, stream
 from bvit_interp.errors import UserError
 from bvit_interp.metrics.streaming.means import MapCorrelations, MeanCI
 from bvit_interp.metrics.streaming.statistics import PerImage
+from bvit_interp.models.stepping import device_of
 from bvit_interp.probes import saliency
 from bvit_interp.probes.probe import Probe
 from bvit_interp.results import file_stem, write_arrays

@@ -1,4 +1,4 @@
-"""Which gates stay open: tables of scores of one site to tables of gates.
+"""Which gates stay open, from tables of scores.
 
 All functions take and return tables ``(T, n)`` over steps and the units of one site.
 """

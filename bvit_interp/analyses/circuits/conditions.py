@@ -1,4 +1,4 @@
-"""Gates of all conditions of a circuit, with as many open gates in each."""
+"""Gates of all conditions of a circuit, equally many open."""
 
 from __future__ import annotations
 

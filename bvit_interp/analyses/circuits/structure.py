@@ -1,4 +1,4 @@
-"""How many gates each step keeps, and how many it shares with other steps, beside nulls.
+"""Gates per step, and gates shared between steps, beside nulls.
 
 All functions take tables of gates ``(T, n)`` of one site.
 """

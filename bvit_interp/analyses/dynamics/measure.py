@@ -56,12 +56,12 @@ from torch import Tensor
 from bvit_interp.analyses.dynamics import COLUMNS, Config
 from bvit_interp.analyses.dynamics.motion import Motion, period
 from bvit_interp.data.samples import Samples
-from bvit_interp.data.stream import ModelBatch, device_of, stream
+from bvit_interp.data.stream import ModelBatch, stream
 from bvit_interp.errors import UserError
 from bvit_interp.metrics import participation_ratio, random_participation_ratio
 from bvit_interp.metrics.streaming.similarity import StatePairs
 from bvit_interp.metrics.streaming.statistics import Gram
-from bvit_interp.models.stepping import states
+from bvit_interp.models.stepping import device_of, states
 from bvit_interp.models.unroll import run_on
 from bvit_interp.probes.probe import Probe
 

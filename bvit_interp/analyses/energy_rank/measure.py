@@ -1,4 +1,4 @@
-"""Energy ranks of FFN weights and CLS tokens, beside those of random matrices.
+"""Energy ranks of FFN weights and CLS tokens, beside random matrices.
 
 Fig. 6, section 4.1.3 and Appendix A.2 of bViT (arXiv 2605.10661). The energy rank is the smallest k
 whose first k squared singular values hold 95 % of their sum, ``E_k = sum_{i<=k} s_i^2 / sum_i
@@ -29,10 +29,11 @@ from torch import Tensor
 
 from bvit_interp.analyses.energy_rank import COLUMNS, Config
 from bvit_interp.data.samples import Samples
-from bvit_interp.data.stream import ModelBatch, device_of, stream
+from bvit_interp.data.stream import ModelBatch, stream
 from bvit_interp.errors import UserError
 from bvit_interp.metrics import energy_rank, random_energy_rank, singular_values_of_gram
 from bvit_interp.metrics.streaming.statistics import Gram
+from bvit_interp.models.stepping import device_of
 from bvit_interp.probes.probe import Probe
 
 

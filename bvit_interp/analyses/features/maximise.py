@@ -1,4 +1,4 @@
-"""Activation maximisation: images that excite a neuron at a step, all in one batch.
+"""Activation maximisation of many neurons and steps in one batch.
 
 The method is that of Ghiasi et al., "What do Vision Transformers Learn?" (2022,
 https://arxiv.org/abs/2212.06727), read from their code

@@ -1,4 +1,4 @@
-"""Images that excite each neuron at each step, their numbers, and the trend of their centroid.
+"""Images that excite each neuron at each step, and their centroids.
 
 Fig. 3, section 4.2.1 of bViT (arXiv 2605.10661): for a neuron f of the FFN and a step t, the image
 that maximises the mean of `mlp_post` over the patches (without CLS and registers) at that step. The
@@ -43,9 +43,10 @@ from bvit_interp.analyses.features.neurons import NeuronActivations
 from bvit_interp.analyses.features.profiles import ResponseProfiles, responses, select_neurons
 from bvit_interp.data.geometry import Geometry
 from bvit_interp.data.samples import Samples
-from bvit_interp.data.stream import ModelBatch, device_of, stream
+from bvit_interp.data.stream import ModelBatch, stream
 from bvit_interp.errors import UserError
 from bvit_interp.metrics.streaming.top_images import TopImages
+from bvit_interp.models.stepping import device_of
 from bvit_interp.probes.probe import Probe
 from bvit_interp.results import Table, file_stem, rank_and_world, replacing
 

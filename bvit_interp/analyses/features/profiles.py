@@ -1,4 +1,4 @@
-"""Response profiles of neurons: their spread over images, and their change between steps.
+"""Response profiles of neurons: spread over images, change between steps.
 
 The response of a neuron to an image at a step is its activation, mean over the patches. Its profile
 at the step is the response as a function of the image. Sums over the images are streamed.

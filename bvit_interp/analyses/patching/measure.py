@@ -281,7 +281,7 @@ class _Tally:
 
     def __init__(self, patcher: StepPatcher) -> None:
         self.steps, self.trained_steps = patcher.steps, patcher.probe.num_steps
-        device = next(patcher.view.parameters()).device
+        device = device_of(patcher.view)
         columns = len(self.steps) ** 2 + len(_shifts(self.steps))
         self.ratios = RatioOfMeans(len(_METRICS), 2, columns).to(device)
         self.levels = MeanCI(3).to(device)

@@ -1,4 +1,4 @@
-"""Activation patching across steps: a site of step s put into step t.
+"""Activation patching: a site of step s put into step t.
 
 Activation patching (interchange interventions, causal tracing: Vig et al., 2020, "Investigating
 gender bias in language models using causal mediation analysis"; Meng et al., 2022, "Locating and

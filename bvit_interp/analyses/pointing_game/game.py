@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from bvit_interp import metrics
-from bvit_interp.data.samples import IGNORE
+from bvit_interp.vocabulary import IGNORE
 
 Masks = Bool[Tensor, "batch height width"]
 

@@ -1,4 +1,4 @@
-"""Hit ratios of the pointing game per step and head, with bootstrap intervals and nulls.
+"""Hit ratios of the pointing game per step and head.
 
 Fig. 4 and 10-13, section 4.2.2 and Appendix F of bViT (arXiv 2605.10661); the game is that of Zhang
 et al. (ECCV 2016). The point is the centre of the patch with the largest attention in the CLS row

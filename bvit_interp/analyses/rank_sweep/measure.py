@@ -39,10 +39,11 @@ from bvit_interp.analyses.rank_sweep.input_moments import InputMoments, InputSum
 from bvit_interp.analyses.rank_sweep.low_rank import Matrix, Truncation, ffn_matrices
 from bvit_interp.data.labels import label_map
 from bvit_interp.data.samples import Samples, Subset, spread
-from bvit_interp.data.stream import ModelBatch, device_of, stream
+from bvit_interp.data.stream import ModelBatch, stream
 from bvit_interp.errors import UserError
 from bvit_interp.metrics import wilson_interval
 from bvit_interp.metrics.streaming.statistics import PerImage
+from bvit_interp.models.stepping import device_of
 from bvit_interp.models.unroll import unroll
 from bvit_interp.results import Table
 

@@ -1,4 +1,4 @@
-"""The experiments on one model: changed schedules, decoding and removal of the step."""
+"""Changed schedules, decoding and removal of the step, on one model."""
 
 from __future__ import annotations
 

@@ -57,6 +57,7 @@ from bvit_interp.data.samples import Samples, spread
 from bvit_interp.data.stream import ModelBatch, stream
 from bvit_interp.errors import UserError
 from bvit_interp.metrics.streaming.means import MeanCI
+from bvit_interp.models.stepping import device_of
 from bvit_interp.probes.probe import Probe
 from bvit_interp.results import file_stem, rank_and_world, replacing, write_arrays
 
@@ -221,7 +222,7 @@ class _Ablation:
         self.probe, self.units = probe, units
         means = {site: metric.compute().float() for site, metric in responses.site_means.items()}
         self.fill = None if zero else means
-        device = next(probe.model.parameters()).device
+        device = device_of(probe.model)
         self.changes = MeanCI(2, probe.num_steps + 1, len(units)).to(device)
         self.hits = MeanCI(1).to(device)
 

@@ -69,12 +69,12 @@ from bvit_interp.analyses.stability.perturbations import Perturbation, perturbed
 from bvit_interp.analyses.stability.run_metrics import run_metrics
 from bvit_interp.data.partners import Partners
 from bvit_interp.data.samples import Samples
-from bvit_interp.data.stream import ModelBatch, device_of, stream
+from bvit_interp.data.stream import ModelBatch, stream
 from bvit_interp.errors import UserError
 from bvit_interp.metrics import wilson_interval
 from bvit_interp.metrics.streaming.means import MeanCI
 from bvit_interp.models.memory import MemoryBlock
-from bvit_interp.models.stepping import embed
+from bvit_interp.models.stepping import device_of, embed
 from bvit_interp.models.unroll import run_on
 from bvit_interp.probes.probe import Probe
 

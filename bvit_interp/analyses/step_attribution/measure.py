@@ -1,4 +1,4 @@
-"""The gradient of shared weights, one term per step, and pruning by it.
+"""Gradients of shared weights, one term per step, and pruning.
 
 A weight applied T times has the gradient ``dL/dW = sum_t g_t``, one term per step. The terms are
 exact: they are the gradients of a copy of the model whose steps share nothing. This is ours and not

@@ -48,8 +48,9 @@ from bvit_interp.analyses.trajectories.neighbours import (
 )
 from bvit_interp.analyses.trajectories.states import StateTable
 from bvit_interp.data.samples import Samples
-from bvit_interp.data.stream import ModelBatch, device_of, stream
+from bvit_interp.data.stream import ModelBatch, stream
 from bvit_interp.errors import MissingExtra, UserError
+from bvit_interp.models.stepping import device_of
 from bvit_interp.models.unroll import run_on
 from bvit_interp.probes.probe import Probe
 

@@ -1,4 +1,4 @@
-"""Adapts a checkpoint to another data set; writes tables, adapters and a figure."""
+"""Adapts a checkpoint to another data set."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ from bvit_interp import results
 from bvit_interp.data.geometry import Geometry
 from bvit_interp.data.options import LoaderOptions
 from bvit_interp.data.samples import Samples
-from bvit_interp.data.stream import ModelBatch, device_of, stream
+from bvit_interp.data.stream import ModelBatch, stream
 from bvit_interp.errors import UserError
 from bvit_interp.metrics import wilson_interval
 from bvit_interp.metrics.streaming.scores import Classification
@@ -36,6 +36,7 @@ from bvit_interp.metrics.streaming.statistics import PerImage
 from bvit_interp.models import checkpoint
 from bvit_interp.models.adapters import FILE, Adapted, Spec
 from bvit_interp.models.bvit import BViT
+from bvit_interp.models.stepping import device_of
 from bvit_interp.models.unroll import is_unrolled
 from bvit_interp.training.adapting import tuning
 from bvit_interp.training.adapting.probe import (

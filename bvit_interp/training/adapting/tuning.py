@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from bvit_interp import results
 from bvit_interp.data.samples import first_line
-from bvit_interp.data.stream import device_of
 from bvit_interp.errors import UserError
 from bvit_interp.models.adapters import Adapted
+from bvit_interp.models.stepping import device_of
 from bvit_interp.training.loop import build
 from bvit_interp.training.loop.feed import Share
 from bvit_interp.training.loop.recipe import Recipe

@@ -1,1 +1,1 @@
-"""Sparse masks over shared weights, for each step or each part of the data."""
+"""Sparse masks over shared weights, per step or per subset."""

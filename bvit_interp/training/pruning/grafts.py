@@ -1,4 +1,4 @@
-"""Grafts: a copy of the block for each step, within a frozen model.
+"""Grafts: a copy of the block per step in a frozen model.
 
 The inner loop of the pruning of appendix G.3 (arXiv 2605.10661): graft t starts from the first
 weights under the masks of step t, and learns step t while the trained model does all other steps.

@@ -1,4 +1,4 @@
-"""The lottery: masks found from the first weights, and models trained under them.
+"""The lottery: masks from the first weights, models trained under them.
 
 Algorithms 1 and 2 of Routing the Lottery (arXiv 2601.22141), for the methods of `by_subset.py`.
 Every draw is a function of the seed, the subset, the round and the batch. A training leaves its

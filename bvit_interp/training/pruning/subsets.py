@@ -1,4 +1,4 @@
-"""Subsets of a data set: classes, clusters of features, or values of a column."""
+"""Subsets of a data set by class, cluster or column."""
 
 from __future__ import annotations
 

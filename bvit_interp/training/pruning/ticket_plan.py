@@ -1,4 +1,4 @@
-"""How a subnetwork for each subset of the data is searched: the options."""
+"""Options of a search for subnetworks of subsets."""
 
 from __future__ import annotations
 

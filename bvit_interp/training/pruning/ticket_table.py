@@ -1,4 +1,4 @@
-"""The table of a ticket search: overlap, size and scores of the subnetworks."""
+"""Overlap, size and scores of the subnetworks, as a table."""
 
 from __future__ import annotations
 
