@@ -188,6 +188,8 @@ def test_erased_boxes_are_distributed_as_torchvisions(size):
     ours, expected = (measures(*part.T) for part in (boxes, theirs))
     for one, other in zip(ours, expected, strict=True):
         assert ks_2samp(one, other).statistic < 0.04
+    rows, columns = ours[2:4]
+    assert abs(np.corrcoef(rows, columns)[0, 1]) < 0.03
 
 
 def test_the_order_is_crop_flip_randaugment_erase(view_of, image, monkeypatch):
