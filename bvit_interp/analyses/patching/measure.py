@@ -57,6 +57,7 @@ from bvit_interp.data.stream import ModelBatch, stream
 from bvit_interp.errors import UserError
 from bvit_interp.metrics import wilson_interval
 from bvit_interp.metrics.streaming.means import MeanCI
+from bvit_interp.models.stepping import device_of
 
 _RUNS = {
     "same": ("own", "own", "partner"),
