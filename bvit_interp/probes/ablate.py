@@ -21,8 +21,6 @@ from bvit_interp.vocabulary import Address, unit_axis
 
 UNIT_SITES = ("z", "mlp_post")
 """Sites where units are ablated: heads before the projection, neurons after GELU."""
-SITES_OF_UNITS = {"head": "z", "neuron": "mlp_post"}
-"""The same sites, by the name of their unit."""
 
 
 def ablate(

@@ -41,6 +41,16 @@ def test_the_ratio_without_numbers():
         metric.update(torch.tensor([[torch.nan]]), torch.tensor([[1.0]]))
 
 
+def test_two_images_of_small_numbers_have_an_interval():
+    """On paper: ratio 3/4, residuals -+ 0.75e-4 about it, a mean whole of 2e-4."""
+    metric = RatioOfMeans(1)
+    metric.update(torch.tensor([[0.0], [3e-4]]).double(), torch.tensor([[1e-4], [3e-4]]).double())
+    found = metric.compute()
+    assert found["value"].item() == pytest.approx(0.75, rel=1e-6)
+    half = 1.959964 * (0.75e-4 * 2**0.5) / 2**0.5 / 2e-4
+    assert (found["high"] - found["value"]).item() == pytest.approx(half, rel=1e-5)
+
+
 def test_wrong_shapes_are_refused():
     with pytest.raises(ValueError, match="shape"):
         RatioOfMeans(2).update(torch.ones(3, 1), torch.ones(3, 1))  # it would broadcast
