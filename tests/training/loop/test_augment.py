@@ -192,6 +192,17 @@ def test_erased_boxes_are_distributed_as_torchvisions(size):
     assert abs(np.corrcoef(rows, columns)[0, 1]) < 0.03
 
 
+def test_whether_to_erase_does_not_depend_on_the_box():
+    """Areas of the boxes that half of the images get are distributed as those of all images."""
+    draws = Draws([1], augment.ERASING_WIDTH).table(20_000)
+    every, half = (augment.erased_boxes(draws, share, (32, 32)) for share in (1.0, 0.5))
+    is_erased = half[:, 2] > 0
+    assert is_erased.mean() == pytest.approx(0.5 * (every[:, 2] > 0).mean(), abs=0.02)
+    np.testing.assert_array_equal(half[is_erased], every[is_erased])
+    areas = every[:, 2] * every[:, 3]
+    assert ks_2samp(areas[is_erased], areas[~is_erased & (every[:, 2] > 0)]).statistic < 0.04
+
+
 def test_the_order_is_crop_flip_randaugment_erase(view_of, image, monkeypatch):
     order, cut = [], augment.crops.cut
 
