@@ -1,4 +1,4 @@
-"""Early exits: classifiers at chosen steps, and a run that stops at them.
+"""Early exits: classifiers at chosen steps, and runs that stop there.
 
 Appendix B of bViT (arXiv 2605.10661): exit e predicts ``y_e = C_e(z_{t_e}^cls)`` from the CLS token
 of the frozen model, with confidence ``max softmax(y_e)``. An image leaves at the first exit whose

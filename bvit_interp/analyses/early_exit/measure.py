@@ -1,4 +1,4 @@
-"""Accuracy, FLOPs and time of images that leave at the first confident classifier.
+"""Accuracy, FLOPs and time of images that leave once confident.
 
 Table 5 and Appendix B of bViT (arXiv 2605.10661): classifiers read CLS after chosen steps of the
 frozen model (`bvit-interp early-exit train`); an image leaves at the first whose confidence ``max

@@ -1,4 +1,4 @@
-"""Time of runs that stop at exits, beside that of the plain forward."""
+"""Time of runs that stop at exits, and of the plain forward."""
 
 from __future__ import annotations
 

@@ -24,7 +24,8 @@ def _plot_accuracy(ax: Axes, overall: pd.DataFrame) -> None:
     """Accuracy with its interval and top-5 accuracy, one row per model; the nulls as lines."""
     rows = range(len(overall))
     first, second = plotting.line_style(0), plotting.line_style(1)
-    error = [overall["accuracy"] - overall["low"], overall["high"] - overall["accuracy"]]
+    below, above = overall["accuracy"] - overall["low"], overall["high"] - overall["accuracy"]
+    error = [below.clip(lower=0), above.clip(lower=0)]  # at 0 and 1 rounding may cross the value
     ax.plot(overall["accuracy"], rows, first["marker"], color=first["color"], label="top-1")
     ax.errorbar(overall["accuracy"], rows, xerr=error, fmt="none", color=first["color"], capsize=3)
     ax.plot(overall["top5_accuracy"], rows, second["marker"], color=second["color"], label="top-5")

@@ -1,4 +1,4 @@
-"""Mean inner products of vectors of the same image and of different images."""
+"""Mean inner products within an image, and between different images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores of maps of the true class over the patches, each with its null."""
+"""Scores of the true class's maps over patches, each with its null."""
 
 from __future__ import annotations
 

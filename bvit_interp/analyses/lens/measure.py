@@ -1,4 +1,4 @@
-"""The logit lens and the tuned lens on every token at every step, scored.
+"""Scores of logit lens and tuned lens on every token and step.
 
 Ours; not in bViT (arXiv 2605.10661), whose Fig. 8 is the raw lens on CLS. The raw lens is the logit
 lens (nostalgebraist, 2020): the model's own final norm and head on z_t, of CLS, registers and
@@ -63,7 +63,7 @@ from bvit_interp.analyses.lens.tuned_lens import (
     lens_logits,
     token_groups,
 )
-from bvit_interp.data.samples import IGNORE, Samples, Subset, spread
+from bvit_interp.data.samples import Samples, Subset, spread
 from bvit_interp.data.stream import ModelBatch, stream
 from bvit_interp.errors import UserError
 from bvit_interp.metrics import at_patch_centres, wilson_interval
@@ -72,6 +72,7 @@ from bvit_interp.metrics.streaming.statistics import PerImage
 from bvit_interp.models.stepping import device_of
 from bvit_interp.models.unroll import unroll
 from bvit_interp.results import file_stem, write_arrays
+from bvit_interp.vocabulary import IGNORE
 
 _SHARES = ("accuracy", "agreement", "flips")  # on CLS each image counts as 0 or 1
 _TRAINED_TOKENS = 4  # the most of an image and group that a map is trained on

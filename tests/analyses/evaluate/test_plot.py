@@ -42,3 +42,10 @@ def test_reliability(frame):
 def test_without_top5(make, squares):
     table = evaluate.measure({"m": make(num_classes=3)}, squares(), evaluate.Config())
     assert len(evaluate.plot(table).axes) == 2
+
+
+def test_an_end_of_the_interval_that_rounding_puts_beyond_the_value(frame):
+    frame.loc[frame["bin"] == "all", "accuracy"] = [0.0, 1.0]
+    frame.loc[frame["bin"] == "all", "low"] = [1e-17, 0.9]
+    frame.loc[frame["bin"] == "all", "high"] = [0.1, 1 - 1e-16]
+    assert len(evaluate.plot(frame).axes) == 2
