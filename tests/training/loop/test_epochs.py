@@ -11,6 +11,7 @@ import torch
 from bvit_interp.data.digits import DigitScenes
 from bvit_interp.errors import DataError, UserError
 from bvit_interp.training.loop import epochs
+from bvit_interp.training.loop.draws import Draws
 
 
 class Numbered:
@@ -176,3 +177,10 @@ def test_groups_on_a_gpu_are_of_whole_batches_within_its_memory(recipe):
     assert [*epoch.group_ends(gpu, (8, 8))] == [200]  # 4,096 images at most
     assert [*epoch.group_ends(gpu, (224, 224))] == [*range(44, 200, 44), 200]  # 2**26 values
     assert [*epoch.group_ends(gpu, (9000, 9000))] == [*range(1, 201)]  # a batch at least
+
+
+def test_an_old_run_is_continued_with_the_numbers_it_began_with(recipe):
+    """The order is drawn for (seed, epoch), and numbers of images for (seed, epoch, 1)."""
+    epoch = epochs.Epoch(recipe(seed=5, images_per_epoch=None), Numbered(40), noisy, 2, 8)
+    np.testing.assert_array_equal(epoch.order, np.random.default_rng([5, 2]).permutation(40))
+    np.testing.assert_array_equal(epoch.draws.table(3), Draws([5, 2, 1], 8).table(3))
