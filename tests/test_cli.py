@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import importlib
 import io
 import json
@@ -265,7 +266,7 @@ def test_report_of_a_run(ckpt, tmp_path, capsys):
     main(["energy-rank", "--ckpt", ckpt, "--limit", "4", "--out", str(tmp_path / "run")])
     assert main(["report", str(tmp_path / "run")]) == 0
     page = (tmp_path / "run" / "report.html").read_text()
-    assert question_of("energy-rank") in page
+    assert question_of("energy-rank") in html.unescape(page)
     assert "data:image/png;base64," in page
 
 

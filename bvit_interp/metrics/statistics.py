@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64, Shaped
+from jaxtyping import Bool, Float, Float64, Shaped
 from scipy import stats
 from torch import Tensor
 
@@ -196,25 +196,30 @@ def shuffled_rows(
     return shuffled
 
 
-def one_vs_rest(said: Tensor, truth: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def one_vs_rest(
+    predicted: Bool[Tensor, "images classes"], truth: Bool[Tensor, "images classes"]
+) -> tuple[Float[Tensor, " classes"], Float[Tensor, " classes"], Float[Tensor, " classes"]]:
     """Recall, precision and balanced accuracy of each class against all others.
 
     ``recall = TP / P``, ``precision = TP / (TP + FP)``, ``balanced accuracy = (TP / P + TN / N) /
-    2``; an answer that does not look has a balanced accuracy of 1/2.
+    2``. A prediction that does not depend on the image has a balanced accuracy of 1/2. torchmetrics
+    has the same measures in float32, and a recall of 0 where it is not defined.
 
     Parameters
     ----------
-    said, truth : bool ``(n, C)``: was the image said to be of the class, and is it.
+    predicted : whether each image is predicted to be of each class.
+    truth : whether it is.
 
     Returns
     -------
-    Three float64 ``(C,)``; precision is 0 for a class that was never said; recall is nan without an
-    image of the class, balanced accuracy also without another image.
+    recall : float64; nan for a class without images.
+    precision : float64; 0 for a class that is never predicted.
+    balanced_accuracy : float64; nan for a class without images or without other images.
     """
-    right = (said & truth).sum(0).double()
-    recall = right / truth.sum(0)
-    specificity = (~said & ~truth).sum(0).double() / (~truth).sum(0)
-    precision = torch.where(said.any(0), right / said.sum(0), 0.0)
+    hits = (predicted & truth).sum(0).double()
+    recall = hits / truth.sum(0)
+    specificity = (~predicted & ~truth).sum(0).double() / (~truth).sum(0)
+    precision = torch.where(predicted.any(0), hits / predicted.sum(0), 0.0)
     return recall, precision, (recall + specificity) / 2
 
 

@@ -139,3 +139,22 @@ def test_images_of_another_shape_are_refused(recipe, pools, images):
     subnets = Subnets(model, names, random_masks(model, names, 1), [None])
     with pytest.raises(TypeCheckError):
         subnets.loss(images, torch.zeros(len(images), 1, dtype=torch.long), 0, 0.0)
+
+
+def test_the_loss_of_a_class_is_binary_cross_entropy_with_smoothed_labels(recipe, pools, images):
+    model = build_model(recipe(), pools[0]).eval()
+    names = masked_weights(model)
+    subnets = Subnets(model, names, random_masks(model, names, 1), [1])
+    labels = torch.tensor([0, 1, 2, 1])
+    positive = subnets(images, 0).sigmoid()
+    target = torch.tensor([0.1, 0.9, 0.1, 0.9])  # smoothing 0.2
+    wanted = -(target * positive.log() + (1 - target) * (1 - positive).log()).mean()
+    torch.testing.assert_close(subnets.loss(images, labels, 0, 0.2), wanted)
+
+
+def test_attention_is_not_fused_in_bf16_on_a_cpu(recipe, pools):
+    fused = [
+        build_model(recipe(autocast=word), pools[0]).blocks[0].attn.fused_attn
+        for word in ("off", "bf16")
+    ]
+    assert fused == [True, False]
