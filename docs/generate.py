@@ -158,8 +158,11 @@ def table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def options(config: type) -> list[tuple[str, str, str]]:
-    """Option, default and text of a Config's own fields."""
-    texts = field_texts(config)
+    """Option, default and text of a Config's fields, but for those of reading images."""
+    texts: dict[str, str] = {}
+    for base in reversed(config.__mro__):
+        if dataclasses.is_dataclass(base) and (base is config or base is not LoaderOptions):
+            texts |= field_texts(base)
     return [
         (f"--{field.name.replace('_', '-')}", shown(field.default), texts[field.name])
         for field in dataclasses.fields(config)
@@ -168,7 +171,7 @@ def options(config: type) -> list[tuple[str, str, str]]:
 
 
 def field_texts(config: type) -> dict[str, str]:
-    """The text under each field of a dataclass."""
+    """The text under each field that a dataclass declares itself."""
     body = ast.parse(inspect.cleandoc(inspect.getsource(config))).body[0]
     assert isinstance(body, ast.ClassDef)
     texts = {}
