@@ -113,6 +113,24 @@ def test_the_first_update_is_a_step_of_adam_from_the_ranks(make, images):
         assert (slope > 0) == (step[t, unit] < 0)
 
 
+def test_the_rate_falls_and_the_loss_is_taken_at_the_end_of_every_epoch(make, images, monkeypatch):
+    fit = fit_of(Gates(make(num_steps=2), 2), images, size=2)
+    step, loss, events = torch.optim.Adam.step, fit.loss, []
+
+    def spied_step(self, closure=None):
+        events.append(self.param_groups[0]["lr"])
+        return step(self, closure)
+
+    def spied_loss(gates):
+        events.append("loss")
+        return loss(gates)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", spied_step)
+    fit.loss = spied_loss
+    fit.learned(0.5, False, 2)
+    assert events == ["loss", 0.05, 0.05 * 0.75, "loss", 0.05 * 0.5, 0.05 * 0.25, "loss"]
+
+
 def test_what_cannot_be_done_is_refused(tiny, images):
     with pytest.raises(TypeCheckError):
         Fit(Gates(tiny, 4), images[0], mean=True)
