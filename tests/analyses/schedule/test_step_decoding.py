@@ -112,3 +112,17 @@ def test_wrong_shapes_are_refused():
         StepSums(draw(3, 3), draw(2, 3), draw(3))
     with pytest.raises(TypeCheckError):
         StepSums(draw(3, 3), draw(2, 4), draw(2))
+
+
+def test_a_tie_is_not_told_apart():
+    found = decoding_scores(torch.zeros(1, 1, 3, 3, dtype=torch.float64))[0]
+    assert found[:, 2].tolist() == [0, 0, 0, 0]
+
+
+def test_without_variance_the_ridge_has_the_scale_of_the_states():
+    means = draw(3, 4)
+    found = LinearDiscriminant(moments_of(means.expand(4, 3, 4)), 0.1)
+    scaled = LinearDiscriminant(moments_of((1e3 * means).expand(4, 3, 4)), 0.1)
+    assert found(means).argmax(-1).tolist() == [0, 1, 2]
+    # only rounding is left of the covariance, 1e-16 of the squares beside a ridge of 1e-13
+    torch.testing.assert_close(1e3 * scaled.weight, found.weight, rtol=0.05, atol=0)

@@ -50,6 +50,7 @@ def test_firing_rates_and_accuracy():
     rows = tables.firing_rows(1, firing)
     assert rows["value"].tolist() == pytest.approx([0.2, 0.4])
     assert rows["unit"].tolist() == [1, 1]
+    assert rows["step"].tolist() == [1, 2]
     hits = {"value": torch.tensor([0.75]), "n": torch.tensor([8])}
     row = tables.accuracy_row(hits).iloc[0]
     assert (row["value"], row["n"]) == (0.75, 8)

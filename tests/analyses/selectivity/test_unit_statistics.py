@@ -54,6 +54,11 @@ def test_of_equal_values_the_more_selective_unit_comes_first():
     assert units.ranking("onset", False, 1).tolist() == [1, 2, 0]
 
 
+def test_a_unit_that_never_varies_comes_last():
+    units = made([0.1, torch.nan, 0.2], onset=[torch.nan] * 3, lifetime=[0.0] * 3)
+    assert units.first_of({"onset": True}, 3, 1) == [2, 0, 1]
+
+
 def test_statistics_are_those_of_the_sums():
     """Sixty images of four classes; halves and groups in other orders."""
     generator = torch.Generator().manual_seed(0)
