@@ -15,6 +15,7 @@ from bvit_interp.errors import UserError
 from bvit_interp.models.masks import Masks
 from bvit_interp.training.loop.augment import Augmentation
 from bvit_interp.training.pruning import routing, subsets
+from bvit_interp.training.pruning.masked_adam import MaskedAdam
 from bvit_interp.training.pruning.subnetworks import Subnets, build_model, masked_weights
 from bvit_interp.training.pruning.subset_batches import Batches
 
@@ -86,3 +87,28 @@ def test_a_loss_that_is_not_finite_stops(subnets, recipe, pools):
     batches = Batches(plan, pools[0], parts, Augmentation(plan, shown.module), (1,), 3)
     with pytest.raises(UserError, match="the loss is nan"):
         routing.train(shown, batches, plan, "cpu")
+
+
+def test_patches_and_learning_rate_follow_the_recipe_over_the_batches(recipe, pools, monkeypatch):
+    model = {**recipe().model, "patch_drop_rate": 0.5}
+    plan = recipe(
+        batch_size=8, model=model, patch_drop_until=0.5, epochs=4, warmup_epochs=0.0, lr=1e-3
+    )
+    module, steps = build_model(plan, pools[0]), 8
+    names = masked_weights(module)
+    masks = {name: torch.ones(1, *module.get_parameter(name).shape).bool() for name in names}
+    shown = Subnets(module, names, Masks(masks), [None])
+    drops, rates, original = [], [], MaskedAdam.step
+
+    def noted(self, kept):
+        drops.append(module.patch_drop.prob)
+        rates.append(self.param_groups[0]["lr"])
+        original(self, kept)
+
+    monkeypatch.setattr(MaskedAdam, "step", noted)
+    parts = [subsets.whole(pools[0])]
+    batches = Batches(plan, pools[0], parts, Augmentation(plan, module), (1,), steps)
+    routing.train(shown, batches, plan, "cpu")
+    assert drops == [0.5] * 4 + [0.0] * 4
+    cosine = [1e-3 * (1 + math.cos(math.pi * j / steps)) / 2 for j in range(steps)]
+    assert rates == pytest.approx(cosine, rel=1e-6)
