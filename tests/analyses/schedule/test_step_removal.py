@@ -99,3 +99,9 @@ def test_wrong_shapes_are_refused():
     with pytest.raises(TypeCheckError):
         fit_removals(draw(3, 4), (0,))
     assert fit_removals(sums, (0,))["mean"].basis.shape == (0, 4)
+
+
+def test_two_steps_differ_in_one_direction():
+    for seed in range(5):
+        basis = fit_removals(moments_of(draw(20, 2, 6, seed=seed)), (0,))["subspace"].basis
+        assert len(basis) == 1
