@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 
 import timm
 import torch
+from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
@@ -102,7 +103,7 @@ class LowRank(nn.Module):
         super().__init__()
         self.a, self.b, self.parts, self.scaling = a, b, parts, scaling
 
-    def delta(self) -> Tensor:
+    def delta(self) -> Float[Tensor, "out in_"]:
         """What is added to the weight, ``(out, in)``."""
         update = self.scaling * (self.b @ self.a)
         rows = [
@@ -110,7 +111,7 @@ class LowRank(nn.Module):
         ]
         return torch.cat(rows)
 
-    def forward(self, weight: Tensor) -> Tensor:
+    def forward(self, weight: Float[Tensor, "out in_"]) -> Float[Tensor, "out in_"]:
         return weight + self.delta()
 
 

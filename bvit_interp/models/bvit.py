@@ -19,12 +19,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from timm.layers import PatchDropout, RmsNorm, resample_abs_pos_embed
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models import vision_transformer as timm_vit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
 from bvit_interp.models.memory import (
     Gradient,
@@ -124,7 +125,7 @@ class BViT(VisionTransformer):
         if isinstance(self.patch_drop, PatchDropout):
             self.patch_drop.num_prefix_tokens = self.num_prefix_tokens
 
-    def _pos_embed(self, x: torch.Tensor) -> torch.Tensor:
+    def _pos_embed(self, x: Tensor) -> Tensor:
         """Token sequence z_0 = [CLS + E_0; registers; patches + E_1..N], ``(B, 1 + R + N, D)`` (eq.
         1).
 
@@ -148,8 +149,11 @@ class BViT(VisionTransformer):
         return self.pos_drop(torch.cat([*tokens, x + pos_embed[:, first:]], dim=1))
 
     def forward_features(
-        self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False
-    ) -> torch.Tensor:
+        self,
+        x: Float[Tensor, "batch channels height width"],
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Float[Tensor, "batch tokens embed"]:
         """Final tokens RMSNorm(z_T), ``(B, tokens, D)``, of images ``(B, C, H, W)``."""
         x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
         unmasked = attn_mask is None and not is_causal
@@ -228,9 +232,7 @@ class _WithoutRegisters:
         self.model.num_prefix_tokens = self.prefix
 
 
-def checkpoint_filter_fn(
-    state_dict: dict[str, torch.Tensor], model: BViT
-) -> dict[str, torch.Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: BViT) -> dict[str, Tensor]:
     """timm's filter for pretrained weights (resamples positions), told that registers have no
     position."""
     with _WithoutRegisters(model):

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
@@ -61,7 +62,7 @@ class Masks(Mapping[str, Tensor]):
         if len(self.blocks) != self.count:
             raise UserError(f"{self.count} masks need as many blocks, got {len(self.blocks)}")
 
-    def __getitem__(self, component: str) -> Tensor:
+    def __getitem__(self, component: str) -> Bool[Tensor, "masks ..."]:
         return self.of[component]
 
     def __iter__(self) -> Iterator[str]:
@@ -73,7 +74,7 @@ class Masks(Mapping[str, Tensor]):
     def __deepcopy__(self, memo: object) -> Masks:
         return self  # never changed, so an unroll shares them as it shares weights
 
-    def flat(self, i: int) -> Tensor:
+    def flat(self, i: int) -> Bool[Tensor, " weights"]:
         """Mask i (from 0) of all components in one row ``(W,)``."""
         return torch.cat([mask[i].flatten() for mask in self.of.values()])
 
@@ -168,11 +169,11 @@ class Masked(nn.Module):
 
     mask: Tensor
 
-    def __init__(self, mask: Tensor) -> None:
+    def __init__(self, mask: Bool[Tensor, "*weight"]) -> None:
         super().__init__()
         self.register_buffer("mask", mask, persistent=False)
 
-    def forward(self, weight: Tensor) -> Tensor:
+    def forward(self, weight: Float[Tensor, "*weight"]) -> Float[Tensor, "*weight"]:
         return weight * self.mask
 
 

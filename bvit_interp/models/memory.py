@@ -23,8 +23,9 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
+from jaxtyping import Float
 from timm.models.vision_transformer import Block
-from torch import nn
+from torch import Tensor, nn
 
 from bvit_interp.models.steps import Steps, TimedBlock
 
@@ -92,7 +93,7 @@ class Carry:
     step under gradient checkpointing reads what the step read."""
 
     def __init__(self) -> None:
-        self.value: torch.Tensor | None = None
+        self.value: Tensor | None = None
 
 
 class MemoryBlock(TimedBlock):
@@ -122,14 +123,14 @@ class MemoryBlock(TimedBlock):
 
     def forward(
         self,
-        x: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
+        x: Float[Tensor, "batch tokens width"],
+        attn_mask: Tensor | None = None,
         is_causal: bool = False,
-        step_embed: torch.Tensor | None = None,
+        step_embed: Float[Tensor, " width"] | None = None,
         before: Carry | None = None,
         after: Carry | None = None,
         refresh: bool = True,
-    ) -> torch.Tensor:
+    ) -> Float[Tensor, "batch tokens width"]:
         """z_t ``(B, N, D)`` of z_{t-1}; reads the memory of the step before and leaves its own in
         `after`."""
         if before is None or after is None:
@@ -170,7 +171,9 @@ class UnrolledSteps(nn.Sequential):
         first: Any = self[0]
         return _linked(self, first.memory)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x: Float[Tensor, "batch tokens width"]
+    ) -> Float[Tensor, "batch tokens width"]:
         """z_T of z_0, ``(B, N, D)``."""
         for step in self.run():
             x = step(x)

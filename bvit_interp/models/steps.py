@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any, Literal
 
-import torch
+from jaxtyping import Float
 from timm.models.vision_transformer import Block
-from torch import nn
+from torch import Tensor, nn
 
 Order = Literal["cycle", "repeat"]
 
@@ -36,7 +36,7 @@ class TimedBlock(Block):
         self.register_parameter("step_embed", step_embed)
         self.step_index = index
 
-    def row(self, given: torch.Tensor | None) -> torch.Tensor | None:
+    def row(self, given: Float[Tensor, " width"] | None) -> Float[Tensor, " width"] | None:
         """e_t ``(D,)``: as given, or this step's own; None if there is neither."""
         if given is None and self.step_embed is not None:
             return self.step_embed[self.step_index]
@@ -44,11 +44,11 @@ class TimedBlock(Block):
 
     def forward(
         self,
-        x: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
+        x: Float[Tensor, "batch tokens width"],
+        attn_mask: Tensor | None = None,
         is_causal: bool = False,
-        step_embed: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        step_embed: Float[Tensor, " width"] | None = None,
+    ) -> Float[Tensor, "batch tokens width"]:
         row = self.row(step_embed)
         if row is None:
             raise ValueError("a TimedBlock outside an unroll needs step_embed")

@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
+from jaxtyping import Float
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
@@ -47,6 +48,9 @@ ANNOUNCED_BYTES = 2**30
 
 class _Recorded(Exception):
     """Everything asked for is there: the forward need not go on."""
+
+
+Images = Float[Tensor, "batch channels height width"]
 
 
 class Probe:
@@ -84,14 +88,14 @@ class Probe:
 
     # ---- running ---------------------------------------------------------------------------------
 
-    def __call__(self, images: Tensor) -> Tensor:
+    def __call__(self, images: Images) -> Float[Tensor, "batch classes"]:
         """Logits ``(B, classes)`` of images ``(B, C, H, W)``, under the edits in force."""
         self._refuse_compiled()
         return self.model(images)
 
     def run(
         self,
-        images: Tensor,
+        images: Images,
         sites: Key | Sequence[Key],
         steps: Iterable[int] | int | None = None,
         tokens: Tokens = "all",
@@ -118,7 +122,7 @@ class Probe:
 
     def record(
         self,
-        images: Tensor,
+        images: Images,
         sites: Key | Sequence[Key],
         steps: Iterable[int] | int | None = None,
         tokens: Tokens = "all",
@@ -288,7 +292,7 @@ class Probe:
 
     def _recording(
         self,
-        images: Tensor,
+        images: Images,
         sites: Key | Sequence[Key],
         steps: Iterable[int] | int | None,
         tokens: Tokens,

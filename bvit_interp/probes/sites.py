@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -26,6 +27,10 @@ Handle = torch.utils.hooks.RemovableHandle
 
 
 _KINDS = (Block, TimedBlock, MemoryBlock)
+
+
+Heads = Float[Tensor, "batch tokens heads head_width"]
+Pattern = Float[Tensor, "batch heads queries keys"]
 
 
 class Step:
@@ -69,19 +74,20 @@ class Step:
         """Number of neurons: what the FFN's out-projection reads."""
         return int(self.mlp.fc2.in_features)
 
-    def qkv(self, fused: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v ``(B, N, H, E)`` as attention uses them, from the output of `attn.qkv` ``(B, N, 3
-        H E)``."""
+    def qkv(self, fused: Float[Tensor, "batch tokens three_widths"]) -> tuple[Heads, Heads, Heads]:
+        """q, k and v as attention uses them, from the output of `attn.qkv`."""
         q, k, v = fused.unflatten(-1, (3, self.heads, -1)).unbind(2)
         return self.attn.q_norm(q), self.attn.k_norm(k), v
 
-    def scores(self, fused: Tensor, rows: slice) -> Tensor:
-        """Scaled scores ``(B, H, Q, K)`` of the query tokens `rows`."""
+    def scores(self, fused: Float[Tensor, "batch tokens three_widths"], rows: slice) -> Pattern:
+        """Scaled scores of the query tokens `rows`."""
         q, k, _ = self.qkv(fused)
         q = q[:, rows] * self.attn.scale
         return q.transpose(1, 2) @ k.permute(0, 2, 3, 1)
 
-    def attention(self, fused: Tensor, site: str, rows: slice) -> Tensor:
+    def attention(
+        self, fused: Float[Tensor, "batch tokens three_widths"], site: str, rows: slice
+    ) -> Pattern:
         """The scores or the pattern of the query tokens `rows`, as edited."""
         if site in self.edited:
             return self.edited[site][:, :, rows]
