@@ -28,6 +28,7 @@ from torch.nn.utils import parametrize
 
 from bvit_interp.errors import CheckpointError, UserError
 from bvit_interp.models.bvit import BViT
+from bvit_interp.models.stepping import device_of
 from bvit_interp.models.unroll import is_unrolled, unroll
 from bvit_interp.results import replacing, weights_hash
 
@@ -314,7 +315,7 @@ def _with_head(
 ) -> VisionTransformer:
     """A frozen copy of the model, in eval mode, with a head for `classes`, and with a time
     embedding of zeros."""
-    with torch.random.fork_rng(devices=[]), next(model.parameters()).device:
+    with torch.random.fork_rng(devices=[]), device_of(model):
         other = _with_time(model) if timed else copy.deepcopy(model)
         other.reset_classifier(len(classes))
     other.pretrained_cfg = {**other.pretrained_cfg, "label_names": list(classes)}  # type: ignore[assignment, dict-item]

@@ -21,6 +21,7 @@ from torchmetrics import Metric, MetricCollection
 from tqdm import tqdm
 
 from bvit_interp.errors import UserError, choices
+from bvit_interp.models.stepping import device_of
 from bvit_interp.models.unroll import is_unrolled, unroll
 from bvit_interp.probes import sites as places
 from bvit_interp.probes.cache import Cache, unit_index
@@ -208,7 +209,7 @@ class Probe:
         -------
         The same keys -> ``compute()``, on every process.
         """
-        device = next(self.model.parameters()).device
+        device = device_of(self.model)
         for metric in metrics.values():
             metric.to(device)
         steps = list(steps) if isinstance(steps, Iterable) else steps

@@ -21,7 +21,7 @@ from torch import Tensor
 from bvit_interp.errors import UserError
 from bvit_interp.metrics.checks import check_finite
 from bvit_interp.metrics.divergence import kl_divergence
-from bvit_interp.models.stepping import State, answer, proceed, states
+from bvit_interp.models.stepping import State, answer, device_of, proceed, states
 from bvit_interp.probes.ablate import SiteMeans, ablate, neuron_groups, site_sums
 from bvit_interp.probes.cache import Cache
 from bvit_interp.probes.probe import Edit, Key, Probe
@@ -91,7 +91,7 @@ class Ablator:
             raise UserError(
                 f"groups {groups} are more than the model's neurons; groups: 0..{neurons}"
             )
-        self.device = next(model.parameters()).device
+        self.device = device_of(model)
         self.tokens = self.probe.num_prefix_tokens + math.prod(self.probe.grid)
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(heads * head_width, generator=generator).to(self.device)

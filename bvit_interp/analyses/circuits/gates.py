@@ -16,7 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from bvit_interp.errors import UserError
-from bvit_interp.models.stepping import State, answer, embed, proceed
+from bvit_interp.models.stepping import State, answer, device_of, embed, proceed
 from bvit_interp.probes.ablate import UNIT_SITES, ablate, neuron_groups, site_sums
 from bvit_interp.probes.probe import Edit, Key, Probe
 
@@ -44,7 +44,7 @@ class Gates:
 
     def __init__(self, model: VisionTransformer, groups: int) -> None:
         self.probe = Probe(model)
-        self.device = next(model.parameters()).device
+        self.device = device_of(model)
         heads, neurons = self.probe.num_heads, self.probe.num_neurons
         if not 1 <= groups <= neurons:
             raise UserError(f"groups must be 1..{neurons}, the neurons of a step, got {groups}")

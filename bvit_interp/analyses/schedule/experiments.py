@@ -35,7 +35,7 @@ from bvit_interp.analyses.schedule.step_removal import (
 )
 from bvit_interp.errors import UserError
 from bvit_interp.metrics.streaming.means import MeanCI
-from bvit_interp.models.stepping import State, answer, proceed, states
+from bvit_interp.models.stepping import State, answer, device_of, proceed, states
 from bvit_interp.models.unroll import run_on
 from bvit_interp.probes.probe import Probe
 
@@ -120,7 +120,7 @@ class Subject:
         if self.trained < 2:
             raise UserError("a model of one step has none to exchange: at least 2 steps are needed")
         self.view = run_on(model, max(self.trained, *runs, 0))
-        self.device = next(self.view.parameters()).device
+        self.device = device_of(self.view)
         self.tokens = Probe(self.view).kinds()
         possible = {
             run: steps

@@ -19,6 +19,7 @@ from torchmetrics import Metric
 from bvit_interp.metrics.checks import check_finite
 from bvit_interp.metrics.streaming.means import MeanCI
 from bvit_interp.metrics.streaming.top_images import TopImages
+from bvit_interp.models.stepping import device_of
 from bvit_interp.probes.ablate import UNIT_SITES, SiteMeans
 from bvit_interp.probes.probe import Edit, Key, Probe
 from bvit_interp.vocabulary import Address
@@ -149,7 +150,7 @@ class ResponseStatistics:
     """
 
     def __init__(self, probe: Probe, classes: int, n_top: int) -> None:
-        device = next(probe.model.parameters()).device
+        device = device_of(probe.model)
         steps = probe.num_steps
         tokens = probe.num_prefix_tokens + math.prod(probe.grid)
         attention: Any = probe.model.blocks[0].attn
