@@ -21,7 +21,7 @@ from bvit_interp.data.digits import DigitScenes
 from bvit_interp.data.folders import CATEGORIES, MASKS, ImageFolderSamples, ImageNetS, class_folders
 from bvit_interp.data.imagenette import is_imagenette, open_imagenette, wnids_of
 from bvit_interp.data.parquet import ParquetSamples, columns_of, split_files
-from bvit_interp.data.samples import Samples, spread, write_mask
+from bvit_interp.data.samples import Samples, evenly_spaced, write_mask
 from bvit_interp.errors import DataError, choices
 
 HOME = "BVIT_INTERP_DATA"  # environment variable: the folder of data sets
@@ -218,14 +218,14 @@ def export(samples: Samples, out: Path, limit: int | None = None, progress: bool
     """Write a set with masks in ImageNet-S layout, images as lossless PNG; returns the number
     written.
 
-    The folder appears only once it is complete. `limit` images are spread evenly over the set.
+    The folder appears only once it is complete. `limit` images are evenly spaced over the set.
     """
     if not samples.has_masks:
         able = choices(entry.name for entry in CATALOG if entry.has_masks)
         raise DataError(f"only a set with masks can be exported; of the catalog: {able}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out} is not empty: give a new folder")
-    chosen = spread(len(samples), limit)
+    chosen = evenly_spaced(len(samples), limit)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from bvit_interp.data.geometry import Geometry
-from bvit_interp.data.samples import Samples, spread
+from bvit_interp.data.samples import Samples, evenly_spaced
 from bvit_interp.errors import DataError, UserError, choices
 from bvit_interp.results import rank_and_world
 
@@ -98,7 +98,7 @@ class Loader:
         if not len(samples):
             raise DataError("the data set has no images")
         rank, world = rank_and_world()
-        self.index = spread(len(samples), limit)[rank::world]
+        self.index = evenly_spaced(len(samples), limit)[rank::world]
         self.skip_corrupt, self.skipped = skip_corrupt, list[str]()
         self.progress = progress if rank == 0 else None
         self._batches = DataLoader(

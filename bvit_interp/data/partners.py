@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bvit_interp.data.geometry import Geometry
-from bvit_interp.data.samples import Samples, spread
+from bvit_interp.data.samples import Samples, evenly_spaced
 from bvit_interp.errors import DataError, UserError
 
 
@@ -32,7 +32,7 @@ class Partners:
         self, samples: Samples, limit: int | None = None, skip_corrupt: bool = False
     ) -> None:
         self.samples, self.skip_corrupt = samples, skip_corrupt
-        self.places = spread(len(samples), limit)
+        self.places = evenly_spaced(len(samples), limit)
         self.order = {place: i for i, place in enumerate(self.places)}
         if len(self.places) < 2:
             raise UserError(

@@ -130,7 +130,7 @@ def write_mask(ids: np.ndarray, path: Path) -> None:
     Image.fromarray(pixels.astype(np.uint8)).save(path)
 
 
-def spread(length: int, limit: int | None) -> list[int]:
+def evenly_spaced(length: int, limit: int | None) -> list[int]:
     """`limit` sorted places evenly spaced over 0..length - 1 (all of them if the limit is None or
     larger).
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bvit_interp.data.samples import Subset, read_image, read_mask, spread, write_mask
+from bvit_interp.data.samples import Subset, evenly_spaced, read_image, read_mask, write_mask
 from bvit_interp.errors import DataError, UserError
 from bvit_interp.vocabulary import IGNORE
 
@@ -84,11 +84,11 @@ def test_a_mask_that_is_no_rgb_png_is_refused(tmp_path, mode, kind):
 
 
 def test_a_limit_is_spread_evenly():
-    assert spread(10, 4) == [0, 2, 5, 7]
-    assert spread(100, 10) == list(range(0, 100, 10))
-    assert spread(3, None) == spread(3, 3) == spread(3, 10**9) == [0, 1, 2]
+    assert evenly_spaced(10, 4) == [0, 2, 5, 7]
+    assert evenly_spaced(100, 10) == list(range(0, 100, 10))
+    assert evenly_spaced(3, None) == evenly_spaced(3, 3) == evenly_spaced(3, 10**9) == [0, 1, 2]
     with pytest.raises(UserError, match="at least 1, got 0"):
-        spread(3, 0)
+        evenly_spaced(3, 0)
 
 
 def test_a_subset_is_a_set_of_its_own():

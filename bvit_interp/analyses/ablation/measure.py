@@ -58,7 +58,7 @@ from bvit_interp.analyses.ablation import COLUMNS, Config, Scope, drawn_method
 from bvit_interp.analyses.ablation.effects import METRICS, Ablator
 from bvit_interp.analyses.ablation.variance import FOLDS, cross_validated_anova, fold_numbers
 from bvit_interp.data.partners import Partners
-from bvit_interp.data.samples import Samples, spread
+from bvit_interp.data.samples import Samples, evenly_spaced
 from bvit_interp.data.stream import ModelBatch, stream
 from bvit_interp.metrics.streaming.means import MeanCI
 
@@ -89,7 +89,7 @@ def measure(models: Mapping[str, VisionTransformer], data: Samples, config: Conf
         }
     if "mean" in config.methods:
         ablators = _with_means(models, ablators, data, config)
-    positions = spread(len(data), ablated.limit)
+    positions = evenly_spaced(len(data), ablated.limit)
     folds = dict(zip(positions, fold_numbers(len(positions)), strict=True))
     tallies = {name: _Tally(ablator, config) for name, ablator in ablators.items()}
 

@@ -43,7 +43,7 @@ from bvit_interp.analyses.attention.patterns import (
     metric_names,
     uniform_value,
 )
-from bvit_interp.data.samples import Samples, Subset, spread
+from bvit_interp.data.samples import Samples, Subset, evenly_spaced
 from bvit_interp.data.stream import ModelBatch, stream
 from bvit_interp.errors import UserError
 from bvit_interp.metrics.streaming.means import MapCorrelations, MeanCI
@@ -210,7 +210,7 @@ def _mean(values: np.ndarray) -> float:
 def _example_positions(data: Samples, config: Config) -> list[int]:
     """Positions of the example images in the data set."""
     if config.example_images is None:
-        return spread(len(data), config.n_examples) if config.n_examples else []
+        return evenly_spaced(len(data), config.n_examples) if config.n_examples else []
     if max(config.example_images, default=0) >= len(data):
         raise UserError(f"no image {max(config.example_images)}; images: 0..{len(data) - 1}")
     return list(dict.fromkeys(config.example_images))

@@ -59,7 +59,7 @@ from bvit_interp.analyses.circuits.scores import GateScores
 from bvit_interp.analyses.circuits.structure import structure
 from bvit_interp.data.geometry import Geometry
 from bvit_interp.data.labels import label_map
-from bvit_interp.data.samples import Samples, spread
+from bvit_interp.data.samples import Samples, evenly_spaced
 from bvit_interp.data.stream import ModelBatch, halve_on_oom, stream
 from bvit_interp.errors import DataError, UserError
 from bvit_interp.metrics import wilson_interval
@@ -158,7 +158,7 @@ def _fit_positions(data: Samples, config: Config) -> list[int]:
             "gates are chosen on some images and scored on others: at least 2 are needed, got"
             f" {len(data)}"
         )
-    scored = set(spread(len(data), config.limit))
+    scored = set(evenly_spaced(len(data), config.limit))
     drawn = np.random.default_rng(config.seed).permutation(len(data)).tolist()
     return sorted(drawn, key=scored.__contains__)[: min(config.n_fit, len(data) // 2)]
 

@@ -63,7 +63,7 @@ from bvit_interp.analyses.lens.tuned_lens import (
     lens_logits,
     token_groups,
 )
-from bvit_interp.data.samples import Samples, Subset, spread
+from bvit_interp.data.samples import Samples, Subset, evenly_spaced
 from bvit_interp.data.stream import ModelBatch, stream
 from bvit_interp.errors import UserError
 from bvit_interp.metrics import at_patch_centres, wilson_interval
@@ -104,7 +104,7 @@ def measure(
     lenses, n_fit = _fit(unrolled, fitted, config)
     examples: list[int] = []
     if folder is not None and config.n_examples:
-        examples = spread(len(scored), config.n_examples)
+        examples = evenly_spaced(len(scored), config.n_examples)
     scores = {
         name: _ModelScores(view, lenses[name], data.has_masks, examples)
         for name, view in unrolled.items()
@@ -147,17 +147,17 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _split(data: Samples, config: Config) -> tuple[Subset, Subset]:
     """Images to train the maps on, and others to score."""
-    chosen = spread(len(data), config.limit)
+    chosen = evenly_spaced(len(data), config.limit)
     others = sorted(set(range(len(data))) - set(chosen))
     if len(others) >= config.n_fit:
-        fitted = [others[i] for i in spread(len(others), config.n_fit)]
+        fitted = [others[i] for i in evenly_spaced(len(others), config.n_fit)]
         return Subset(data, fitted), Subset(data, chosen)
     if len(chosen) < 4:
         raise UserError(
             "the lens is tuned on images that are not scored:"
             f" at least 4 are needed, got {len(chosen)}"
         )
-    held_out = set(spread(len(chosen), min(config.n_fit, len(chosen) // 2)))
+    held_out = set(evenly_spaced(len(chosen), min(config.n_fit, len(chosen) // 2)))
     fitted = [image for i, image in enumerate(chosen) if i in held_out]
     scored = [image for i, image in enumerate(chosen) if i not in held_out]
     return Subset(data, fitted), Subset(data, scored)

@@ -38,7 +38,7 @@ from bvit_interp.analyses.rank_sweep import ALL_STEPS, COLUMNS, Config, Method
 from bvit_interp.analyses.rank_sweep.input_moments import InputMoments, InputSums, watch_inputs
 from bvit_interp.analyses.rank_sweep.low_rank import Matrix, Truncation, ffn_matrices
 from bvit_interp.data.labels import label_map
-from bvit_interp.data.samples import Samples, Subset, spread
+from bvit_interp.data.samples import Samples, Subset, evenly_spaced
 from bvit_interp.data.stream import ModelBatch, stream
 from bvit_interp.errors import UserError
 from bvit_interp.metrics import wilson_interval
@@ -197,10 +197,10 @@ def _calibration(data: Samples, config: Config) -> tuple[Subset, float]:
     """
     if not config.n_calibration:
         return Subset(data, []), 0.0
-    scored = set(spread(len(data), config.limit))
+    scored = set(evenly_spaced(len(data), config.limit))
     others: Sequence[int] = [i for i in range(len(data)) if i not in scored]
     pool = others if len(others) >= config.n_calibration else range(len(data))
-    chosen = [pool[i] for i in spread(len(pool), config.n_calibration)]
+    chosen = [pool[i] for i in evenly_spaced(len(pool), config.n_calibration)]
     return Subset(data, chosen), len(scored & set(chosen)) / len(chosen)
 
 

@@ -49,7 +49,7 @@ from bvit_interp.analyses.schedule.experiments import (
     Subject,
 )
 from bvit_interp.analyses.schedule.tables import model_rows
-from bvit_interp.data.samples import Samples, spread
+from bvit_interp.data.samples import Samples, evenly_spaced
 from bvit_interp.data.stream import ModelBatch, stream
 from bvit_interp.errors import UserError
 
@@ -116,7 +116,7 @@ def _roles(length: int, config: Config) -> dict[str, set[int]]:
     `fit` and `refit`: decoders are fitted to them, before and after a removal; `test`: scored;
     `matrix`: scored for the matrix too.
     """
-    positions = spread(length, config.limit)
+    positions = evenly_spaced(length, config.limit)
     n = len(positions)
     if n < 6:
         raise UserError(f"the step is decoded on held-out images: at least 6 are needed, got {n}")

@@ -53,7 +53,7 @@ from bvit_interp.analyses.selectivity.responses import (
 from bvit_interp.analyses.selectivity.unit_ablation import AblationEffects, Unit, ablation_effects
 from bvit_interp.analyses.selectivity.unit_statistics import UnitStatistics
 from bvit_interp.data.geometry import Geometry
-from bvit_interp.data.samples import Samples, spread
+from bvit_interp.data.samples import Samples, evenly_spaced
 from bvit_interp.data.stream import ModelBatch, stream
 from bvit_interp.errors import UserError
 from bvit_interp.metrics.streaming.means import MeanCI
@@ -177,7 +177,7 @@ def _response_statistics(
     UserError
         For fewer than two images.
     """
-    positions = spread(len(data), config.limit)
+    positions = evenly_spaced(len(data), config.limit)
     if len(positions) < HALVES:
         raise UserError(
             f"the images are divided into halves: at least 2 are needed, got {len(positions)}"

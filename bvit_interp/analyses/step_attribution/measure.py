@@ -60,7 +60,7 @@ from bvit_interp.analyses.step_attribution.fold_gradients import (
 from bvit_interp.analyses.step_attribution.importance import NEED_SHARING, importance, prune
 from bvit_interp.analyses.step_attribution.untied import Layout, Untied
 from bvit_interp.data.labels import label_map
-from bvit_interp.data.samples import Samples, Subset, spread
+from bvit_interp.data.samples import Samples, Subset, evenly_spaced
 from bvit_interp.data.stream import ModelBatch, stream
 from bvit_interp.errors import UserError
 from bvit_interp.metrics import wilson_interval
@@ -116,7 +116,7 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _folds(data: Samples, config: Config) -> list[list[int]]:
     """Positions of the images of each fold, at random: data sets are sorted by class."""
-    positions = np.array(spread(len(data), config.limit))
+    positions = np.array(evenly_spaced(len(data), config.limit))
     if len(positions) < config.folds:
         raise UserError(
             f"{config.folds} folds of images need at least as many images, got {len(positions)}"

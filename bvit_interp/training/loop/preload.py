@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bvit_interp.data.digits import DigitScenes
-from bvit_interp.data.samples import Samples, spread
+from bvit_interp.data.samples import Samples, evenly_spaced
 from bvit_interp.errors import DataError, UserError
 from bvit_interp.results import rank_and_world
 from bvit_interp.training.loop.augment import wrong_size
@@ -137,7 +137,7 @@ def fingerprint(samples: Samples) -> str:
     Data sets of one name are not always the same.
     """
     digest = hashlib.sha256(repr((list(samples.classes), len(samples))).encode())
-    for i in spread(len(samples), 32):
+    for i in evenly_spaced(len(samples), 32):
         try:
             image, label, _ = samples.read(i)
         except DataError:

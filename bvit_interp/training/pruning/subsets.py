@@ -13,7 +13,7 @@ import torch
 from sklearn.cluster import HDBSCAN, KMeans
 
 from bvit_interp.data.geometry import Geometry
-from bvit_interp.data.samples import Samples, spread
+from bvit_interp.data.samples import Samples, evenly_spaced
 from bvit_interp.errors import DataError, UserError, choices
 from bvit_interp.models import checkpoint
 
@@ -48,7 +48,7 @@ class Pool:
         if unknown := [name for name in self.classes if name not in samples.classes]:
             raise UserError(f"no class {choices(unknown)}; classes: {choices(samples.classes)}")
         self._cache: dict[int, np.ndarray] = {}
-        index = np.array(spread(len(samples), limit), dtype=np.int64)
+        index = np.array(evenly_spaced(len(samples), limit), dtype=np.int64)
         position = np.array(
             [self.classes.index(c) if c in self.classes else -1 for c in samples.classes]
         )

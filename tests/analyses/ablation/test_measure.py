@@ -14,7 +14,7 @@ from bvit_interp.analyses.ablation import COLUMNS, Config, measure, summary
 from bvit_interp.analyses.ablation.effects import Ablator
 from bvit_interp.data.digits import DigitScenes
 from bvit_interp.data.geometry import Geometry
-from bvit_interp.data.samples import spread
+from bvit_interp.data.samples import evenly_spaced
 from bvit_interp.errors import UserError
 from bvit_interp.models.unroll import unroll
 from bvit_interp.probes.probe import Probe
@@ -64,11 +64,11 @@ def three(make):
 
 def test_every_scope_and_method_against_runs_with_a_hook(three, digits):
     frame = measure({"m": three}, digits, Config(limit=12, n_ablated=6, groups=0))
-    images, labels = batch_of(three, digits, spread(60, 6))
+    images, labels = batch_of(three, digits, evenly_spaced(60, 6))
     others, _ = batch_of(
-        three, digits, np.roll(spread(60, 6), -3)
+        three, digits, np.roll(evenly_spaced(60, 6), -3)
     )  # the partner is half the images on
-    many, _ = batch_of(three, digits, spread(60, 12))
+    many, _ = batch_of(three, digits, evenly_spaced(60, 12))
     with torch.inference_mode():
         clean = log_prob(three(images), labels)
         means = {
@@ -111,7 +111,7 @@ def test_every_scope_and_method_against_runs_with_a_hook(three, digits):
 def test_the_null_of_a_head_is_random_channels_and_of_a_group_the_mean_group(three, digits):
     config = Config(**SHORT, methods=("zero",), scopes=("each",), seed=3)
     frame = measure({"m": three}, digits, config)
-    images, labels = batch_of(three, digits, spread(60, 6))
+    images, labels = batch_of(three, digits, evenly_spaced(60, 6))
     chosen = torch.randperm(32, generator=torch.Generator().manual_seed(3))[:16]
     view = unroll(three)
     view.blocks[1].attn.proj.register_forward_pre_hook(
@@ -135,7 +135,7 @@ def test_the_table_of_single_steps_parts_as_written_down(three, digits):
         .pivot(index="step", columns="unit", values="value")
         .to_numpy()
     )
-    images, _ = batch_of(three, digits, spread(60, 20))
+    images, _ = batch_of(three, digits, evenly_spaced(60, 20))
     with torch.inference_mode():
         clean = three(images).double().log_softmax(-1)
         ablated = [
@@ -255,7 +255,7 @@ def test_partners_are_resampled_from_and_share_a_fold(three, digits):
     """Sixteen images: image i is resampled from image i + 8, and both are in fold i modulo 8."""
     config = Config(n_ablated=16, groups=0, methods=("resample",), scopes=("each",))
     frame = measure({"m": three}, digits, config)
-    images, _ = batch_of(three, digits, spread(60, 16))
+    images, _ = batch_of(three, digits, evenly_spaced(60, 16))
     donors = images.roll(-8, 0)
     with torch.inference_mode():
         given = Probe(three).record(donors, "z")["z"]

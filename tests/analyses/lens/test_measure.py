@@ -14,7 +14,7 @@ from bvit_interp.analyses import step_accuracy
 from bvit_interp.analyses.lens import COLUMNS, Config, measure, plot, summary
 from bvit_interp.analyses.lens.measure import _images_at_once, _split
 from bvit_interp.data.geometry import Geometry
-from bvit_interp.data.samples import spread
+from bvit_interp.data.samples import evenly_spaced
 from bvit_interp.errors import DataError, UserError
 from bvit_interp.metrics import wilson_interval
 from bvit_interp.models.unroll import unroll
@@ -68,7 +68,7 @@ def test_raw_on_cls_is_the_step_accuracy(any_model, digits):
 def test_patches_by_hand(tiny, digits, by_hand):
     frame = measure({"m": tiny}, digits, FAST)
     geometry = Geometry.of(tiny, digits)
-    scenes = [digits.read(i) for i in spread(60, 12)]
+    scenes = [digits.read(i) for i in evenly_spaced(60, 12)]
     images, labels = (
         torch.stack([geometry(s[0])[0] for s in scenes]),
         np.array([s[1] for s in scenes]),
@@ -177,7 +177,7 @@ def test_leaving_at_both_ends_of_the_threshold(tiny, digits):
 
 def test_early_exit_between_the_ends_by_hand(tiny, digits, by_hand):
     frame = measure({"m": tiny}, digits, FAST)
-    scenes = [digits.read(i) for i in spread(60, 12)]
+    scenes = [digits.read(i) for i in evenly_spaced(60, 12)]
     images = torch.stack([Geometry.of(tiny, digits)(scene[0])[0] for scene in scenes])
     labels = np.array([scene[1] for scene in scenes])
     with torch.no_grad():
@@ -244,7 +244,7 @@ def test_kept_maps_are_those_by_hand(tiny, digits, by_hand, tmp_path):
 
 def kept_maps_by_hand(model, data, by_hand):
     """Raw maps of the scored images ``(12, T, 4, 4)``: log probability of the true class."""
-    scenes = [data.read(i) for i in spread(60, 12)]
+    scenes = [data.read(i) for i in evenly_spaced(60, 12)]
     images = torch.stack([Geometry.of(model, data)(scene[0])[0] for scene in scenes])
     with torch.no_grad():
         sites = by_hand.run(model, images, [model.blocks[0]] * 12)[1:]
