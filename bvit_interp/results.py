@@ -18,15 +18,20 @@ from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import lazy_loader
 import numpy as np
-import pandas as pd
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from bvit_interp.errors import UserError, choices
+
+if TYPE_CHECKING:
+    import pandas as pd
+else:  # models and probes need no tables
+    pd = lazy_loader.load("pandas")
 
 _LIBRARIES = ("bvit-interp", "torch", "torchvision", "timm", "captum", "numpy", "pandas")
 

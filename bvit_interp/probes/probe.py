@@ -11,13 +11,12 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jaxtyping import Float
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
-from torchmetrics import Metric, MetricCollection
 from tqdm import tqdm
 
 from bvit_interp.errors import UserError, choices
@@ -38,6 +37,9 @@ from bvit_interp.vocabulary import (
     place_of,
     unit_axis,
 )
+
+if TYPE_CHECKING:  # it takes as long to import as torch
+    from torchmetrics import Metric, MetricCollection
 
 Key = str | tuple[str, int] | Address
 """A site name, or an address in any of its forms."""
