@@ -22,7 +22,7 @@ demo: setup
 	$(BIN)/bvit-interp data export digits-s $(RUN)/digits-s --limit 300
 	$(BIN)/bvit-interp early-exit train --limit 1000 --out $(RUN)/exits
 	$(BIN)/bvit-interp transfer --data digits-s --mode probe lora-qv --seeds 0 --epochs 6 --train-batch 16 \
-		--limit-train 128 --limit 100 --random-baseline --out $(RUN)/transfer
+		--n-train 128 --limit 100 --random-baseline --out $(RUN)/transfer
 	$(BIN)/bvit-interp demo --data $(RUN)/digits-s --out $(RUN)
 	$(BIN)/bvit-interp pointing-game $(ALL)
 	$(BIN)/bvit-interp report $(RUN)

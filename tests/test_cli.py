@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import subprocess
@@ -22,8 +23,8 @@ from tiny_runs import OPTIONS, as_arguments
 
 from bvit_interp.analyses import ANALYSES
 from bvit_interp.cli import main
-from bvit_interp.cli.commands import MADE
-from bvit_interp.cli.parsing import gathered
+from bvit_interp.cli.commands import MADE, find
+from bvit_interp.cli.parsing import gathered, parse
 from bvit_interp.cli.run.processes import processes
 from bvit_interp.errors import UserError
 from bvit_interp.models.checkpoint import load, save
@@ -512,3 +513,29 @@ def test_interrupt_keeps_finished_rows(ckpt, tmp_path, capfd, monkeypatch):
     assert pd.read_csv(tmp_path / "rank_sweep.csv")["rank"].tolist() == [2, 4]
     assert main(arguments) == 0
     assert pd.read_csv(tmp_path / "rank_sweep.csv")["rank"].tolist() == [2, 4, 8]
+
+
+# ---- commands that are written down ----
+
+
+def written_commands():
+    """The commands of the Makefile and of README and docs, as lists of arguments."""
+    root = Path(__file__).resolve().parents[1]
+    makefile = (root / "Makefile").read_text().replace("\\\n", " ")
+    variables = dict(re.findall(r"^(\w+) := (.*)$", makefile, re.MULTILINE))
+    for line in re.findall(r"^\t\$\(BIN\)/bvit-interp (.*)$", makefile, re.MULTILINE):
+        while "$(" in line:
+            line = re.sub(r"\$\((\w+)\)", lambda found: variables[found[1]], line)
+        yield "Makefile", line
+    for path in (root / "README.md", *(root / "docs").glob("*.md")):
+        for line in re.findall(r"^\s*bvit-interp (\w.*)$", path.read_text(), re.MULTILINE):
+            yield path.name, line.partition("#")[0].strip()
+        for line in re.findall(r"`bvit-interp ([^`]+)`", path.read_text()):
+            if "WORD" not in line and "--" in line:  # a bare word is prose
+                yield path.name, line
+
+
+@pytest.mark.parametrize(("page", "line"), sorted(set(written_commands())))
+def test_commands_that_are_written_down_are_commands(page, line):
+    command, arguments = find(line.split())
+    parse(command.word, command.text, command.options, arguments)
