@@ -20,7 +20,6 @@ $(STAMP): setup.cfg pyproject.toml
 demo: setup
 	rm -rf $(RUN)
 	$(BIN)/bvit-interp data export digits-s $(RUN)/digits-s --limit 300
-	$(BIN)/bvit-interp early-exit train --limit 1000 --out $(RUN)/exits
 	$(BIN)/bvit-interp transfer --data digits-s --mode probe lora-qv --seeds 0 --epochs 6 --train-batch 16 \
 		--n-train 128 --limit 100 --random-baseline --out $(RUN)/transfer
 	$(BIN)/bvit-interp demo --data $(RUN)/digits-s --out $(RUN)

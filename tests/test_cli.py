@@ -539,3 +539,26 @@ def written_commands():
 def test_commands_that_are_written_down_are_commands(page, line):
     command, arguments = find(line.split())
     parse(command.word, command.text, command.options, arguments)
+
+
+@pytest.mark.slow
+def test_demo_answers_every_question_in_an_empty_folder(tmp_path):
+    root = Path(__file__).resolve().parents[1]
+    (tmp_path / "checkpoints").symlink_to(root / "checkpoints")
+    found = subprocess.run(
+        [SCRIPT, "demo", "--limit", "12", "--out", "out"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 0, found.stderr[-2000:]
+    out = tmp_path / "out"
+    assert {path.stem for path in out.glob("*.csv")} == set(ANALYSES)
+    assert all((out / f"{word}.png").is_file() for word in ANALYSES)
+    assert (out / "report.html").is_file()
+
+
+def test_a_checkpoint_spelled_in_two_ways_is_given_twice(ckpt, capfd):
+    other = f"{Path(ckpt).parent}/../{Path(ckpt).parent.name}/{Path(ckpt).name}"
+    assert "given twice" in error_of(capfd, ["evaluate", "--ckpt", ckpt, other, "--limit", "4"])

@@ -49,7 +49,7 @@ FURTHER = {
 def quick(word, exits):
     """The command of a question with its small options, and the number of images."""
     options = {"limit": 41, **OPTIONS[word]}
-    if "exits" in options:
+    if word == "early_exit":
         options["exits"] = (exits,)
     limit = options.pop("limit")
     return " ".join([word.replace("_", "-"), *as_arguments(options)]), limit

@@ -80,7 +80,8 @@ def gathered(given: list[str], flag: str) -> list[str]:
 
 def _wrapped(text: str, width: int = 80) -> str:
     """Paragraphs, as wide as tyro's boxes."""
-    return "\n\n".join(textwrap.fill(" ".join(part.split()), width) for part in text.split("\n\n"))
+    paragraphs = (" ".join(part.split()) for part in text.split("\n\n"))
+    return "\n\n".join(textwrap.fill(part, width, break_on_hyphens=False) for part in paragraphs)
 
 
 def _flags(options: Mapping[str, type]) -> dict[str, Any]:

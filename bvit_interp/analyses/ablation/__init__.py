@@ -23,7 +23,7 @@ Scope = Literal["each", "from", "all"]
 
 @dataclass(frozen=True, kw_only=True)
 class Config(LoaderOptions):
-    """Options of the ablation."""
+    """Options of `ablation`."""
 
     n_ablated: int | None = 100
     """Number of images to ablate, evenly spaced over the data set and at most `limit`. The means of

@@ -19,7 +19,7 @@ from bvit_interp.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Config(LoaderOptions):
-    """Options of the attention statistics."""
+    """Options of `attention`."""
 
     n_examples: int = 3
     """Number of images whose CLS attention maps are stored and drawn (Fig. 13), evenly spaced over

@@ -31,7 +31,7 @@ Method = Literal["gradient", "learned"]
 
 @dataclass(frozen=True, kw_only=True)
 class Config(LoaderOptions):
-    """Options of the circuits. `limit` is the number of images for scoring."""
+    """Options of `circuits`. `limit` is the number of images for scoring."""
 
     fractions: tuple[float, ...] = (0.8, 0.6, 0.4, 0.2)
     """Shares of the gates that stay open, between 0 and 1."""

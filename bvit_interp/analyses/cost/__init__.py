@@ -17,7 +17,7 @@ from bvit_interp.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Config(LoaderOptions):
-    """Options of the cost. No image is read: of the options for images only `batch_size` has an
+    """Options of `cost`. No image is read: of the options for images only `batch_size` has an
     effect, on the throughput."""
 
     runs: int = 100

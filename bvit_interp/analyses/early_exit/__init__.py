@@ -19,7 +19,7 @@ from bvit_interp.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Config(LoaderOptions):
-    """Options of the early exit."""
+    """Options of `early-exit`."""
 
     exits: tuple[Path, ...] = (Path("runs/exits"),)
     """Folders with the exits of each checkpoint, in the order of --ckpt."""
@@ -66,7 +66,7 @@ COLUMNS = {
     "calibration_error": "expected calibration error, 15 bins, 0..1; for exits only",
     "n": "number of images",
 }
-QUICK: dict[str, Any] = {"exits": (Path("runs/demo/exits"),), "n_timed": 8, "timed_batch": 4}
+QUICK: dict[str, Any] = {"n_timed": 8, "timed_batch": 4}
 """Options with which the answer takes seconds on the embedded data."""
 
 __getattr__, __dir__, __all__ = attach(__name__)

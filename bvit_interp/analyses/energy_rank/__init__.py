@@ -17,7 +17,7 @@ from bvit_interp.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Config(LoaderOptions):
-    """Options of the energy rank."""
+    """Options of `energy-rank`."""
 
     energy: float = 0.95
     """Share of the squared singular values to hold, 0..1."""

@@ -17,7 +17,7 @@ from bvit_interp.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Config(LoaderOptions):
-    """Options of the evaluation."""
+    """Options of `evaluate`."""
 
     bins: int = 15
     """Number of equal-width bins of the confidence, for the calibration error."""

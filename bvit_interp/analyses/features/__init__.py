@@ -19,7 +19,7 @@ from bvit_interp.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Recipe, LoaderOptions):
-    """Options of the feature images."""
+    """Options of `features`."""
 
     neurons: tuple[int, ...] | Literal["auto"] = "auto"
     """Neurons of the FFN, from 0; auto chooses from the least to the most changing."""

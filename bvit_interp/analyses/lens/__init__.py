@@ -19,7 +19,7 @@ from bvit_interp.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Config(LoaderOptions):
-    """Options of the lens."""
+    """Options of `lens`."""
 
     n_fit: int = 1000
     """Number of images for training the maps, without their labels. They are images that are not

@@ -23,7 +23,7 @@ Corruption = Literal["shuffle", "noise"]
 
 @dataclass(frozen=True, kw_only=True)
 class Config(LoaderOptions):
-    """Options of the patching."""
+    """Options of `patching`."""
 
     mode: tuple[Mode, ...] = ("same", "other")
     """Source of the patch: same (the image's own state, moved in time), other (another image's

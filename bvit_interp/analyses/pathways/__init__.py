@@ -24,7 +24,7 @@ PRUNED, COLLAPSE = "fully_pruned", "collapse"
 
 @dataclass(frozen=True, kw_only=True)
 class Config(LoaderOptions):
-    """Options of the pathways."""
+    """Options of `pathways`."""
 
     empty: Empty = "nan"
     """Specialization of an empty mask and overlap of two empty masks: nan (undefined, left out of

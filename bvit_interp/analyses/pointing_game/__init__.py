@@ -19,7 +19,7 @@ from bvit_interp.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Config(LoaderOptions):
-    """Options of the pointing game."""
+    """Options of `pointing-game`."""
 
     saliency: Literal["attention", "rollout", "gradient-x-activation", "integrated-gradients"] = (
         "attention"

@@ -22,7 +22,7 @@ ALL_STEPS = "all"
 
 @dataclass(frozen=True, kw_only=True)
 class Config(LoaderOptions):
-    """Options of the rank sweep."""
+    """Options of `rank-sweep`."""
 
     ranks: tuple[int, ...] | None = None
     """Ranks to cut to; by default the paper's, in proportion to the model's width."""

@@ -20,7 +20,7 @@ from bvit_interp.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Config(LoaderOptions):
-    """Options of the schedules of steps."""
+    """Options of `schedule`."""
 
     runs: tuple[int, ...] = (6, 18, 24, 48)
     """Numbers of steps S to run. Only a recurrent model runs past its T steps; a time embedding

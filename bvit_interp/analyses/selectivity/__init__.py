@@ -28,7 +28,7 @@ _UNIT = re.compile(r"(mlp_post|z):\d+", re.ASCII)
 
 @dataclass(frozen=True, kw_only=True)
 class Config(LoaderOptions):
-    """Options of the class selectivity."""
+    """Options of `selectivity`."""
 
     units: tuple[str, ...] = ()
     """Units to describe in full, for example mlp_post:374 (a neuron) or z:2 (a head). By default

@@ -18,7 +18,7 @@ from bvit_interp.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Config(LoaderOptions):
-    """Options of the step accuracy."""
+    """Options of `step-accuracy`."""
 
     steps: int = 24
     """Number of steps to run; a stacked ViT (from timm, or a matched `vit_rms_*`) stops at its last

@@ -22,7 +22,7 @@ Method = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class Config(LoaderOptions):
-    """Options of the step attribution."""
+    """Options of `step-attribution`."""
 
     folds: int = 8
     """Number of parts of the images for confidence intervals; even. Half of them make masks and the

@@ -63,7 +63,7 @@ class Plan(LoaderOptions):
     alpha: float = 16.0
     """Scale of low-rank updates: they are multiplied by alpha / rank."""
     train_final_norm: bool = True
-    """Also train the final norm in the low-rank modes, as the paper's parameter counts imply."""
+    """Whether the low-rank modes train the final norm too, as the paper's counts imply."""
     steps: tuple[int, ...] = ()
     """Steps at which low-rank updates are active; by default all."""
     sweep_steps: bool = False
