@@ -42,6 +42,8 @@ def parse(
     for flag in _list_flags(options):
         given = gathered(given, flag)
     asked = any(argument in ("-h", "--help") for argument in given)
+    if asked:  # tyro would join the lines of a description
+        print(f"{_wrapped(text)}\n")
     printed = io.StringIO()
     try:
         with redirect_stderr(printed), _columns(None if asked else _WIDE):
@@ -49,7 +51,7 @@ def parse(
                 together,
                 args=given,
                 prog=f"bvit-interp {word}",
-                description=_wrapped(text),
+                description=" ",
                 config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
             )
     except SystemExit as stopped:
