@@ -7,7 +7,7 @@ import os
 import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, fields, make_dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -42,11 +42,9 @@ def parse(
     for flag in _list_flags(options):
         given = gathered(given, flag)
     asked = any(argument in ("-h", "--help") for argument in given)
-    if asked:  # tyro would join the lines of a description
-        print(f"{_wrapped(text)}\n")
-    printed = io.StringIO()
+    printed, shown = io.StringIO(), io.StringIO()
     try:
-        with redirect_stderr(printed), _columns(None if asked else _WIDE):
+        with redirect_stderr(printed), redirect_stdout(shown), _columns(None if asked else _WIDE):
             parsed: Any = tyro.cli(
                 together,
                 args=given,
@@ -56,6 +54,9 @@ def parse(
             )
     except SystemExit as stopped:
         if not stopped.code:
+            usage, _, help_of_options = shown.getvalue().partition("\n\n")
+            # tyro would join the lines of a description
+            print(f"{usage}\n\n{_wrapped(text)}\n\n{help_of_options.lstrip()}", end="")
             raise
         raise _refusal(stopped, printed.getvalue(), word, options) from None
     return {name: getattr(parsed, name) for name in options}
