@@ -295,6 +295,16 @@ def weights(megabytes, seed=0):
     )
 
 
+def test_a_test_report_leaves_without_the_machine(results, tmp_path):
+    report = f'<suite hostname="box" tests="1"><case>{results.ROOT}/tests/a.py:3: x</case></suite>'
+    (tmp_path / "junit.xml").write_text(report)
+    package = results.Package(tmp_path / "out")
+    assert package.add("a/out/junit.xml", tmp_path / "junit.xml")
+    package.commit({"jobs": []}, "log")
+    back = results.read(tmp_path / "out").files["a/out/junit.xml"]
+    assert back == b'<suite tests="1"><case>tests/a.py:3: x</case></suite>'
+
+
 def test_weights_go_across_shards_halved_and_come_back(results, tmp_path):
     (tmp_path / "ema.safetensors").write_bytes(weights(5))
     package = results.Package(tmp_path / "out", shard=MIB, total=8 * MIB)

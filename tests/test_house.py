@@ -221,3 +221,13 @@ def test_no_print_and_no_path_of_a_machine_in_the_package():
 def test_no_formatter_is_switched_off():
     for path in MODULES:
         assert "fmt: skip" not in path.read_text(), path
+
+
+def test_no_file_that_is_kept_names_the_folder_of_this_clone():
+    """Text files that git tracks; a clone in a folder of a short name proves nothing."""
+    if len(ROOT.parts) < 3 or not (ROOT / ".git").exists():
+        pytest.skip("not a clone in a folder of its own")
+    found = subprocess.run(
+        ["git", "grep", "-lIF", f"{ROOT}/"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert found.returncode == 1, found.stdout + found.stderr
