@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Integral
+from typing import Literal
 
 from bvit_interp.errors import UserError, choices
 
@@ -40,6 +41,9 @@ it leaves.
 
 IGNORE = 1000
 """Id of mask pixels that count neither as object nor as background (ImageNet-S)."""
+
+AdapterMode = Literal["probe", "te", "full", "lora-qv", "lora-ffn"]
+"""What an adapter trains: the head alone, a time embedding, all weights, or low-rank updates."""
 
 TOKEN_WORDS = ("cls", "dist", "reg", "patches", "all")
 Tokens = str | int | slice

@@ -149,7 +149,6 @@ def stream(
             device_of(model),
             Geometry.of(model, data, options.resize),
             label_map(data, model) if labels else None,
-            partners,
         )
         for name, model in models.items()
     }
@@ -168,8 +167,12 @@ def stream(
             return compute(batch)
 
     for batch in loader:
+        others = {}
+        if partners is not None:  # read once for all models of a geometry, as the images are
+            others = {geometry: partners(batch.index, geometry) for geometry in batch.views}
         for name, sight in sights.items():
-            for part in _parts(sight.of(batch), (images_at_once or {}).get(name)):
+            seen = sight.of(batch, others.get(sight.geometry))
+            for part in _parts(seen, (images_at_once or {}).get(name)):
                 for result in halve_on_oom(run, part):
                     yield name, result
 
@@ -182,15 +185,14 @@ class _Sight:
     device: torch.device
     geometry: Geometry
     classes: Tensor | None
-    partners: Partners | None
 
-    def of(self, batch: Batch) -> ModelBatch:
+    def of(self, batch: Batch, others: tuple[Tensor, Tensor] | None) -> ModelBatch:
         images, masks = batch.views[self.geometry]
         partner = None
-        if self.partners is not None:
-            others, labels = self.partners(batch.index, self.geometry)
+        if others is not None:
+            pictures, labels = others
             known = labels if self.classes is None else self.classes[labels]
-            partner = (others.to(self.device), known.to(self.device))
+            partner = (pictures.to(self.device), known.to(self.device))
         return ModelBatch(
             model=self.name,
             index=batch.index,

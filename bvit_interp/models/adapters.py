@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import timm
 import torch
@@ -31,8 +31,8 @@ from bvit_interp.models.bvit import BViT
 from bvit_interp.models.stepping import device_of
 from bvit_interp.models.unroll import is_unrolled, unroll
 from bvit_interp.results import replacing, weights_hash
+from bvit_interp.vocabulary import AdapterMode
 
-Mode = Literal["probe", "te", "full", "lora-qv", "lora-ffn"]
 FILE = "adapter.safetensors"
 PLACES = {"lora-qv": ("attn.qkv",), "lora-ffn": ("mlp.fc1", "mlp.fc2")}
 _EMBED = "blocks.step_embed"
@@ -43,7 +43,7 @@ _HEADS = ("head.", "head_dist.")
 class Spec:
     """What is trained beside a new head."""
 
-    mode: Mode
+    mode: AdapterMode
     """probe (nothing), te (a time embedding, from zero), full (everything), lora-qv or lora-ffn."""
     rank: int = 8
     """r of the low-rank modes."""
@@ -56,8 +56,10 @@ class Spec:
     parameters."""
 
     def __post_init__(self) -> None:
-        if self.mode not in get_args(Mode):
-            raise UserError(f"mode must be one of {', '.join(get_args(Mode))}, got {self.mode!r}")
+        if self.mode not in get_args(AdapterMode):
+            raise UserError(
+                f"mode must be one of {', '.join(get_args(AdapterMode))}, got {self.mode!r}"
+            )
         if self.steps is not None and self.mode not in PLACES:
             raise UserError(f"steps are chosen for {' and '.join(PLACES)}, not for {self.mode}")
         if not self.alpha > 0:

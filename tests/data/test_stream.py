@@ -78,6 +78,23 @@ def test_partners_come_with_their_labels(make, data):
         without.partner_images  # noqa: B018
 
 
+def test_partners_are_read_once_for_all_models_of_a_geometry(make, data):
+    models, partners, asked = (
+        {"a": make(), "b": make(seed=1), "c": make(img_size=48)},
+        Partners(data),
+        [],
+    )
+
+    def counting(index, geometry):
+        asked.append(geometry)
+        return partners(index, geometry)
+
+    found = batches(models, data, LoaderOptions(), partners=counting)
+    assert len(asked) == len(set(asked)) == 2
+    assert torch.equal(found["a"][0].partner_images, found["b"][0].partner_images)
+    assert found["c"][0].partner_images.shape[-1] == 48
+
+
 def test_images_at_once_bounds_each_call(make, data):
     models = {"few": make(), "all": make(seed=1)}
     found = batches(models, data, LoaderOptions(batch_size=7), images_at_once={"few": 2})

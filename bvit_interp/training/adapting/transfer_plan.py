@@ -9,9 +9,8 @@ from typing import Any, Literal, get_args
 from bvit_interp.data.options import LoaderOptions
 from bvit_interp.errors import UserError
 from bvit_interp.training.loop.recipe import Recipe
+from bvit_interp.vocabulary import AdapterMode
 
-Mode = Literal["probe", "te", "full", "lora-qv", "lora-ffn"]
-"""What is trained. `models.adapters` has the same, but imports torch."""
 LOW_RANK = ("lora-qv", "lora-ffn")
 """Modes with a low-rank update."""
 DEFAULTS = {
@@ -41,7 +40,7 @@ _SHARED = (
 class Plan(LoaderOptions):
     """How to adapt a model; `limit` applies to the test images."""
 
-    mode: tuple[Mode, ...] = ("probe",)
+    mode: tuple[AdapterMode, ...] = ("probe",)
     """What to train, one or several: probe (a new head), te (a head and a time embedding), full
     (all weights), lora-qv, lora-ffn."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -105,7 +104,7 @@ class Plan(LoaderOptions):
         """The options that all rows of a table share; those that differ are columns."""
         return {key: value for key, value in asdict(self).items() if key in _SHARED}
 
-    def recipe(self, mode: Mode, seed: int, data: str, images: int) -> Recipe:
+    def recipe(self, mode: AdapterMode, seed: int, data: str, images: int) -> Recipe:
         """The recipe of one run: its schedule and its batches.
 
         Parameters
