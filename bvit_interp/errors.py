@@ -6,16 +6,15 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Something the user gave cannot be used; the command line prints it as one line and exits with
-    2."""
+    """An input of the user cannot be used; the command line prints one line and exits with 2."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint is missing, truncated, of another model, or holds code or NaN."""
+    """A checkpoint is missing or truncated, belongs to another model, or holds code or NaN."""
 
 
 class DataError(UserError):
-    """A data set is missing, empty, inconsistent, or has an image that cannot be read."""
+    """A data set is missing, empty or inconsistent, or has an image that cannot be read."""
 
 
 class MissingExtra(UserError):
@@ -26,7 +25,7 @@ class MissingExtra(UserError):
 
 
 def choices(values: Iterable[object], most: int = 12) -> str:
-    """The valid choices as one readable string, cut after `most`."""
+    """The valid choices as one string, at most `most` of them and then their number."""
     listed = [str(value) for value in values]
     return ", ".join(listed[:most]) + (
         f", ... ({len(listed)} in all)" if len(listed) > most else ""

@@ -1,8 +1,8 @@
-"""House style: canvas, step axis, palette, heat maps, saving. Knows no model.
+"""The style of all figures: canvas, lines, points, step axis, heat maps, saving.
 
-Lines differ in colour (Okabe & Ito's, safe for the colour-blind), marker and dash, so that figures
-read in grey; nulls are thin grey lines. Figures are made without pyplot: nothing global, nothing to
-close.
+Lines differ in colour (Okabe & Ito's, for colour-blind readers), marker and dash, so that figures
+are readable in grey. Nulls are thin grey lines. Figures are made without pyplot, so there is no
+global state and nothing to close.
 """
 
 from __future__ import annotations
@@ -62,14 +62,14 @@ def line(
     null: str | None = None,
     null_label: str | None = None,
 ) -> None:
-    """A line of column `y` over column `x`, with its interval as a band and its null in grey.
+    """Draw column `y` over column `x` as a line, its interval as a band and its null in grey.
 
     Parameters
     ----------
-    frame : one line's rows, in any order.
-    style : of `line_style`.
-    interval : the columns of the band's ends; None for no band.
-    null : the column of the null, drawn in the dash of the line; None for none.
+    frame : the rows of the line, in any order.
+    style : colour, marker and dash, from `line_style`.
+    interval : the columns of the lower and upper end of the band; None draws no band.
+    null : the column of the null, drawn with the dash of the line; None draws no null.
     """
     rows = frame.sort_values(x, kind="stable")
     at = rows[x].astype(float)
@@ -94,28 +94,28 @@ def points(
     null: str | None = None,
     null_label: str | None = None,
 ) -> None:
-    """Points of column `y` at the places `at`, with error bars, and a grey tick for each null.
+    """Draw column `y` as points with error bars, and each null as a grey tick.
 
     Parameters
     ----------
-    at : places on the x axis, one per row of `frame`.
+    at : positions on the x axis, one per row of `frame`.
     """
-    places = list(at)
+    positions = list(at)
     value = frame[y].to_numpy(dtype=float)
     errors = None
     if interval is not None:
         low, high = (frame[end].to_numpy(dtype=float) for end in interval)
         errors = np.clip([value - low, high - value], 0, None)
     unjoined = dict(style) | {"linestyle": "", "linewidth": 1.0}
-    ax.errorbar(places, value, errors, **unjoined, label=label)
+    ax.errorbar(positions, value, errors, **unjoined, label=label)
     if null is not None:
         colour = NULL["color"]
         nulls = frame[null].to_numpy(dtype=float)
-        ax.plot(places, nulls, "_", markersize=9, color=colour, label=null_label)
+        ax.plot(positions, nulls, "_", markersize=9, color=colour, label=null_label)
 
 
 def subcanvas(panel: SubFigure, columns: int = 1, rows: int = 1, **options: Any) -> np.ndarray:
-    """Axes ``(rows, columns)`` of a part of a figure, in the style of `canvas`."""
+    """Axes ``(rows, columns)`` in a part of a figure, in the style of `canvas`."""
     axes = panel.subplots(rows, columns, squeeze=False, **options)
     for ax in axes.flat:
         _house_style(ax)
@@ -129,7 +129,7 @@ def _house_style(ax: Axes) -> None:
 
 
 def step_axis(ax: Axes, steps: Iterable[float]) -> None:
-    """An x axis of whole steps."""
+    """Label the x axis with whole steps."""
     listed = sorted({int(step) for step in steps})
     if len(listed) <= 13:
         ax.xaxis.set_major_locator(FixedLocator(listed))
@@ -139,7 +139,7 @@ def step_axis(ax: Axes, steps: Iterable[float]) -> None:
 
 
 def legend(ax: Axes) -> None:
-    """A frameless legend, if anything is labelled; long names keep their end."""
+    """Add a legend without a frame if there are labels; only the end of a long label is shown."""
     handles, labels = ax.get_legend_handles_labels()
     if handles:
         short = [
@@ -159,10 +159,10 @@ def heat_map(
     numbers: bool = True,
     limits: tuple[float | None, float | None] = (None, None),
 ) -> None:
-    """A matrix ``(rows, columns)`` in colour, with its numbers written in the cells when they fit.
+    """Draw a matrix ``(rows, columns)`` in colour, with its numbers in the cells if they fit.
 
-    `limits` are the values of the first and the last colour; by default the least and the largest
-    of the matrix.
+    `limits` are the values of the first and the last colour; by default the smallest and the
+    largest value of the matrix.
     """
     ax.grid(visible=False)
     image = ax.imshow(values, aspect="auto", cmap=SEQUENTIAL, vmin=limits[0], vmax=limits[1])
@@ -190,8 +190,7 @@ def overlay(
     saliency: np.ndarray | None = None,
     outline: np.ndarray | None = None,
 ) -> None:
-    """An image ``(height, width, 3)`` in 0..1, a map of any grid laid over it, and a mask's
-    outline."""
+    """Draw an image ``(height, width, 3)`` in 0..1, and on it a map and the outline of a mask."""
     height, width = image.shape[:2]
     extent = (0, width, height, 0)
     ax.grid(visible=False)
@@ -206,6 +205,6 @@ def overlay(
 
 
 def save(figure: Figure, path: Path, dpi: int = 150) -> None:
-    """Write a PNG, whole or not at all."""
+    """Write a PNG; an error leaves no partial file."""
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=dpi, format="png", facecolor="white")

@@ -1,10 +1,10 @@
-"""The words: sites, steps, tokens, and the address `mlp_post[5]:1234` of a unit.
+"""Names of sites, steps and tokens, and the address `mlp_post[5]:1234` of a unit.
 
-A **step** t = 1..T is the t-th application of the block (in a stacked ViT, a block); step 0 is the
-embedded tokens z_0 and -1 the last step. A **site** is a place inside a step, named as in
-TransformerLens; in the inner updates of a step with a memory (bViT-fl, bViT-sc) it is
-`inner2.mlp_post`, counted from 1. Shapes: B images, N tokens (prefix + patches), D width, F hidden
-width of the FFN, H heads, E = head width, Q query and K key tokens (both N).
+A **step** t = 1..T is the t-th application of the block. In a stacked ViT it is a block. Step 0 is
+the embedded tokens z_0, and -1 is the last step. A **site** is a place inside a step, named as in
+TransformerLens. The sites of an inner update (bViT-fl, bViT-sc) have a prefix with its number from
+1, as in `inner2.mlp_post`. Shapes: B images, N tokens (prefix and patches), D width, F hidden width
+of the FFN, H heads, E head width, Q query tokens, K key tokens (both N).
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ SITES: dict[str, tuple[str, str]] = {
     "mlp_out": ("B N D", "what the FFN adds to the residual"),
     "resid_post": ("B N D", "output of the step, z_t"),
 }
-"""Site -> (shape, where it is in the step); the README's table.
+"""Site -> (shape, meaning); the README has this table.
 
-With a memory m_t a step's block reads z_{t-1} + m_t + e_t, while `resid_pre` stays z_{t-1}. Of an
-inner update, `resid_pre` is what its block reads, m + z_{t-1} (+ e_t), and `resid_post` the memory
-it leaves.
+In a model with a memory m_t the block of a step reads z_{t-1} + m_t + e_t, but `resid_pre` is still
+z_{t-1}. In an inner update `resid_pre` is the input of its block, m + z_{t-1} (+ e_t), and
+`resid_post` is the new memory.
 """
 
 IGNORE = 1000
-"""Id of mask pixels that count neither as object nor as background (ImageNet-S)."""
+"""Id of mask pixels that are neither object nor background (ImageNet-S)."""
 
 AdapterMode = Literal["probe", "te", "full", "lora-qv", "lora-ffn"]
-"""What an adapter trains: the head alone, a time embedding, all weights, or low-rank updates."""
+"""What an adapter trains: the head, a time embedding, all weights, or low-rank updates."""
 
 TOKEN_WORDS = ("cls", "dist", "reg", "patches", "all")
 Tokens = str | int | slice
-"""Which tokens: cls | dist | reg | patches | all, an int (drops the axis, as cls and dist do) or a
-slice."""
+"""Which tokens: cls | dist | reg | patches | all, an int or a slice; an int, cls and dist drop the
+axis."""
 
 _INNER = re.compile(r"inner(?P<update>[1-9]\d{0,3})\.(?P<site>\w+)", re.ASCII)
 _ADDRESS = re.compile(r"(?P<site>[\w.]+)\[(?P<step>-?\d+)\](?::(?P<unit>\d+))?")
@@ -83,14 +83,14 @@ class Address:
 
 
 def check_site(site: str) -> str:
-    """`site` itself, or a UserError with the sites there are."""
+    """Return `site`, or raise a UserError that lists the sites."""
     if place_of(site)[1] not in SITES:
         raise UserError(f"unknown site {site!r}; sites: {choices(SITES, 20)}")
     return site
 
 
 def place_of(site: str) -> tuple[int, str]:
-    """Which inner update of the step a site is in (0: the step's own block), and its name there."""
+    """The number of the inner update (0: the step's own block), and the site without its prefix."""
     match = _INNER.fullmatch(site)
     return (0, site) if match is None else (int(match["update"]), match["site"])
 
@@ -101,7 +101,7 @@ def axes_of(site: str) -> list[str]:
 
 
 def check_step(step: int, num_steps: int, *, zero: bool = False) -> int:
-    """`step` counted from 1 (-1 is the last), or a UserError; `zero` admits step 0."""
+    """Return `step` counted from 1 (-1 is the last), or raise a UserError; `zero` allows step 0."""
     lowest = 0 if zero else 1
     whole = isinstance(step, Integral) and not isinstance(step, bool)
     counted = num_steps + 1 + step if whole and step < 0 else step
@@ -113,7 +113,7 @@ def check_step(step: int, num_steps: int, *, zero: bool = False) -> int:
 def check_steps(
     steps: Iterable[int] | int | None, num_steps: int, *, zero: bool = False
 ) -> list[int]:
-    """Steps in the order given, counted from 1; None is every step (without step 0)."""
+    """The given steps in their order, counted from 1; None means all steps, without step 0."""
     if steps is None:
         return list(range(1, num_steps + 1))
     listed = list(steps) if isinstance(steps, Iterable) else [steps]
@@ -126,6 +126,6 @@ def check_steps(
 
 
 def unit_axis(site: str) -> str:
-    """What a unit of the site is: `H` a head, `F` a neuron, `D` a channel of the residual."""
+    """The axis of the units of a site: `H` heads, `F` neurons, `D` channels of the residual."""
     axes = axes_of(site)
     return "H" if "H" in axes else axes[-1]

@@ -1,10 +1,10 @@
-"""Write the parts of the documentation that the code already says.
+"""Write the parts of the documentation that are taken from the code.
 
     python docs/generate.py            # README.md (marked parts), docs/questions.md, docs/house.md
     python docs/generate.py --check    # exit code 1 if one of them is not up to date
 
-From each question's folder come its command, its one-sentence question, options and columns; from
-every module the first line of its docstring; from `vocabulary` the table of sites.
+A question's folder gives its command, the question in one sentence, the options and the columns.
+Every module gives the first line of its docstring, and `vocabulary` gives the table of sites.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def pages() -> dict[Path, str]:
 
 
 def replaced(page: str, part: str, text: str) -> str:
-    """The page with the text between the two marks of a part replaced."""
+    """The page with new text between the two marks of a part."""
     begin, end = f"<!-- {part}: docs/generate.py -->\n", f"<!-- end of {part} -->"
     head, found, rest = page.partition(begin)
     _, closed, tail = rest.partition(end)
@@ -96,11 +96,11 @@ def sites() -> str:
 
 
 def questions() -> str:
-    """The reference of all questions: what is asked, options, columns."""
+    """The reference of all questions, with their options and columns."""
     parts = [
         "# Questions",
         "Made by `python docs/generate.py` from the folders in `bvit_interp/analyses`.",
-        "Every command also takes the options of reading images at the end of this page, and"
+        "Every command also takes the options for reading images at the end of this page, and"
         " `--ckpt`, `--data`, `--split`, `--out`, `--device`, `--overwrite` and `--download`.",
     ]
     for title, words in (
@@ -120,7 +120,7 @@ def questions() -> str:
                 table(("option", "default", "meaning"), options(module.Config)),
                 table(("column", "meaning"), list(module.COLUMNS.items())),
             ]
-    parts.append("## Options of reading images")
+    parts.append("## Options for reading images")
     parts.append(table(("option", "default", "meaning"), options(LoaderOptions)))
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -130,7 +130,7 @@ def house() -> str:
     parts = [
         "# The house",
         "Made by `python docs/generate.py` from the first line of every module. Rooms are listed"
-        " from the top; imports point only downwards (`make lint`).",
+        " from the top; imports point only downwards (`make lint` checks it).",
     ]
     for name in FLOORS:
         path = PACKAGE / name
@@ -144,7 +144,7 @@ def house() -> str:
 
 
 def table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """A Markdown table whose first column is code; nothing without rows."""
+    """A Markdown table whose first column is code; empty without rows."""
     if not rows:
         return ""
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
@@ -158,7 +158,7 @@ def table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def options(config: type) -> list[tuple[str, str, str]]:
-    """Option, default and text of a Config's fields, but for those of reading images."""
+    """Option, default and text of each field of a Config, without those for reading images."""
     texts: dict[str, str] = {}
     for base in reversed(config.__mro__):
         if dataclasses.is_dataclass(base) and (base is config or base is not LoaderOptions):
@@ -171,7 +171,7 @@ def options(config: type) -> list[tuple[str, str, str]]:
 
 
 def field_texts(config: type) -> dict[str, str]:
-    """The text under each field that a dataclass declares itself."""
+    """The text under each field in the body of a dataclass."""
     body = ast.parse(inspect.cleandoc(inspect.getsource(config))).body[0]
     assert isinstance(body, ast.ClassDef)
     texts = {}

@@ -1,19 +1,19 @@
 """ImageNet's validation images with their localisation boxes as masks.
 
 Images: ``val/<wnid>/*.JPEG``, or all in one folder as in ``ILSVRC/Data/CLS-LOC/val``. Boxes: the
-XML files of the official archive, else ``LOC_val_solution.csv``; XML files go first because they
-state the size of the picture that was annotated. In the mask an image's class has its id inside any
-of the image's boxes of that class, 0 is everything else (coding as in `samples`).
+XML files of the official archive, or else ``LOC_val_solution.csv``. XML files are preferred because
+they state the size of the annotated picture. In the mask the id of the image's class is inside all
+boxes of that class, and 0 is everywhere else (coding as in `samples`).
 
-A box is its first and last pixel, **counted from 0, both inside**. This is what the published boxes
-are: in images 500 pixels wide many run from 0 to 499. Pascal VOC counts from 1; of a box made that
-way the last pixel may be the width itself, one too many, and is cut off. Anything further out is
+A box is given by its first and last pixel, **counted from 0, both inside**. The published boxes are
+like this: in images 500 pixels wide many go from 0 to 499. Pascal VOC counts from 1, so the last
+pixel of such a box may equal the width. This one extra pixel is cut off. A box that goes further is
 refused.
 
-An image of another size than its XML file states has its boxes scaled, each axis by itself: a pixel
-is in a box if its centre is, which is what resizing the mask to the nearest pixel would give; a box
-too thin for any centre keeps one pixel. That fits copies that were resized or squashed, not cropped
-ones.
+If an image has another size than its XML file states, its boxes are scaled, each axis
+independently. A pixel is in a box if its centre is, as if the mask had been resized to the nearest
+pixel. A box too thin to contain a centre keeps one pixel. This is right for resized or squashed
+copies, not for cropped ones.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from bvit_interp.errors import DataError, choices
 
 CSV = "LOC_val_solution.csv"
 HEADER = ["ImageId", "PredictionString"]
-IMAGES = ("ILSVRC/Data/CLS-LOC/val", "Data/CLS-LOC/val", "val")  # where they may lie, in order
+IMAGES = ("ILSVRC/Data/CLS-LOC/val", "Data/CLS-LOC/val", "val")  # possible folders, in order
 XML = (
     "ILSVRC/Annotations/CLS-LOC/val",
     "Annotations/CLS-LOC/val",
@@ -47,7 +47,7 @@ CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
 class Box(NamedTuple):
-    """A class and its first and last column and row, pixels from 0, both inside."""
+    """A class, and the first and last column and row of its box, from 0, both inside."""
 
     wnid: str
     left: int
@@ -65,9 +65,9 @@ class Boxes:
 
     Parameters
     ----------
-    source : the file, or the line of it, that they come from.
-    boxes : in the pixels of the annotated picture.
-    size : width and height of that picture, pixels, if the source states them.
+    source : their file, or the line in it; for errors.
+    boxes : the boxes, in pixels of the annotated picture.
+    size : width and height of that picture in pixels, if the source states them.
     """
 
     source: str
@@ -80,7 +80,7 @@ class Boxes:
         Raises
         ------
         DataError
-            If a box lies beyond the annotated picture: the image itself where no size is stated.
+            If a box lies outside the annotated picture. If no size is stated, it is the image.
         """
         stated_width, stated_height = self.size or (width, height)
         ids = np.zeros((height, width), np.int32)
@@ -93,17 +93,17 @@ class Boxes:
 
 
 class ImageNetBoxes:
-    """The validation images sorted by wnid and file name, with masks made of their boxes.
+    """The validation images, sorted by wnid and file name, with masks made from their boxes.
 
     Parameters
     ----------
-    root : the folder that has images and boxes; see `IMAGES`, `XML` and `CSV` for the places.
+    root : the folder with images and boxes; `IMAGES`, `XML` and `CSV` list where they may be.
 
     Raises
     ------
     DataError
-        Images or boxes missing; images without a box of their class; boxes of an unknown wnid; a
-        malformed line or XML file. Each names the file.
+        If images or boxes are missing, an image has no box of its class, a box has an unknown
+        wnid, or a line or XML file is malformed. The message names the file.
     """
 
     native_size: int | None = None
@@ -126,7 +126,7 @@ class ImageNetBoxes:
             raise DataError(f"{len(alone)} images of {where}: {choices(alone, 3)}")
         wnids = [name or _only_wnid(boxes[Path(file).stem]) for name, file in found]
         self.classes: tuple[str, ...] = tuple(sorted(folders or set(wnids)))
-        label = {wnid: place for place, wnid in enumerate(self.classes)}
+        label = {wnid: i for i, wnid in enumerate(self.classes)}
         labels = [label[wnid] for wnid in wnids]
         self.files = sorted(zip(labels, (file for _, file in found), strict=True))
         self._boxes = [boxes[Path(file).stem] for _, file in self.files]
@@ -158,20 +158,21 @@ class ImageNetBoxes:
 
 
 def _image_root(root: Path) -> Path:
-    for place in IMAGES:
-        if (root / place).is_dir():
-            return root / place
+    for folder in IMAGES:
+        if (root / folder).is_dir():
+            return root / folder
     raise DataError(f"{root}: no folder {' or '.join(IMAGES[::-2])} with the validation images")
 
 
 def _boxes_in(root: Path, stems: Sequence[str]) -> tuple[Path, dict[str, Boxes]]:
-    """The folder or file of the boxes, and those of each image; empty ones where there are none."""
-    for place in XML:
-        if any((root / place).glob("*.xml")):
-            files = {stem: root / place / f"{stem}.xml" for stem in stems}
-            none = Boxes(str(root / place), ())
+    """The folder or file of the boxes, and the boxes of each image (empty if it has none)."""
+    for name in XML:
+        folder = root / name
+        if any(folder.glob("*.xml")):
+            files = {stem: folder / f"{stem}.xml" for stem in stems}
+            none = Boxes(str(folder), ())
             read = {stem: _from_xml(f) if f.is_file() else none for stem, f in files.items()}
-            return root / place, read
+            return folder, read
     file = root / CSV
     if not file.is_file():
         raise DataError(f"{root}: no boxes: neither {CSV} nor XML files in {XML[0]} or bbox/val")
@@ -180,7 +181,7 @@ def _boxes_in(root: Path, stems: Sequence[str]) -> tuple[Path, dict[str, Boxes]]
 
 
 def _from_csv(file: Path) -> dict[str, Boxes]:
-    """The boxes of every image of a file of ``ImageId,wnid x1 y1 x2 y2 wnid x1 ...``."""
+    """The boxes of every image in a file with lines ``ImageId,wnid x1 y1 x2 y2 wnid x1 ...``."""
     found: dict[str, Boxes] = {}
     try:
         with file.open(newline="", encoding="utf-8-sig") as lines:
@@ -205,7 +206,7 @@ def _from_csv(file: Path) -> dict[str, Boxes]:
 
 
 def _from_xml(file: Path) -> Boxes:
-    """The boxes of one file in the way of Pascal VOC: size, and objects of a name and a bndbox."""
+    """The boxes of one file in Pascal VOC layout: a size, and objects with name and bndbox."""
     try:
         tree = ElementTree.parse(file).getroot()
     except (OSError, ElementTree.ParseError, UnicodeDecodeError, LookupError, ValueError) as error:
@@ -237,7 +238,7 @@ def _box(where: str, wnid: str, corners: Sequence[str | None]) -> Box:
 
 
 def _whole(texts: Iterable[str | None]) -> list[int] | None:
-    """The texts as whole numbers, or None if one is none."""
+    """The texts as whole numbers, or None if one of them is not a whole number."""
     try:
         return [int(text or "") for text in texts]
     except ValueError:
@@ -245,13 +246,13 @@ def _whole(texts: Iterable[str | None]) -> list[int] | None:
 
 
 def _check_inside(box: Box, width: int, height: int, source: str) -> None:
-    """Refuse a box that lies beyond its picture by more than the one pixel of counting from 1."""
+    """Refuse a box outside its picture; one extra pixel, from counting from 1, is allowed."""
     if box.left >= width or box.right > width or box.top >= height or box.bottom > height:
         raise DataError(f"{source}: box {box} lies beyond its image of {width} x {height} pixels")
 
 
 def _pixels(first: int, last: int, stated: int, stored: int) -> slice:
-    """Which of `stored` pixels have their centre in first..last of `stated` ones; at least one."""
+    """Those of `stored` pixels whose centre is in first..last of `stated` pixels; at least one."""
     edges = (first, min(last + 1, stated))
     start, stop = (-((stated - 2 * edge * stored) // (2 * stated)) for edge in edges)  # rounded up
     if start < stop:
@@ -261,7 +262,7 @@ def _pixels(first: int, last: int, stated: int, stored: int) -> slice:
 
 
 def _only_wnid(boxes: Boxes) -> str:
-    """The class of an image that lies in no class folder: that of all its boxes."""
+    """The class of an image without a class folder: the one class of its boxes."""
     named = sorted({box.wnid for box in boxes.boxes})
     if len(named) > 1:
         raise DataError(f"{boxes.source}: boxes of {choices(named)}: which is the image's class?")

@@ -1,7 +1,7 @@
 """Data sets by name: open, list or export one.
 
-A set is named as ``NAME`` (looked for under ``$BVIT_INTERP_DATA/NAME``, by default
-``./data/NAME``), ``NAME:PATH``, or a bare ``PATH`` whose kind is recognised by what lies in it.
+A set is named ``NAME`` (the folder ``$BVIT_INTERP_DATA/NAME``, by default ``./data/NAME``),
+``NAME:PATH``, or ``PATH`` alone; the files in PATH then show which kind of set it is.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ HOME = "BVIT_INTERP_DATA"  # environment variable: the folder of data sets
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A data set that can be opened by name; `needs` says what must lie in its folder, "" for
-    nothing."""
+    """A data set that can be opened by name; `needs` says which files its folder must hold."""
 
     name: str
     summary: str
@@ -67,8 +66,7 @@ def _open_imagenet_boxes(root: Path, split: str | None, download: bool) -> Sampl
 
 
 def _open_folder(root: Path, split: str | None, download: bool) -> Samples:
-    """Split folders or parquet files, the first there if none is asked for; else the folder's own
-    classes."""
+    """A split, by default the first that exists; the folder itself if it has no splits."""
     found = [
         name for name in _FOLDER_SPLITS if split_files(root, name) or _is_split_folder(root / name)
     ]
@@ -86,7 +84,7 @@ def _open_folder(root: Path, split: str | None, download: bool) -> Samples:
 
 
 def _is_split_folder(folder: Path) -> bool:
-    """Whether a folder called like a split holds class folders (and is no class of that name)."""
+    """Whether a folder with the name of a split holds class folders, so that it is not a class."""
     return folder.is_dir() and any(inner.is_dir() for inner in folder.iterdir())
 
 
@@ -170,16 +168,16 @@ def open_samples(spec: str, split: str | None = None, download: bool = False) ->
 
     Parameters
     ----------
-    spec : ``NAME``, ``NAME:PATH`` or ``PATH``; a name of the catalog goes before a folder called
-        like it.
-    split : one of the set's splits; by default the one to evaluate on.
-    download : fetch the set if it is missing (CIFAR only).
+    spec : ``NAME``, ``NAME:PATH`` or ``PATH``; a name of the catalog is preferred to a folder of
+        the same name.
+    split : one of the set's splits; by default the one for evaluation.
+    download : download the set if it is missing (CIFAR only).
 
     Raises
     ------
     DataError
-        Unknown name or split (with the valid ones), nothing at the path, or a set that is
-        inconsistent.
+        If the name or split is unknown (the message lists the valid ones), the path is empty, or
+        the set is inconsistent.
     """
     entry, root = _resolve(spec)
     if split is not None and split not in entry.splits:
@@ -200,8 +198,7 @@ def open_samples(spec: str, split: str | None = None, download: bool = False) ->
 
 
 def listing() -> list[dict[str, str]]:
-    """One row per data set: name, splits, masks, summary, where it is looked for and whether it is
-    there."""
+    """One row per data set: name, splits, masks, summary, its folder and whether it exists."""
     return [
         {
             "name": entry.name,
@@ -215,10 +212,9 @@ def listing() -> list[dict[str, str]]:
 
 
 def export(samples: Samples, out: Path, limit: int | None = None, progress: bool = True) -> int:
-    """Write a set with masks in ImageNet-S layout, images as lossless PNG; returns the number
-    written.
+    """Write a set with masks in ImageNet-S layout, as PNG; returns the number of images written.
 
-    The folder appears only once it is complete. `limit` images are evenly spaced over the set.
+    The folder appears only when it is complete. `limit` images are evenly spaced over the set.
     """
     if not samples.has_masks:
         able = choices(entry.name for entry in CATALOG if entry.has_masks)
@@ -245,19 +241,19 @@ def _write(samples: Samples, i: int, out: Path) -> None:
     if mask is None:
         raise DataError(f"{samples.name(i)} has no mask")
     file = f"{Path(samples.name(i)).stem}.png"
-    places = [out / tree / samples.classes[label] for tree in ("validation", f"validation{MASKS}")]
-    for place in places:
-        place.mkdir(parents=True, exist_ok=True)
-    if (places[0] / file).exists():
+    folders = [out / tree / samples.classes[label] for tree in ("validation", f"validation{MASKS}")]
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    if (folders[0] / file).exists():
         raise DataError(
             f"{samples.name(i)}: another image of {samples.classes[label]} is called {file} too"
         )
-    Image.fromarray(image).save(places[0] / file)
-    write_mask(mask, places[1] / file)
+    Image.fromarray(image).save(folders[0] / file)
+    write_mask(mask, folders[1] / file)
 
 
 def _resolve(spec: str) -> tuple[Entry, Path]:
-    """Entry and folder that a spec means."""
+    """The entry and the folder of a spec."""
     name, colon, path = spec.partition(":")
     if name in _ENTRIES:
         entry = _ENTRIES[name]
@@ -275,7 +271,7 @@ def _resolve(spec: str) -> tuple[Entry, Path]:
 
 
 def _kind(folder: Path) -> str:
-    """Name of the entry that fits what lies in a folder."""
+    """The name of the entry that fits the files in a folder."""
     if any(folder.glob(f"*{MASKS}")):
         return "imagenet-s"
     for name, binaries in BINARIES.items():

@@ -33,11 +33,7 @@ class CifarBinaries:
         kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
         try:
             source = kind(str(root), train=split == "train", download=download)
-        # a failed download, or a checksum that does not match
-        except (
-            OSError,
-            RuntimeError,
-        ) as error:
+        except (OSError, RuntimeError) as error:  # a failed download or a wrong checksum
             state = "could not be downloaded" if download else "incomplete or corrupt"
             raise DataError(f"{root / BINARIES[name]}: {state} ({first_line(error)})") from error
         self.root, self.split = root, split
@@ -56,7 +52,7 @@ class CifarBinaries:
 
 
 def open_cifar(name: Name, root: Path, split: str, download: bool = False) -> Samples:
-    """CIFAR in whichever form lies in root; with `download`, fetched into it if there is none."""
+    """CIFAR from the parquet or binary files in root; `download` gets them if there are none."""
     if split_files(root, split):
         official = CIFAR10 if name == "cifar10" else None
         samples = ParquetSamples(root, split, classes=official, native_size=SIZE)

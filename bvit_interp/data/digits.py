@@ -1,10 +1,10 @@
 """digits-s: handwritten digits hidden in photographs, with the ink as mask.
 
-Made on the fly from what scikit-learn ships: its 1,797 real handwritten digits (8 x 8, from the UCI
-set of Alpaydin & Kaynak, 1998), placed at random scale, position, tilt and colour into crops of its
-two sample photographs, among distractor strokes. The class is the digit, the mask its ink. Train
-and test never share a handwritten digit nor a pixel of a photograph, and scene i of a split is the
-same on every machine.
+The scenes are made on the fly from data in scikit-learn: 1,797 real handwritten digits (8 x 8, from
+the UCI set of Alpaydin & Kaynak, 1998) and two photographs. A digit is put into a crop of a
+photograph with random size, position, tilt and colour, among distractor strokes. The class is the
+digit, and the mask is its ink. Train and test share no handwritten digit and no pixel of a
+photograph. Scene i of a split is the same on every machine.
 """
 
 from __future__ import annotations
@@ -23,9 +23,7 @@ CLASSES = tuple(str(digit) for digit in range(10))
 LENGTHS = {"train": 50_000, "test": 2_000}
 SMALLEST, LARGEST = 20, 26  # side of the digit's box, pixels
 TILT = 12  # degrees
-PHOTO_CUT = (
-    0.6  # train scenes take their ground from the left 60 % of each photograph, test from the rest
-)
+PHOTO_CUT = 0.6  # train uses the left 60 % of each photograph, test the rest
 
 Split = Literal["train", "test"]
 
@@ -50,10 +48,9 @@ class DigitScenes:
     ----------
     split : "train" or "test".
     length : number of scenes; by default 50,000 for train and 2,000 for test.
-    start : index of the first scene; scenes beyond the default length exist too (training draws
-        fresh ones).
-    hardness : 0 = digits on plain ground, 1 = full photographs and distractors (the data set);
-        between, the share of both. For curricula.
+    start : index of the first scene; there are scenes beyond the default length too, for training.
+    hardness : 0 = digits on a plain background, 1 = full photographs and distractors (the data
+        set); values between mix the two. For curricula.
     """
 
     classes = CLASSES
@@ -76,13 +73,15 @@ class DigitScenes:
         return f"digits-s/{self.split}/{self.start + i:06d}"
 
     def read(self, i: int) -> tuple[np.ndarray, int, np.ndarray]:
-        """Scene i: image ``(32, 32, 3)`` uint8, label, mask ``(32, 32)`` int32 of label + 1 on the
-        ink."""
+        """Scene i: image ``(32, 32, 3)`` uint8, label, and mask ``(32, 32)`` int32.
+
+        The mask is label + 1 on the ink and 0 elsewhere.
+        """
         digits, labels, photos = _sources(self.split)
         rng = np.random.default_rng([self.split == "test", self.start + i])
         chosen = int(rng.integers(len(digits)))
-        ink = _placed_ink(digits[chosen], rng)
-        scene = _ground(photos[int(rng.integers(len(photos)))], self.hardness, rng)
+        ink = _ink(digits[chosen], rng)
+        scene = _background(photos[int(rng.integers(len(photos)))], self.hardness, rng)
         for _ in range(rng.binomial(2, self.hardness)):
             stroke = _stroke(rng)[..., None]
             scene = scene * (1 - stroke) + stroke * _bright_colour(rng)
@@ -92,8 +91,8 @@ class DigitScenes:
         return np.round(scene * 255).astype(np.uint8), label, mask
 
 
-def _placed_ink(digit: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The digit's opacity ``(32, 32)``, enlarged, tilted and put somewhere inside the scene."""
+def _ink(digit: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Opacity ``(32, 32)`` of the digit, with random size, tilt and position."""
     side = int(rng.integers(SMALLEST, LARGEST + 1))
     box = Image.fromarray((digit * 255).astype(np.uint8)).resize(
         (side, side), Image.Resampling.BICUBIC
@@ -107,9 +106,8 @@ def _placed_ink(digit: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return ink
 
 
-def _ground(photo: np.ndarray, hardness: float, rng: np.random.Generator) -> np.ndarray:
-    """A dimmed crop of a photograph ``(32, 32, 3)`` in 0..1, faded towards a plain colour when
-    easy."""
+def _background(photo: np.ndarray, hardness: float, rng: np.random.Generator) -> np.ndarray:
+    """A dimmed crop of a photograph ``(32, 32, 3)`` in 0..1; plain at hardness 0."""
     side = int(rng.integers(48, 161))
     top, left = (int(rng.integers(0, extent - side + 1)) for extent in photo.shape[:2])
     crop = Image.fromarray(photo[top : top + side, left : left + side])
@@ -119,7 +117,7 @@ def _ground(photo: np.ndarray, hardness: float, rng: np.random.Generator) -> np.
 
 
 def _stroke(rng: np.random.Generator) -> np.ndarray:
-    """Opacity ``(32, 32)`` of a short straight line, as thick as a digit's."""
+    """Opacity ``(32, 32)`` of a short straight line, as thick as the lines of a digit."""
     zoom = 4
     canvas = Image.new("L", (SIZE * zoom, SIZE * zoom))
     centre, angle, length = rng.uniform(3, SIZE - 3, 2), rng.uniform(0, np.pi), rng.uniform(5, 11)

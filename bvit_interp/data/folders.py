@@ -1,8 +1,8 @@
 """Images in a folder per class, with or without masks beside them.
 
-`ImageFolderSamples` is torchvision's `ImageFolder` layout (also ImageNet's, a folder per wnid);
-`ImageNetS` adds the masks of https://github.com/LUSSeg/ImageNet-S in a second tree of the same
-names.
+`ImageFolderSamples` reads the layout of torchvision's `ImageFolder`, which is also that of ImageNet
+(a folder per wnid). `ImageNetS` adds masks (https://github.com/LUSSeg/ImageNet-S) in a second tree
+with the same names.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from bvit_interp.errors import DataError, choices
 from bvit_interp.vocabulary import IGNORE
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
-MASKS = "-segmentation"  # what the mask tree's name has after the split's
+MASKS = "-segmentation"  # the mask tree is called <split>-segmentation
 CATEGORIES = "categories.txt"
 
 
 class ImageFolderSamples:
-    """The images of ``root/<class>/*``, sorted by class and file name.
+    """The images ``root/<class>/*``, sorted by class and file name.
 
     Parameters
     ----------
@@ -39,9 +39,9 @@ class ImageFolderSamples:
         self.root = Path(root)
         folders = class_folders(self.root)
         self.classes: tuple[str, ...] = tuple(folders if classes is None else classes)
-        place = {name: label for label, name in enumerate(self.classes)}
-        self.files = [  # not paths: ImageNet's training set has 1.3 million
-            (place[folder], file) for folder in folders for file in image_files(self.root / folder)
+        labels = {name: label for label, name in enumerate(self.classes)}
+        self.files = [  # names, not paths: ImageNet's training set has 1.3 million
+            (labels[folder], file) for folder in folders for file in image_files(self.root / folder)
         ]
         if not self.files:
             raise DataError(
@@ -61,11 +61,12 @@ class ImageFolderSamples:
 
 
 class ImageNetS(ImageFolderSamples):
-    """Images of ``root/<split>/<class>/`` with masks of the same names in
+    """Images in ``root/<split>/<class>/`` with masks of the same names in
     ``root/<split>-segmentation/``.
 
-    Class ids are the rank (from 1) in ``categories.txt`` or ``ImageNetS_categories_im*.txt``,
-    looked for in root and in ``root/data/categories``, else among the sorted folder names.
+    The id of a class is its line number (from 1) in ``root/categories.txt`` or in
+    ``ImageNetS_categories_im*.txt`` in root or ``root/data/categories``. Without such a file it is
+    its rank among the sorted folder names.
     """
 
     has_masks = True
@@ -103,21 +104,21 @@ class ImageNetS(ImageFolderSamples):
         folders = subfolders(self.mask_root)
         files = [(name, file) for name in folders for file in image_files(self.mask_root / name)]
         masks = {f"{folder}/{Path(file).stem}" for folder, file in files if file.endswith(".png")}
-        for alone, kind, place in (
+        for alone, kind, folder in (
             (images - masks, "images without a mask", self.mask_root),
             (masks - images, "masks without an image", self.root),
         ):
             if alone:
-                raise DataError(f"{len(alone)} {kind} in {place}: {choices(sorted(alone), 3)}")
+                raise DataError(f"{len(alone)} {kind} in {folder}: {choices(sorted(alone), 3)}")
 
 
 def class_folders(root: Path) -> list[str]:
-    """Sorted names of the class folders in root; raises `DataError` if there are none."""
+    """Sorted names of the class folders in root; raises a `DataError` if there are none."""
     if not root.is_dir():
         raise DataError(f"no folder {root}")
     if folders := subfolders(root):
         return folders
-    stray = " (its images belong into one folder per class)" if image_files(root) else ""
+    stray = " (put its images into one folder per class)" if image_files(root) else ""
     raise DataError(f"{root}: no class folders{stray}")
 
 
@@ -130,7 +131,7 @@ def subfolders(root: Path) -> list[str]:
 
 
 def image_files(folder: Path) -> list[str]:
-    """Sorted names of the images in a folder, by their suffix."""
+    """Sorted names of the files in a folder with the suffix of an image."""
     with os.scandir(folder) as entries:
         names = [entry.name for entry in entries if not entry.name.startswith(".")]
     return sorted(name for name in names if name.lower().endswith(SUFFIXES))
@@ -142,8 +143,8 @@ def _listed(file: Path) -> list[str]:
 
 def _categories_file(root: Path, folders: list[str]) -> Path | None:
     found = [root / CATEGORIES] if (root / CATEGORIES).is_file() else []
-    for place in (root, root / "data" / "categories"):
-        found += sorted(place.glob("ImageNetS_categories_im*.txt"))
+    for folder in (root, root / "data" / "categories"):
+        found += sorted(folder.glob("ImageNetS_categories_im*.txt"))
     if len(found) > 1:  # the official repository has the lists of all three subsets
         fitting = [file for file in found if sorted(_listed(file)) == folders]
         if not fitting:

@@ -1,7 +1,7 @@
 """Imagenette, ten classes of ImageNet, from parquet or official folders.
 
-Howard 2019, version 2 (officially 9,469 training and 3,925 validation images; the latter are the
-split test). A label is the rank of the wnid, whatever order a copy has them in.
+Howard 2019, version 2. The official archives have 9,469 training and 3,925 validation images; the
+validation images are the split test here. A label is the rank of the wnid in every copy.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bvit_interp.data.parquet import ParquetSamples, split_files
 from bvit_interp.data.samples import Samples
 from bvit_interp.errors import DataError, choices
 
-WORDS = {  # wnid -> the name that other copies use
+WORDS = {  # wnid -> class name in some copies
     "n01440764": "tench",
     "n02102040": "English springer",
     "n02979186": "cassette player",
@@ -37,17 +37,17 @@ FOLDERS = {"train": "train", "test": "val"}
 
 
 class ImagenetteParquet(ParquetSamples):
-    """One split from parquet files whose classes are named by wnid or by word.
+    """One split from parquet files, with wnids or words as class names.
 
     Parameters
     ----------
     root : the folder of the files.
-    split : first part of the files' names.
+    split : start of the files' names.
 
     Raises
     ------
     DataError
-        If the classes are not the ten, or one of them has no image.
+        If the classes are not the ten of Imagenette, or one of them has no image.
     """
 
     def __init__(self, root: Path, split: str) -> None:
@@ -64,7 +64,7 @@ class ImagenetteParquet(ParquetSamples):
 
 
 class ImagenetteFolder(ImageFolderSamples):
-    """One split of the official archives: a folder per wnid, all ten of them and no other.
+    """One split of the official archives: a folder for each of the ten wnids, and no other.
 
     Parameters
     ----------
@@ -73,13 +73,13 @@ class ImagenetteFolder(ImageFolderSamples):
     Raises
     ------
     DataError
-        If a class folder is missing, empty or none of the ten.
+        If a class folder is missing or empty, or is not one of the ten.
     """
 
     def __init__(self, root: Path) -> None:
         found = class_folders(root)
         if missing := [wnid for wnid in WNIDS if wnid not in found]:
-            raise DataError(f"{root}: no folder {choices(missing)}; imagenette has ten, one a wnid")
+            raise DataError(f"{root}: no folder {choices(missing)}; imagenette has one per wnid")
         if others := [name for name in found if name not in WORDS]:
             some = choices(others, 3)
             raise DataError(f"{root}: folders of no class of imagenette: {some}; try folder:{root}")
@@ -89,14 +89,14 @@ class ImagenetteFolder(ImageFolderSamples):
 
 
 def open_imagenette(root: Path, split: str) -> Samples:
-    """A split ("train" or "test") of Imagenette in whichever form lies in root.
+    """A split ("train" or "test") of Imagenette, from parquet files or class folders.
 
-    root : a folder of parquet files, one with ``train`` and ``val``, or one with one of `OFFICIAL`.
+    `root` holds parquet files, or ``train`` and ``val``, or one of the folders in `OFFICIAL`.
 
     Raises
     ------
     DataError
-        Naming the path and what should lie there.
+        If root holds none of them; the message names what it should hold.
     """
     root = _inner(root)
     for name in FILES[split]:
@@ -111,28 +111,29 @@ def open_imagenette(root: Path, split: str) -> Samples:
 
 
 def wnids_of(names: Sequence[str] | None) -> tuple[str, ...] | None:
-    """The wnid of each class name, or None if the names are not Imagenette's ten, each once.
+    """The wnid of each class name, or None if the names are not the ten of Imagenette, each once.
 
-    A name is a wnid or its word, in any case and spacing; of "tench, Tinca tinca" the first counts.
+    A name is a wnid or its word, in any case and spacing; text after a comma is ignored, as in
+    "tench, Tinca tinca".
     """
-    told = {_letters(word): wnid for wnid, word in WORDS.items()} | {wnid: wnid for wnid in WNIDS}
-    found = tuple(told.get(_letters(name), "") for name in names or ())
+    known = {_letters(word): wnid for wnid, word in WORDS.items()} | {wnid: wnid for wnid in WNIDS}
+    found = tuple(known.get(_letters(name), "") for name in names or ())
     return found if sorted(found) == list(WNIDS) else None
 
 
 def is_imagenette(folder: Path) -> bool:
-    """Whether a folder is one of the official archives, holds one, or is laid out as they are."""
+    """Whether a folder is one of the official archives, holds one, or has their layout."""
     if folder.name in OFFICIAL or any((folder / name).is_dir() for name in OFFICIAL):
         return True
     inner = [folder / name for name in FOLDERS.values() if (folder / name).is_dir()]
-    return any(subfolders(place) == list(WNIDS) for place in inner)
+    return any(subfolders(split) == list(WNIDS) for split in inner)
 
 
 def common_side(sources: Iterable[Path | bytes | None]) -> int | None:
-    """Side in pixels if all images, given as files or bytes, are square and of one size, else None.
+    """Side in pixels if all images (files or bytes) are square and have one size, else None.
 
-    Only headers are read, up to the first that differs (all 9,103 of a squashed copy: 0.3 s). An
-    image that cannot be read is passed over; it is refused when its turn comes.
+    Only headers are read, up to the first that differs (9,103 images in 0.3 s). An image that
+    cannot be read is ignored here; reading it later raises an error.
     """
     side = None
     for source in sources:
@@ -149,7 +150,7 @@ def common_side(sources: Iterable[Path | bytes | None]) -> int | None:
 
 
 def _inner(root: Path) -> Path:
-    """The folder that has the splits: root, or the one archive that it holds."""
+    """The folder that holds the splits: root, or the only archive in it."""
     if any((root / name).is_dir() for name in FOLDERS.values()):
         return root
     found = [name for name in OFFICIAL if (root / name).is_dir()]
@@ -165,5 +166,5 @@ def _check_counts(where: str, labels: Sequence[int] | np.ndarray) -> None:
 
 
 def _letters(name: str) -> str:
-    """Letters and digits of the first of the names, in lower case."""
+    """Letters and digits before the first comma, in lower case."""
     return "".join(c for c in name.partition(",")[0].lower() if c.isalnum())

@@ -21,13 +21,13 @@ View = tuple[torch.Tensor, torch.Tensor | None]
 
 @dataclass(frozen=True)
 class Batch:
-    """B images as every geometry shows them.
+    """B images, seen in every geometry.
 
     Parameters
     ----------
     index : positions in the data set, ``(B,)`` int64.
-    labels : places in its classes, ``(B,)`` int64.
-    views : per geometry, images ``(B, 3, H, W)`` float and masks ``(B, H, W)`` int64 or None.
+    labels : indices into its classes, ``(B,)`` int64.
+    views : for each geometry, images ``(B, 3, H, W)`` float and masks ``(B, H, W)`` int64 or None.
     names : names of the images.
     """
 
@@ -51,7 +51,7 @@ class Batch:
 
     def _only_view(self) -> View:
         if len(self.views) != 1:
-            raise ValueError(f"the batch has {len(self.views)} geometries: take one of its views")
+            raise ValueError(f"the batch has {len(self.views)} geometries: use one of its views")
         return next(iter(self.views.values()))
 
 
@@ -61,25 +61,25 @@ class Loader:
     Parameters
     ----------
     samples : the data set.
-    geometries : one or more; equal ones share a view.
+    geometries : one or more; equal geometries share a view.
     batch_size : images per batch and process.
-    limit : use that many images, evenly spaced over the set; by default all.
-    workers : processes that decode; 0 decodes in this one.
-    skip_corrupt : leave out images that cannot be read, and list them in `skipped`, rather than
-        raise.
-    progress : text of a progress bar on stderr (of rank 0); by default none.
+    limit : number of images, evenly spaced over the set; by default all.
+    workers : processes that decode images; 0 decodes in this process.
+    skip_corrupt : leave out images that cannot be read and list them in `skipped`, instead of
+        raising an error.
+    progress : text of the progress bar on stderr (rank 0 only); by default no bar.
 
     Attributes
     ----------
     index : positions in the data set of this process's share.
-    skipped : names of the images left out of the last pass, in this process.
+    skipped : names of the images that this process left out in the last pass.
 
     Raises
     ------
     UserError
-        A limit or batch size below 1.
+        If the limit or the batch size is below 1.
     DataError
-        An empty set; while iterating, an image that cannot be read, or none that can.
+        If the set is empty. While iterating: if an image cannot be read, or none can.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Loader:
         )
 
     def __len__(self) -> int:
-        """Number of batches, at most: one whose images are all skipped is left out."""
+        """The most batches there can be; a batch whose images are all skipped is left out."""
         return len(self._batches)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -145,7 +145,7 @@ class _Image:
 
 @dataclass(frozen=True)
 class _Unreadable:
-    """Travels from a worker in place of its DataError, which torch would wrap in a traceback."""
+    """Sent by a worker instead of its DataError, which torch would wrap in a traceback."""
 
     name: str
     reason: str
@@ -160,8 +160,8 @@ class _Views(Dataset[_Image | _Unreadable]):
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitem__(self, place: int) -> _Image | _Unreadable:
-        i = self.index[place]
+    def __getitem__(self, position: int) -> _Image | _Unreadable:
+        i = self.index[position]
         try:
             image, label, mask = self.samples.read(i)
         except DataError as error:

@@ -1,4 +1,4 @@
-"""The options of reading images that every `Config` shares."""
+"""Options for reading images, shared by every `Config`."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from bvit_interp.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderOptions:
-    """Options of reading images."""
+    """Options for reading images."""
 
     limit: int | None = None
     """Number of images to use, evenly spaced over the data set; by default all."""
     batch_size: int = 64
-    """Images per batch; halved automatically where they do not fit on the GPU."""
+    """Images per batch; halved automatically if they do not fit on the GPU."""
     workers: int = 0
-    """Processes that decode images beside the main one."""
+    """Number of additional processes that decode images."""
     resize: int | None = None
-    """Shorter side before the centre crop, in pixels. Default: 256 for a 224-pixel model, in
-    proportion for others, unless the checkpoint says otherwise; none for data sets drawn at the
-    model's size."""
+    """Shorter side in pixels before the centre crop. Default: the checkpoint's value, or else 256
+    for a 224-pixel model and in proportion for others; no resizing for data sets of the
+    model's own size."""
     skip_corrupt: bool = False
     """Report images that cannot be read and continue, instead of stopping."""
 
@@ -30,12 +30,12 @@ class LoaderOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name.replace('_', '-')} must be >= 1, got {value}")
-        for name in ("workers", "seed"):  # an analysis that draws has a seed
+        for name in ("workers", "seed"):  # analyses with random numbers have a seed
             if getattr(self, name, 0) < 0:
                 raise UserError(f"{name} must be >= 0, got {getattr(self, name)}")
 
     def resume_key(self) -> dict[str, Any]:
-        """The options that rows depend on: a table is continued only with the same ones."""
+        """The options that change the rows; a table is continued only if they are the same."""
         return {
             key: value
             for key, value in asdict(self).items()

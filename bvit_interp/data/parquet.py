@@ -1,7 +1,7 @@
 """Images and integer labels in Hugging Face parquet files.
 
-The layout that `datasets.load_dataset` and the Hub write: ``<split>.parquet`` or
-``<split>-*.parquet``, in the folder or one below; class names lie in the schema's metadata.
+The layout of `datasets.load_dataset` and the Hub: ``<split>.parquet`` or ``<split>-*.parquet`` in
+the folder or in a subfolder, with the class names in the metadata of the schema.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ import numpy as np
 from bvit_interp.data.samples import first_line, read_image
 from bvit_interp.errors import DataError, MissingExtra, choices
 
-IMAGES, LABELS = ("img", "image"), ("label", "fine_label")  # column names in use
+IMAGES, LABELS = ("img", "image"), ("label", "fine_label")  # known column names
 
 
 class ParquetSamples:
-    """The rows of one split, compressed images held in memory.
+    """The rows of one split; the compressed images stay in memory.
 
     Parameters
     ----------
     root : the folder.
-    split : first part of the files' names.
-    classes : names to use if the files carry none; by default "0", "1", ...
-    native_size : side of the images in pixels if they all share one.
+    split : start of the files' names.
+    classes : class names if the files have none; by default "0", "1", ...
+    native_size : side of the images in pixels if all have the same.
     """
 
     has_masks = False
@@ -76,8 +76,7 @@ def split_files(root: Path, split: str) -> list[Path]:
 
 
 def columns_of(file: Path) -> tuple[str, str, list[str] | None]:
-    """Name of the image column, name of the label column, and the class names, if the file carries
-    them."""
+    """Names of the image column and the label column, and the class names if the file has them."""
     schema = _parquet("read_schema", file)
     columns = [
         next((name for name in kind if name in schema.names), None) for kind in (IMAGES, LABELS)
@@ -89,7 +88,7 @@ def columns_of(file: Path) -> tuple[str, str, list[str] | None]:
 
 
 def _check_shards(root: Path, files: list[Path]) -> None:
-    """Refuse files of several folders, which are versions of one set, and missing shards."""
+    """Refuse missing shards, and files in several folders, which are versions of one set."""
     if len(folders := sorted({file.parent.name for file in files})) > 1:
         some = " or ".join(folders)
         raise DataError(f"{root}: {files[0].name} and others in several folders: give {some}")
@@ -111,7 +110,7 @@ def _read(file: Path) -> tuple[Any, np.ndarray, list[str] | None]:
 
 
 def _parquet(function: str, file: Path, **options: Any) -> Any:
-    """What a reading function of pyarrow.parquet gives, its errors in our words."""
+    """Call a function of pyarrow.parquet, with its errors as one line."""
     try:
         import pyarrow.parquet as pq
     except ImportError:
@@ -135,6 +134,6 @@ def _joined(tables: list[Any], root: Path) -> tuple[Any, np.ndarray, list[str] |
 
 
 def _class_names(schema: Any, column: str) -> list[str] | None:
-    """Names of a ClassLabel feature as the `datasets` library writes them, or None."""
+    """Class names that the `datasets` library wrote for a column, or None."""
     written = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     return written.get("info", {}).get("features", {}).get(column, {}).get("names")

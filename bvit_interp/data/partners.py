@@ -1,7 +1,7 @@
 """Another image for each image, to patch or resample from.
 
-The partner of an image is the one half the chosen images further on, so in a set sorted by class
-one of another class, and the same one however the images are batched or shared among processes.
+The partner of an image is the image that comes half of the chosen images later. In a set sorted by
+class it has another class. Batches and processes do not change it.
 """
 
 from __future__ import annotations
@@ -19,39 +19,45 @@ class Partners:
 
     Parameters
     ----------
-    samples, limit : the set, and how many of its images are used, as the loader has them.
-    skip_corrupt : take the next image in place of one that cannot be read, rather than raise.
+    samples, limit : the set, and the number of images used, as given to the loader.
+    skip_corrupt : use the next image instead of one that cannot be read, instead of raising an
+        error.
+
+    Attributes
+    ----------
+    index : positions in the data set of the images used.
+    order : position in the data set -> position in `index`.
 
     Raises
     ------
     UserError
-        For fewer than two images.
+        If there are fewer than two images.
     """
 
     def __init__(
         self, samples: Samples, limit: int | None = None, skip_corrupt: bool = False
     ) -> None:
         self.samples, self.skip_corrupt = samples, skip_corrupt
-        self.places = evenly_spaced(len(samples), limit)
-        self.order = {place: i for i, place in enumerate(self.places)}
-        if len(self.places) < 2:
+        self.index = evenly_spaced(len(samples), limit)
+        self.order = {image: i for i, image in enumerate(self.index)}
+        if len(self.index) < 2:
             raise UserError(
-                f"images are paired with others: at least 2 are needed, got {len(self.places)}"
+                f"images are paired with others: at least 2 are needed, got {len(self.index)}"
             )
 
     def __call__(self, index: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
-        """Images ``(B, 3, H, W)`` and labels ``(B,)`` of the partners of the images at places
-        `index` ``(B,)``."""
-        found = [self._read(int(place), geometry) for place in index]
+        """Images ``(B, 3, H, W)`` and labels ``(B,)`` of the partners of the images `index`
+        ``(B,)``."""
+        found = [self._read(int(image), geometry) for image in index]
         return torch.stack([image for image, _ in found]), torch.tensor(
             [label for _, label in found]
         )
 
-    def _read(self, place: int, geometry: Geometry) -> tuple[Tensor, int]:
-        count, own = len(self.places), self.order[place]
-        for further in range(count // 2, count // 2 + count):
-            candidate = self.places[(own + further) % count]
-            if candidate == place:
+    def _read(self, i: int, geometry: Geometry) -> tuple[Tensor, int]:
+        count, own = len(self.index), self.order[i]
+        for shift in range(count // 2, count // 2 + count):
+            candidate = self.index[(own + shift) % count]
+            if candidate == i:
                 continue
             try:
                 image, label, _ = self.samples.read(candidate)
@@ -60,4 +66,4 @@ class Partners:
                     raise
                 continue
             return geometry(image, None)[0], label
-        raise DataError(f"no image can be read as the partner of {self.samples.name(place)}")
+        raise DataError(f"no image can be read as the partner of {self.samples.name(i)}")

@@ -1,8 +1,8 @@
 """The protocol of a data set: classes, images, labels, masks.
 
-The coding of labels and masks is ImageNet-S's (Gao et al. 2022, https://arxiv.org/abs/2106.03149):
-a label is the 0-based place in `classes`, and in a mask that class has the id label + 1; 0 is
-anything else, 1000 are pixels to ignore. The stored mask is an RGB PNG with id = R + 256 G.
+Labels and masks are coded as in ImageNet-S (Gao et al. 2022, https://arxiv.org/abs/2106.03149). A
+label is an index into `classes`, from 0. In a mask the pixels of that class have the id label + 1,
+pixels to ignore 1000, and all others 0. A mask is stored as an RGB PNG with id = R + 256 G.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from PIL import Image
 
 from bvit_interp.errors import DataError, UserError
 
-_UNREADABLE = (  # what PIL raises, depending on the format and the damage
+_UNREADABLE = (  # errors of PIL; they depend on the format and the damage
     OSError,
     SyntaxError,
     ValueError,
@@ -38,11 +38,11 @@ class Samples(Protocol):
 
     @property
     def classes(self) -> Sequence[str]:
-        """Class names; a label is a place in them."""
+        """Class names; a label is an index into them."""
 
     @property
     def native_size(self) -> int | None:
-        """Side in pixels of a set drawn at a fixed size, else None."""
+        """Side in pixels if all images are square and have one size, else None."""
 
     @property
     def has_masks(self) -> bool:
@@ -59,48 +59,49 @@ class Samples(Protocol):
         Raises
         ------
         DataError
-            Naming the file, if the image is corrupt or its mask does not fit.
+            If the image is corrupt or its mask does not fit; the message names the file.
         """
 
 
 @dataclass(frozen=True)
 class Subset:
-    """Some images of a data set, as `Samples` of their own: image i is the set's image
-    ``places[i]``."""
+    """Some images of a data set, as `Samples`: image i is image ``index[i]`` of `data`."""
 
     data: Samples
-    places: Sequence[int]
+    index: Sequence[int]
 
     @property
     def classes(self) -> Sequence[str]:
-        """The set's, also those without an image here."""
+        """The classes of the whole set, also those without an image here."""
         return self.data.classes
 
     @property
     def native_size(self) -> int | None:
-        """The set's."""
+        """The native size of the set."""
         return self.data.native_size
 
     @property
     def has_masks(self) -> bool:
-        """Whether the set has them."""
+        """Whether the set has masks."""
         return self.data.has_masks
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.index)
 
     def name(self, i: int) -> str:
         """Name of image i in the set."""
-        return self.data.name(self.places[i])
+        return self.data.name(self.index[i])
 
     def read(self, i: int) -> tuple[np.ndarray, int, np.ndarray | None]:
-        """As the set's `read`."""
-        return self.data.read(self.places[i])
+        """Image, label and mask, as in the set."""
+        return self.data.read(self.index[i])
 
 
 def read_image(source: Path | bytes, name: str) -> np.ndarray:
-    """Pixels ``(H, W, 3)`` uint8 of an image file, or its bytes, in any colour mode; `name` is for
-    errors."""
+    """Pixels ``(H, W, 3)`` uint8 of an image file or its bytes, in any colour mode.
+
+    `name` is used in error messages.
+    """
     try:
         with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
             return np.array(image.convert("RGB"))
@@ -125,16 +126,15 @@ def read_mask(path: Path) -> np.ndarray:
 
 
 def write_mask(ids: np.ndarray, path: Path) -> None:
-    """Store class ids ``(H, W)`` as an RGB PNG."""
+    """Store class ids ``(H, W)`` as an RGB PNG in ImageNet-S coding."""
     pixels = np.stack([ids % 256, ids // 256, np.zeros_like(ids)], axis=-1)
     Image.fromarray(pixels.astype(np.uint8)).save(path)
 
 
 def evenly_spaced(length: int, limit: int | None) -> list[int]:
-    """`limit` sorted places evenly spaced over 0..length - 1 (all of them if the limit is None or
-    larger).
+    """`limit` sorted indices, evenly spaced over 0..length - 1; all if the limit is None or larger.
 
-    Evenly, because most sets are sorted by class: the first n images would be of a few classes.
+    Most sets are sorted by class, so the first n images would have only a few classes.
     """
     if limit is not None and limit < 1:
         raise UserError(f"limit must be at least 1, got {limit}")
@@ -152,5 +152,5 @@ def _unreadable(name: str, what: str, error: BaseException) -> DataError:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its kind if it has none."""
+    """The first line of an error's message, or the name of its class if the message is empty."""
     return str(error).partition("\n")[0] or type(error).__name__

@@ -1,8 +1,8 @@
 """The one pass over the images.
 
-Each model sees every batch in its own geometry, on its own device, with labels in its own classes.
+Each model gets every batch in its own geometry, on its own device, with labels in its own classes.
 
-An analysis says what to compute from a batch, and consumes what comes back:
+An analysis gives a function of a batch, and uses its results in a loop:
 
     def record(batch: ModelBatch) -> Tensor:
         return probes[batch.model].record(batch.images, "resid_post", tokens="cls")["resid_post"]
@@ -10,9 +10,9 @@ An analysis says what to compute from a batch, and consumes what comes back:
     for name, states in stream(models, data, config, record, progress="energy-rank"):
         grams[name].update(states)
 
-The images are decoded once for all models. Under torchrun each process sees its own share of them.
-`compute` should only compute: where GPU memory does not suffice it is called again on halves of the
-batch, so results are added to statistics by the loop, outside it.
+The images are decoded once for all models. Under torchrun each process gets its own share of them.
+The function must not change any state: if GPU memory is too small, it is called again on halves of
+the batch. So the loop, not the function, adds results to statistics.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelBatch:
-    """B images as one model sees them."""
+    """B images, prepared for one model."""
 
     model: str
     """Name of the model."""
@@ -48,18 +48,18 @@ class ModelBatch:
     names: tuple[str, ...]
     """Names of the images."""
     geometry: Geometry
-    """How the images were brought to the model's size."""
+    """How the images were resized and cropped to the model's size."""
     images: Tensor
     """``(B, 3, H, W)`` float, normalised, on the model's device."""
     masks: Tensor | None
-    """``(B, H, W)`` int64 on the model's device: 0 background, label + 1 an object, 1000 ignored.
-    None if the data set has none."""
+    """``(B, H, W)`` int64 on the model's device: 0 background, label + 1 object, 1000 ignored. None
+    if the data set has no masks."""
     data_labels: Tensor
     """Labels in the data set's classes, ``(B,)`` int64, on the model's device."""
     model_labels: Tensor | None = None
     """Labels in the model's classes; see `labels`."""
     partner: tuple[Tensor, Tensor] | None = None
-    """Another image for each image, and its label in the model's classes; see `partner_images`."""
+    """Another image for each image, and the label of it; see `partner_images`."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -71,28 +71,28 @@ class ModelBatch:
 
     @property
     def labels(self) -> Tensor:
-        """Labels in the model's classes, ``(B,)`` int64; with ``stream(labels=True)``."""
+        """Labels in the model's classes, ``(B,)`` int64; needs ``stream(labels=True)``."""
         if self.model_labels is None:
-            raise ValueError("this pass has no labels: stream(..., labels=True)")
+            raise ValueError("this pass has no labels: use stream(..., labels=True)")
         return self.model_labels
 
     @property
     def partner_images(self) -> Tensor:
-        """Another image for each image, ``(B, 3, H, W)``; with ``stream(partners=...)``."""
+        """Another image for each image, ``(B, 3, H, W)``; needs ``stream(partners=...)``."""
         return self._partner()[0]
 
     @property
     def partner_labels(self) -> Tensor:
-        """The labels of `partner_images` in the model's classes, ``(B,)``."""
+        """Labels of `partner_images`, ``(B,)``; with ``labels=True`` in the model's classes."""
         return self._partner()[1]
 
     def _partner(self) -> tuple[Tensor, Tensor]:
         if self.partner is None:
-            raise ValueError("this pass has no partners: stream(..., partners=...)")
+            raise ValueError("this pass has no partners: use stream(..., partners=...)")
         return self.partner
 
     def take(self, rows: Tensor | slice) -> ModelBatch:
-        """The images of these rows: a slice, int64 ``(b,)``, or bool ``(B,)``; on the CPU."""
+        """The batch of these rows: a slice, or int64 ``(b,)`` or bool ``(B,)`` on the CPU."""
         chosen = torch.arange(len(self))[rows]
 
         def of(tensor: Tensor) -> Tensor:
@@ -122,29 +122,29 @@ def stream(
     images_at_once: Mapping[str, int] | None = None,
     grad: bool = False,
 ) -> Iterator[tuple[str, Result]]:
-    """What `compute` returns for every model and batch, as (name of the model, result).
+    """Yield (name of the model, result of `compute`) for every batch and model.
 
     Parameters
     ----------
     models : name -> model.
     data : the data set.
-    options : which images, how many at once, and how they are read.
+    options : which images, how many per batch, and how they are read.
     compute : called with each model's batch, under ``torch.inference_mode`` unless `grad`.
     progress : text of the progress bar.
     labels : translate labels to each model's classes.
-    partners : give each image's partner beside it.
-    images_at_once : name -> the most images of one call; larger batches are halved beforehand.
-    grad : leave gradients on.
+    partners : add the partner of each image to the batch.
+    images_at_once : name -> most images per call of `compute`; larger batches are halved first.
+    grad : compute gradients.
 
     Raises
     ------
     DataError
-        For classes that do not match a model's, with `labels`; for an image that cannot be read.
+        If `labels` is set and the classes do not match a model's, or if an image cannot be read.
     UserError
-        For a single image that does not fit in memory.
+        If a single image does not fit in GPU memory.
     """
-    sights = {
-        name: _Sight(
+    views = {
+        name: _View(
             name,
             device_of(model),
             Geometry.of(model, data, options.resize),
@@ -154,7 +154,7 @@ def stream(
     }
     loader = Loader(
         data,
-        [sight.geometry for sight in sights.values()],
+        [view.geometry for view in views.values()],
         options.batch_size,
         limit=options.limit,
         workers=options.workers,
@@ -168,18 +168,18 @@ def stream(
 
     for batch in loader:
         others = {}
-        if partners is not None:  # read once for all models of a geometry, as the images are
+        if partners is not None:  # read once per geometry, like the images
             others = {geometry: partners(batch.index, geometry) for geometry in batch.views}
-        for name, sight in sights.items():
-            seen = sight.of(batch, others.get(sight.geometry))
-            for part in _parts(seen, (images_at_once or {}).get(name)):
+        for name, view in views.items():
+            own = view.of(batch, others.get(view.geometry))
+            for part in _parts(own, (images_at_once or {}).get(name)):
                 for result in halve_on_oom(run, part):
                     yield name, result
 
 
 @dataclass(frozen=True)
-class _Sight:
-    """How one model sees the data set."""
+class _View:
+    """Device, geometry and classes of one model."""
 
     name: str
     device: torch.device
@@ -209,7 +209,7 @@ class _Sight:
 
 
 def _parts(batch: ModelBatch, at_once: int | None) -> Iterator[ModelBatch]:
-    """The batch in halves of halves, of at most `at_once` images, but at least one."""
+    """The batch, halved until each part has at most `at_once` images, but at least one."""
     if at_once is None or len(batch) <= max(at_once, 1):
         yield batch
     else:
@@ -223,12 +223,12 @@ def _halves(batch: ModelBatch) -> tuple[ModelBatch, ModelBatch]:
 
 
 def halve_on_oom(compute: Callable[[ModelBatch], Result], batch: ModelBatch) -> list[Result]:
-    """Results of `compute` on the batch, or, where GPU memory does not suffice, on its halves.
+    """Results of `compute` on the batch or, if GPU memory is too small, on its halves.
 
     Raises
     ------
     UserError
-        For a single image that does not fit.
+        If a single image does not fit.
     """
     try:
         return [compute(batch)]
@@ -238,6 +238,6 @@ def halve_on_oom(compute: Callable[[ModelBatch], Result], batch: ModelBatch) -> 
                 f"out of GPU memory with a single image ({batch.names[0]}): use a smaller model or"
                 " --device cpu"
             ) from None
-    # outside the handler: the exception holds the failed run's tensors
+    # outside the handler, because the exception keeps the tensors of the failed run
     torch.cuda.empty_cache()
     return [result for half in _halves(batch) for result in halve_on_oom(compute, half)]

@@ -1,4 +1,4 @@
-"""A folder of results as one HTML page that opens from disk."""
+"""One HTML page with all results of a folder."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from bvit_interp.report import unit_page
 from bvit_interp.results import read_table, replacing
 
 SHOWN = 1000
-"""Most rows of a table on the page; its CSV has all of them."""
+"""Most rows of a table on the page; the CSV file has all rows."""
 
 
 def write(folder: Path, out: Path | None = None) -> Path:
-    """Write a self-contained page of every analysis whose table lies in a folder.
+    """Write a page with every analysis whose table is in a folder.
 
-    The page needs no server and no network. Beside it stands a page per described unit.
+    The page opens from disk, without server and network. Each described unit gets its own page.
 
     Parameters
     ----------
-    folder : the results.
-    out : the page; by default ``report.html`` in the folder.
+    folder : folder of results.
+    out : path of the page; by default ``report.html`` in the folder.
 
     Returns
     -------
@@ -60,7 +60,7 @@ def write(folder: Path, out: Path | None = None) -> Path:
 
 
 def _section(folder: Path, word: str) -> dict[str, Any]:
-    """What the template shows of one analysis."""
+    """The parts of one analysis for the template."""
     analysis = importlib.import_module(f"bvit_interp.analyses.{word}")
     question, *summary = _paragraphs(analysis.__doc__ or "")
     path = folder / f"{word}.csv"

@@ -1,4 +1,4 @@
-"""A page for each described unit of `selectivity`, linked from the report."""
+"""One HTML page for each described unit of `selectivity`, linked from the report."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PANELS = {
     "firing": ("share of patches where it fires", ""),
     "ablation_logit": ("change of the true logit, ablated at this step", "random units"),
 }
-"""Metrics with a panel of their own: its title, and the label of the null."""
+"""Metric -> title of its panel and label of its null."""
 
 
 def write(frame: pd.DataFrame, folder: Path, out: Path) -> dict[str, str]:
@@ -33,13 +33,13 @@ def write(frame: pd.DataFrame, folder: Path, out: Path) -> dict[str, str]:
 
     Parameters
     ----------
-    frame : the table, read back; a table with other columns has no units.
-    folder : the folder of results that holds the pictures in `selectivity/`.
-    out : the report; the pages go to `units/` in its folder.
+    frame : the table; a table without the columns of `selectivity` has no units.
+    folder : folder of results, with the top images in `selectivity/`.
+    out : path of the report; the pages go to `units/` in its folder.
 
     Returns
     -------
-    Name of each unit -> its page, relative to the report.
+    Name of each unit -> path of its page, relative to the report.
 
     Raises
     ------
@@ -63,7 +63,7 @@ def write(frame: pd.DataFrame, folder: Path, out: Path) -> dict[str, str]:
 
 
 def _page(title: str, frame: pd.DataFrame, folder: Path, report: str) -> str:
-    """The page of a unit, from its rows."""
+    """The page of one unit, from its rows."""
     templates = jinja2.Environment(
         loader=jinja2.PackageLoader("bvit_interp", "report"), autoescape=True
     )
@@ -84,7 +84,7 @@ def _page(title: str, frame: pd.DataFrame, folder: Path, report: str) -> str:
 
 
 def _overall_cells(overall: pd.DataFrame) -> list[list[str]]:
-    """Metric, value, null and rank of every row over all steps."""
+    """Metric, value, null and rank of the rows for all steps together."""
     rows = overall[["metric", "value", "null", "rank"]].to_dict("records")
     cells = []
     for row in rows:
@@ -95,7 +95,7 @@ def _overall_cells(overall: pd.DataFrame) -> list[list[str]]:
 
 
 def _step_cells(stepwise: pd.DataFrame) -> list[list[str]]:
-    """Step, metric, class or images, value, interval and null of every row of one step."""
+    """Step, metric, class or images, value, interval and null of the rows for single steps."""
     about = stepwise["top_images"].where(stepwise["top_images"].notna(), stepwise["class"])
     columns = stepwise.assign(about=about)[
         ["step", "metric", "about", "value", "low", "high", "null"]
@@ -104,14 +104,14 @@ def _step_cells(stepwise: pd.DataFrame) -> list[list[str]]:
 
 
 def _cell(value: Any) -> str:
-    """Four digits of a number, nothing for nan; a class that is named by a number stays one."""
+    """A float with four digits, empty for nan; any other value as it is."""
     if isinstance(value, float):
         return "" if pd.isna(value) else f"{value:.4g}"
     return str(value)
 
 
 def _summary(overall: pd.DataFrame, stepwise: pd.DataFrame) -> str:
-    """When the unit is selective and for which classes, in a few sentences."""
+    """Text that says when the unit is selective, and for which classes."""
     values = overall.set_index("metric")["value"]
     lifetime, steps = values.get("lifetime", 0.0), stepwise["step"].max()
     if not lifetime > 0:
@@ -130,7 +130,7 @@ def _summary(overall: pd.DataFrame, stepwise: pd.DataFrame) -> str:
 
 
 def _top_images(stepwise: pd.DataFrame, folder: Path) -> tuple[str | None, int]:
-    """The PNG of the top-k images, and its width on the page; None where the file is missing."""
+    """The PNG of the top-k images (None if the file is missing), and its width on the page."""
     paths = stepwise["path"].dropna()
     path = folder / "selectivity" / Path(paths.iloc[0]).name if len(paths) else None
     if path is None or not path.is_file():
@@ -140,7 +140,7 @@ def _top_images(stepwise: pd.DataFrame, folder: Path) -> tuple[str | None, int]:
 
 
 def _figure(stepwise: pd.DataFrame) -> Figure:
-    """Selectivity, firing rate, effect of ablation, and the class means, over steps."""
+    """Selectivity, firing rate, effect of ablation, and class means at every step."""
     try:
         from bvit_interp import plotting
     except ImportError:

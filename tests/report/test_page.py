@@ -172,7 +172,7 @@ def test_only_what_is_there_is_shown(folder):
     seen = Page(page.write(folder))
     assert len(seen.headings) == 1
     assert seen.sources == []
-    assert "What made it" not in "".join(seen.text)
+    assert "Options and versions" not in "".join(seen.text)
 
 
 def test_letters_of_other_languages(folder):

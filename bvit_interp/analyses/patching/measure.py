@@ -151,10 +151,10 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
 def _check_images(partners: Partners, data: Samples, config: Config) -> None:
     if "other" not in config.mode:
         return
-    if len(partners.places) < 3:
+    if len(partners.index) < 3:
         raise UserError(
             "mode other needs at least 3 images, a pair and one for the null; got"
-            f" {len(partners.places)}"
+            f" {len(partners.index)}"
         )
     if len(data.classes) < 2:
         raise UserError("mode other needs images of two classes, the data have one; use mode same")
@@ -172,9 +172,9 @@ def _third_images(partners: Partners, index: Tensor, geometry: Geometry) -> Tens
 
     It is neither the image nor its partner.
     """
-    count = len(partners.places)
+    count = len(partners.index)
     shifted = [
-        partners.places[(partners.order[position] + max(1, count // 4)) % count]
+        partners.index[(partners.order[position] + max(1, count // 4)) % count]
         for position in index.tolist()
     ]
     return partners(torch.tensor(shifted), geometry)[0]

@@ -156,8 +156,8 @@ def test_images_are_trained_on_or_scored_never_both(squares):
     ):
         fit, score = _split(squares(count), Config(limit=limit, n_fit=n_fit))
         assert (len(score), len(fit)) == (scored, fitted)
-        assert not set(fit.places) & set(score.places)
-        assert score.name(2) == f"square-{score.places[2]}"
+        assert not set(fit.index) & set(score.index)
+        assert score.name(2) == f"square-{score.index[2]}"
     with pytest.raises(UserError, match="at least 4 are needed, got 3"):
         _split(squares(3), Config())
 

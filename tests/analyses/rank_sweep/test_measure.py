@@ -273,12 +273,12 @@ def test_n_calibration_are_held_out_where_there_are_enough(digits):
         )
         assert len(found) == min(images, 60)
         assert also_scored == pytest.approx(scored, abs=0.02)
-        assert len(set(found.places)) == len(found)
+        assert len(set(found.index)) == len(found)
         if places is not None:
-            assert set(found.places) <= set(places)
+            assert set(found.index) <= set(places)
         if len(found):
-            assert found.name(3) == digits.name(found.places[3])
-            assert found.read(3)[1] == digits.read(found.places[3])[1]
+            assert found.name(3) == digits.name(found.index[3])
+            assert found.read(3)[1] == digits.read(found.index[3])[1]
 
 
 def test_out_of_memory_halves_the_batch_and_counts_no_input_twice(tiny, digits, monkeypatch):
