@@ -1,16 +1,15 @@
-"""What feature pictures cost: one batched optimisation against lucent's `render_vis`, picture by
-picture.
+"""Time of feature pictures: one batched optimisation, and lucent's `render_vis` one by one.
 
     python benchmarks/features.py [--ckpt checkpoints/bvit-digits-s] [--neurons 3]
         [--iterations 3] [--rounds 3]
     python benchmarks/features.py --device cuda        4 neurons, 8 iterations
 
 Both make a picture of every (neuron, step) pair with the same iterations, optimiser settings,
-augmented copies, total variation, image size and unroll, weights asking for gradients as a loaded
-model's do. lucent is called once a pair, as its interface has it, on a fresh unroll each time (its
-hooks are never removed). What is timed is the optimisation alone. On a CPU that is in seconds of
-one thread, so that other processes count little. Rounds alternate in random order; the ratio is the
-median over rounds. Without lucent only our time is told.
+augmented copies, total variation, image size and unroll. The weights require gradients, like those
+of a loaded model. lucent is called once per pair, on a new unroll each time, because it never
+removes its hooks. Only the optimisation is timed. On a CPU the time is that of one thread, so that
+other processes matter little. Every round times each way once, in random order; the ratio is the
+median over rounds. Without lucent only our time is printed.
 """
 
 from __future__ import annotations
@@ -55,8 +54,7 @@ def time_ours(model, neurons, steps, recipe):
 
 @contextlib.contextmanager
 def stopwatch(model):
-    """A list that gets the seconds the body took: of this process on a CPU, of the clock on a
-    GPU."""
+    """A list that gets the seconds of the body: CPU time on a CPU, wall time on a GPU."""
     device = str(next(model.parameters()).device)
     clock = time.perf_counter if timing.is_cuda(device) else time.process_time
     timing.wait(device)
@@ -67,7 +65,7 @@ def stopwatch(model):
 
 
 def time_lucent(model, neurons, steps, recipe):
-    """Seconds of one `render_vis` a pair."""
+    """Seconds of one `render_vis` per pair."""
     from lucent.optvis import render
 
     seconds, size = 0.0, tuple(model.patch_embed.img_size)
@@ -109,7 +107,7 @@ def main():
     )
     parser.add_argument("--ckpt", default="checkpoints/bvit-digits-s")
     parser.add_argument("--neurons", type=int, help="neurons, each at every step (3; on a GPU 4)")
-    parser.add_argument("--iterations", type=int, help="iterations of a picture (3; on a GPU 8)")
+    parser.add_argument("--iterations", type=int, help="iterations per picture (3; on a GPU 8)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="markdown file to write")
@@ -117,7 +115,7 @@ def main():
     on_gpu = timing.is_cuda(options.device)
     if not on_gpu:
         torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")  # lucent's own
+    warnings.filterwarnings("ignore")  # from lucent
     model = load(options.ckpt, options.device)
     neurons, steps = pairs_of(model, options.neurons or (4 if on_gpu else 3))
     recipe = Recipe(iterations=options.iterations or (8 if on_gpu else 3))
@@ -138,7 +136,7 @@ def main():
         f" iterations of {recipe.n_copies} "
         f"copies, median of {options.rounds} rounds",
         "",
-        "| way | ms a picture and iteration |",
+        "| way | ms per picture and iteration |",
         "|---|---|",
         *(f"| {name} | {statistics.median(times) * each:.3g} |" for name, times in seconds.items()),
         "",

@@ -1,13 +1,13 @@
-"""What masks of steps cost: an evaluation with twelve masks, a training step under them, a step of
-the twelve grafts.
+"""Time of masks per step: evaluation, a training step with masks, a step of all twelve grafts.
 
     python benchmarks/masks.py [--widths 128 256] [--batch 128] [--rounds 9]
         [--device cpu] [--out FILE]
 
-Evaluation multiplies once and then runs twelve matrices where the plain model runs one (float32);
-training multiplies in every forward pass (bf16, as the trainer: forward, loss, backward, AdamW). On
-a CPU the time is that of the process, which others on the machine disturb less. Every round times
-all once, in a new random order; ratios are medians over rounds of paired times.
+Evaluation multiplies by the masks once and then uses twelve matrices where the plain model uses one
+(float32). Training multiplies in every forward pass (bf16, as in the trainer: forward, loss,
+backward, AdamW). On a CPU the time is that of the process, so that other processes matter less.
+Every round times each way once, in a new random order; ratios are medians over rounds of paired
+times.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def training(
     images: torch.Tensor,
     labels: torch.Tensor,
 ) -> Callable[[], None]:
-    """A training step in bf16 of a function with logits ``(..., B, C)``."""
+    """A training step in bf16 of a function that returns logits ``(..., B, C)``."""
     optimizer = build.optimizer(weights, Recipe(model={"name": NAME}, data="random", epochs=1))  # type: ignore[arg-type]
 
     def step() -> None:
@@ -65,7 +65,7 @@ def training(
 
 
 def steps(width: int, batch: int, device: str) -> dict[str, Callable[[], None]]:
-    """Everything that is timed at one width."""
+    """All ways that are timed at one width."""
     torch.manual_seed(0)
     images, labels = (
         torch.randn(batch, 3, 32, 32, device=device),
@@ -88,9 +88,8 @@ def steps(width: int, batch: int, device: str) -> dict[str, Callable[[], None]]:
         ),
     }
     for block in (*plain.blocks.children(), *view.blocks, *frozen.blocks, *grafts):
-        block.attn.fused_attn = (
-            device != "cpu"
-        )  # as the trainer: its bf16 backward is slow on a CPU
+        # as in the trainer: the bf16 backward of fused attention is slow on a CPU
+        block.attn.fused_attn = device != "cpu"
     unmasked = timm.create_model(NAME, embed_dim=width, **TOKENS).to(device)
     return {
         "evaluation, plain": evaluation(unmasked, images),

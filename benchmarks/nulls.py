@@ -1,12 +1,11 @@
-"""Make what the pointing game on photographs is compared with: untrained weights, and the boxes of
-other images.
+"""Make the nulls of the pointing game on photographs: untrained weights, other images' boxes.
 
     python benchmarks/nulls.py ../shared/data/imagenette ../shared/data/imagenette_boxes_s runs
 
-writes the models of the four Imagenette recipes before their first step to ``runs/untrained``, and
-to ``runs/other-masks`` the photographs with boxes, each with those of another one drawn at random
-(ImageNet-S layout). ``figures/untrained``, ``figures/other_masks`` and ``figures/trajectories.csv``
-are made from them.
+writes two folders. ``runs/untrained`` gets the models of the four Imagenette recipes before their
+first training step. ``runs/other-masks`` gets the photographs, each with the boxes of another one
+drawn at random (ImageNet-S layout). ``figures/untrained``, ``figures/other_masks`` and
+``figures/trajectories.csv`` are made from them.
 """
 
 import sys
@@ -24,8 +23,7 @@ RECIPES = ("imagenette", "imagenette-vit", "imagenette-d128", "imagenette-d128-v
 
 
 def untrained(data: Path, out: Path) -> None:
-    """A checkpoint a recipe, of the weights its training starts from; whole images are looked
-    at."""
+    """Write one checkpoint per recipe, with its first weights; whole images are used."""
     samples = open_samples(f"imagenette:{data}", "train")
     for name in RECIPES:
         model = make_model(recipe.read(name), samples)
@@ -37,15 +35,14 @@ def untrained(data: Path, out: Path) -> None:
 
 
 def other_masks(boxes: Path, out: Path, seed: int = 0) -> None:
-    """The images of `boxes` with one another's masks; a mask takes the class of the image it is
-    given to."""
+    """Write each image of `boxes` with the mask of another one, relabelled with its own class."""
     images, classes = (
         sorted(boxes.glob("validation/*/*.JPEG")),
         (boxes / "categories.txt").read_text().split(),
     )
-    rng, places = np.random.default_rng(seed), np.arange(len(images))
+    rng, order = np.random.default_rng(seed), np.arange(len(images))
     partners = rng.permutation(len(images))
-    while (partners == places).any():
+    while (partners == order).any():
         partners = rng.permutation(len(images))
     for image, partner in zip(images, partners, strict=True):
         wnid, source = image.parent.name, images[partner]

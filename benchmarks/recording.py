@@ -1,13 +1,12 @@
-"""What recording costs: time against the plain forward and memory kept alive, beside the peers
-installed.
+"""Cost of recording: time relative to the plain forward, and memory kept; also of other tools.
 
     python benchmarks/recording.py [--sizes 224 448] [--batch 4] [--rounds 7]
         [--device cpu] [--out FILE]
     python benchmarks/recording.py --device cuda        224 px, batch 256, bf16
 
-Every round times each way once, in a new random order, so that drift hits all alike. Ratios are
-medians over rounds of paired times. "Kept" is what the result holds alive per image when the
-forward is over.
+Every round times each way once, in a new random order, so that drift affects all ways equally.
+Ratios are medians over rounds of paired times. "Kept" is the memory per image that the result still
+holds after the forward pass.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ BESIDE, GOAL = "bvit_interp: CLS attention beside the logits", 1.05
 
 
 def ways(size: int, device: str) -> dict[str, Way]:
-    """What is timed: name -> function of images."""
+    """The ways that are timed: name -> function of images."""
     torch.manual_seed(0)
     model = (
         timm.create_model("bvit_base_patch16_224", img_size=size)
@@ -56,15 +55,14 @@ def _attention_extract(model: Any) -> dict[str, Way]:
     from timm.utils import AttentionExtract
 
     view = unroll(model)
-    for block in view.blocks:  # with fused attention it finds nothing, or fails
+    for block in view.blocks:  # with fused attention it finds no attention, or fails
         block.attn.fused_attn = False
     extract = AttentionExtract(view, method="hook")
     return {"timm AttentionExtract on the unroll": lambda x: [*extract(x).values()]}
 
 
 def _transformer_lens(size: int, device: str) -> dict[str, Way]:
-    """TransformerLens has no ViT loader: a random HookedTransformer of the same width, depth and
-    tokens."""
+    """A random HookedTransformer of the same size, because TransformerLens cannot load the ViT."""
     try:
         from transformer_lens import HookedTransformer, HookedTransformerConfig
     except ImportError:
@@ -98,7 +96,7 @@ def _transformer_lens(size: int, device: str) -> dict[str, Way]:
 
 
 def kept_bytes(result: Any) -> int:
-    """Bytes of the distinct storages a result holds."""
+    """Bytes of all distinct storages of a result."""
     tensors = result if isinstance(result, list) else [] if result is None else [result]
     return sum(
         {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()
@@ -106,11 +104,11 @@ def kept_bytes(result: Any) -> int:
 
 
 def measure(size: int, batch: int, rounds: int, device: str) -> list[str]:
-    """PerImage of the table at one image size, and whether the goal was met."""
+    """Rows of the table at one image size, and whether the goal was met."""
     images = torch.randn(batch, 3, size, size, device=device, dtype=timing.dtype_of(device))
     kept, able, notes = {}, {}, []
     with torch.inference_mode():
-        # one by one: some need more memory than there is
+        # one by one, because some may need too much memory
         for name, way in ways(size, device).items():
             try:
                 kept[name] = kept_bytes(way(images)) / batch
@@ -143,7 +141,7 @@ def main() -> None:
     parser.add_argument(
         "--sizes", type=int, nargs="+", help="image sizes, px (224 448; on a GPU 224)"
     )
-    parser.add_argument("--batch", type=int, help="images a call (4; on a GPU 256)")
+    parser.add_argument("--batch", type=int, help="images per call (4; on a GPU 256)")
     parser.add_argument("--rounds", type=int, help="rounds (7; on a GPU 15)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="markdown file to write")
@@ -159,7 +157,7 @@ def main() -> None:
     for size in sizes:
         lines += [
             "",
-            "| px | way | ms an image | time / plain forward | MB kept an image |",
+            "| px | way | ms per image | time / plain forward | MB kept per image |",
             "|---|---|---|---|---|",
         ]
         lines += measure(size, batch, rounds, options.device)

@@ -1,4 +1,4 @@
-"""What the tools should answer: the same questions asked of a loop over the block."""
+"""The correct answers for `tools.py`, computed by a loop over the block."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ GROUPS = torch.arange(128) // 32  # neurons ablated together
 def loop(model, images, blocks=None, change=None):
     """Neurons ``mlp_post``, attention and output of every step, and the logits.
 
-    `blocks` gives the block of each step, `change` maps a step (from 1) to a function of its
-    neurons.
+    `blocks` has the block of each step. `change` maps a step (from 1) to a function of its neurons.
     """
     blocks = blocks or [model.get_submodule("blocks.0")] * STEPS
     z = model._pos_embed(model.patch_embed(images))
@@ -42,7 +41,7 @@ def score(model, images, **kwargs):
 
 
 def integrated_gradients(model, images, t, points):
-    """Of the target logit with respect to the neurons of step t, from those of a black image."""
+    """Integrated gradients of the target logit at the neurons of step t, from a black image."""
     end = loop(model, images)[0][t - 1].detach()
     start = loop(model, torch.zeros_like(images))[0][t - 1].detach()
     nodes, weights = np.polynomial.legendre.leggauss(points)
@@ -55,21 +54,21 @@ def integrated_gradients(model, images, t, points):
 
 
 def gradient(model, images, t):
-    """Neurons of step t and the gradient of the target logit there."""
+    """Neurons of step t, and the gradient of the target logit with respect to them."""
     here = loop(model, images)[0][t - 1].detach().requires_grad_()
     value = score(model, images, change={t: lambda _: here}).sum()
     return here.detach(), torch.autograd.grad(value, here)[0]
 
 
 def conductance(model, images, t, points):
-    """Gradient at the neurons x their change, summed while the image fades in from black."""
+    """Gradient times change of the neurons of step t, summed over images from black to full."""
     nodes = (np.polynomial.legendre.leggauss(points + 1)[0] + 1) / 2
     seen = [gradient(model, float(node) * images, t) for node in nodes]
     return sum(g * (after - before) for (before, g), (after, _) in itertools.pairwise(seen))
 
 
 def ablation(model, images, steps):
-    """Fall of the target logit when each group of neurons is zero in `steps`, ``(B, groups)``."""
+    """Decrease of the target logit if a group of neurons is zero at `steps`, ``(B, groups)``."""
     clean = score(model, images)
     falls = []
     for group in GROUPS.unique():

@@ -1,5 +1,4 @@
-"""What the head after every step costs: one pass of `step-accuracy` against a plain forward, and
-against a run a step.
+"""Time of the head after every step: one pass of `step-accuracy`, and a separate run per step.
 
     python benchmarks/steps.py [--ckpt checkpoints/bvit-digits-s] [--steps 24] [--batch 64]
         [--rounds 7] [--device cpu] [--out FILE]

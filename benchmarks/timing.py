@@ -1,4 +1,4 @@
-"""How the benchmarks time: paired rounds in random order, on a CPU or a GPU."""
+"""Timing in paired rounds in random order, on a CPU or a GPU."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def is_cuda(device: str) -> bool:
 
 
 def dtype_of(device: str) -> torch.dtype:
-    """What the trainer computes in: bf16 on a GPU; float32 here for the CPU's analyses."""
+    """bf16 on a GPU, as in the trainer; float32 on a CPU, as in the analyses."""
     return torch.bfloat16 if is_cuda(device) else torch.float32
 
 
 def machine(device: str) -> str:
-    """The card, or the CPU threads, and torch's version."""
+    """The GPU or the number of CPU threads, and the version of torch."""
     where = (
         torch.cuda.get_device_name(device)
         if is_cuda(device)
@@ -35,7 +35,7 @@ def machine(device: str) -> str:
 
 
 def wait(device: str) -> None:
-    """Until the GPU has done what it was asked."""
+    """Wait until the GPU has finished its work."""
     if is_cuda(device):
         torch.cuda.synchronize(device)
 
@@ -43,7 +43,7 @@ def wait(device: str) -> None:
 def seconds(
     way: Way, device: str, calls: int = 1, clock: Callable[[], float] = time.perf_counter
 ) -> float:
-    """Time of one call, the mean of `calls` in a row."""
+    """Seconds per call, as the mean of `calls` calls."""
     wait(device)
     began = clock()
     for _ in range(calls):
@@ -61,7 +61,7 @@ def paired(
     calls: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of every way in every round; a round times each once, in a new random order."""
+    """Seconds of every way in every round; each round has a new random order."""
     for way in ways.values():
         for _ in range(warm):
             way()
@@ -74,7 +74,7 @@ def paired(
 
 
 def ratio(times: Sequence[float], base: Sequence[float]) -> float:
-    """Median over rounds of the paired times."""
+    """Median over rounds of the ratio of paired times."""
     return statistics.median(mine / other for mine, other in zip(times, base, strict=True))
 
 

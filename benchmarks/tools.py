@@ -1,10 +1,9 @@
-"""Same question, many tools: what does each answer for `block.mlp.act` of a bViT, and of its
-unroll?
+"""What many tools return for the neurons of a step, on a bViT and on its unroll.
 
-Run as ``python benchmarks/tools.py [--out docs/tools.md]``. Every answer is computed by the
-installed tool on a small seeded bViT and judged by comparison with a loop over the block written
-out below; no verdict is typed in. A tool that is not installed is listed as such. Peer libraries
-that the package itself does not need: ``pip install nnsight grad-cam dreamlens transformer-lens``.
+Run ``python benchmarks/tools.py [--out docs/tools.md]``. Each installed tool is run on a small
+seeded bViT, and its answer is compared with a loop over the block (`reference.py`). A tool that is
+not installed is listed as such. The package does not need some of these tools: ``pip install
+nnsight grad-cam dreamlens transformer-lens``.
 """
 
 from __future__ import annotations
@@ -48,16 +47,17 @@ TOLERANCE = 1e-3  # of the reference's largest value
 
 
 def distance(answer, reference):
-    """Largest difference as a share of the reference's largest value; infinite for another
-    shape."""
+    """Largest difference divided by the reference's largest value; infinite if shapes differ."""
     if answer.shape != reference.shape:
         return float("inf")
     return ((answer - reference).abs().max() / reference.abs().max().clamp_min(1e-12)).item()
 
 
 def judge(answer, references, together=None):
-    """Which step's reference the answer is; else their sum, all steps at once, or how far it is
-    from any."""
+    """The step whose reference equals the answer.
+
+    Otherwise: their sum, all steps at once, or the nearest step and its distance.
+    """
     errors = {t: distance(answer, reference) for t, reference in references.items()}
     matched = [t for t, error in errors.items() if error < TOLERANCE]
     if matched:
@@ -72,7 +72,7 @@ def judge(answer, references, together=None):
 
 
 def judge_names(answers, references):
-    """For tools that return one answer a name: which step each name is."""
+    """The step of each name, for tools that return several named answers."""
     verdicts = {name: judge(answer, references) for name, answer in answers.items()}
     right = [f"step {t} only" for t in references]
     if list(verdicts.values()) == right:
@@ -88,8 +88,7 @@ def judge_names(answers, references):
 
 @dataclass(frozen=True)
 class Subject:
-    """The model a tool is let loose on, and an untouched twin of the recurrent model for the
-    references."""
+    """The model that a tool gets, and an unchanged copy of the recurrent model for references."""
 
     model: nn.Module
     recurrent: bool
@@ -98,16 +97,16 @@ class Subject:
 
     @property
     def index(self):
-        """Which entry of ``blocks`` the user names: the only one, or that of step 5."""
+        """Index into ``blocks``: the only block, or that of step 5."""
         return 0 if self.recurrent else STEP - 1
 
     @property
     def layer(self):
-        """The module `mlp.act` there."""
+        """The module `mlp.act` of that block."""
         return self.model.get_submodule(f"blocks.{self.index}.mlp.act")
 
     def each_step(self, make):
-        """One reference a step."""
+        """One reference per step."""
         return {t: make(t) for t in range(1, STEPS + 1)}
 
     def neurons(self):
@@ -245,7 +244,7 @@ def grad_cam(subject):
     def by_hand(t):
         act, grad = (to_grid(tensor) for tensor in gradient(subject.twin, subject.images, t))
         raw = (grad.mean((2, 3), keepdim=True) * act).sum(1).clamp_min(0).numpy()
-        # a layer's map, then their mean's
+        # scaled twice: the map of a layer, then the mean over layers
         return torch.tensor(scale_cam_image(scale_cam_image(raw, (32, 32))))
 
     cam = GradCAM(subject.model, [subject.layer], reshape_transform=to_grid)
@@ -263,8 +262,7 @@ def dreamlens_capture(subject):
 
 
 def transformer_lens_wrap(subject):
-    # its bridge takes Hugging Face models of known architectures; what it says to another one is
-    # the answer
+    # its bridge accepts Hugging Face models of known architectures; its error is the answer
     from transformer_lens.model_bridge import TransformerBridge
 
     bridge = TransformerBridge.boot_transformers(
@@ -293,7 +291,7 @@ def torch_prune(subject):
 
 @dataclass(frozen=True)
 class Tool:
-    """A tool, the distribution that brings it, what it is asked, and how."""
+    """A tool: its name, its package, the question, and the function that asks it."""
 
     label: str
     package: str
@@ -358,21 +356,20 @@ def reference_model():
 
 
 def ask(tool, unrolled):
-    """The verdict for one tool on a fresh model (tools leave hooks behind), or the error it stops
-    with."""
+    """The verdict on one tool, or its error; on a new model, because tools leave hooks behind."""
     model = reference_model()
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     subject = Subject(unroll(model) if unrolled else model, not unrolled, reference_model(), images)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             return tool.ask(subject)
-    except Exception as error:  # whatever a foreign tool raises is its answer
+    except Exception as error:  # any error of the tool is its answer
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
         return f"{type(error).__name__}: {lines[0][:110]}"
 
 
 def version(package):
-    """Version of an installed distribution, or None."""
+    """Version of an installed package, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -395,8 +392,7 @@ def table():
     lines = [
         "# Same question, many tools",
         "",
-        f"What each tool answers when asked for `blocks[0].mlp.act` of a bViT of {STEPS} steps,"
-        " and for",
+        f"What each tool returns for `blocks[0].mlp.act` of a bViT of {STEPS} steps, and for",
         f"`blocks[{STEP - 1}].mlp.act` (step {STEP}) of its tied unroll. Written by"
         " `benchmarks/tools.py`,",
         "which compares every answer with a loop over the block (equal: within",
@@ -411,11 +407,11 @@ def table():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="write the table there as markdown, too")
+    parser.add_argument("--out", type=Path, help="markdown file to write")
     out = parser.parse_args().out
     torch.set_num_threads(1)
     os.environ.setdefault("WANDB_MODE", "disabled")  # transformer-lens imports wandb
-    warnings.filterwarnings("ignore")  # the tools' own
+    warnings.filterwarnings("ignore")  # from the tools
     logging.disable(logging.WARNING)
     text = table()
     print(text)

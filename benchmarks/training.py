@@ -1,15 +1,15 @@
-"""What a training step costs: bViT against the matched stacks, in time and in memory held by the
-optimiser.
+"""Cost of a training step of a bViT and its stacks: time, and memory of the optimiser.
 
     python benchmarks/training.py [--model cifar|base] [--batch 64] [--rounds 9] [--device cpu]
         [--compile] [--out FILE]
     python benchmarks/training.py --model base --device cuda        batch 256
 
-A step is the trainer's own: forward in bf16, loss, backward, clipping, AdamW and EMA, on a GPU
-replayed from a CUDA graph where the trainer does so. Every round times each model once, in a new
-random order, so that drift hits all alike. Ratios are medians over rounds of paired times. MFU is
-model FLOPs (three forward passes, attention products included) over the measured peak of a matrix
-product. The goals of a GPU count against 790 TFLOP/s, an H100's matrix products in bf16.
+A step is that of the trainer: forward in bf16, loss, backward, clipping, AdamW and EMA; on a GPU it
+is replayed from a CUDA graph if the trainer does so. Every round times each model once, in a new
+random order, so that drift affects all models equally. Ratios are medians over rounds of paired
+times. MFU is model FLOPs (three forward passes, with attention products) divided by the measured
+peak of a matrix product. The goals on a GPU are relative to 790 TFLOP/s, the speed of bf16 matrix
+products on an H100.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from bvit_interp.training.loop.throughput import FORWARD_PASSES, utilisation
 
 try:
     from bvit_interp.training.loop.stepper import Stepper
-except ImportError:  # a package from before it
+except ImportError:  # an older version of the package
     Stepper = None
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -72,7 +72,7 @@ GOALS = {
 
 
 class Training:
-    """One model in training; calling it takes a step."""
+    """A model in training; a call makes one training step."""
 
     def __init__(
         self, name: str, shape: dict[str, Any], batch: int, device: str, compiled: bool
@@ -86,7 +86,7 @@ class Training:
         )
         blocks = list(self.model.blocks.children())
         for block in blocks:
-            # as the trainer: its bf16 backward is slow on a CPU
+            # as in the trainer: the bf16 backward of fused attention is slow on a CPU
             block.attn.fused_attn = timing.is_cuda(device)
             if compiled:
                 block.compile()
@@ -111,7 +111,7 @@ class Training:
         )
 
     def flops(self) -> float:
-        """Of a step."""
+        """FLOPs of a training step."""
         return FORWARD_PASSES * cost.flops(self.model, count_attention=True) * len(self.images)
 
     def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -134,22 +134,22 @@ class Training:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one model's steps took and hold."""
+    """Time and memory of the training steps of one model."""
 
     times: list[float]
-    """Seconds a step, of every round."""
+    """Seconds per step in every round."""
     first: float
-    """Seconds of the first steps together: compiling and capturing count here."""
+    """Seconds of the first steps together, with compiling and capturing."""
     mfu: float
     share: float
-    """FLOP/s over an H100's."""
+    """FLOP/s divided by those of an H100."""
     blocks: float
     everything: float
     """MB of AdamW's moments, of the blocks and of all tensors."""
 
     @property
     def step(self) -> float:
-        """Seconds a step."""
+        """Seconds per step."""
         return statistics.median(self.times)
 
 
@@ -183,10 +183,10 @@ def main() -> None:
     )
     parser.add_argument("--model", choices=list(SHAPES), default="cifar")
     parser.add_argument(
-        "--batch", type=int, help="images a step (64; on a GPU 128 for cifar, 256 for base)"
+        "--batch", type=int, help="images per step (64; on a GPU 128 for cifar, 256 for base)"
     )
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--width", type=int, help="embedding dimension in place of the model's")
+    parser.add_argument("--width", type=int, help="embedding dimension instead of the model's")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--compile", action="store_true", help="compile the blocks")
     parser.add_argument("--out", type=Path, help="markdown file to write")
@@ -202,7 +202,7 @@ def main() -> None:
     }
     if on_gpu:
         makers[COMPILED] = partial(Training, NAMES[OURS], shape, batch, given.device, True)
-    alone = on_gpu and given.model == "base"  # captured steps keep their memory: four are too much
+    alone = on_gpu and given.model == "base"  # four captured steps need too much memory
     groups = (
         [[label] for label in makers] if alone else [[*NAMES], *([[COMPILED]] if on_gpu else [])]
     )
@@ -211,13 +211,13 @@ def main() -> None:
     for group in groups:
         try:
             costs |= measure({label: makers[label] for label in group}, given, batch)
-        except RuntimeError as error:  # the other rows count without it
+        except RuntimeError as error:  # the other rows do not need it
             if OURS in group and not isinstance(error, torch.OutOfMemoryError):
                 raise
             notes.append(f"{', '.join(group)}: {str(error).strip().partition(chr(10))[0]}")
         gc.collect()
         torch.cuda.empty_cache()
-        if given.out is not None and costs:  # compiling may take longer than there is time
+        if given.out is not None and costs:  # compiling may take longer than the time limit
             given.out.write_text("\n".join(_lines(costs, given, batch, alone, notes)) + "\n")
     timing.report(_lines(costs, given, batch, alone, notes), given.out)
 
@@ -229,14 +229,14 @@ def _lines(
     alone: bool,
     notes: Sequence[str],
 ) -> list[str]:
-    """The table, and on a GPU what the goals say."""
+    """The table, and on a GPU whether the goals were met."""
     on_gpu = timing.is_cuda(given.device)
     lines = [
         f"{given.model}, batch {batch},"
         f" {timing.machine(given.device)}{', blocks compiled' if given.compile else ''}; "
         f"median of {given.rounds} rounds{', one model after the other' if alone else ''}",
         "",
-        "| model | ms a step | to the matched stack | images/s | MFU"
+        "| model | ms per step | to the matched stack | images/s | MFU"
         f" |{' of 790 TFLOP/s |' if on_gpu else ''} "
         "AdamW, blocks | AdamW, all |",
         f"|---|---|---|---|---|---|---|{'---|' if on_gpu else ''}",
@@ -265,7 +265,7 @@ def _lines(
 
 
 def _verdicts(costs: Mapping[str, Cost], model: str, batch: int) -> list[str]:
-    """Whether our better way meets the goals."""
+    """Whether the faster of our two ways meets the goals."""
     if not costs:
         return []
     label, best = min(costs.items(), key=lambda item: item[1].step)
