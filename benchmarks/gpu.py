@@ -1,5 +1,4 @@
-"""Run what only a GPU can settle, in order of worth, within a time limit; or put the results in
-place.
+"""Run the jobs that need a GPU within a time limit, or copy their results into the repository.
 
     python benchmarks/gpu.py [--seconds 570] [--out runs/gpu] [--data DIR] [--only JOB ...]
         [--skip JOB ...]
@@ -7,10 +6,11 @@ place.
     python benchmarks/gpu.py --dry-run
     python benchmarks/gpu.py collect FOLDER [--overwrite]
 
-The queue is `benchmarks/gpu.yaml`. The output folder holds at most 8 files of at most 16 MiB. It is
-valid after every job. Jobs work in `runs/gpu-work/JOB`, where an unfinished training goes on in the
-next run and a finished job is not repeated. Only pyyaml and what the jobs themselves need must be
-installed. Exit code: 0, 1 if a job failed or had to be killed, 2 for an error in what was asked.
+The queue is `benchmarks/gpu.yaml`, the most important jobs first. The output folder has at most 8
+files of at most 16 MiB and is valid after every job. Jobs work in `runs/gpu-work/JOB`. The next run
+continues an unfinished training there and does not repeat a finished job. Besides pyyaml only the
+packages that the jobs need must be installed. Exit code: 0, 1 if a job failed or was killed, 2 if
+the options or the queue are wrong.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ OUT, WORK, DRY = Path("runs/gpu"), Path("runs/gpu-work"), Path("runs/gpu-dry")
 
 
 class Parser(argparse.ArgumentParser):
-    """Tells an error in the options in one line, as all others."""
+    """A parser that reports an error in the options in one line."""
 
     def error(self, message: str) -> NoReturn:
         raise GpuError(f"{message} (--help lists the options)")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+    """Run one command and return the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return _collect(given[1:]) if given[:1] == ["collect"] else _run(given)
@@ -65,7 +65,7 @@ def _run(given: list[str]) -> int:
     parser.add_argument("--work", type=Path, help=f"folder of the jobs (default {WORK})")
     parser.add_argument("--device", help="device of the jobs (default cuda; cpu in a dry run)")
     parser.add_argument(
-        "--only", nargs="+", metavar="JOB", help="run these jobs, also if their results are there"
+        "--only", nargs="+", metavar="JOB", help="run these jobs, even if their results exist"
     )
     parser.add_argument("--skip", nargs="+", metavar="JOB", default=[], help="leave these jobs out")
     parser.add_argument(
@@ -100,7 +100,8 @@ def _run(given: list[str]) -> int:
         again=options.only is not None or options.dry_run,
         halve=options.weights == "fp16",
     )
-    if options.dry_run:  # all are to run, whatever they would take in earnest
+    if options.dry_run:
+        # so that all jobs run
         jobs = [replace(job, seconds=min(job.seconds, 5.0), limit=120.0) for job in jobs]
     with _starter(settings) as start:
         rows = Queue(jobs, settings, start).run()
@@ -110,7 +111,7 @@ def _run(given: list[str]) -> int:
 
 @contextlib.contextmanager
 def _starter(settings: Settings) -> Iterator[Launch]:
-    """What starts the jobs; in a dry run tiny data are written first."""
+    """The function that starts jobs; a dry run writes tiny data first."""
     if not settings.dry:
         yield gpu_queue.launch
         return
@@ -132,7 +133,7 @@ def _chosen(jobs: list[Job], only: list[str] | None, skip: list[str]) -> list[Jo
 
 
 def _collect(given: list[str]) -> int:
-    parser = Parser(prog="gpu.py collect", description="Put the results of a run in place.")
+    parser = Parser(prog="gpu.py collect", description="Copy a run's results into the repository.")
     parser.add_argument("folder", type=Path, help="output folder of a run")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace files in the repository that differ"

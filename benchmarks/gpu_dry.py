@@ -1,8 +1,7 @@
-"""What a dry run of the GPU queue needs: tiny random data sets, and jobs forked from one warm
-process.
+"""Dry run of the GPU queue: tiny random data sets, and jobs forked from one process.
 
 Each job imports torch, timm and the package, which takes seconds. In a dry run one process imports
-them once, and every job that is a Python command is forked from it.
+them once, and every job that is a Python command is a fork of it.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ WARM = (
 
 
 class Forked:
-    """A job forked from the warm process."""
+    """A job that is a fork of the server process."""
 
     def __init__(self, server: subprocess.Popen[str], pid: int) -> None:
         self.server, self.pid, self.code = server, pid, None
@@ -50,7 +49,7 @@ class Forked:
 
 
 class Forks:
-    """Start jobs as forks of one warm process; other commands as processes of their own."""
+    """Start Python jobs as forks of one server process, and other commands as usual."""
 
     def __init__(self) -> None:
         self.server: subprocess.Popen[str] | None = None
@@ -75,7 +74,7 @@ class Forks:
         return Forked(self.server, json.loads(self.server.stdout.readline())["pid"])
 
     def close(self) -> None:
-        """End the warm process."""
+        """End the server process."""
         if self.server is not None:
             self.server.stdin.close()
             self.server.wait()
@@ -83,7 +82,7 @@ class Forks:
 
 
 def serve() -> None:
-    """Import what is heavy, then fork a job per line of the input."""
+    """Import the slow packages, then fork one job per line of the input."""
     for name in WARM:
         with contextlib.suppress(ImportError):
             __import__(name)
@@ -98,7 +97,7 @@ def serve() -> None:
 
 
 def _run(words: list[str], log: str) -> int:
-    """A Python command in this process; its exit code."""
+    """Run a Python command in this process and return its exit code."""
     from gpu_queue import own_group
 
     own_group()
@@ -159,8 +158,7 @@ CLASSES = {  # image column, side and class names
 
 
 def write_tiny_data(folder: Path, count: int = 40) -> None:
-    """Random images as `cifar10` and `imagenette`, in the layout of Hugging Face's parquet
-    files."""
+    """Write random images as `cifar10` and `imagenette`, as Hugging Face parquet files."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq

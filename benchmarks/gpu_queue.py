@@ -1,8 +1,8 @@
-"""The GPU queue: which jobs there are, and how they run one after the other within a time limit.
+"""The GPU queue: its jobs, run one after the other within a time limit.
 
-A job starts if its estimate fits in what is left. It may run for twice its estimate, or `limit`
-seconds, and never beyond the time limit of all. Then it is interrupted, as by Ctrl-C, and killed
-after a grace. What it wrote counts.
+A job starts if its estimate fits in the time left. It may run for twice its estimate, or for
+`limit` seconds, but not beyond the time limit of the queue. Then it is interrupted, as by Ctrl-C,
+and killed after a grace period. Its files are kept.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from gpu_results import SMALL, STATES, WEIGHTS, GpuError, Package, is_safe, tier
 
 ROOT = Path(__file__).resolve().parents[1]
 QUEUE = Path(__file__).with_name("gpu.yaml")
-GRACE = 10.0  # seconds between an interrupt and the kill
-PACKING = 8.0  # seconds kept for the last packing
-STARTING = 15.0  # seconds a training takes before its own clock runs
+GRACE = 10.0  # seconds between interrupt and kill
+PACKING = 8.0  # seconds reserved for the last packing
+STARTING = 15.0  # seconds before a training starts to count its time
 TAIL = 12  # lines of a job's log in log.txt
-REFRESHED = 15.0  # seconds between two looks at a running job's log
+REFRESHED = 15.0  # seconds between two copies of a running job's log
 FINISHED = ("done", "kept")
 STATES_OF_A_JOB = {
     "done": "finished",
@@ -61,23 +61,23 @@ class Job:
     seconds: float
     """Estimated time on one H100."""
     leaves: tuple[str, ...]
-    """Glob patterns of the files it leaves, in its output folder."""
+    """Glob patterns of its results in its output folder."""
     limit: float | None = None
-    """Most seconds; by default twice the estimate."""
+    """Maximum time in seconds; by default twice the estimate."""
     needs: tuple[str, ...] = ()
-    """Paths without which it is skipped."""
+    """Paths that must exist; otherwise it is skipped."""
     done: tuple[str, ...] = ()
-    """Paths in the repository whose presence means that its results are there."""
+    """Paths in the repository that exist if its results are there."""
     collect: dict[str, str] = field(default_factory=dict)
-    """File or folder of its output -> place in the repository."""
+    """File or folder of its output -> path in the repository."""
     recipes: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Recipes written for it, name -> content; `{recipes}` gives the files."""
+    """Its own recipes, name -> content; `{recipes}` gives their files."""
     dry: tuple[str, ...] = ()
     """Arguments that a dry run appends."""
 
 
 def read(path: Path) -> list[Job]:
-    """The queue in a YAML file.
+    """Read the queue from a YAML file.
 
     Raises
     ------
@@ -137,7 +137,7 @@ def _job(entry: Any, path: Path) -> Job:
 
 
 def _words(value: Any, where: str) -> tuple[str, ...]:
-    """A list of words, or a string of them."""
+    """The words of a list or of a string."""
     words = shlex.split(value) if isinstance(value, str) else value
     if not isinstance(words, list) or not all(
         isinstance(word, str | int | float) for word in words
@@ -162,7 +162,7 @@ PLACEHOLDERS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What a run of the queue is given."""
+    """Settings of a run of the queue."""
 
     seconds: float = 570.0
     """Time limit of the run."""
@@ -177,17 +177,17 @@ class Settings:
     dry: bool = False
     """Append each job's `dry` arguments."""
     again: bool = False
-    """Run jobs whose results are in the repository too."""
+    """Also run jobs whose results are in the repository."""
     halve: bool = True
     """Store float32 weights as float16."""
     grace: float = GRACE
-    """Seconds between an interrupt and the kill."""
+    """Seconds between interrupt and kill."""
     packing: float = PACKING
-    """Seconds kept for the last packing."""
+    """Seconds reserved for the last packing."""
 
 
 def command(job: Job, settings: Settings, budget: float) -> list[str]:
-    """The words to run, placeholders filled in."""
+    """The words of the command, with values for the placeholders."""
     several = {
         "cli": [sys.executable, "-m", "bvit_interp.cli"],
         "recipes": [str(settings.work / job.name / f"{name}.yaml") for name in job.recipes],
@@ -214,13 +214,13 @@ def _filled(word: str, job: Job, settings: Settings, budget: float) -> str:
 
 
 def gpu_tests(folder: Path) -> list[str]:
-    """The test files that hold tests marked gpu."""
+    """The test files with tests marked gpu."""
     found = (path for path in folder.rglob("test_*.py") if "mark.gpu" in path.read_text())
     return sorted(str(path) for path in found if path.name != "test_gpu_queue.py")
 
 
 class Process(Protocol):
-    """A job that runs: what `subprocess.Popen` offers of it."""
+    """A running job, with the interface of `subprocess.Popen`."""
 
     pid: int
 
@@ -229,7 +229,7 @@ class Process(Protocol):
 
 
 Launch = Callable[[Sequence[str], dict[str, str], Path], Process]
-"""Words, environment and log file -> a process of its own process group."""
+"""Words, environment and log file -> a process in its own process group."""
 
 
 def launch(words: Sequence[str], environment: dict[str, str], log: Path) -> Process:
@@ -250,7 +250,7 @@ _LIBC = ctypes.CDLL(None)
 
 
 def own_group() -> None:
-    """Lead a process group, and be killed when the parent dies (Linux)."""
+    """Make this process the leader of a group that is killed when its parent dies (Linux)."""
     os.setpgrp()
     if hasattr(_LIBC, "prctl"):
         _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
@@ -258,7 +258,7 @@ def own_group() -> None:
 
 @dataclass
 class Row:
-    """What became of a job."""
+    """State of a job in a run of the queue."""
 
     job: Job
     state: str
@@ -267,7 +267,7 @@ class Row:
     why: str = ""
 
     def record(self) -> dict[str, Any]:
-        """As `summary.json` and `job.json` have it."""
+        """The row for `summary.json` and `job.json`."""
         return {
             "name": self.job.name,
             "state": self.state,
@@ -289,7 +289,7 @@ class Queue:
         self.about = {"machine": machine(), "limit": settings.seconds, "dry": settings.dry}
 
     def run(self) -> list[Row]:
-        """Run all jobs that fit, pack after each, and then what has still room."""
+        """Run all jobs that fit, pack the results of each, and last the files that still fit."""
         with _interrupted_by_term():
             try:
                 for job in self.jobs:
@@ -301,7 +301,7 @@ class Queue:
         return self.rows
 
     def left(self) -> float:
-        """Seconds that a job started now may take."""
+        """Seconds that a job may take if it starts now."""
         settings = self.settings
         passed = time.monotonic() - self.began
         return settings.seconds - passed - settings.packing - settings.grace
@@ -330,7 +330,7 @@ class Queue:
         self._commit()
 
     def _work(self, row: Row, home: Path) -> None:
-        """Run a job to its end or the end of its time."""
+        """Run a job until it ends or its time is over."""
         job, log = row.job, home / "job.log"
         out = home / "out"
         if self.settings.dry:
@@ -355,7 +355,7 @@ class Queue:
             return
         try:
             interrupted = self._wait(process, began, budget)
-        except BaseException:  # Ctrl-C, or the machine wants this process to end
+        except BaseException:  # Ctrl-C, or SIGTERM from the machine
             row.code, row.seconds = self._end(process), time.monotonic() - began
             row.state, row.why = "stopped", "interrupted by hand"
             _remember(row, home)
@@ -367,7 +367,7 @@ class Queue:
         _remember(row, home)
 
     def _wait(self, process: Process, began: float, budget: float) -> bool:
-        """Wait for the end of a job; whether its time was over before."""
+        """Wait until a job ends; True if its time was over first."""
         refreshed = began
         while process.poll() is None:
             now = time.monotonic()
@@ -380,8 +380,7 @@ class Queue:
         return False
 
     def _end(self, process: Process) -> int | None:
-        """Interrupt a job that still runs, kill it and what it started after a grace; its exit
-        code."""
+        """Interrupt a running job, kill it and its children after a grace period; its exit code."""
         if process.poll() is None:
             _signal(process, signal.SIGINT, group=False)
             patience = time.monotonic() + self.settings.grace
@@ -412,7 +411,7 @@ class Queue:
         self._commit()
 
     def _pack_late(self) -> None:
-        """Add raw weights, then the states of unfinished trainings, as far as there is room."""
+        """Add raw weights, then states of unfinished trainings, while there is room."""
         for level in (WEIGHTS, STATES):
             for row in self.rows:
                 if row.state not in ("there", "lacks", "late"):
@@ -425,7 +424,7 @@ class Queue:
             own = tier(path)
             name = f"{row.job.name}/out/{path.relative_to(out).as_posix()}"
             if own == STATES and row.state in FINISHED:
-                continue  # of no use
+                continue  # not needed any more
             if own == level and name not in self.package.files:
                 self.package.add(name, path)
             elif own > level:
@@ -451,18 +450,18 @@ class Queue:
 
 
 def key(job: Job) -> str:
-    """Changes when the job's command or recipes do."""
+    """Hash of the job's command and recipes."""
     return hashlib.sha256(repr((job.command, job.recipes)).encode()).hexdigest()[:16]
 
 
 def left_files(job: Job, out: Path) -> list[Path]:
-    """The files that a job left, in the order of its patterns."""
+    """The result files of a job, in the order of its patterns."""
     found = (path for pattern in job.leaves for path in sorted(out.glob(pattern)))
     return list(dict.fromkeys(path for path in found if path.is_file() and not path.is_symlink()))
 
 
 def unfinished(out: Path) -> list[str]:
-    """What is missing in the folders of trainings (those with a history or a state)."""
+    """Missing epochs in the folders of trainings (those with a history or a state)."""
     behind = []
     for folder in sorted(
         {path.parent for name in ("history.csv", "state.pt") for path in out.rglob(name)}
@@ -482,7 +481,7 @@ def unfinished(out: Path) -> list[str]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A line per job: state, seconds, estimate."""
+    """One line per job: state, seconds, estimate."""
     lines = [f"{'job':<24}{'state':<9}{'seconds':>8}{'estimate':>9}  "]
     lines += [
         f"{r.job.name:<24}{r.state:<9}{r.seconds:>8.0f}{r.job.seconds:>9.0f}  {r.why}" for r in rows
@@ -491,8 +490,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def last_lines(path: Path, count: int) -> list[str]:
-    """The last lines of a log that are not empty; what a progress bar overwrote counts as a
-    line."""
+    """The last lines of a log that are not empty; each state of a progress bar is a line."""
     try:
         with path.open("rb") as stream:
             stream.seek(max(path.stat().st_size - 8192, 0))
@@ -503,7 +501,7 @@ def last_lines(path: Path, count: int) -> list[str]:
 
 
 def machine() -> dict[str, str]:
-    """The processor count, and the card if there is one."""
+    """Version of Python, number of CPUs, and the GPU if there is one."""
     known = {"python": sys.version.split()[0], "cpus": str(os.cpu_count())}
     if shutil.which("nvidia-smi"):
         asked = [
@@ -528,7 +526,7 @@ def _environment(settings: Settings) -> dict[str, str]:
 
 
 def _previous(home: Path) -> dict[str, Any]:
-    """What `job.json` says of an earlier run of a job."""
+    """The content of `job.json` from an earlier run of a job."""
     try:
         content = json.loads((home / "job.json").read_text())
     except (OSError, ValueError):
@@ -549,7 +547,7 @@ def _signal(process: Process, number: int, *, group: bool) -> None:
 
 @contextlib.contextmanager
 def _interrupted_by_term() -> Iterator[None]:
-    """Take SIGTERM as Ctrl-C: the running job is stopped and what it wrote is packed."""
+    """Handle SIGTERM like Ctrl-C: stop the running job and pack its files."""
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt

@@ -1,8 +1,8 @@
-"""What a run of the GPU queue leaves: a tar in shards, a log and a summary, valid after every job.
+"""Output of a run of the GPU queue: a tar in shards, a log and a summary, valid after every job.
 
-The tar only ever grows. `summary.json` is replaced in one move and says how many bytes of the tar
-count and their checksum, so a run that is killed at any moment leaves what its earlier jobs made.
-`collect` joins the shards, checks them and puts each file in its place.
+The tar only grows. `summary.json` is replaced in one move. It has the number of valid bytes of the
+tar and their checksum, so a run that is killed at any moment keeps the results of earlier jobs.
+`collect` joins the shards, checks them and copies each file to its destination.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 
 MIB = 2**20
-SHARD = 63 * MIB // 4  # of 16 MiB that travel
-TOTAL = 4 * SHARD  # of 64 MiB that travel; the rest is for log and summary
+SHARD = 63 * MIB // 4  # of the 16 MiB that a file may have
+TOTAL = 4 * SHARD  # of 64 MiB in all; the rest is for log and summary
 MOST_LOG = MIB // 4
 LOG, SUMMARY = "log.txt", "summary.json"
 VERSION = 1
 STATE, RAW, AVERAGED = "state.pt", "model.safetensors", "ema.safetensors"
-SMALL, WEIGHTS, STATES = 1, 2, 3  # what goes in first, after all jobs, and last
+SMALL, WEIGHTS, STATES = 1, 2, 3  # packed after each job, after all jobs, and last
 
 
 class GpuError(Exception):
-    """What is wrong, in one line."""
+    """An error of the user, in one line."""
 
 
 def shard_name(number: int) -> str:
@@ -46,7 +46,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def tier(path: Path) -> int:
-    """When a file is packed: states last, raw weights late where averaged ones lie beside them."""
+    """When a file is packed: states last, raw weights late if there are averaged ones too."""
     if path.name == STATE:
         return STATES
     return WEIGHTS if path.name == RAW and (path.parent / AVERAGED).is_file() else SMALL
@@ -57,8 +57,8 @@ class Package:
 
     Parameters
     ----------
-    folder : made if missing; the files of an earlier run are removed, others are refused.
-    shard, total : most bytes of a shard and of all shards together.
+    folder : created if missing. Files of an earlier run are removed; other files are an error.
+    shard, total : most bytes of a shard, and of all shards together.
     halve : store float32 weights as float16.
     """
 
@@ -75,12 +75,12 @@ class Package:
             path.name for path in folder.iterdir() if not own.fullmatch(path.name)
         ):
             raise GpuError(f"{folder} holds other things ({foreign[0]}): give another --out")
-        (folder / SUMMARY).unlink(missing_ok=True)  # first: what remains is then nobody's
+        (folder / SUMMARY).unlink(missing_ok=True)  # first, so that the rest is no valid output
         for path in folder.iterdir():
             path.unlink()
 
     def add(self, name: str, path: Path) -> bool:
-        """Append a file as `name`, if there is room; otherwise note it as left out."""
+        """Append a file as `name`, or record that it is left out if there is no room."""
         content, is_halved = path.read_bytes(), False
         if self.halve and path.suffix == ".safetensors":
             content, is_halved = halved(content)
@@ -89,7 +89,7 @@ class Package:
         return self.add_bytes(name, content, is_halved)
 
     def add_bytes(self, name: str, content: bytes, is_halved: bool = False) -> bool:
-        """Append `content` as the file `name`, if there is room."""
+        """Append `content` as the file `name`; see `add`."""
         info = tarfile.TarInfo(name)
         info.size = len(content)
         member = info.tobuf(tarfile.PAX_FORMAT) + content + bytes(-len(content) % tarfile.BLOCKSIZE)
@@ -104,7 +104,7 @@ class Package:
         return True
 
     def commit(self, summary: dict[str, Any], log: str) -> None:
-        """Make what was added count."""
+        """Make the added files valid, by a new summary."""
         count = -(-self.size // self.shard)
         content = {
             "version": VERSION,
@@ -119,7 +119,7 @@ class Package:
         write_whole(self.folder / SUMMARY, (json.dumps(content, indent=1) + "\n").encode())
 
     def _append(self, member: bytes) -> None:
-        """Write behind what counts; one that was interrupted is written over."""
+        """Write after the valid bytes, over the rest of an interrupted write."""
         size, rest = self.size, member
         while rest:
             number, used = divmod(size, self.shard)
@@ -137,7 +137,8 @@ class Package:
 def halved(content: bytes) -> tuple[bytes, bool]:
     """A safetensors file with its float32 tensors as float16, and whether it was changed.
 
-    Left as it is without numpy, if it holds no float32, or if a weight lies beyond float16's range.
+    It is not changed without numpy, without float32 tensors, or if a weight is outside the range
+    of float16.
     """
     try:
         import numpy as np
@@ -172,14 +173,14 @@ def halved(content: bytes) -> tuple[bytes, bool]:
 
 @dataclass(frozen=True)
 class Found:
-    """A folder that was read and checked: its summary, and the files by name."""
+    """The content of a checked folder: its summary, and its files by name."""
 
     summary: dict[str, Any]
     files: dict[str, bytes]
 
 
 def without_machine(report: bytes, root: Path = ROOT) -> bytes:
-    """A test report without the path of the repository and the name of the machine it ran on."""
+    """A test report without the path of the repository and the name of the machine."""
     report = report.replace(f"{root}/".encode(), b"")
     return re.sub(rb' hostname="[^"]*"', b"", report)
 
@@ -190,7 +191,7 @@ def read(folder: Path) -> Found:
     Raises
     ------
     GpuError
-        If something is missing, was changed, or a name would lead out of its folder.
+        If a file is missing or changed, or a name leads out of its folder.
     """
     try:
         summary = json.loads((folder / SUMMARY).read_text())
@@ -238,14 +239,14 @@ def _members(joined: bytes, listed: dict[str, Any], folder: Path) -> dict[str, b
 
 
 def is_safe(name: str) -> bool:
-    """Whether a path in the tar stays below the folder it is put in."""
+    """Whether a path in the tar stays inside its folder."""
     path = PurePosixPath(name)
     plain = bool(name) and "\\" not in name and "\0" not in name and not path.is_absolute()
     return plain and not {"..", ".git"} & set(path.parts)
 
 
 def destination(name: str, mapping: dict[str, str]) -> str | None:
-    """Where a job's file goes by its `collect` mapping: the longest folder or file that fits."""
+    """Destination of a job's file, by the longest entry of its `collect` mapping that fits."""
     fits = [
         source
         for source in mapping
@@ -260,7 +261,7 @@ def destination(name: str, mapping: dict[str, str]) -> str | None:
 
 @dataclass(frozen=True)
 class Placed:
-    """What `collect` did with one file: new, same or replaced."""
+    """One file of `collect`, and whether it was new, same or replaced."""
 
     name: str
     path: Path
@@ -275,21 +276,21 @@ def collect(
     *,
     overwrite: bool = False,
 ) -> tuple[Found, list[Placed]]:
-    """Put the files of a run in place; nothing is written if one of them is refused.
+    """Copy the files of a run to their destinations; if one is refused, nothing is written.
 
     Parameters
     ----------
     folder : output folder of a run.
     root : the repository.
     work : folder of the jobs, inside `root`. Files of unfinished or failed jobs go there, so that
-        the queue goes on with them; files there are the queue's own and are replaced.
-    mappings : job -> its `collect` mapping, for the files of jobs that are done.
+        the queue can continue them. Existing files there are replaced.
+    mappings : job -> its `collect` mapping, for the files of finished jobs.
     overwrite : replace files in the repository that differ.
 
     Raises
     ------
     GpuError
-        See `read`; also for an unknown job, or a file that is there and differs.
+        As for `read`; also if a job is unknown, or a file exists and differs.
     """
     found = read(folder)
     finished = {job["name"] for job in found.summary["jobs"] if job["state"] in ("done", "kept")}
