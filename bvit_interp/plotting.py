@@ -1,4 +1,4 @@
-"""The style of all figures: canvas, lines, points, step axis, heat maps, saving.
+"""The style of all figures: canvas, lines, points, axes, heat maps.
 
 Lines differ in colour (Okabe & Ito's, for colour-blind readers), marker and dash, so that figures
 are readable in grey. Nulls are thin grey lines. Figures are made without pyplot, so there is no

@@ -1,4 +1,4 @@
-"""Names of sites, steps and tokens, and the address `mlp_post[5]:1234` of a unit.
+"""Names of sites, steps and tokens; addresses of units, as `mlp_post[5]:1234`.
 
 A **step** t = 1..T is the t-th application of the block. In a stacked ViT it is a block. Step 0 is
 the embedded tokens z_0, and -1 is the last step. A **site** is a place inside a step, named as in

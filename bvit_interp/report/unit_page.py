@@ -1,4 +1,4 @@
-"""One HTML page for each described unit of `selectivity`, linked from the report."""
+"""HTML pages for the described units of `selectivity`, linked from the report."""
 
 from __future__ import annotations
 
