@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models.vision_transformer import VisionTransformer
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
@@ -15,6 +14,7 @@ from torchvision.transforms.v2 import functional as F
 from bvit_interp.data.samples import Samples
 from bvit_interp.errors import UserError
 from bvit_interp.models.bvit import BViT
+from bvit_interp.models.looped import Model
 
 CROP = 224 / 256  # size / resize of the pointing game, and of most of the field's evaluation
 
@@ -46,7 +46,7 @@ class Geometry:
             )
 
     @classmethod
-    def of(cls, model: VisionTransformer, samples: Samples, resize: int | None = None) -> Geometry:
+    def of(cls, model: Model, samples: Samples, resize: int | None = None) -> Geometry:
         """The geometry a model sees a data set in.
 
         The size is the patch embedding's (timm's `resolve_model_data_config` says 224 for a 32 px

@@ -6,14 +6,14 @@ from collections import Counter
 
 import torch
 from timm.data import ImageNetInfo
-from timm.models.vision_transformer import VisionTransformer
 
 from bvit_interp.data.samples import Samples
 from bvit_interp.errors import DataError, choices
 from bvit_interp.models.checkpoint import class_names
+from bvit_interp.models.looped import Model
 
 
-def label_map(samples: Samples, model: VisionTransformer) -> torch.Tensor:
+def label_map(samples: Samples, model: Model) -> torch.Tensor:
     """The model's class index of every class of the data set, ``(classes,)`` int64.
 
     By name where the model's checkpoint names all of them; else class i is class i if there are as

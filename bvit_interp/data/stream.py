@@ -22,7 +22,6 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from bvit_interp.data.geometry import Geometry
@@ -32,6 +31,7 @@ from bvit_interp.data.options import LoaderOptions
 from bvit_interp.data.partners import Partners
 from bvit_interp.data.samples import Samples
 from bvit_interp.errors import UserError
+from bvit_interp.models.looped import Model
 from bvit_interp.models.stepping import device_of
 
 Result = TypeVar("Result")
@@ -111,7 +111,7 @@ class ModelBatch:
 
 
 def stream(
-    models: Mapping[str, VisionTransformer],
+    models: Mapping[str, Model],
     data: Samples,
     options: LoaderOptions,
     compute: Callable[[ModelBatch], Result],

@@ -2,19 +2,22 @@
 
 For what needs more than a hook: images that leave after a step of their own, and runs that start
 again from a stored state. The steps are those of the tied unroll, called as its forward calls them,
-so the last state is bit-equal to the model's, and hooks fire as usual.
+so the last state is bit-equal to the model's, and hooks fire as usual. In a `CalledSteps` the
+model's own forward runs again around the steps asked for, which costs what lies outside the blocks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from bvit_interp.models.dry_run import first_tensor
+from bvit_interp.models.looped import CalledSteps, map_tensors, with_tokens
 from bvit_interp.models.memory import Carry, MemoryBlock
 
 
@@ -27,32 +30,49 @@ class State:
     tokens : z_t ``(B, N, D)``.
     step : t; 0 for the embedded tokens.
     memory : m_t ``(B, N, D)`` of a model with a memory, from its first step on.
+    images, outputs : of a `CalledSteps`, the images, and what its calls so far gave: the last of
+        them, or all where the later steps depend on all.
     """
 
     tokens: Tensor
     step: int = 0
     memory: Tensor | None = None
+    images: Tensor | None = None
+    outputs: tuple[Any, ...] = ()
 
     def __getitem__(self, images: Tensor | slice) -> State:
         """The state of some images of the batch: a slice, a mask or indices ``(B',)``."""
-        return State(
-            self.tokens[images], self.step, None if self.memory is None else self.memory[images]
-        )
+        return self._changed(lambda tensor: tensor[images])
 
     def repeated(self, times: int) -> State:
         """The whole batch `times` over, one copy after the other: ``(times B, N, D)``."""
-        memory = None if self.memory is None else self.memory.repeat(times, 1, 1)
-        return State(self.tokens.repeat(times, 1, 1), self.step, memory)
+        return self._changed(lambda tensor: tensor.repeat(times, *[1] * (tensor.ndim - 1)))
+
+    def _changed(self, change: Any) -> State:
+        """The state with every tensor of a batch changed."""
+        batch = len(self.tokens)
+
+        def of_batch(tensor: Tensor) -> Tensor:
+            return change(tensor) if tensor.ndim and len(tensor) == batch else tensor
+
+        parts = (self.tokens, self.memory, self.images, self.outputs)
+        tokens, memory, images, outputs = map_tensors(parts, of_batch)
+        return State(tokens, self.step, memory, images, outputs)
 
 
-def embed(model: VisionTransformer, images: Float[Tensor, "batch channels height width"]) -> State:
-    """Step 0: the tokens z_0 of normalised images (eq. 1)."""
-    return State(model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images)))))
+def embed(model: nn.Module, images: Float[Tensor, "batch channels height width"]) -> State:
+    """Step 0: the tokens z_0 of normalised images (eq. 1), or what enters the first call."""
+    if isinstance(model, CalledSteps):
+        return State(model.embed(images), images=images)
+    vit: Any = model
+    return State(vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images)))))
 
 
-def advance(unrolled: VisionTransformer, state: State) -> State:
+def advance(unrolled: nn.Module, state: State) -> State:
     """The state after one more step; `unrolled` is a tied unroll or a stacked ViT."""
-    block = unrolled.blocks[state.step]
+    if isinstance(unrolled, CalledSteps):
+        return proceed(unrolled, state, state.step + 1)
+    block: Any = unrolled.blocks[state.step]  # type: ignore[index]
     if not isinstance(block, MemoryBlock):
         return State(block(state.tokens), state.step + 1)
     before, after = Carry(), Carry()
@@ -62,15 +82,18 @@ def advance(unrolled: VisionTransformer, state: State) -> State:
     return State(tokens, state.step + 1, after.value)
 
 
-def proceed(unrolled: VisionTransformer, state: State, until: int | None = None) -> State:
+def proceed(unrolled: nn.Module, state: State, until: int | None = None) -> State:
     """The state after step `until`; by default the unroll's last step."""
-    for _ in range(state.step, len(unrolled.blocks) if until is None else until):
+    until = num_steps(unrolled) if until is None else until
+    if isinstance(unrolled, CalledSteps):
+        return state if until == state.step else _call_on(unrolled, state, until)
+    for _ in range(state.step, until):
         state = advance(unrolled, state)
     return state
 
 
 def states(
-    unrolled: VisionTransformer,
+    unrolled: nn.Module,
     images: Float[Tensor, "batch channels height width"],
     until: int | None = None,
 ) -> Iterator[State]:
@@ -83,16 +106,53 @@ def states(
     """
     state = embed(unrolled, images)
     yield state
-    for _ in range(len(unrolled.blocks) if until is None else until):
+    for _ in range(num_steps(unrolled) if until is None else until):
         state = advance(unrolled, state)
         yield state
 
 
-def answer(model: VisionTransformer, state: State) -> Float[Tensor, "batch classes"]:
-    """Logits of the model's own norm and head after this step (eq. 5 at every t)."""
-    return model.forward_head(model.norm(state.tokens))
+def answer(model: nn.Module, state: State) -> Float[Tensor, "batch classes"]:
+    """Logits of the model's own norm and head after this step (eq. 5 at every t).
+
+    In a `CalledSteps`: what its forward makes of this state in place of the last call's output.
+    """
+    if isinstance(model, CalledSteps):
+        return model.read(_images_of(state), _calls_of(model, state), state.tokens)
+    vit: Any = model
+    return vit.forward_head(vit.norm(state.tokens))
+
+
+def num_steps(unrolled: nn.Module) -> int:
+    """T, the steps of a tied unroll or of a stacked ViT."""
+    blocks: Any = unrolled.blocks
+    return len(blocks)
 
 
 def device_of(model: nn.Module) -> torch.device:
     """The device of a model's weights, where statistics over its activations are best kept."""
     return next(model.parameters()).device
+
+
+def _call_on(view: CalledSteps, state: State, until: int) -> State:
+    """The state after step `until`, by the model's own forward."""
+    entry = state.tokens if state.step == 0 else None
+    run = view.resume(_images_of(state), _calls_of(view, state), entry=entry, stop=until)
+    kept = run.outputs if view.needs_history else run.outputs[-1:]
+    tokens = first_tensor(kept[-1])
+    assert tokens is not None  # a block gives tokens
+    return replace(state, tokens=tokens, step=until, outputs=tuple(kept))
+
+
+def _calls_of(view: CalledSteps, state: State) -> list[Any]:
+    """What each call so far gave, with the tokens of the state as the last."""
+    if state.step == 0:
+        return []
+    *earlier, last = state.outputs
+    last = with_tokens(last, state.tokens)
+    return [*earlier, last] if view.needs_history else [last] * state.step
+
+
+def _images_of(state: State) -> Tensor:
+    if state.images is None:
+        raise ValueError("the state of a CalledSteps comes from embed, which keeps the images")
+    return state.images

@@ -9,66 +9,147 @@ weights, and any tool that works on a stacked ViT works on a step.
 from __future__ import annotations
 
 import copy
-import itertools
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from bvit_interp.errors import UserError
+from bvit_interp.models.dry_run import counts_of, dry_run, example_images
+from bvit_interp.models.looped import CalledSteps, Model, find_calls
 from bvit_interp.models.memory import MemoryBlock, MemorySteps, UnrolledSteps, as_plain
 from bvit_interp.models.steps import Steps, TimedBlock
+from bvit_interp.models.tied import clone, tensors_of
 
 _TIED = "tied_to_a_model"
+Rest = ParamSpec("Rest")
+Result = TypeVar("Result")
 
 
-def unroll(model: VisionTransformer, steps: int | None = None) -> VisionTransformer:
+def unroll(
+    model: nn.Module,
+    steps: int | None = None,
+    *,
+    loop: str | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    prefix: Sequence[str] | None = None,
+    grid: tuple[int, int] | None = None,
+) -> Any:
     """A view of `model` in which step t is the module ``blocks[t - 1]``, whose output is z_t.
-
-    In a model with a memory that module's own parts are the block that gives z_t, and inner update
-    i of the memory is the ordinary block ``blocks[t - 1].inner[i - 1]``.
 
     Every module is cloned, every Parameter and buffer shared: training the model is seen by the
     view, and hooks that a tool leaves on the view never reach the model. Hooks the model already
-    bears are copied, so that a pruned model unrolls pruned. A stacked ViT unrolls to itself, tied.
-    Save the model, not the view.
+    bears are copied, so that a pruned model unrolls pruned. Save the model, not the view.
+
+    A `BViT`, or a timm `VisionTransformer` that runs each of its blocks once, unrolls to a
+    `VisionTransformer`. In a model with a memory the step's own parts are the block that gives z_t,
+    and inner update i of the memory is the ordinary block ``blocks[t - 1].inner[i - 1]``. Any other
+    model unrolls to a `CalledSteps`, by the calls that a dry run of two images sees.
 
     Parameters
     ----------
-    model : a `BViT`, or any timm `VisionTransformer` (its blocks are its steps).
+    model : any module that maps images ``(B, C, H, W)`` to logits or features.
     steps : how many steps; by default as many as the model takes. Beyond them a `BViT` goes on
         applying its blocks in the same order (a time embedding stays at its last row); a stacked
-        ViT can only be cut.
+        ViT can only be cut; in a loop of another model the model's own forward sets the number.
+    loop : path of the block that is called again and again, or of the list of blocks. By default
+        what runs more than once, else the longest list of blocks.
+    image_size : size of the images of the dry run, if the model does not say it.
+    prefix : kinds of the tokens before the patches ("cls", "dist", "reg"), if the names of the
+        model's parameters do not tell them.
+    grid : rows and columns of patches, if the first convolution does not tell them.
 
     Raises
     ------
     UserError
-        For another kind of model, or a number of steps that cannot be had.
+        For a model whose steps are not clear, and a number of steps that cannot be had.
     """
-    if not isinstance(model, VisionTransformer):
+    if steps is not None and steps < 1:
+        raise UserError(f"steps must be >= 1, got {steps}")
+    if is_unrolled(model) and steps not in (None, len(model.blocks)):  # type: ignore[arg-type]
         raise UserError(
-            f"only a BViT or a timm VisionTransformer unrolls, got {type(model).__name__}"
+            f"this is an unroll of {len(model.blocks)} steps:"  # type: ignore[arg-type]
+            " unroll the model it came from instead"
         )
+    if isinstance(model, CalledSteps):
+        return copy.deepcopy(model, tensors_of(model))
+    if loop is None and isinstance(model, VisionTransformer):
+        view = _unroll_vit(model, steps)
+        if _runs_each_step_once(view):
+            return view
+    images = example_images(model, image_size)
+    calls = find_calls(model, dry_run(model, images), loop)
+    if steps not in (None, len(calls)):
+        raise UserError(
+            f"{' and '.join(dict.fromkeys(calls))} runs {len(calls)} times in the model's own"
+            f" forward and cannot take {steps} steps"
+        )
+    called = CalledSteps(model, calls, images, prefix, grid)
+    setattr(called, _TIED, True)
+    return called
+
+
+def with_steps(model: nn.Module) -> Model:
+    """The model as analyses take it: itself where its own blocks are its steps, else its unroll.
+
+    Raises
+    ------
+    UserError
+        As `unroll`.
+    """
+    if isinstance(model, CalledSteps) or is_unrolled(model):
+        return model  # type: ignore[return-value]
+    view: Model = unroll(model)
+    return view if isinstance(view, CalledSteps) else model  # type: ignore[return-value]
+
+
+def for_any_model(
+    measure: Callable[Concatenate[Mapping[str, Model], Rest], Result],
+) -> Callable[Concatenate[Mapping[str, nn.Module], Rest], Result]:
+    """Decorate a function of models by name: it gets each as `with_steps` gives it."""
+
+    @functools.wraps(measure)
+    def of_any(models: Mapping[str, nn.Module], *args: Rest.args, **kwargs: Rest.kwargs) -> Result:
+        return measure({name: with_steps(each) for name, each in models.items()}, *args, **kwargs)
+
+    return of_any
+
+
+def run_on(model: nn.Module, steps: int) -> Any:
+    """The unroll of `steps` steps, also past the trained ones; of a stack, of another model's loop,
+    or of an unroll, at most as many as it has.
+
+    A `BViT` with as many blocks as steps, and more than one, is a stack: its first block does not
+    come again.
+    """
+    blocks: Any = getattr(model, "blocks", None)
+    if isinstance(blocks, Steps) and not 1 < len(list(blocks.children())) == len(blocks):
+        return unroll(model, steps)
+    view = unroll(model)
+    return view if steps >= len(view.blocks) else unroll(model, steps)
+
+
+def is_unrolled(model: nn.Module) -> bool:
+    """Whether `model` is a view made by `unroll`."""
+    return getattr(model, _TIED, False)
+
+
+def _unroll_vit(model: VisionTransformer, steps: int | None) -> VisionTransformer:
+    """The view of a model that runs its `blocks` in turn."""
     container = model.blocks if isinstance(model.blocks, Steps) else None
     steps = len(model.blocks) if steps is None else steps
-    if steps < 1:
-        raise UserError(f"steps must be >= 1, got {steps}")
-    if is_unrolled(model) and steps != len(model.blocks):
-        raise UserError(
-            f"this is an unroll of {len(model.blocks)} steps: unroll the model it came from instead"
-        )
     if container is None and steps > len(model.blocks):
         raise UserError(
             f"this model is a stack of {len(model.blocks)} blocks and cannot take {steps} steps"
         )
-    shared = _tensors(model)
-    blocks = []
-    for i in range(steps):
-        if container is not None:
-            blocks.append(_step(container, i, shared))
-        else:
-            blocks.append(copy.deepcopy(model.blocks[i], dict(shared)))
+    shared = tensors_of(model)
+    blocks = [
+        clone(model.blocks[i], shared) if container is None else _step(container, i, shared)
+        for i in range(steps)
+    ]
     remembers = isinstance(model.blocks, (MemorySteps, UnrolledSteps))
     unrolled = UnrolledSteps(*blocks) if remembers else nn.Sequential(*blocks)
     view = copy.deepcopy(model, {**shared, id(model.blocks): unrolled})
@@ -78,42 +159,22 @@ def unroll(model: VisionTransformer, steps: int | None = None) -> VisionTransfor
     return view
 
 
-def run_on(model: VisionTransformer, steps: int) -> VisionTransformer:
-    """The unroll of `steps` steps, also past the trained ones; of a stack, or an unroll, at most as
-    many as it has.
-
-    A `BViT` with as many blocks as steps, and more than one, is a stack: its first block does not
-    come again.
-    """
-    stored, own = len(list(model.blocks.children())), len(model.blocks)
-    recurrent = isinstance(model.blocks, Steps) and not 1 < stored == own
-    return unroll(model, steps if recurrent else min(steps, own))
-
-
-def is_unrolled(model: nn.Module) -> bool:
-    """Whether `model` is a view made by `unroll`."""
-    return getattr(model, _TIED, False)
-
-
-def _tensors(model: nn.Module) -> dict[int, torch.Tensor]:
-    """Every tensor of the model by id: parameters, buffers, and the plain attributes pruning
-    computes."""
-    attributes = (value for module in model.modules() for value in vars(module).values())
-    # non-leaves cannot be copied
-    plain = (value for value in attributes if isinstance(value, torch.Tensor))
-    return {
-        id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers(), plain)
-    }
+def _runs_each_step_once(view: VisionTransformer) -> bool:
+    """Whether a dry run calls the blocks in turn, each once, and nothing like a block twice."""
+    runs = [run for run in dry_run(view, example_images(view)) if run.keeps_tokens]
+    steps = [f"blocks.{i}" for i in range(len(view.blocks))]
+    in_turn = [run.path for run in runs if run.path in steps] == steps
+    return in_turn and set(counts_of(runs).values()) == {1}
 
 
 def _step(container: Steps, i: int, shared: dict[int, torch.Tensor]) -> nn.Module:
     """The clone for application i (from 0), owning its row of the time embedding and its inner
     updates, if any."""
     stored: Any = list(container._modules.values())[container.block_index(i)]
-    block = copy.deepcopy(stored, dict(shared))
+    block: Any = clone(stored, shared)
     if isinstance(block, TimedBlock) and container.step_embed is not None:
         block.own_step(container.step_embed, container.embed_index(i))
     if isinstance(block, MemoryBlock):
         updates = range(block.memory.updates(i))
-        block.own_updates([as_plain(copy.deepcopy(stored, dict(shared))) for _ in updates])
+        block.own_updates([as_plain(clone(stored, shared)) for _ in updates])
     return block

@@ -1,11 +1,13 @@
 """Probe: record and edit any site of any step.
 
-Ordinary forward hooks on the tied unroll. The model's output is bit-equal with and without
-recording and fused attention stays on; hooks are removed when a call ends, also by an exception.
+Hooks on the tied unroll, and a look at the attention kernel as it is called. The model's output is
+bit-equal with and without recording and fused attention stays on; hooks are removed when a call
+ends, also by an exception.
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 import warnings
@@ -15,15 +17,18 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jaxtyping import Float
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from bvit_interp.errors import UserError, choices
+from bvit_interp.models import attention
+from bvit_interp.models.attention import Change, watching
+from bvit_interp.models.dry_run import dry, example_images
+from bvit_interp.models.layout import layout_of
 from bvit_interp.models.stepping import device_of
 from bvit_interp.models.unroll import is_unrolled, unroll
-from bvit_interp.probes import sites as places
 from bvit_interp.probes.cache import Cache, unit_index
+from bvit_interp.probes.sites import Step
 from bvit_interp.results import rank_and_world
 from bvit_interp.vocabulary import (
     SITES,
@@ -61,33 +66,77 @@ class Probe:
 
     Parameters
     ----------
-    model : a `BViT`, any timm `VisionTransformer`, or an unroll of one (e.g. ``unroll(model,
-        steps=24)``).
+    model : any model that `unroll` takes, or an unroll (e.g. ``unroll(model, steps=24)``).
     max_bytes : a cache that would be larger is refused; above 1 GiB its size is announced by a
         warning.
+    **options : as of `unroll`, e.g. ``loop="encoder.block"``.
 
     Attributes
     ----------
     model : the tied unroll that is watched; step t is ``model.blocks[t - 1]``.
-    num_steps, num_heads, num_neurons, grid : steps T, heads, neurons of the FFN, patch grid (rows,
-        columns).
+    layout : image size, patch grid, kinds of prefix tokens, width and classes.
+    num_steps : steps T.
+    num_heads, num_neurons : heads, and neurons of the FFN, of a step. A block without them raises
+        a UserError that says why.
     """
 
-    def __init__(self, model: VisionTransformer, max_bytes: int = 8 * 2**30) -> None:
+    def __init__(self, model: nn.Module, max_bytes: int = 8 * 2**30, **options: Any) -> None:
         if isinstance(model, torch._dynamo.OptimizedModule):
             raise UserError(
                 "hooks do not run in a compiled model: probe the model that went into torch.compile"
             )
-        self.model = model if is_unrolled(model) else unroll(model)
-        self._steps = [places.Step(block) for block in self.model.blocks]
+        self.model = unroll(model, **options) if options or not is_unrolled(model) else model
+        self.layout = layout_of(self.model)
+        self._steps = [Step(block) for block in self.model.blocks]
         self.max_bytes = max_bytes
         self.num_steps = len(self._steps)
-        self.num_heads = self._steps[0].heads
-        self.num_neurons = self._steps[0].neurons
-        self.num_prefix_tokens = self.model.num_prefix_tokens
-        self.grid: tuple[int, int] = tuple(self.model.patch_embed.grid_size)
-        self._edits: list[tuple[Address, places.Change]] = []
+        self.num_prefix_tokens = self.layout.num_prefix_tokens
+        self.grid = self.layout.grid
+        # before anybody's hooks are on the view
+        self._shapes = {site: self._dry_shape(site) for site in ("z", "mlp_post")}
+        self._edits: list[tuple[Address, Change]] = []
         self._edit_hooks = ExitStack()
+
+    @property
+    def num_heads(self) -> int:
+        """Heads of a step."""
+        return self._size("z", 2)
+
+    @property
+    def head_width(self) -> int:
+        """Width of a head."""
+        return self._size("z", 3)
+
+    @property
+    def num_neurons(self) -> int:
+        """Neurons of a step: what the FFN's last projection reads."""
+        return self._size("mlp_post", 2)
+
+    def _dry_shape(self, site: str) -> tuple[int, ...] | str:
+        """Shape of the site at step 1 for an image of noise, or why there is none."""
+        shapes: list[tuple[int, ...]] = []
+
+        def keep(activation: Tensor) -> None:
+            shapes.append(tuple(activation.shape))
+            raise _Recorded
+
+        image = example_images(self.model, self.layout.image_size)[:1]
+        try:
+            handle = self._steps[0].record(site, slice(None), keep)
+            try:
+                with dry(self.model), watching(), contextlib.suppress(_Recorded):
+                    self.model(image)
+            finally:
+                handle.remove()
+        except UserError as error:
+            return str(error)
+        return shapes[0] if shapes else _unseen(site)
+
+    def _size(self, site: str, axis: int) -> int:
+        shape = self._shapes[site]
+        if isinstance(shape, str):
+            raise UserError(shape)
+        return shape[axis]
 
     # ---- running ---------------------------------------------------------------------------------
 
@@ -119,9 +168,11 @@ class Probe:
         -------
         The model's logits ``(B, classes)`` and the `Cache`.
         """
-        cache, hooks = self._recording(images, sites, steps, tokens)
+        cache, hooks, targets = self._recording(images, sites, steps, tokens)
         with hooks:
-            return self.model(images), cache
+            logits = self.model(images)
+        self._check_seen(cache, targets)
+        return logits, cache
 
     def record(
         self,
@@ -131,13 +182,11 @@ class Probe:
         tokens: Tokens = "all",
     ) -> Cache:
         """As `run`, without logits: the forward ends as soon as the last activation is there."""
-        cache, hooks = self._recording(images, sites, steps, tokens, stop=True)
-        with hooks:
-            try:
-                self.model(images)
-            except _Recorded:
-                return cache
-        raise UserError("the forward ended before every site was seen; is a block replaced?")
+        cache, hooks, targets = self._recording(images, sites, steps, tokens, stop=True)
+        with hooks, contextlib.suppress(_Recorded):
+            self.model(images)
+        self._check_seen(cache, targets)
+        return cache
 
     @contextmanager
     def edit(self, edits: Mapping[Key, Edit]) -> Iterator[Fired]:
@@ -166,7 +215,8 @@ class Probe:
         before = self._edits
         try:
             self._install([*before, *added])
-            yield fired
+            with watching():
+                yield fired
         finally:
             self._install(before)
         silent = [name for name, count in fired.items() if not count]
@@ -176,17 +226,16 @@ class Probe:
                 " context?"
             )
 
-    def _install(self, edits: list[tuple[Address, places.Change]]) -> None:
+    def _install(self, edits: list[tuple[Address, Change]]) -> None:
         """Make `edits` the ones in force: all of a step are set together, so that they chain."""
         self._edit_hooks.close()
         self._edits = edits
-        by_block: dict[places.Step, dict[str, list[places.Change]]] = {}
+        by_block: dict[Step, dict[str, list[Change]]] = {}
         for address, change in edits:
             block, name = self._block(address.site, address.step)
             by_block.setdefault(block, {}).setdefault(name, []).append(change)
         for block, changes in by_block.items():
-            self._edit_hooks.callback(setattr, block, "edited", {})
-            for handle in places.edit(block, changes):
+            for handle in block.edit(changes):
                 self._edit_hooks.callback(handle.remove)
 
     def collect(
@@ -239,12 +288,18 @@ class Probe:
         address = Address.parse(address) if isinstance(address, str) else address
         step = check_step(address.step, self.num_steps)
         self._block(address.site, step)
-        axis = unit_axis(address.site)
-        units = {"H": self.num_heads, "F": self.num_neurons, "D": self.model.embed_dim}[axis]
-        word = {"H": "head", "F": "neuron", "D": "channel"}[axis]
-        if address.unit is not None and not 0 <= address.unit < units:
-            raise UserError(f"{address}: no {word} {address.unit}; {word}s: 0..{units - 1}")
+        if address.unit is not None:
+            word, units = self._units(address.site)
+            if not 0 <= address.unit < units:
+                raise UserError(f"{address}: no {word} {address.unit}; {word}s: 0..{units - 1}")
         return Address(address.site, step, address.unit)
+
+    def _units(self, site: str) -> tuple[str, int]:
+        """What a unit of the site is called, and how many there are."""
+        axis = unit_axis(site)
+        if axis == "H":
+            return "head", self.num_heads
+        return ("neuron", self.num_neurons) if axis == "F" else ("channel", self.layout.width)
 
     def rows(self, tokens: Tokens, count: int) -> tuple[slice, bool]:
         """The slice of `count` tokens that `tokens` means, and whether it is one token whose axis
@@ -255,20 +310,15 @@ class Probe:
                     f"unknown tokens {tokens!r}; tokens: {', '.join(TOKEN_WORDS)}, an int or a"
                     " slice"
                 )
-            has_cls = int(self.model.has_class_token)
-            if tokens == "cls" and not has_cls:
+            prefix = self.layout.prefix
+            if tokens == "cls" and "cls" not in prefix:
                 raise UserError(
                     "this model has no CLS token; its tokens: patches, all, an int or a slice"
                 )
-            registers = has_cls + int(getattr(self.model, "dist_token", None) is not None)
-            words = {
-                "cls": slice(0, has_cls),
-                "dist": slice(has_cls, registers),
-                "reg": slice(registers, self.num_prefix_tokens),
-                "patches": slice(self.num_prefix_tokens, count),
-                "all": slice(0, count),
-            }
-            chosen, single = words[tokens], tokens in ("cls", "dist")
+            words = {"patches": slice(len(prefix), count), "all": slice(0, count)}
+            first = prefix.index(tokens) if tokens in prefix else 0
+            kind = slice(first, first + prefix.count(tokens))
+            chosen, single = words.get(tokens, kind), tokens in ("cls", "dist")
         elif isinstance(tokens, slice):
             chosen, single = tokens, False
         else:
@@ -283,13 +333,8 @@ class Probe:
 
     def kinds(self) -> dict[str, slice]:
         """The kinds of token the model has, and where each is: cls, reg, dist, patches."""
-        found = {}
-        for kind in ("cls", "reg", "dist", "patches"):
-            try:
-                found[kind] = self.rows(kind, self.num_prefix_tokens + math.prod(self.grid))[0]
-            except UserError:  # it has none
-                continue
-        return found
+        having = [kind for kind in ("cls", "reg", "dist") if kind in self.layout.prefix]
+        return {kind: self.rows(kind, self.layout.num_tokens)[0] for kind in (*having, "patches")}
 
     # ---- machinery -------------------------------------------------------------------------------
 
@@ -300,11 +345,11 @@ class Probe:
         steps: Iterable[int] | int | None,
         tokens: Tokens,
         stop: bool = False,
-    ) -> tuple[Cache, ExitStack]:
+    ) -> tuple[Cache, ExitStack, list[tuple[str, int]]]:
         self._refuse_compiled()
         if images.ndim != 4:
             raise UserError(f"images must be (B, C, H, W), got shape {tuple(images.shape)}")
-        grid = tuple(self.model.patch_embed.dynamic_feat_size(images.shape[-2:]))
+        grid = self._grid_of(images)
         count = self.num_prefix_tokens + math.prod(grid)
         rows, single = self.rows(tokens, count)
         targets = self._targets(sites, steps)
@@ -321,9 +366,25 @@ class Probe:
                 block, name = (
                     (self._steps[0], "resid_pre") if step == 0 else self._block(site, step)
                 )
-                pending.callback(places.record(block, name, rows, keep).remove)
+                pending.callback(block.record(name, rows, keep).remove)
+            if any(place_of(site)[1] in attention.SITES for site, _ in targets):
+                pending.enter_context(watching())
             hooks = pending.pop_all()
-        return cache, hooks
+        return cache, hooks, targets
+
+    def _grid_of(self, images: Images) -> tuple[int, int]:
+        """Rows and columns of patches of these images: another size has another grid."""
+        size = (images.shape[-2], images.shape[-1])
+        if size == self.layout.image_size or not hasattr(self.model, "patch_embed"):
+            return self.grid
+        rows, columns = self.model.patch_embed.dynamic_feat_size(size)
+        return rows, columns
+
+    def _check_seen(self, cache: Cache, targets: list[tuple[str, int]]) -> None:
+        """Refuse a recording that lacks something."""
+        unseen = [f"{site}[{step}]" for site, step in targets if (site, step) not in cache]
+        if unseen:
+            raise UserError(_unseen(choices(unseen)))
 
     def _targets(
         self, sites: Key | Sequence[Key], steps: Iterable[int] | int | None
@@ -353,14 +414,14 @@ class Probe:
             self._block(site, step)
         return [(site, step) for step in chosen]
 
-    def _block(self, site: str, step: int) -> tuple[places.Step, str]:
+    def _block(self, site: str, step: int) -> tuple[Step, str]:
         """The block that has the site in a step (counted from 1), and the site's name there."""
         update, name = place_of(site)
         own = self._steps[step - 1]
-        if update == 0:
-            return own, name
         if update <= len(own.inner):
-            return own.inner[update - 1], name
+            block = own if update == 0 else own.inner[update - 1]
+            block.require(name)
+            return block, name
         having = [t for t, each in enumerate(self._steps, start=1) if update <= len(each.inner)]
         if having:
             there = choices(having, 24)
@@ -374,18 +435,12 @@ class Probe:
     def _announce(self, batch: int, targets: list[tuple[str, int]], rows: int, count: int) -> None:
         """Refuse a cache beyond `max_bytes`, warn of a large one; 4 or the parameters' bytes a
         number."""
-        embed, heads = self.model.embed_dim, self.num_heads
-        sizes = {
-            "B": batch,
-            "N": rows,
-            "Q": rows,
-            "K": count,
-            "D": embed,
-            "F": self.num_neurons,
-            "H": heads,
-        }
-        attention: Any = self.model.blocks[0].attn
-        sizes["E"] = int(attention.head_dim)
+        axes = {axis for site, _ in targets for axis in axes_of(site)}
+        sizes = {"B": batch, "N": rows, "Q": rows, "K": count, "D": self.layout.width}
+        if "H" in axes:
+            sizes |= {"H": self.num_heads, "E": self.head_width}
+        if "F" in axes:
+            sizes["F"] = self.num_neurons
         numbers = sum(math.prod(sizes[axis] for axis in axes_of(site)) for site, _ in targets)
         total = numbers * next(self.model.parameters()).element_size()
         if total > self.max_bytes:
@@ -406,6 +461,13 @@ class Probe:
                 )
 
 
+def _unseen(sites: str) -> str:
+    return (
+        f"the forward ended without {sites}: the block does not call what the site stands for, or a"
+        " module was replaced"
+    )
+
+
 def _is_site(key: Key) -> bool:
     return isinstance(key, str) and "[" not in key
 
@@ -419,7 +481,7 @@ def _own(tensor: Tensor, site: str, single: bool) -> Tensor:
     return tensor.clone() if kept > tensor.numel() * tensor.element_size() else tensor
 
 
-def _change(address: Address, fn: Edit, fired: Fired) -> places.Change:
+def _change(address: Address, fn: Edit, fired: Fired) -> Change:
     """Apply `fn` to the whole activation, or to one unit of it, and count."""
 
     def change(activation: Tensor) -> Tensor | None:

@@ -412,18 +412,6 @@ def test_a_large_cache_is_announced(tiny, images, monkeypatch):
         Probe(tiny).run(images, "mlp_post")
 
 
-@pytest.mark.parametrize("kind", ["ParallelScalingBlock", "ResPostBlock"])
-def test_another_kind_of_block_is_refused(make, kind):
-    block_fn = getattr(vision_transformer, kind)
-    with pytest.raises(UserError, match=f"{kind} cannot be probed"):
-        Probe(make(name="vit_tiny_patch16_224", depth=2, block_fn=block_fn))
-
-
-def test_another_kind_of_attention_is_refused(make):
-    with pytest.raises(UserError, match="DiffAttention cannot be probed"):
-        Probe(make(name="vit_tiny_patch16_224", depth=2, attn_layer="diff"))
-
-
 def test_a_gated_ffn_has_neurons_but_no_single_input(make, images):
     probe = Probe(make(name="vit_tiny_patch16_224", depth=2, mlp_layer=SwiGLUPacked))
     cache = probe.record(images, ["mlp_post", "mlp_out"], steps=2)

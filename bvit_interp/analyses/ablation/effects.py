@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from bvit_interp.errors import UserError
 from bvit_interp.metrics.checks import check_finite
 from bvit_interp.metrics.divergence import kl_divergence
+from bvit_interp.models.looped import Model
 from bvit_interp.models.stepping import State, answer, device_of, proceed, states
 from bvit_interp.probes.ablate import SiteMeans, ablate, neuron_groups, site_sums
 from bvit_interp.probes.cache import Cache
@@ -82,7 +82,7 @@ class Ablator:
         For more groups than neurons.
     """
 
-    def __init__(self, model: VisionTransformer, groups: int, seed: int = 0) -> None:
+    def __init__(self, model: Model, groups: int, seed: int = 0) -> None:
         self.probe = Probe(model)
         heads, neurons = self.probe.num_heads, self.probe.num_neurons
         attention: Any = self.probe.model.blocks[0].attn

@@ -51,7 +51,6 @@ from typing import Any, get_args
 import numpy as np
 import pandas as pd
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from bvit_interp.analyses.ablation import COLUMNS, Config, Scope, drawn_method
@@ -61,12 +60,15 @@ from bvit_interp.data.partners import Partners
 from bvit_interp.data.samples import Samples, evenly_spaced
 from bvit_interp.data.stream import ModelBatch, stream
 from bvit_interp.metrics.streaming.means import MeanCI
+from bvit_interp.models.looped import Model
+from bvit_interp.models.unroll import for_any_model
 
 _BYTES_OF_DONORS = 2**30
 _ANOVA = ("variance_steps", "variance_units", "variance_interaction", "reliability")
 
 
-def measure(models: Mapping[str, VisionTransformer], data: Samples, config: Config) -> pd.DataFrame:
+@for_any_model
+def measure(models: Mapping[str, Model], data: Samples, config: Config) -> pd.DataFrame:
     """Effects of ablating every unit of every model.
 
     Parameters
@@ -133,7 +135,7 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _with_means(
-    models: Mapping[str, VisionTransformer],
+    models: Mapping[str, Model],
     ablators: Mapping[str, Ablator],
     data: Samples,
     config: Config,

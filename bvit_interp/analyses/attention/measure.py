@@ -32,7 +32,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from bvit_interp import metrics
@@ -48,7 +47,9 @@ from bvit_interp.data.stream import ModelBatch, stream
 from bvit_interp.errors import UserError
 from bvit_interp.metrics.streaming.means import MapCorrelations, MeanCI
 from bvit_interp.metrics.streaming.statistics import PerImage
+from bvit_interp.models.looped import Model
 from bvit_interp.models.stepping import device_of
+from bvit_interp.models.unroll import for_any_model
 from bvit_interp.probes import saliency
 from bvit_interp.probes.probe import Probe
 from bvit_interp.results import file_stem, write_arrays
@@ -59,8 +60,9 @@ _NORMALISED = {
 }
 
 
+@for_any_model
 def measure(
-    models: Mapping[str, VisionTransformer],
+    models: Mapping[str, Model],
     data: Samples,
     config: Config,
     folder: Path | None = None,
@@ -217,7 +219,7 @@ def _example_positions(data: Samples, config: Config) -> list[int]:
 
 
 def _write_examples(
-    models: Mapping[str, VisionTransformer],
+    models: Mapping[str, Model],
     data: Samples,
     positions: list[int],
     config: Config,

@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping
 
 import torch
 from jaxtyping import Float, Shaped
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from bvit_interp.errors import UserError
+from bvit_interp.models.looped import Model
 from bvit_interp.models.stepping import State, answer, device_of, embed, proceed
 from bvit_interp.probes.ablate import UNIT_SITES, ablate, neuron_groups, site_sums
 from bvit_interp.probes.probe import Edit, Key, Probe
@@ -42,7 +42,7 @@ class Gates:
         For more groups than neurons.
     """
 
-    def __init__(self, model: VisionTransformer, groups: int) -> None:
+    def __init__(self, model: Model, groups: int) -> None:
         self.probe = Probe(model)
         self.device = device_of(model)
         heads, neurons = self.probe.num_heads, self.probe.num_neurons

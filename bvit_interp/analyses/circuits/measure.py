@@ -48,7 +48,6 @@ from typing import Any, TypeVar
 import numpy as np
 import pandas as pd
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from bvit_interp.analyses.circuits import COLUMNS, LABELS, Config
@@ -63,6 +62,8 @@ from bvit_interp.data.samples import Samples, evenly_spaced
 from bvit_interp.data.stream import ModelBatch, halve_on_oom, stream
 from bvit_interp.errors import DataError, UserError
 from bvit_interp.metrics import wilson_interval
+from bvit_interp.models.looped import Model
+from bvit_interp.models.unroll import for_any_model
 from bvit_interp.results import Table
 
 _IMAGES_AT_ONCE = 256
@@ -71,8 +72,9 @@ _KEYS = ("model", "method", "fraction", "condition", "site", "step")
 Result = TypeVar("Result")
 
 
+@for_any_model
 def measure(
-    models: Mapping[str, VisionTransformer],
+    models: Mapping[str, Model],
     data: Samples,
     config: Config,
     table: Table | None = None,
@@ -164,7 +166,7 @@ def _fit_positions(data: Samples, config: Config) -> list[int]:
 
 
 def _fits(
-    models: Mapping[str, VisionTransformer],
+    models: Mapping[str, Model],
     gates: Mapping[str, Gates],
     data: Samples,
     positions: Sequence[int],
@@ -229,7 +231,7 @@ def _split_on_oom(
 
 
 def _score(
-    models: Mapping[str, VisionTransformer],
+    models: Mapping[str, Model],
     fits: Mapping[str, Fit],
     masks: Mapping[str, Mapping[str, Tensor]],
     data: Samples,

@@ -26,23 +26,23 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from timm.models.vision_transformer import VisionTransformer
 
 from bvit_interp.analyses.cost import COLUMNS, Config
 from bvit_interp.analyses.cost.timing import interleaved_times, peak_memory
 from bvit_interp.data.samples import Samples
 from bvit_interp.errors import UserError
 from bvit_interp.models.cost import flops, parameters, parameters_by_part
+from bvit_interp.models.looped import Model
 from bvit_interp.models.stepping import device_of
+from bvit_interp.models.unroll import for_any_model
 from bvit_interp.results import rank_and_world
 
 _WARM_UP = 3  # forward passes of one image before the timed ones
 _BATCHES = 3  # timed batches
 
 
-def measure(
-    models: Mapping[str, VisionTransformer], data: Samples | None, config: Config
-) -> pd.DataFrame:
+@for_any_model
+def measure(models: Mapping[str, Model], data: Samples | None, config: Config) -> pd.DataFrame:
     """Cost of every model.
 
     Parameters
@@ -97,7 +97,7 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
     return frame
 
 
-def counts(model: VisionTransformer) -> dict[str, Any]:
+def counts(model: Model) -> dict[str, Any]:
     """Parameters in all and by part, steps, and FLOPs: the exact columns of the table."""
     total, parts = parameters(model), parameters_by_part(model)
     return {
@@ -110,14 +110,14 @@ def counts(model: VisionTransformer) -> dict[str, Any]:
     }
 
 
-def _gflops(model: VisionTransformer, *, count_attention: bool) -> float:
+def _gflops(model: Model, *, count_attention: bool) -> float:
     try:
         return flops(model, count_attention=count_attention) / 1e9
     except UserError:  # parts whose cost is not known
         return math.nan
 
 
-def _as_timed(model: VisionTransformer, config: Config) -> VisionTransformer:
+def _as_timed(model: Model, config: Config) -> Model:
     """The model in evaluation mode and the requested data type; a copy where it is not so yet."""
     dtype = getattr(torch, config.dtype)
     ready = next(model.parameters()).dtype == dtype and not model.training

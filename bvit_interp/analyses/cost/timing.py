@@ -12,17 +12,17 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from jaxtyping import Float
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from tqdm import tqdm
 
 from bvit_interp.errors import UserError
+from bvit_interp.models.looped import Model
 from bvit_interp.models.stepping import device_of
 
 
 @torch.inference_mode()
 def interleaved_times(
-    models: Sequence[VisionTransformer], n_images: int, *, warm_up: int, runs: int
+    models: Sequence[Model], n_images: int, *, warm_up: int, runs: int
 ) -> Float[np.ndarray, "models runs"]:
     """Seconds of each forward pass of `n_images` images, the models taking turns.
 
@@ -46,7 +46,7 @@ def interleaved_times(
 
 
 @torch.inference_mode()
-def peak_memory(model: VisionTransformer, n_images: int) -> float:
+def peak_memory(model: Model, n_images: int) -> float:
     """GB of GPU memory that the weights and one forward pass of `n_images` images take; nan on a
     CPU.
 
@@ -71,9 +71,7 @@ def peak_memory(model: VisionTransformer, n_images: int) -> float:
     return (torch.cuda.max_memory_allocated(device) - before + weights) / 1e9
 
 
-def random_pixels(
-    model: VisionTransformer, n_images: int
-) -> Float[Tensor, "batch channels height width"]:
+def random_pixels(model: Model, n_images: int) -> Float[Tensor, "batch channels height width"]:
     """The same random pixels at every call, on the device and in the data type of the weights."""
     shape = (n_images, model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
     pixels = torch.randn(shape, generator=torch.Generator().manual_seed(0))

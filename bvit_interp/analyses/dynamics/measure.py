@@ -50,7 +50,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from bvit_interp.analyses.dynamics import COLUMNS, Config
@@ -61,8 +60,9 @@ from bvit_interp.errors import UserError
 from bvit_interp.metrics import participation_ratio, random_participation_ratio
 from bvit_interp.metrics.streaming.similarity import StatePairs
 from bvit_interp.metrics.streaming.statistics import Gram
+from bvit_interp.models.looped import Model
 from bvit_interp.models.stepping import device_of, states
-from bvit_interp.models.unroll import run_on
+from bvit_interp.models.unroll import for_any_model, run_on
 from bvit_interp.probes.probe import Probe
 
 _STATE_BYTES = 2**28
@@ -70,7 +70,8 @@ _PAIR_BYTES = 2**34
 _SIMILARITIES = ("cka", "cka_debiased", "procrustes")
 
 
-def measure(models: Mapping[str, VisionTransformer], data: Samples, config: Config) -> pd.DataFrame:
+@for_any_model
+def measure(models: Mapping[str, Model], data: Samples, config: Config) -> pd.DataFrame:
     """How the states of every model move, and which states are alike.
 
     Parameters

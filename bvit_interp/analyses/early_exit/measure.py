@@ -25,7 +25,6 @@ import numpy as np
 import pandas as pd
 import torch
 from sklearn.metrics import roc_auc_score
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torchmetrics.functional.classification import binary_calibration_error
 
@@ -39,13 +38,15 @@ from bvit_interp.metrics.exits import exit_positions, random_exit_accuracy
 from bvit_interp.metrics.streaming.statistics import PerImage
 from bvit_interp.models.cost import flops
 from bvit_interp.models.exits import FILE, Exits, check_exits, exit_logits
-from bvit_interp.models.unroll import unroll
+from bvit_interp.models.looped import Model
+from bvit_interp.models.unroll import for_any_model, unroll
 
 CURVE = tuple(i / 50 for i in range(51))
 _BINS = 15  # of the calibration error
 
 
-def measure(models: Mapping[str, VisionTransformer], data: Samples, config: Config) -> pd.DataFrame:
+@for_any_model
+def measure(models: Mapping[str, Model], data: Samples, config: Config) -> pd.DataFrame:
     """Accuracy, FLOPs and time of every threshold, and the quality of every exit.
 
     Parameters
@@ -87,7 +88,7 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[frame["table"] != "curve"]
 
 
-def _load_exits(models: Mapping[str, VisionTransformer], config: Config) -> dict[str, Exits]:
+def _load_exits(models: Mapping[str, Model], config: Config) -> dict[str, Exits]:
     if len(config.exits) != len(models):
         raise UserError(
             f"{len(models)} checkpoints need as many folders of exits, got {len(config.exits)}"
@@ -108,7 +109,7 @@ def _per_image(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _measure_times(
-    unrolled: VisionTransformer, exits: Exits, timed: Sequence[Tensor], config: Config
+    unrolled: Model, exits: Exits, timed: Sequence[Tensor], config: Config
 ) -> dict[tuple[str, float], dict[str, float]]:
     """(table, threshold) -> its columns of time, where the time is measured."""
     if not timed:
@@ -152,7 +153,7 @@ class _Runs:
     @classmethod
     def of(
         cls,
-        model: VisionTransformer,
+        model: Model,
         exits: Exits,
         per_image: Tensor,
         times: Mapping[tuple[str, float], Mapping[str, float]],
@@ -249,7 +250,7 @@ def _calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
     return float(binary_calibration_error(predicted, target, n_bins=_BINS))
 
 
-def _gflops(model: VisionTransformer, exits: Exits, count_attention: bool) -> np.ndarray:
+def _gflops(model: Model, exits: Exits, count_attention: bool) -> np.ndarray:
     """Cost of an image that leaves at each exit, with its steps and all classifiers read so far,
     and last of a plain forward without exits, ``(E + 2,)``."""
     classifier = 2 * model.embed_dim * model.num_classes

@@ -24,7 +24,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from bvit_interp.analyses.energy_rank import COLUMNS, Config
@@ -33,11 +32,14 @@ from bvit_interp.data.stream import ModelBatch, stream
 from bvit_interp.errors import UserError
 from bvit_interp.metrics import energy_rank, random_energy_rank, singular_values_of_gram
 from bvit_interp.metrics.streaming.statistics import Gram
+from bvit_interp.models.looped import Model
 from bvit_interp.models.stepping import device_of
+from bvit_interp.models.unroll import for_any_model
 from bvit_interp.probes.probe import Probe
 
 
-def measure(models: Mapping[str, VisionTransformer], data: Samples, config: Config) -> pd.DataFrame:
+@for_any_model
+def measure(models: Mapping[str, Model], data: Samples, config: Config) -> pd.DataFrame:
     """Energy ranks of every model, matrix and step.
 
     Parameters

@@ -19,7 +19,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from bvit_interp.analyses.evaluate import COLUMNS, Config
@@ -27,10 +26,13 @@ from bvit_interp.data.samples import Samples
 from bvit_interp.data.stream import ModelBatch, stream
 from bvit_interp.metrics import wilson_interval
 from bvit_interp.metrics.streaming.scores import Classification
+from bvit_interp.models.looped import Model
 from bvit_interp.models.stepping import device_of
+from bvit_interp.models.unroll import for_any_model
 
 
-def measure(models: Mapping[str, VisionTransformer], data: Samples, config: Config) -> pd.DataFrame:
+@for_any_model
+def measure(models: Mapping[str, Model], data: Samples, config: Config) -> pd.DataFrame:
     """Scores of every model.
 
     Parameters

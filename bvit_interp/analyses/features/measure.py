@@ -33,7 +33,6 @@ from typing import Any
 import pandas as pd
 import torch
 from PIL import Image
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from bvit_interp import metrics
@@ -46,15 +45,18 @@ from bvit_interp.data.samples import Samples
 from bvit_interp.data.stream import ModelBatch, stream
 from bvit_interp.errors import UserError
 from bvit_interp.metrics.streaming.top_images import TopImages
+from bvit_interp.models.looped import Model
 from bvit_interp.models.stepping import device_of
+from bvit_interp.models.unroll import for_any_model
 from bvit_interp.probes.probe import Probe
 from bvit_interp.results import Table, file_stem, rank_and_world, replacing
 
 Tensors = dict[str, Tensor]
 
 
+@for_any_model
 def measure(
-    models: Mapping[str, VisionTransformer],
+    models: Mapping[str, Model],
     data: Samples,
     config: Config,
     folder: Path | None = None,
@@ -145,7 +147,7 @@ def _neurons(name: str, profiles: Tensors, config: Config) -> list[int]:
 
 
 def _real_images(
-    models: Mapping[str, VisionTransformer], data: Samples, config: Config
+    models: Mapping[str, Model], data: Samples, config: Config
 ) -> tuple[dict[str, Tensors], dict[str, Tensors]]:
     """`TopImages` and `ResponseProfiles` of every model, in one pass over the real images."""
     probes = {name: Probe(model) for name, model in models.items()}

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from bvit_interp.errors import UserError
+from bvit_interp.models.looped import Model
 from bvit_interp.models.stepping import State, advance, embed
 from bvit_interp.models.unroll import unroll
-from bvit_interp.probes.sites import Step, record
+from bvit_interp.probes.sites import Step
 from bvit_interp.vocabulary import check_step
 
 
@@ -30,9 +30,7 @@ class NeuronActivations:
     mean, std : of the model's normalisation, per channel of an image in 0..1.
     """
 
-    def __init__(
-        self, model: VisionTransformer, mean: Sequence[float], std: Sequence[float]
-    ) -> None:
+    def __init__(self, model: Model, mean: Sequence[float], std: Sequence[float]) -> None:
         self.model = _without_gradients(unroll(model))
         self._mean, self._std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
         self._steps = [Step(block) for block in self.model.blocks]
@@ -91,7 +89,7 @@ class NeuronActivations:
             raise _Recorded
 
         patches = slice(self.model.num_prefix_tokens, None)
-        handle = record(self._steps[state.step], site, patches, keep)
+        handle = self._steps[state.step].record(site, patches, keep)
         try:
             advance(self.model, state)
         except _Recorded:
@@ -101,7 +99,7 @@ class NeuronActivations:
         raise UserError("the step ended without its neurons; is a block replaced?")
 
 
-def _without_gradients(unrolled: VisionTransformer) -> VisionTransformer:
+def _without_gradients(unrolled: Model) -> Model:
     """The unroll itself, with parameters of the same storage that have no gradient."""
     frozen: dict[int, nn.Parameter] = {}
     for module in unrolled.modules():

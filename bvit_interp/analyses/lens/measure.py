@@ -49,7 +49,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from bvit_interp.analyses.lens import COLUMNS, Config
@@ -69,8 +68,9 @@ from bvit_interp.errors import UserError
 from bvit_interp.metrics import at_patch_centres, wilson_interval
 from bvit_interp.metrics.exits import exit_positions, random_exit_accuracy
 from bvit_interp.metrics.streaming.statistics import PerImage
+from bvit_interp.models.looped import Model
 from bvit_interp.models.stepping import device_of
-from bvit_interp.models.unroll import unroll
+from bvit_interp.models.unroll import for_any_model, unroll
 from bvit_interp.results import file_stem, write_arrays
 from bvit_interp.vocabulary import IGNORE
 
@@ -80,8 +80,9 @@ _THRESHOLDS = tuple(i / 50 for i in range(51))
 _BYTES_OF_LOGITS = 2**27  # of the patches' logits of one batch, the most
 
 
+@for_any_model
 def measure(
-    models: Mapping[str, VisionTransformer],
+    models: Mapping[str, Model],
     data: Samples,
     config: Config,
     folder: Path | None = None,
@@ -164,7 +165,7 @@ def _split(data: Samples, config: Config) -> tuple[Subset, Subset]:
 
 
 def _fit(
-    unrolled: Mapping[str, VisionTransformer], fitted: Subset, config: Config
+    unrolled: Mapping[str, Model], fitted: Subset, config: Config
 ) -> tuple[dict[str, Lenses], int]:
     """The lenses of every model, and the number of images they are trained on.
 
@@ -197,7 +198,7 @@ def _fit(
 # ---- scoring -------------------------------------------------------------------------------------
 
 
-def _images_at_once(view: VisionTransformer) -> int:
+def _images_at_once(view: Model) -> int:
     """How many images' logits of all patches, steps and lenses fit in `_BYTES_OF_LOGITS`."""
     logits = len(view.blocks) * view.patch_embed.num_patches * view.num_classes * len(LENSES)
     return _BYTES_OF_LOGITS // (8 * logits)
@@ -214,9 +215,7 @@ class _ModelScores:
     examples : positions of the images whose maps are kept.
     """
 
-    def __init__(
-        self, view: VisionTransformer, lenses: Lenses, masks: bool, examples: Collection[int]
-    ) -> None:
+    def __init__(self, view: Model, lenses: Lenses, masks: bool, examples: Collection[int]) -> None:
         self._steps = len(view.blocks)
         self._grid: tuple[int, int] = tuple(view.patch_embed.grid_size)
         self._size: tuple[int, int] = tuple(view.patch_embed.img_size)

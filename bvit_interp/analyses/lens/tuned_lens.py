@@ -18,11 +18,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from bvit_interp.errors import UserError
 from bvit_interp.metrics.checks import check_finite
+from bvit_interp.models.looped import Model
 from bvit_interp.models.stepping import answer, device_of, states
 
 LENSES = ("raw", "tuned")
@@ -57,7 +57,7 @@ Lenses = dict[tuple[str, str], list[Translator | None]]
 # ---- reading -------------------------------------------------------------------------------------
 
 
-def head_tokens(model: VisionTransformer) -> int:
+def head_tokens(model: Model) -> int:
     """How many leading tokens the head reads: CLS, and the distillation token of a model that has
     one.
 
@@ -74,7 +74,7 @@ def head_tokens(model: VisionTransformer) -> int:
     return 1 if getattr(model, "dist_token", None) is None else 2
 
 
-def token_groups(model: VisionTransformer) -> dict[str, slice]:
+def token_groups(model: Model) -> dict[str, slice]:
     """Where each group of tokens is: cls, reg if there are registers, and patches.
 
     Unlike `Probe.kinds`, the group cls holds all tokens that the head reads together: CLS, and the
@@ -96,7 +96,7 @@ def read_together(
 
 
 def head_logits(
-    model: VisionTransformer, tokens: Float[Tensor, "*reads k width"]
+    model: Model, tokens: Float[Tensor, "*reads k width"]
 ) -> Float[Tensor, "*reads classes"]:
     """Logits of the model's own norm and head.
 
@@ -112,7 +112,7 @@ def head_logits(
 
 @torch.inference_mode()
 def lens_logits(
-    unrolled: VisionTransformer,
+    unrolled: Model,
     images: Float[Tensor, "batch channels height width"],
     lenses: Lenses,
 ) -> dict[tuple[str, str], Float[Tensor, "steps batch reads classes"]]:
@@ -140,7 +140,7 @@ def lens_logits(
 
 @torch.inference_mode()
 def cached_states(
-    unrolled: VisionTransformer,
+    unrolled: Model,
     images: Float[Tensor, "batch channels height width"],
     index: Int[Tensor, " batch"],
     n_tokens: int,
@@ -170,9 +170,7 @@ def cached_states(
     return {name: check_finite(values) for name, values in cached.items()}
 
 
-def fit_lenses(
-    unrolled: VisionTransformer, cached: Mapping[str, Tensor], iterations: int, seed: int
-) -> Lenses:
+def fit_lenses(unrolled: Model, cached: Mapping[str, Tensor], iterations: int, seed: int) -> Lenses:
     """The lenses of a model: raw and tuned on every group of tokens, and shuffled on cls.
 
     Parameters
@@ -208,7 +206,7 @@ def fit_lenses(
 
 
 def fit_translator(
-    model: VisionTransformer,
+    model: Model,
     tokens: Float[Tensor, "n k width"],
     final: Float[Tensor, "n k width"],
     logits: Float[Tensor, "n classes"],
@@ -244,7 +242,7 @@ def fit_translator(
 
 
 def _refine(
-    model: VisionTransformer,
+    model: Model,
     start: Translator,
     tokens: Tensor,
     logits: Tensor,

@@ -43,7 +43,6 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from bvit_interp.analyses.patching import COLUMNS, Config
@@ -57,7 +56,9 @@ from bvit_interp.data.stream import ModelBatch, stream
 from bvit_interp.errors import UserError
 from bvit_interp.metrics import wilson_interval
 from bvit_interp.metrics.streaming.means import MeanCI
+from bvit_interp.models.looped import Model
 from bvit_interp.models.stepping import device_of
+from bvit_interp.models.unroll import for_any_model
 
 _RUNS = {
     "same": ("own", "own", "partner"),
@@ -69,7 +70,8 @@ _METRICS = ("recovered", "agreement")
 _BYTES_OF_STATES = 2**26
 
 
-def measure(models: Mapping[str, VisionTransformer], data: Samples, config: Config) -> pd.DataFrame:
+@for_any_model
+def measure(models: Mapping[str, Model], data: Samples, config: Config) -> pd.DataFrame:
     """The share that every cell recovers, in every model.
 
     Parameters

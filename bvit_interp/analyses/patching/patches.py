@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from bvit_interp.models.looped import Model
 from bvit_interp.models.memory import MemorySteps, UnrolledSteps
 from bvit_interp.models.stepping import State, advance, answer, proceed, states
 from bvit_interp.models.steps import Steps
@@ -52,7 +52,7 @@ class StepPatcher:
 
     def __init__(
         self,
-        model: VisionTransformer,
+        model: Model,
         site: str = "resid_post",
         tokens: Tokens = "all",
         unit: int | None = None,
@@ -71,7 +71,7 @@ class StepPatcher:
         has_memory = isinstance(model.blocks, (MemorySteps, UnrolledSteps))
         self.whole = site == "resid_post" and unit is None and all_tokens and not has_memory
         self.tied = self.whole and _is_one_map(model)
-        self._longer: VisionTransformer | None = None
+        self._longer: Model | None = None
         if self.tied:
             furthest = self.steps[-1] - self.steps[0] + self.probe.num_steps
             self._longer = unroll(model, furthest)
@@ -137,7 +137,7 @@ class StepPatcher:
         return patched
 
     def _longer_run(
-        self, longer: VisionTransformer, donor: Float[Tensor, "batch channels height width"]
+        self, longer: Model, donor: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "sources targets batch classes"]:
         """The cells of one map, from a run past the last step; equal along each shift t - s."""
         last = self.probe.num_steps
@@ -152,7 +152,7 @@ class StepPatcher:
         return torch.stack(rows)
 
 
-def _is_one_map(model: VisionTransformer) -> bool:
+def _is_one_map(model: Model) -> bool:
     """Whether every step of the model is the same function: one block, no time embedding."""
     blocks = model.blocks
     return (

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from bvit_interp.models.looped import Model
 from bvit_interp.models.masks import PLACES, Masks
 from bvit_interp.models.stepping import answer, proceed, states
 from bvit_interp.models.unroll import unroll
@@ -43,7 +43,7 @@ class Exchanges:
 
     def __init__(
         self,
-        model: VisionTransformer,
+        model: Model,
         masks: Masks,
         swaps: bool = False,
         shuffles: int = 0,

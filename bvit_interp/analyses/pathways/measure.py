@@ -36,7 +36,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from bvit_interp.analyses.pathways import ALL_LAYERS, COLLAPSE, COLUMNS, PRUNED, Config, run_of
@@ -47,12 +46,15 @@ from bvit_interp.data.stream import ModelBatch, stream
 from bvit_interp.errors import UserError
 from bvit_interp.metrics import wilson_interval
 from bvit_interp.metrics.streaming.statistics import PerImage
+from bvit_interp.models.looped import Model
 from bvit_interp.models.masks import PLACES, Masks, masks_of
+from bvit_interp.models.unroll import for_any_model
 
 Row = dict[str, Any]
 
 
-def measure(models: Mapping[str, VisionTransformer], data: Samples, config: Config) -> pd.DataFrame:
+@for_any_model
+def measure(models: Mapping[str, Model], data: Samples, config: Config) -> pd.DataFrame:
     """Sharing, sparsity and accuracy of every masked model.
 
     Parameters
@@ -84,7 +86,7 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[(frame["layer"] == ALL_LAYERS) & frame["step"].isna()]
 
 
-def _masks(name: str, model: VisionTransformer) -> Masks:
+def _masks(name: str, model: Model) -> Masks:
     masks = masks_of(model)
     if masks is None:
         raise UserError(
@@ -96,7 +98,7 @@ def _masks(name: str, model: VisionTransformer) -> Masks:
 
 
 def _accuracy_rows(
-    models: Mapping[str, VisionTransformer],
+    models: Mapping[str, Model],
     masks: Mapping[str, Masks],
     data: Samples,
     config: Config,

@@ -27,7 +27,6 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from bvit_interp import metrics
@@ -38,6 +37,8 @@ from bvit_interp.data.stream import ModelBatch, stream
 from bvit_interp.errors import UserError
 from bvit_interp.metrics.checks import check_finite
 from bvit_interp.metrics.streaming.statistics import PerImage
+from bvit_interp.models.looped import Model
+from bvit_interp.models.unroll import for_any_model
 from bvit_interp.probes import saliency
 from bvit_interp.probes.probe import Probe
 from bvit_interp.results import file_stem, write_arrays
@@ -49,8 +50,9 @@ columns)`` float32."""
 _LABEL, _HAS_OBJECT, _CHANCE, _CENTRE, _HITS = range(5)  # columns of a row; hits to the end
 
 
+@for_any_model
 def measure(
-    models: Mapping[str, VisionTransformer],
+    models: Mapping[str, Model],
     data: Samples,
     config: Config,
     folder: Path | None = None,

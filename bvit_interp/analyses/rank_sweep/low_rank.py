@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from bvit_interp.analyses.rank_sweep.factors import Factors, factors, random_factors
 from bvit_interp.errors import UserError
+from bvit_interp.models.looped import Model
 from bvit_interp.models.unroll import is_unrolled
 
 NAMES = ("fc1", "fc2")
@@ -48,7 +48,7 @@ class Matrix:
         return self.linears[0].weight.detach()
 
 
-def ffn_matrices(unrolled: VisionTransformer, step: int | None = None) -> list[Matrix]:
+def ffn_matrices(unrolled: Model, step: int | None = None) -> list[Matrix]:
     """The distinct FFN weights of a tied unroll with all layers that apply them, or those of one
     step.
 

@@ -31,7 +31,6 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from bvit_interp.analyses.rank_sweep import ALL_STEPS, COLUMNS, Config, Method
@@ -43,16 +42,18 @@ from bvit_interp.data.stream import ModelBatch, stream
 from bvit_interp.errors import UserError
 from bvit_interp.metrics import wilson_interval
 from bvit_interp.metrics.streaming.statistics import PerImage
+from bvit_interp.models.looped import Model
 from bvit_interp.models.stepping import device_of
-from bvit_interp.models.unroll import unroll
+from bvit_interp.models.unroll import for_any_model, unroll
 from bvit_interp.results import Table
 
 PAPER_RANKS = (64, 128, 256, 384, 512, 640, 702, 744, 760, 768)
 PAPER_WIDTH = 768
 
 
+@for_any_model
 def measure(
-    models: Mapping[str, VisionTransformer],
+    models: Mapping[str, Model],
     data: Samples,
     config: Config,
     table: Table | None = None,
@@ -143,12 +144,12 @@ class _Hits(NamedTuple):
 class _Subject(NamedTuple):
     """A model and the weights that are cut."""
 
-    unrolled: VisionTransformer
+    unrolled: Model
     matrices: dict[str, list[Matrix]]
     full_rank: int
 
     @classmethod
-    def of(cls, model: VisionTransformer, config: Config) -> _Subject:
+    def of(cls, model: Model, config: Config) -> _Subject:
         """All steps together, or each step by itself."""
         unrolled = unroll(model)
         if config.blocks == "each":
@@ -205,7 +206,7 @@ def _calibration(data: Samples, config: Config) -> tuple[Subset, float]:
 
 
 def _moments(
-    models: Mapping[str, VisionTransformer],
+    models: Mapping[str, Model],
     subjects: Mapping[str, _Subject],
     calibration: Subset,
     config: Config,
@@ -231,7 +232,7 @@ def _moments(
 
 
 def _count_hits(
-    models: Mapping[str, VisionTransformer],
+    models: Mapping[str, Model],
     cuts: Mapping[str, _Cut],
     subjects: Mapping[str, _Subject],
     truncations: Mapping[str, Truncation],

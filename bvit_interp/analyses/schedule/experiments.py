@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from bvit_interp.analyses.schedule.outcomes import Outcomes
@@ -35,6 +34,7 @@ from bvit_interp.analyses.schedule.step_removal import (
 )
 from bvit_interp.errors import UserError
 from bvit_interp.metrics.streaming.means import MeanCI
+from bvit_interp.models.looped import Model
 from bvit_interp.models.stepping import State, answer, device_of, proceed, states
 from bvit_interp.models.unroll import run_on
 from bvit_interp.probes.probe import Probe
@@ -114,7 +114,7 @@ class Subject:
     """
 
     def __init__(
-        self, model: VisionTransformer, runs: Sequence[int], shifts: Sequence[int], matrix: bool
+        self, model: Model, runs: Sequence[int], shifts: Sequence[int], matrix: bool
     ) -> None:
         self.trained = len(model.blocks)
         if self.trained < 2:

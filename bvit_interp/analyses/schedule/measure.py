@@ -37,7 +37,6 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 import torch
-from timm.models.vision_transformer import VisionTransformer
 
 from bvit_interp.analyses.schedule import COLUMNS, Config
 from bvit_interp.analyses.schedule.experiments import (
@@ -52,9 +51,12 @@ from bvit_interp.analyses.schedule.tables import model_rows
 from bvit_interp.data.samples import Samples, evenly_spaced
 from bvit_interp.data.stream import ModelBatch, stream
 from bvit_interp.errors import UserError
+from bvit_interp.models.looped import Model
+from bvit_interp.models.unroll import for_any_model
 
 
-def measure(models: Mapping[str, VisionTransformer], data: Samples, config: Config) -> pd.DataFrame:
+@for_any_model
+def measure(models: Mapping[str, Model], data: Samples, config: Config) -> pd.DataFrame:
     """Changed schedules, the decoded step, and runs from states without the step.
 
     Parameters

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from bvit_interp.models.looped import Model
 from bvit_interp.models.memory import MemoryBlock
 from bvit_interp.models.stepping import State, advance, answer, embed
 from bvit_interp.models.unroll import unroll
@@ -68,7 +68,7 @@ def substitutions(trained: int) -> dict[Run, Schedule]:
     return {Run("replace", t, s): (*whole[: t - 1], s, *whole[t:]) for t in whole for s in whole}
 
 
-def same_steps(view: VisionTransformer) -> list[int]:
+def same_steps(view: Model) -> list[int]:
     """For every step of an unroll, the first step that is the same function, from 1.
 
     Two steps are the same function if they have the same tensors under the same names, the same row
@@ -90,7 +90,7 @@ def _function(block: Any, i: int) -> tuple[object, ...]:
     return (*((name, id(tensor)) for name, tensor in tensors), row, refresh)
 
 
-def with_mean_embedding(model: VisionTransformer) -> VisionTransformer | None:
+def with_mean_embedding(model: Model) -> Model | None:
     """An unroll whose every step adds the mean row of the time embedding; None if there is none."""
     view = unroll(model)
     table = getattr(view.blocks[0], "step_embed", None)
@@ -125,7 +125,7 @@ class Plan:
     applied : number of steps that are computed for all of them together.
     """
 
-    def __init__(self, view: VisionTransformer, schedules: Mapping[Run, Schedule]) -> None:
+    def __init__(self, view: Model, schedules: Mapping[Run, Schedule]) -> None:
         self.view, self.runs, self.applied = view, tuple(schedules), 0
         self._root = _Node()
         first = same_steps(view)

@@ -39,7 +39,6 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from bvit_interp.analyses.selectivity import COLUMNS, RANKED, UNIT_NAMES, Config, tables
@@ -57,15 +56,18 @@ from bvit_interp.data.samples import Samples, evenly_spaced
 from bvit_interp.data.stream import ModelBatch, stream
 from bvit_interp.errors import UserError
 from bvit_interp.metrics.streaming.means import MeanCI
+from bvit_interp.models.looped import Model
 from bvit_interp.models.stepping import device_of
+from bvit_interp.models.unroll import for_any_model
 from bvit_interp.probes.probe import Probe
 from bvit_interp.results import file_stem, rank_and_world, replacing, write_arrays
 
 _SITES = ("mlp_post", "z")
 
 
+@for_any_model
 def measure(
-    models: Mapping[str, VisionTransformer],
+    models: Mapping[str, Model],
     data: Samples,
     config: Config,
     folder: Path | None = None,
@@ -165,7 +167,7 @@ def _random_units(probe: Probe, config: Config) -> list[Unit]:
 
 
 def _response_statistics(
-    models: Mapping[str, VisionTransformer],
+    models: Mapping[str, Model],
     probes: Mapping[str, Probe],
     data: Samples,
     config: Config,
@@ -245,7 +247,7 @@ class _Ablation:
 
 
 def _ablate(
-    models: Mapping[str, VisionTransformer],
+    models: Mapping[str, Model],
     ablations: Mapping[str, _Ablation],
     data: Samples,
     config: Config,

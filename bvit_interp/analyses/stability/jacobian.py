@@ -18,9 +18,9 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 from jaxtyping import Float
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from bvit_interp.models.looped import Model
 from bvit_interp.models.memory import MemoryBlock
 from bvit_interp.models.stepping import State, advance
 from bvit_interp.models.unroll import run_on
@@ -136,9 +136,7 @@ def gains(
     return torch.stack(by_source, dim=1).sqrt()
 
 
-def differentiable(
-    model: VisionTransformer, steps: int, permuted: int | None = None
-) -> VisionTransformer:
+def differentiable(model: Model, steps: int, permuted: int | None = None) -> Model:
     """The model's steps in float64, with weights of their own and without fused attention.
 
     The gradient passes everywhere, also where training stops it.
@@ -182,7 +180,7 @@ def differentiable(
     return view
 
 
-def pack(view: VisionTransformer, state: State) -> Vectors:
+def pack(view: Model, state: State) -> Vectors:
     """All that later steps depend on, as tokens: z, or z and m ``(B, 2 N, D)`` with a memory."""
     if not isinstance(view.blocks[0], MemoryBlock):
         return state.tokens
@@ -190,7 +188,7 @@ def pack(view: VisionTransformer, state: State) -> Vectors:
     return torch.cat([state.tokens, memory], dim=1)
 
 
-def step_map(view: VisionTransformer, before: int) -> Callable[[Tensor], Tensor]:
+def step_map(view: Model, before: int) -> Callable[[Tensor], Tensor]:
     """The step from step `before` to the next, as a map of packed states."""
 
     def step(packed: Tensor) -> Tensor:
@@ -202,7 +200,7 @@ def step_map(view: VisionTransformer, before: int) -> Callable[[Tensor], Tensor]
     return step
 
 
-def jacobians_along(view: VisionTransformer, state: State) -> Iterator[Linearised]:
+def jacobians_along(view: Model, state: State) -> Iterator[Linearised]:
     """The Jacobian of every step of the run that starts at this state."""
     packed = pack(view, state)
     for step in range(state.step, len(view.blocks)):

@@ -60,7 +60,6 @@ from dataclasses import replace
 from typing import Any
 
 import pandas as pd
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from bvit_interp.analyses.stability import COLUMNS, Config
@@ -73,9 +72,10 @@ from bvit_interp.data.stream import ModelBatch, stream
 from bvit_interp.errors import UserError
 from bvit_interp.metrics import wilson_interval
 from bvit_interp.metrics.streaming.means import MeanCI
+from bvit_interp.models.looped import Model
 from bvit_interp.models.memory import MemoryBlock
 from bvit_interp.models.stepping import device_of, embed
-from bvit_interp.models.unroll import run_on
+from bvit_interp.models.unroll import for_any_model, run_on
 from bvit_interp.probes.probe import Probe
 
 Axis = Sequence[dict[str, Any]]
@@ -88,7 +88,8 @@ _WITH_RESIDUAL = ("singular_value", "spectral_radius", "ftle")
 _GRAPH_BYTES = {"cpu": 2**28, "cuda": 2**32}
 
 
-def measure(models: Mapping[str, VisionTransformer], data: Samples, config: Config) -> pd.DataFrame:
+@for_any_model
+def measure(models: Mapping[str, Model], data: Samples, config: Config) -> pd.DataFrame:
     """Jacobians of some of the images, and perturbed runs of all.
 
     Parameters
@@ -116,7 +117,7 @@ def measure(models: Mapping[str, VisionTransformer], data: Samples, config: Conf
 class _Plan:
     """What is measured of one model, and which tokens are of which kind."""
 
-    def __init__(self, name: str, model: VisionTransformer, config: Config) -> None:
+    def __init__(self, name: str, model: Model, config: Config) -> None:
         self.config = config
         self.trained_steps = len(model.blocks)
         self.view = run_on(model, config.steps)
@@ -196,7 +197,7 @@ class _Plan:
 
 
 def _measure_jacobians(
-    models: Mapping[str, VisionTransformer],
+    models: Mapping[str, Model],
     data: Samples,
     config: Config,
     plans: Mapping[str, _Plan],
@@ -247,7 +248,7 @@ def _measure_jacobians(
 
 
 def _measure_perturbed_runs(
-    models: Mapping[str, VisionTransformer],
+    models: Mapping[str, Model],
     data: Samples,
     config: Config,
     plans: Mapping[str, _Plan],

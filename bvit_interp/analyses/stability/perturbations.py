@@ -8,12 +8,12 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn import functional
 
 from bvit_interp.analyses.stability.vectors import seeded_normal, state_norms
 from bvit_interp.metrics.checks import check_finite
+from bvit_interp.models.looped import Model
 from bvit_interp.models.stepping import State, advance, answer
 
 Perturbation = tuple[Literal["random", "partner"], int, float]
@@ -21,7 +21,7 @@ Perturbation = tuple[Literal["random", "partner"], int, float]
 
 
 def perturbed_runs(
-    view: VisionTransformer,
+    view: Model,
     clean: State,
     other: State,
     index: Int[Tensor, " batch"],
@@ -83,7 +83,7 @@ def _moved(state: State, change: Tensor, share: float) -> State:
 
 
 def _compared(
-    view: VisionTransformer,
+    view: Model,
     clean: State,
     predicted: Int[Tensor, " batch"],
     run: State | None,

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from bvit_interp.analyses.stability.jacobian import (
@@ -24,11 +23,12 @@ from bvit_interp.analyses.stability.jacobian import (
 from bvit_interp.analyses.stability.krylov import largest_singular_values, spectral_radius
 from bvit_interp.analyses.stability.vectors import energy_shares, seeded_normal, state_norms
 from bvit_interp.metrics.checks import check_finite
+from bvit_interp.models.looped import Model
 from bvit_interp.models.stepping import State
 
 
 def run_metrics(
-    view: VisionTransformer,
+    view: Model,
     state: State,
     index: Int[Tensor, " batch"],
     kinds: Sequence[slice],

@@ -26,7 +26,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from bvit_interp.analyses.step_accuracy import COLUMNS, Config
@@ -37,11 +36,13 @@ from bvit_interp.metrics import wilson_interval
 from bvit_interp.metrics.streaming.predictions import StepPredictions
 from bvit_interp.metrics.streaming.scores import Classification
 from bvit_interp.models.cost import flops
+from bvit_interp.models.looped import Model
 from bvit_interp.models.stepping import answer, device_of, states
-from bvit_interp.models.unroll import run_on
+from bvit_interp.models.unroll import for_any_model, run_on
 
 
-def measure(models: Mapping[str, VisionTransformer], data: Samples, config: Config) -> pd.DataFrame:
+@for_any_model
+def measure(models: Mapping[str, Model], data: Samples, config: Config) -> pd.DataFrame:
     """Scores of every model after every step.
 
     Parameters
@@ -87,7 +88,7 @@ class _StepMetrics:
     too.
     """
 
-    def __init__(self, view: VisionTransformer, trained: int) -> None:
+    def __init__(self, view: Model, trained: int) -> None:
         device, steps, classes = device_of(view), len(view.blocks), view.num_classes
         reference = trained if trained <= steps else None
         self.predictions = StepPredictions(steps, classes, reference).to(device)
@@ -108,9 +109,7 @@ class _StepMetrics:
         ]
 
 
-def _row(
-    name: str, model: VisionTransformer, step: int, scores: Mapping[str, Any]
-) -> dict[str, Any]:
+def _row(name: str, model: Model, step: int, scores: Mapping[str, Any]) -> dict[str, Any]:
     low, high = wilson_interval(scores["accuracy"] * scores["n"], scores["n"])
     return {
         "model": name,
@@ -125,7 +124,7 @@ def _row(
     }
 
 
-def _gflops(model: VisionTransformer, steps: int, count_attention: bool) -> float:
+def _gflops(model: Model, steps: int, count_attention: bool) -> float:
     try:
         return flops(model, count_attention=count_attention, steps=steps) / 1e9
     except UserError:  # parts whose cost is not known

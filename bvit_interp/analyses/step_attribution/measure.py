@@ -42,7 +42,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from bvit_interp.analyses.step_attribution import COLUMNS, Config
@@ -66,11 +65,14 @@ from bvit_interp.errors import UserError
 from bvit_interp.metrics import wilson_interval
 from bvit_interp.metrics.statistics import Z_95, jackknife_half_width
 from bvit_interp.metrics.streaming.statistics import PerImage
+from bvit_interp.models.looped import Model
+from bvit_interp.models.unroll import for_any_model
 
 Row = dict[str, Any]
 
 
-def measure(models: Mapping[str, VisionTransformer], data: Samples, config: Config) -> pd.DataFrame:
+@for_any_model
+def measure(models: Mapping[str, Model], data: Samples, config: Config) -> pd.DataFrame:
     """Measures of the terms of every model's gradient, and its accuracy when pruned by them.
 
     Parameters
@@ -126,7 +128,7 @@ def _folds(data: Samples, config: Config) -> list[list[int]]:
 
 
 def _sum_gradients(
-    models: Mapping[str, VisionTransformer],
+    models: Mapping[str, Model],
     untied: Mapping[str, Untied],
     data: Samples,
     folds: list[list[int]],
@@ -281,7 +283,7 @@ def _masks(copy: Untied, sums: FoldGradients, config: Config) -> _Masks:
 
 
 def _score_pruned(
-    models: Mapping[str, VisionTransformer],
+    models: Mapping[str, Model],
     masks: Mapping[str, _Masks],
     data: Samples,
     folds: list[list[int]],

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from bvit_interp.errors import UserError
 from bvit_interp.metrics.checks import check_finite
+from bvit_interp.models.looped import Model
 from bvit_interp.models.masks import PLACES
 from bvit_interp.models.unroll import unroll
 
@@ -54,7 +54,7 @@ class Untied:
         For other blocks, and for weights that a pruning hook or a parametrization computes.
     """
 
-    def __init__(self, model: VisionTransformer, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, model: Model, dtype: torch.dtype = torch.float32) -> None:
         unrolled = unroll(model)
         self.layout = Layout.of(unrolled)
         unrolled = copy.deepcopy(unrolled)  # a copy whose steps are still tied to one another
@@ -139,7 +139,7 @@ class Layout:
     matrix_weights: int
 
     @classmethod
-    def of(cls, unrolled: VisionTransformer) -> Layout:
+    def of(cls, unrolled: Model) -> Layout:
         """The common layout of an unroll's blocks.
 
         Raises

@@ -33,7 +33,6 @@ from importlib.util import find_spec
 
 import numpy as np
 import pandas as pd
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from bvit_interp.analyses.trajectories import COLUMNS, Config
@@ -50,8 +49,9 @@ from bvit_interp.analyses.trajectories.states import StateTable
 from bvit_interp.data.samples import Samples
 from bvit_interp.data.stream import ModelBatch, stream
 from bvit_interp.errors import MissingExtra, UserError
+from bvit_interp.models.looped import Model
 from bvit_interp.models.stepping import device_of
-from bvit_interp.models.unroll import run_on
+from bvit_interp.models.unroll import for_any_model, run_on
 from bvit_interp.probes.probe import Probe
 
 _EMBEDDINGS = {"pacmap": pacmap_embedding, "pca": pca_embedding}
@@ -59,7 +59,8 @@ _FEWEST_OTHERS = 8
 """Points of other images that PaCMAP needs."""
 
 
-def measure(models: Mapping[str, VisionTransformer], data: Samples, config: Config) -> pd.DataFrame:
+@for_any_model
+def measure(models: Mapping[str, Model], data: Samples, config: Config) -> pd.DataFrame:
     """The points of every model, method, step and image.
 
     Parameters

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from timm.models.vision_transformer import VisionTransformer
 
 from bvit_interp import results
 from bvit_interp.cli.options.analysis import Inputs
@@ -19,6 +18,7 @@ from bvit_interp.cli.run.processes import processes
 from bvit_interp.data.catalog import open_samples
 from bvit_interp.errors import UserError
 from bvit_interp.models import checkpoint
+from bvit_interp.models.looped import Model
 
 
 def run(inputs: Inputs, config: Any, analysis: str) -> None:
@@ -67,7 +67,7 @@ def _with_averaged(specs: Sequence[str]) -> list[str]:
     ]
 
 
-def _load(specs: Sequence[str], device: str) -> dict[str, VisionTransformer]:
+def _load(specs: Sequence[str], device: str) -> dict[str, Model]:
     """The models by name; where two folders have one name, by the folder they are in too."""
     if len({_location(spec) for spec in specs}) < len(specs):
         raise UserError(f"a checkpoint is given twice: {', '.join(specs)}")

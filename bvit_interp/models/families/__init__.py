@@ -1,0 +1,118 @@
+"""Where the sites of a block are, for each kind of block that is known.
+
+A block map names the modules of a block whose input or output is a site. The sites of attention
+need no names: they are seen at the kernel (`bvit_interp.models.attention`). Each family of models
+has a module here; a block of one's own is added with `register_block`. Any other block still has
+`resid_pre`, `resid_post` and the sites of its attention.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from bvit_interp.errors import UserError
+from bvit_interp.models.attention import Combine
+
+OF_MODULES = ("attn_out", "resid_mid", "mlp_pre", "mlp_post", "mlp_out")
+"""The sites that are inputs or outputs of modules inside a block."""
+_FAMILIES = {
+    "bvit": "bvit_interp",
+    "timm_vit": "timm",
+    "timm_eva": "timm",
+    "timm_beit": "timm",
+    "torch_encoder": "torch",
+    "torchvision_vit": "torchvision",
+    "huggingface": "transformers",
+}
+"""Module of this package -> the library whose blocks it knows."""
+
+
+@dataclass(frozen=True)
+class BlockMap:
+    """Where the sites of a block are.
+
+    Parameters
+    ----------
+    sites : site -> the dotted name of a module of the block with ``.in`` or ``.out``: the site is
+        that module's first input, or its output (of a tuple: the first). ``resid_mid`` as an input
+        is the state behind which the residual skips the FFN. A site may be left out.
+    missing : site -> why the block does not have it, as it is said to the user.
+    combine : how the attentions of a block with several become one, see `Attention`.
+
+    Raises
+    ------
+    UserError
+        For an unknown site, or a place that ends in neither ``.in`` nor ``.out``.
+    """
+
+    sites: Mapping[str, str]
+    missing: Mapping[str, str] = field(default_factory=dict)
+    combine: Combine | None = None
+
+    def __post_init__(self) -> None:
+        for site, place in self.sites.items():
+            if site not in OF_MODULES:
+                raise UserError(f"a block map has no {site!r}; its sites: {', '.join(OF_MODULES)}")
+            if place.rpartition(".")[2] not in ("in", "out"):
+                raise UserError(f"{site}: {place!r} does not end in .in or .out")
+
+
+Mapper = Callable[[nn.Module], BlockMap]
+"""The map of one block: blocks of a class may differ."""
+_mappers: dict[type[nn.Module], Mapper] = {}
+
+
+def register_block(block: type[nn.Module], sites: Mapping[str, str] | Mapper) -> None:
+    """Tell where the sites of a class of blocks are.
+
+    Parameters
+    ----------
+    block : the class. A subclass has the same map as long as it does not override `forward`.
+    sites : as of `BlockMap`, or a function of a block that gives its `BlockMap`.
+
+    Raises
+    ------
+    UserError
+        As `BlockMap`.
+
+    Examples
+    --------
+    >>> register_block(MyBlock, {
+    ...     "attn_out": "attn.out", "resid_mid": "norm2.in",
+    ...     "mlp_pre": "mlp.0.out", "mlp_post": "mlp.2.in", "mlp_out": "mlp.out",
+    ... })
+    """
+    if callable(sites):
+        _mappers[block] = sites
+    else:
+        known = BlockMap(dict(sites))
+        _mappers[block] = lambda _: known
+
+
+def map_of(block: nn.Module) -> BlockMap:
+    """The map of a block; without sites of its own for a kind that nobody has registered."""
+    _load_families(type(block))
+    name = type(block).__name__
+    for base in type(block).__mro__:
+        mapper = _mappers.get(base)
+        if mapper is None:
+            continue
+        if type(block).forward is base.forward and "forward" not in vars(block):
+            return mapper(block)
+        reason = f"{name} computes its forward otherwise than {base.__name__}"
+        break
+    else:
+        reason = f"no block map is registered for {name}: see register_block"
+    return BlockMap({}, dict.fromkeys(OF_MODULES, reason))
+
+
+def _load_families(block: type[nn.Module]) -> None:
+    """Import the modules of this package that know a library which the block comes from."""
+    roots = {base.__module__.partition(".")[0] for base in block.__mro__}
+    for family, library in _FAMILIES.items():
+        if library in roots:
+            importlib.import_module(f"{__name__}.{family}")

@@ -1,0 +1,1 @@
+"""The blocks of Hugging Face's vision transformers: `transformers`, version 5."""

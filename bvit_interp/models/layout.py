@@ -1,0 +1,70 @@
+"""What a model makes of an image: its size, its tokens, its classes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+KINDS = ("cls", "dist", "reg")
+"""Kinds of prefix tokens: CLS, a distillation token, registers."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The shape of a model's images, tokens and answers.
+
+    Attributes
+    ----------
+    image_size : rows and columns of pixels.
+    channels : channels of an image.
+    grid : rows and columns of patches; patch tokens are in row-major order.
+    prefix : kind of each token before the patches: "cls", "dist" or "reg". A token before the
+        patches of which nobody has said that it is CLS is a register.
+    width : D, width of the token state.
+    num_classes : classes of the logits; 0 for a model that gives features.
+    """
+
+    image_size: tuple[int, int]
+    channels: int
+    grid: tuple[int, int]
+    prefix: tuple[str, ...]
+    width: int
+    num_classes: int
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """How many tokens come before the patches."""
+        return len(self.prefix)
+
+    @property
+    def num_patches(self) -> int:
+        """How many patch tokens there are."""
+        return math.prod(self.grid)
+
+    @property
+    def num_tokens(self) -> int:
+        """N, of prefix and patches."""
+        return self.num_prefix_tokens + self.num_patches
+
+
+def layout_of(model: nn.Module) -> Layout:
+    """The layout of a `BViT`, a timm `VisionTransformer` or an unroll."""
+    known = getattr(model, "layout", None)
+    if isinstance(known, Layout):
+        return known
+    vit: Any = model
+    cls = int(vit.has_class_token)
+    dist = int(getattr(vit, "dist_token", None) is not None)
+    registers = vit.num_prefix_tokens - cls - dist
+    prefix = ("cls",) * cls + ("dist",) * dist + ("reg",) * registers
+    return Layout(
+        image_size=tuple(vit.patch_embed.img_size),
+        channels=vit.patch_embed.proj.in_channels,
+        grid=tuple(vit.patch_embed.grid_size),
+        prefix=prefix,
+        width=vit.embed_dim,
+        num_classes=vit.num_classes,
+    )

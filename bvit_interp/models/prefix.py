@@ -1,0 +1,107 @@
+"""Which tokens of a model that is not ours are patches, and what the others are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from bvit_interp.errors import UserError
+from bvit_interp.models.layout import KINDS, Layout
+
+_NAMES = {
+    "cls": ("cls_token", "class_token", "class_embedding", "cls"),
+    "dist": ("dist_token", "distillation_token"),
+    "reg": ("reg_token", "register_tokens", "reg_tokens", "registers"),
+}
+"""Kind of prefix token -> names of its parameter in timm, torchvision and Hugging Face."""
+
+
+def find_layout(
+    model: nn.Module,
+    images: Tensor,
+    tokens: Tensor,
+    num_classes: int,
+    prefix: Sequence[str] | None,
+    grid: tuple[int, int] | None,
+) -> Layout:
+    """The layout of a model, from what a dry run of two images showed.
+
+    Parameters
+    ----------
+    tokens : what enters the first step, ``(2, N, D)``.
+    num_classes : classes of the logits, 0 for features.
+    prefix : kinds of the tokens before the patches, where they are known.
+    grid : rows and columns of patches, where they are known.
+
+    Raises
+    ------
+    UserError
+        For another kind of state, or where the number of patches stays unclear.
+    """
+    if tokens.ndim != 3 or len(tokens) != len(images):
+        raise UserError(
+            f"the block reads a state of shape {tuple(tokens.shape)} for {len(images)} images, not"
+            " (batch, tokens, width)"
+        )
+    count, width = tokens.shape[1:]
+    grid = grid or _patch_grid(model, images)
+    named = _named_prefix(model, width)
+    if prefix is None:
+        number = count - math.prod(grid) if grid and math.prod(grid) <= count else len(named)
+        prefix = named if len(named) == number else ("reg",) * number
+    prefix = tuple(prefix)
+    if unknown := [kind for kind in prefix if kind not in KINDS]:
+        raise UserError(f"prefix: no kind {unknown[0]!r}; kinds: {', '.join(KINDS)}")
+    patches = count - len(prefix)
+    if grid is None:
+        grid = (math.isqrt(max(patches, 0)),) * 2
+    if math.prod(grid) != patches or not patches:
+        raise UserError(
+            f"the state has {count} tokens, {len(prefix)} of them before the patches, and the"
+            f" patches are not {grid[0]} x {grid[1]}: give grid=(rows, columns) and prefix=(kinds)"
+        )
+    _check_first(tokens, len(prefix))
+    size = (images.shape[-2], images.shape[-1])
+    return Layout(size, images.shape[1], grid, prefix, width, num_classes)
+
+
+def _check_first(tokens: Tensor, count: int) -> None:
+    """Refuse prefix tokens that stand elsewhere: they are the same for every image."""
+    if tokens.is_meta:
+        return
+    fixed = (tokens[0] == tokens[1]).all(-1)
+    if fixed[count:].any() and not fixed.all():
+        where = fixed.nonzero().flatten().tolist()
+        raise UserError(
+            f"tokens {where} do not depend on the image, so that patches do not begin at token"
+            f" {count}: prefix tokens have to come first, and prefix=(kinds) names them"
+        )
+
+
+def _named_prefix(model: nn.Module, width: int) -> tuple[str, ...]:
+    """The prefix that the names of parameters tell, in the usual order: cls, dist, reg."""
+    found: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        for kind, names in _NAMES.items():
+            if name.rpartition(".")[2] in names and parameter.numel() % width == 0:
+                found.setdefault(kind, parameter.numel() // width)
+    return tuple(kind for kind in KINDS for _ in range(found.get(kind, 0)))
+
+
+def _patch_grid(model: nn.Module, images: Tensor) -> tuple[int, int] | None:
+    """Rows and columns that the first convolution with strides makes of the images, if any."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.kernel_size == module.stride != (1, 1):
+            if isinstance(module.padding, str):
+                return None
+            steps = zip(
+                images.shape[-2:], module.padding, module.kernel_size, module.stride, strict=True
+            )
+            rows, columns = (
+                (size + 2 * int(padding) - kernel) // stride + 1
+                for size, padding, kernel, stride in steps
+            )
+            return rows, columns
+    return None
