@@ -1,4 +1,4 @@
-"""Streamed statistics of activations: class means, Gram matrices, a row per image.
+"""Streamed statistics of activations: Gram matrices, a row per image.
 
 Each is a `torchmetrics.Metric` whose `update` takes activations ``(B, T, ...)`` (and labels where
 named), so that `Probe.collect` and torchmetrics' own metrics mix. Sums are kept in float64: the
@@ -15,58 +15,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from bvit_interp.errors import UserError
 from bvit_interp.metrics.checks import check_finite
-
-
-class MeanByClass(Metric):
-    """Mean activation of each class.
-
-    Parameters
-    ----------
-    num_classes : number of classes C; labels are 0..C-1.
-
-    Returns
-    -------
-    ``compute``: ``(C, T, ...)`` float64; nan for a class without images.
-    """
-
-    full_state_update = False
-    total: Tensor
-    count: Tensor
-
-    def __init__(self, num_classes: int) -> None:
-        super().__init__()
-        self.num_classes = num_classes
-        empty = torch.zeros(num_classes, 1, dtype=torch.float64)
-        self.add_state("total", empty, dist_reduce_fx="sum")
-        empty = torch.zeros(num_classes, dtype=torch.float64)
-        self.add_state("count", empty, dist_reduce_fx="sum")
-        self.shape: tuple[int, ...] | None = None
-
-    def update(
-        self, values: Float[Tensor, "batch steps *shape"], labels: Int[Tensor, " batch"]
-    ) -> None:
-        """Add a batch of activations with their labels."""
-        if labels.min() < 0 or labels.max() >= self.num_classes:
-            raise UserError(
-                f"labels must be 0..{self.num_classes - 1}, got {labels.min()}..{labels.max()}"
-            )
-        flat = check_finite(values).double().flatten(1)
-        if self.shape is None:
-            self.shape = tuple(values.shape[1:])
-            self.total = self.total.expand(-1, flat.shape[1]).clone()
-        self.total.index_add_(0, labels, flat)
-        self.count += torch.bincount(labels, minlength=self.num_classes)
-
-    def compute(self) -> Tensor:
-        """Class means over all images and processes."""
-        means = self.total / self.count[:, None]
-        return means if self.shape is None else means.unflatten(1, self.shape)
-
-    def reset(self) -> None:
-        super().reset()
-        self.shape = None
 
 
 class Gram(Metric):
