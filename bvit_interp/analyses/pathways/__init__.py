@@ -65,11 +65,14 @@ COLUMNS = {
     "convention": "value given to 0 / 0: empty=nan, empty=1 or empty=0; for specialization and the"
     " overlaps only",
     "value": "value of the metric, 0..1 (mean_uses: 1..T steps; collapse: -1..1)",
+    "low": "for accuracies the lower end of the 95 % confidence interval (Wilson's); for shuffled"
+    " the least accurate order; empty for masks",
+    "high": "upper end of the interval; for shuffled the most accurate order",
     "null": "for masks the expectation over independent masks of the same densities; for accuracies"
     " the share of the most frequent class among the images; empty where there is no null",
-    "low": "lower end of a 95 % interval: for masks of the null (each weight drawn independently),"
-    " for accuracies Wilson's of the value; for shuffled the least accurate order",
-    "high": "upper end of the interval; for shuffled the most accurate order",
+    "null_low": "for masks the lower end of the null's 95 % interval (each weight drawn"
+    " independently); empty for accuracies",
+    "null_high": "upper end of the null's interval",
     "n": "number of weights or images that the value is a share of",
     "flag": "fully_pruned: no weight is left (in both steps of a pair); collapse: the mean overlap"
     " rises beyond chance",

@@ -201,6 +201,6 @@ def _collapse_rows(
         means = [sharing[name].mean_jaccard(ALL_LAYERS) for name in names]
         for name, before, now in zip(names[1:], means, means[1:], strict=False):
             (row,) = now.minus(before).rows(-1)
-            flag = COLLAPSE if row["value"] > row["high"] - row["null"] else None
+            flag = COLLAPSE if row["value"] > row["null_high"] - row["null"] else None
             rows[name] = [*_rows("collapse", ALL_LAYERS, [row], convention="empty=nan", flag=flag)]
     return rows

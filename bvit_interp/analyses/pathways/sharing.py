@@ -98,16 +98,17 @@ class Compared:
         )
 
     def rows(self, least: float = 0.0, most: float = 1.0) -> list[dict[str, float]]:
-        """value, null, low, high and n of each number.
+        """value, null, null_low, null_high and n of each number.
 
-        low..high is the null's 95 % interval by the normal distribution, within least..most.
+        null_low..null_high is the null's 95 % interval by the normal distribution, within
+        least..most.
         """
         half_width = Z_95 * self.null_std
         columns = {
             "value": self.value,
             "null": self.null,
-            "low": (self.null - half_width).clamp(least, most),
-            "high": (self.null + half_width).clamp(least, most),
+            "null_low": (self.null - half_width).clamp(least, most),
+            "null_high": (self.null + half_width).clamp(least, most),
             "n": self.count,
         }
         numbers = [column.reshape(-1).tolist() for column in columns.values()]

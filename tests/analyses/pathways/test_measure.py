@@ -132,7 +132,7 @@ def test_random_masks_are_what_their_nulls_say_and_one_mask_for_all_is_not(make,
         model_of | {"one": masked(model, one, baked=True)}, digits, Config(limit=2, shuffles=0)
     )
     compared = frame[frame["null"].notna() & ~frame["metric"].isin(["accuracy", "collapse"])]
-    inside = compared["value"].between(compared["low"], compared["high"])
+    inside = compared["value"].between(compared["null_low"], compared["null_high"])
     assert inside[compared["model"] == "random"].mean() > 0.93
     assert inside[compared["model"] == "one"].mean() < 0.1
     found = frame[frame["model"] == "one"]
@@ -177,7 +177,8 @@ def test_collapse_is_not_confused_with_thinning(tiny, digits):
     found = rows(frame, "collapse").set_index("model")
     assert set(found.index) == {"run/b", "run/c"}  # the least sparse of a run has none before it
     assert found.loc["run/b", "value"] == pytest.approx(0.3 / 1.7 - 0.6 / 1.4, abs=0.01)
-    assert found.loc["run/b", "low"] < found.loc["run/b", "value"] < found.loc["run/b", "high"] < 0
+    thinned_only = found.loc["run/b"]
+    assert thinned_only["null_low"] < thinned_only["value"] < thinned_only["null_high"] < 0
     assert pd.isna(found.loc["run/b", "flag"])
     assert found.loc["run/c", "value"] == pytest.approx(1 - 0.3 / 1.7, abs=0.01)
     assert found.loc["run/c", "flag"] == "collapse"
@@ -202,6 +203,12 @@ def test_accuracies_are_those_of_models_with_the_masks_moved(tiny, digits):
     assert len(np.unique(table)) > 3  # or the comparison says little
     shuffled = rows(frame, "shuffled").iloc[0]
     assert shuffled["low"] <= shuffled["value"] <= shuffled["high"]
+    # an interval of the value for accuracies, of the null for masks
+    accuracies = frame["metric"].isin(["accuracy", "swapped", "shuffled"])
+    assert frame.loc[accuracies, ["low", "high"]].notna().all(axis=None)
+    assert frame.loc[accuracies, ["null_low", "null_high"]].isna().all(axis=None)
+    assert frame.loc[~accuracies, ["low", "high"]].isna().all(axis=None)
+    assert rows(frame, "specialization")[["null_low", "null_high"]].notna().all(axis=None)
     other = measure({"m": model}, digits, Config(shuffles=2, seed=1, limit=60))
     assert rows(other, "swapped").empty
     assert value(other, "accuracy") == accuracy["value"]

@@ -83,7 +83,7 @@ def test_nulls_on_paper():
     half = 1.959964 * math.sqrt(unused * (1 - unused) / 6)
     (row,) = found.weight_sparsity("a").rows()  # the lower end of the interval would be negative
     assert row == pytest.approx(
-        {"value": 1 / 6, "null": unused, "low": 0, "high": unused + half, "n": 6}
+        {"value": 1 / 6, "null": unused, "null_low": 0, "null_high": unused + half, "n": 6}
     )
 
 
@@ -141,7 +141,7 @@ def test_random_masks_lie_within_their_nulls_about_as_often_as_said(blocks):
                 for row, keep in zip(compared.rows(0, math.inf), kept.reshape(-1), strict=True)
                 if keep
             ]
-            inside[name] += [row["low"] <= row["value"] <= row["high"] for row in rows]
+            inside[name] += [row["null_low"] <= row["value"] <= row["null_high"] for row in rows]
             deviation[name].append(
                 ((compared.value - compared.null) / compared.null_std)[kept].mean().item()
             )
@@ -155,7 +155,7 @@ def test_a_mask_for_all_steps_is_far_from_independent():
     mask = drawn({"a": [0.1]}, {"a": (50, 40)})["a"].expand(12, -1, -1)
     found = Sharing(Masks({"a": mask}))
     assert found.mean_jaccard("a").value.item() == 1
-    assert found.mean_jaccard("a").rows()[0]["high"] < 0.1
+    assert found.mean_jaccard("a").rows()[0]["null_high"] < 0.1
     assert found.specialization("a").value.sum() == 0
     assert found.utilisation("a").value.tolist() == [0] * 11 + [1]
     assert found.mean_uses("a").value.item() == pytest.approx(12)
