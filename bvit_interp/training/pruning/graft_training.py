@@ -230,7 +230,7 @@ class _Training:
             "done": self.done,
             "losses": self.losses,
             "history": self.history,
-            "identity": self.resume_key,
+            "resume_key": self.resume_key,
             "precision": self.precision,
         }
         try:
@@ -249,11 +249,9 @@ class _Training:
             return
         try:
             content = torch.load(self.state, map_location="cpu", weights_only=True)
-            differing = [
-                key
-                for key, value in self.resume_key.items()
-                if content["identity"].get(key) != value
-            ]
+            # an older state calls it identity
+            saved = content["resume_key" if "resume_key" in content else "identity"]
+            differing = [key for key, value in self.resume_key.items() if saved.get(key) != value]
         except Exception as error:  # torch raises one of many, depending on the damage
             raise UserError(
                 f"{self.state}: not the whole state of grafts ({first_line(error)}); remove it"

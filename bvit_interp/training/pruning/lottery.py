@@ -127,7 +127,7 @@ class Lottery:
         Masks are sought from these weights, and subnetworks trained from them.
         """
         path, steps = self.out / EXTRACTED / FIRST, self.plan.rewind
-        keys = {"method": "all", "purpose": "rewind", "round": 0, "part": 0}
+        keys = {"method": "all", "purpose": "rewind", "round": 0, "subset_index": 0}
         if self.trainings.has(**keys) and path.is_file():
             self.bar.update(steps)
             load_model(self.init, str(path))
@@ -173,7 +173,7 @@ class Lottery:
                 scores = {name: torch.rand(mask.shape) for name, mask in masks.items()}
             return prune_to(masks, scores, sparsity)
         path = self.out / EXTRACTED / family / f"round-{number:02d}" / f"{k:02d}.safetensors"
-        keys = {"method": family, "purpose": "extract", "round": number, "part": k}
+        keys = {"method": family, "purpose": "extract", "round": number, "subset_index": k}
         steps = self.plan.iterations * (len(self.names) if family == "imp" else 1)
         if self.trainings.has(**keys) and path.is_file():
             self.bar.update(steps)
@@ -211,7 +211,7 @@ class Lottery:
         model = copy.deepcopy(self.init).to(self.device)
         module = unroll(model) if self.masks_per_part(method) > 1 else model  # type: ignore[arg-type]
         folder = self.out / TRAINED / method / f"round-{number:02d}" / f"{i:02d}"
-        keys = {"method": method, "purpose": "retrain", "round": number, "part": i}
+        keys = {"method": method, "purpose": "retrain", "round": number, "subset_index": i}
         steps = self.passes * (len(self.names) if method == "imp" else len(parts))
         if self.trainings.has(**keys) and (folder / WEIGHTS).is_file():
             self.bar.update(steps)

@@ -274,6 +274,17 @@ def test_another_method_joins_a_search_and_another_option_does_not(plan, tmp_pat
         by_subset.run(plan, TicketPlan(**search), tmp_path)
 
 
+def test_the_trainings_of_an_older_search_are_refused_and_left(plan, tmp_path):
+    search = {**FEW, "sparsity": (0.5,), "methods": ("rtl",)}
+    by_subset.run(plan, TicketPlan(**search), tmp_path)
+    path = tmp_path / "trainings.csv"
+    path.write_text(path.read_text().replace("subset_index", "part", 1))
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=r"trainings.csv has other columns: it lacks subset_index"):
+        by_subset.run(plan, TicketPlan(**search), tmp_path)
+    assert contents(tmp_path) == before
+
+
 @pytest.mark.parametrize("by", ["class-step", "cluster", "column"])
 def test_other_subsets(plan, tmp_path, by):
     more = {}

@@ -179,6 +179,21 @@ def test_killed_in_any_step_the_grafts_are_the_same(trained, samples, tmp_path, 
     assert all(torch.equal(run("killed.pt")[0][name], weights[name]) for name in PLACES)
 
 
+def test_an_older_state_is_read(trained, samples, tmp_path, monkeypatch):
+    plan, init, masks, main = trained()
+    path = tmp_path / "grafts.pt"
+    weights, losses = graft_training.train(plan, 1, init, main, masks, samples, path)
+    state = torch.load(path, weights_only=True)
+    state["identity"] = state.pop("resume_key")
+    torch.save(state, path)
+    monkeypatch.setattr(graft_training._Training, "_step", None)  # finished: no step is taken
+    again, table = graft_training.train(plan, 1, init, main, masks, samples, path)
+    assert all(torch.equal(again[name], weights[name]) for name in PLACES)
+    assert table.equals(losses)
+    with pytest.raises(UserError, match=r"\(other epochs\)"):
+        graft_training.train(plan, 2, init, main, masks, samples, path)
+
+
 def test_the_state_of_other_grafts_is_refused(trained, samples, tmp_path):
     plan, init, masks, main = trained()
     state = tmp_path / "grafts.pt"
