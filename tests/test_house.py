@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 
 from bvit_interp.analyses import ANALYSES
+from bvit_interp.errors import UserError
+from bvit_interp.results import read_table
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "bvit_interp"
@@ -106,6 +108,16 @@ def test_measure_is_the_function_whatever_was_imported_first(word):
         subprocess.run([sys.executable, "-c", code], check=True)
     else:
         exec(code, {})
+
+
+@pytest.mark.parametrize("word", ANALYSES)
+def test_columns_that_a_figure_misses_are_named(word):
+    question = importlib.import_module(f"bvit_interp.analyses.{word}")
+    lacking = [name for name in question.COLUMNS if name in ("model", "value")]
+    frame = read_table(ROOT / "figures" / f"{word}.csv").drop(columns=lacking)
+    for _ in range(2):  # the second time `plot` is loaded already
+        with pytest.raises(UserError, match=rf"^{word}: the table lacks {', '.join(lacking)}; "):
+            question.plot(frame)
 
 
 def test_questions_import_nothing_heavy():

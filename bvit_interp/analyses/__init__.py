@@ -13,17 +13,24 @@ Each folder holds
     frame = ablation.measure(models, data, ablation.Config(limit=1000))
     figure = ablation.plot(frame)
 
-`measure`, `summary` and `plot` are loaded on first use.
+`measure`, `summary` and `plot` are loaded on first use. `plot` names the
+columns that a table lacks.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lazy_loader
+
+from bvit_interp.errors import UserError, choices
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 OF_THE_PAPER = (
     "features",
@@ -60,7 +67,28 @@ class _Question(ModuleType):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("measure", "plot") and isinstance(value, ModuleType):
             value = getattr(value, name)
+            value = _checked(self, value) if name == "plot" else value
         super().__setattr__(name, value)
+
+
+def _checked(question: ModuleType, plot: Callable[..., Any]) -> Callable[..., Any]:
+    """The `plot` of a question, with an error that names the columns that a table lacks."""
+    word = question.__name__.rpartition(".")[2]
+
+    @functools.wraps(plot)
+    def checked(frame: pd.DataFrame) -> Any:
+        try:
+            return plot(frame)
+        except (KeyError, AttributeError) as error:
+            missing = [name for name in question.COLUMNS if name not in frame]
+            if not missing:
+                raise
+            raise UserError(
+                f"{word}: the table lacks {choices(missing, 40)}; it may be of another version:"
+                f" measure again with bvit-interp {word.replace('_', '-')}"
+            ) from error
+
+    return checked
 
 
 def attach(
@@ -72,4 +100,12 @@ def attach(
     getattribute, _, names = lazy_loader.attach(
         package, submod_attrs={"measure": ["measure", "summary"], "plot": ["plot"]}
     )
-    return getattribute, lambda: sorted({*vars(module), *names}), names
+
+    def get(name: str) -> Any:
+        value = getattribute(name)
+        if name == "plot":  # lazy_loader has put the function itself in its place
+            module.plot = sys.modules[f"{package}.plot"]
+            return vars(module)[name]
+        return value
+
+    return get, lambda: sorted({*vars(module), *names}), names
