@@ -94,6 +94,17 @@ def test_help_of_every_command(word, capsys):
         assert "Expected:" not in text  # the method is in measure.py
 
 
+@pytest.mark.parametrize("word", EVERY)
+def test_help_says_each_text_once(word, capsys):
+    with pytest.raises(SystemExit):
+        main([*word.split(), "--help"])
+    words = " ".join(re.sub(r"[│─]", " ", capsys.readouterr().out).split())
+    command, _ = find(word.split())
+    for text in (command.text, *(group.__doc__ for group in command.options.values())):
+        for paragraph in text.split("\n\n"):
+            assert words.count(" ".join(paragraph.split())) == 1
+
+
 def test_help_of_all_commands_loads_nothing_heavy():
     code = (
         "import sys\n"
@@ -382,8 +393,9 @@ def test_the_cause_of_a_stop_under_torchrun(monkeypatch, capfd):
         ("rank-sweep --ranks 4 b", "--ranks takes INT ...; got '4 b'"),
         ("rank-sweep --methods svd foo", "--methods takes svd, whitened, random; got 'foo'"),
         ("transfer --autocast=on", "transfer: --autocast takes off, bf16; got 'on'"),
-        ("train", "train: missing --recipe"),
-        ("data export", "data export: missing DATA"),
+        ("train", "train: missing --recipe; bvit-interp train --help"),
+        ("data export", "data export: missing DATA and OUT; bvit-interp data export --help"),
+        ("data export digits-s", "data export: missing OUT; bvit-interp data export --help"),
         ("data", "data takes list or export"),
         ("data lists", "data takes list or export"),
         ("train --recipe digits-s --set autocast=on", "autocast must be auto, bf16, off, got True"),

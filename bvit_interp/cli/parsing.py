@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, fields, make_dataclass
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -37,7 +37,8 @@ def parse(
     SystemExit
         After ``--help``.
     """
-    together = make_dataclass("Options", list(options.items()), frozen=True)
+    groups = [(name, _introduced(group, text)) for name, group in options.items()]
+    together = make_dataclass("Options", groups, frozen=True)
     given = list(arguments)
     for flag in _list_flags(options):
         given = gathered(given, flag)
@@ -79,6 +80,13 @@ def gathered(given: list[str], flag: str) -> list[str]:
             taking = False
             rest.append(argument)
     return rest if position is None else [*rest[:position], flag, *values, *rest[position:]]
+
+
+def _introduced(group: type, text: str) -> Any:
+    """A group of options, without its docstring if that stands above the options already."""
+    if _wrapped(group.__doc__ or "") == _wrapped(text):
+        return Annotated[group, tyro.conf.arg(help="")]
+    return group
 
 
 def _wrapped(text: str, width: int = 80) -> str:
@@ -129,7 +137,7 @@ def _refusal(
         cause = cause.__context__
     if cause is not None:
         return cause
-    return UserError(f"{word}: {_usage(_Box.of(printed), options)}")
+    return UserError(f"{word}: {_usage(_Box.of(printed), word, options)}")
 
 
 @dataclass(frozen=True)
@@ -137,8 +145,13 @@ class _Box:
     """An error as tyro prints it: a title, what was wrong, and help of the argument."""
 
     title: str
-    message: str
+    lines: list[str]
     help: list[str]
+
+    @property
+    def message(self) -> str:
+        """What was wrong, in one line."""
+        return " ".join(" ".join(self.lines).split())
 
     @classmethod
     def of(cls, printed: str) -> _Box:
@@ -154,10 +167,10 @@ class _Box:
         # without UTF-8 a line stands below the title too
         message, *more = [part for part in parts if any(part)] or [[]]
         lines = [line for part in more for line in part]
-        return cls(first.strip("╭╮─+- "), " ".join(" ".join(message).split()), lines)
+        return cls(first.strip("╭╮─+- "), message, lines)
 
 
-def _usage(box: _Box, options: Mapping[str, type]) -> str:
+def _usage(box: _Box, word: str, options: Mapping[str, type]) -> str:
     """What was wrong and what would be right."""
     if match := re.match(r"Unrecognized options: (.*)", box.message):
         known = choices(sorted(_flags(options)), 60)
@@ -165,8 +178,10 @@ def _usage(box: _Box, options: Mapping[str, type]) -> str:
     if match := re.match(r"invalid choice '(.*)' for argument '(.*)'\. .* \((.*)\)", box.message):
         value, flag, allowed = match.groups()
         return f"{flag} takes {allowed.replace(chr(39), '').strip(',')}; got {value!r}"
-    if match := re.match(r"Missing from .*?: (.*)", box.message):
-        return f"missing {match[1].replace(' (required)', '')}"
+    if box.message.startswith("Missing from "):
+        # each name stands on a line, its text below
+        names = [match[1] for line in box.lines if (match := re.match(r"(--\S+|[A-Z]+$)", line))]
+        return f"missing {' and '.join(names)}; bvit-interp {word} --help describes the options"
     if match := re.match(r"Missing value for argument '(.*)'\.", box.message):
         return f"{match[1]} needs a value"
     if match := re.match(r"Error parsing (\S+): (.*)", box.message):
