@@ -23,7 +23,7 @@ demo: setup
 	$(BIN)/bvit-interp transfer --data digits-s --mode probe lora-qv --seeds 0 --epochs 6 --train-batch 16 \
 		--n-train 128 --limit 100 --random-baseline --out $(RUN)/transfer
 	$(BIN)/bvit-interp demo --data $(RUN)/digits-s --out $(RUN)
-	$(BIN)/bvit-interp pointing-game $(ALL)
+	$(BIN)/bvit-interp pointing-game $(ALL) --overwrite
 	$(BIN)/bvit-interp report $(RUN)
 
 test: setup lint

@@ -135,6 +135,38 @@ def provenance(options: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def refuse_other_options(path: Path, options: Mapping[str, Any]) -> None:
+    """Refuse to replace or to continue a table that was made with other options.
+
+    Parameters
+    ----------
+    path : the CSV; its options lie in the `.json` beside it. None need be there.
+    options : what the rows depend on. Options that the `.json` has beside these do not matter.
+
+    Raises
+    ------
+    UserError
+        If a table is there, with other options or without any.
+    """
+    if not path.exists():
+        return
+    try:
+        found = _flat(json.loads(path.with_suffix(".json").read_text())["options"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} exists without its options; --overwrite replaces it") from None
+    wanted = _flat(json.loads(json.dumps(options, default=str)))
+    differing = [
+        f"{key}: {found.get(key)!r} there, {value!r} now"
+        for key, value in wanted.items()
+        if found.get(key) != value
+    ]
+    if differing:
+        raise UserError(
+            f"{path} was made with other options ({'; '.join(differing)}); give"
+            " another --out or --overwrite"
+        )
+
+
 class Table:
     """A table that grows by finished units and continues where it stopped.
 
@@ -148,33 +180,15 @@ class Table:
     """
 
     def __init__(self, path: Path, options: Mapping[str, Any], overwrite: bool = False) -> None:
-        self.path, self.about = path, path.with_suffix(".json")
+        self.path = path
         self.options = json.loads(json.dumps(options, default=str))
         self.rows: list[dict[str, Any]] = []
         self.columns: frozenset[str] | None = None  # of the rows found
         if path.exists() and not overwrite:
-            self._check_options()
+            refuse_other_options(path, self.options)
             found = read_table(path)
             self.rows += found.to_dict("records")  # type: ignore[arg-type]
             self.columns = frozenset(map(str, found))
-
-    def _check_options(self) -> None:
-        try:
-            found = _flat(json.loads(self.about.read_text())["options"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(
-                f"{self.path} exists without its options; --overwrite replaces it"
-            ) from None
-        differing = [
-            f"{key}: {found.get(key)!r} there, {value!r} now"
-            for key, value in _flat(self.options).items()
-            if found.get(key) != value
-        ]
-        if differing:
-            raise UserError(
-                f"{self.path} was made with other options ({'; '.join(differing)}); give"
-                " another --out or --overwrite"
-            )
 
     def has(self, **keys: Any) -> bool:
         """Whether a row with these values is there.
@@ -211,7 +225,7 @@ class Table:
             if len(self.rows) == 1:
                 # rows of other options must never lie beside these
                 self.path.unlink(missing_ok=True)
-                write_json({"options": self.options}, self.about)
+                write_json({"options": self.options}, self.path.with_suffix(".json"))
             write_table(pd.DataFrame(self.rows), self.path)
 
 

@@ -172,6 +172,21 @@ def test_a_table_of_other_options_is_refused_and_left(tmp_path):
     assert (path.read_bytes(), path.with_suffix(".json").read_bytes()) == before
 
 
+def test_a_table_is_replaced_by_one_of_its_options_only(tmp_path):
+    path = tmp_path / "t.csv"
+    results.refuse_other_options(path, {"limit": 3})  # none is there
+    path.write_text("value\n1\n")
+    with pytest.raises(UserError, match=r"t\.csv exists without its options; --overwrite"):
+        results.refuse_other_options(path, {"limit": 3})
+    results.write_json(
+        {"options": {"limit": 3, "config": {"at": Path("a"), "by": 1}}}, tmp_path / "t.json"
+    )
+    results.refuse_other_options(path, {"limit": 3, "config": {"at": Path("a")}})
+    with pytest.raises(UserError, match=r"other options \(config.at: 'a' there, 'b' now\)"):
+        results.refuse_other_options(path, {"limit": 3, "config": {"at": Path("b")}})
+    assert path.read_text() == "value\n1\n"
+
+
 def test_overwrite_starts_again(tmp_path):
     path = tmp_path / "a.csv"
     results.Table(path, OPTIONS).append({"rank": 4})
