@@ -14,6 +14,7 @@ from torchvision.transforms.v2 import functional as F
 from bvit_interp.data.samples import Samples
 from bvit_interp.errors import UserError
 from bvit_interp.models.bvit import BViT
+from bvit_interp.models.layout import layout_of
 from bvit_interp.models.looped import Model
 
 CROP = 224 / 256  # size / resize of the pointing game, and of most of the field's evaluation
@@ -60,7 +61,7 @@ class Geometry:
         UserError
             If `resize` is smaller than the model's size.
         """
-        height, width = model.patch_embed.img_size
+        height, width = layout_of(model).image_size
         cfg = getattr(model, "pretrained_cfg", None) or {}
         if resize is None and samples.native_size == height == width:
             resize = height  # a shorter side of that length already: nothing is resampled

@@ -10,27 +10,38 @@ application of the block.
 bViT-B: 33.697 GFLOPs (35.128 with attention) = 0.232747 + 2.788688 t at t = 12. bViT-fl (n = 3):
 134.1; bViT-sc: 33.697 with memory="state", 50.4, 44.9, 42.1, 39.3, 36.5 with "block" and k = 2, 3,
 4, 6, 12; distilled: 33.87.
+
+A model that is not ours (`CalledSteps`) has no such shapes: torch's counter watches one forward,
+with attention as plain matrix products so that it can be told apart.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 from timm.layers import PatchEmbed
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from bvit_interp.errors import UserError
+from bvit_interp.models.dry_run import dry, example_images
+from bvit_interp.models.looped import CalledSteps, Model
 from bvit_interp.models.memory import MemoryBlock
 from bvit_interp.models.steps import Steps
 
 
-def flops(model: VisionTransformer, *, count_attention: bool, steps: int | None = None) -> int:
+def flops(model: Model, *, count_attention: bool, steps: int | None = None) -> int:
     """FLOPs per image at the model's input size: patch embedding, `steps` steps, the head on one
     row.
 
     Parameters
     ----------
-    model : a `BViT`, its unroll, or a timm `VisionTransformer` with a plain patch embedding.
+    model : a `BViT`, its unroll, a timm `VisionTransformer` with a plain patch embedding, or a
+        `CalledSteps`.
     count_attention : add QK^T and AV, 2 * 2 * N^2 * D per step for N tokens (CLS and registers
         are tokens).
     steps : as in `unroll`: by default as many as the model takes; a stack can only be shortened.
@@ -43,6 +54,8 @@ def flops(model: VisionTransformer, *, count_attention: bool, steps: int | None 
     steps = len(model.blocks) if steps is None else steps
     if steps < 1:
         raise UserError(f"steps must be >= 1, got {steps}")
+    if isinstance(model, CalledSteps):
+        return _watched(model, steps, count_attention)
     each = (
         flops_per_step(model, count_attention=count_attention, step=t) for t in range(1, steps + 1)
     )
@@ -71,17 +84,46 @@ def parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def parameters_by_part(model: VisionTransformer) -> dict[str, int]:
+def parameters_by_part(model: Model) -> dict[str, int]:
     """Number of parameters of the parts `embedding`, `blocks`, `norm` and `head`; their sum is
     `parameters`.
 
     The embedding is the patch embedding, the positions and the prefix tokens. Time embeddings
     belong to the blocks.
+
+    Raises
+    ------
+    UserError
+        For a `CalledSteps`, of which only the blocks are known.
     """
+    if isinstance(model, CalledSteps):
+        raise UserError("which parts of this model are embedding, norm and head is not known")
     counts = dict.fromkeys(("embedding", "blocks", "norm", "head"), 0)
     for name, parameter in model.named_parameters():
         counts[_part_of(name)] += parameter.numel()
     return counts
+
+
+def _watched(view: CalledSteps, steps: int, count_attention: bool) -> int:
+    """FLOPs of one forward as torch counts them, without the steps after `steps`."""
+    total = len(view.blocks)
+    if steps > total:
+        raise UserError(f"this model has {total} steps and cannot take {steps}")
+    counter = FlopCounterMode(display=False)
+    image = example_images(view, view.layout.image_size)[:1]
+    with dry(view), sdpa_kernel(SDPBackend.MATH), counter:
+        view(image)
+    counts = counter.get_flop_counts()
+    left_out = [f"{type(view).__name__}.blocks.{i}" for i in range(steps, total)]
+    return _matched(counts["Global"], count_attention) - sum(
+        _matched(counts[module], count_attention) for module in left_out
+    )
+
+
+def _matched(counts: Mapping[Any, int], count_attention: bool) -> int:
+    """The FLOPs of Linear and Conv weights, and with `count_attention` those of other products."""
+    of_weights = ("aten.addmm", "aten.mm", "aten.convolution")
+    return sum(count for op, count in counts.items() if count_attention or str(op) in of_weights)
 
 
 def _part_of(name: str) -> str:

@@ -11,10 +11,10 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 from bvit_interp.errors import UserError
@@ -170,11 +170,11 @@ def _runs_each_step_once(view: VisionTransformer) -> bool:
 def _step(container: Steps, i: int, shared: dict[int, torch.Tensor]) -> nn.Module:
     """The clone for application i (from 0), owning its row of the time embedding and its inner
     updates, if any."""
-    stored: Any = list(container._modules.values())[container.block_index(i)]
+    stored = list(container._modules.values())[container.block_index(i)]
     block: Any = clone(stored, shared)
     if isinstance(block, TimedBlock) and container.step_embed is not None:
         block.own_step(container.step_embed, container.embed_index(i))
     if isinstance(block, MemoryBlock):
         updates = range(block.memory.updates(i))
-        block.own_updates([as_plain(clone(stored, shared)) for _ in updates])
+        block.own_updates([as_plain(cast(Block, clone(stored, shared))) for _ in updates])
     return block

@@ -85,7 +85,8 @@ class Probe:
             raise UserError(
                 "hooks do not run in a compiled model: probe the model that went into torch.compile"
             )
-        self.model = unroll(model, **options) if options or not is_unrolled(model) else model
+        view = cast(Any, model)
+        self.model = view if is_unrolled(view) and not options else unroll(model, **options)
         self.layout = layout_of(self.model)
         self._steps = [Step(block) for block in self.model.blocks]
         self.max_bytes = max_bytes

@@ -20,6 +20,8 @@ from bvit_interp.models.families import map_of
 from bvit_interp.models.memory import MemoryBlock
 from bvit_interp.vocabulary import SITES
 
+FFN_MATRICES = {"fc1": "mlp_pre", "fc2": "mlp_post"}
+"""The weights of an FFN: the one whose outputs mlp_pre are, and the one that reads mlp_post."""
 Handle = attention.Handle | torch.utils.hooks.RemovableHandle
 """Ends a recording or an edit by its method `remove`."""
 
@@ -54,10 +56,27 @@ class Step:
             there = ", ".join(name for name in SITES if name not in self._map.missing)
             raise UserError(f"{site}: {self._map.missing[site]}; its sites: {there}")
 
-    def module_of(self, site: str) -> nn.Module:
-        """The module whose input or output the site is."""
-        self.require(site)
-        return self.block.get_submodule(self._place(site)[0])
+    def linear_of(self, matrix: str) -> tuple[nn.Module, str]:
+        """Where a weight of the FFN is: the module that holds its Linear, and the attribute.
+
+        Parameters
+        ----------
+        matrix : of `FFN_MATRICES`.
+
+        Raises
+        ------
+        UserError
+            For an FFN that has no such Linear.
+        """
+        site = FFN_MATRICES[matrix]
+        kind = type(self.block).__name__
+        if site in self._map.missing:
+            raise UserError(f"the FFN of a {kind} has no {matrix}: {self._map.missing[site]}")
+        owner, _, name = self._place(site)[0].rpartition(".")
+        holder = self.block.get_submodule(owner)
+        if not isinstance(getattr(holder, name), nn.Linear):
+            raise UserError(f"the FFN of a {kind} has no Linear {matrix}")
+        return holder, name
 
     def record(self, site: str, rows: slice, keep: Callable[[Tensor], None]) -> Handle:
         """Hand the site's tokens `rows` (for scores and pattern: query rows) to `keep`."""

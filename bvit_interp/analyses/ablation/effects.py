@@ -11,7 +11,6 @@ import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int
@@ -85,8 +84,7 @@ class Ablator:
     def __init__(self, model: Model, groups: int, seed: int = 0) -> None:
         self.probe = Probe(model)
         heads, neurons = self.probe.num_heads, self.probe.num_neurons
-        attention: Any = self.probe.model.blocks[0].attn
-        head_width = int(attention.head_dim)
+        head_width = self.probe.head_width
         if groups > neurons:
             raise UserError(
                 f"groups {groups} are more than the model's neurons; groups: 0..{neurons}"

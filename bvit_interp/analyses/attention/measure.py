@@ -250,7 +250,7 @@ def _write_examples(
         index, seen = pixels[name].compute()
         _, attended = maps[name].compute()
         shape = (probe.num_steps, probe.num_heads, *probe.grid)
-        height, width = probe.model.patch_embed.img_size
+        height, width = probe.layout.image_size
         path = folder / f"attention_{file_stem(name)}.npz"
         write_arrays(
             path,

@@ -32,6 +32,7 @@ from bvit_interp.analyses.cost.timing import interleaved_times, peak_memory
 from bvit_interp.data.samples import Samples
 from bvit_interp.errors import UserError
 from bvit_interp.models.cost import flops, parameters, parameters_by_part
+from bvit_interp.models.layout import layout_of
 from bvit_interp.models.looped import Model
 from bvit_interp.models.stepping import device_of
 from bvit_interp.models.unroll import for_any_model
@@ -83,7 +84,7 @@ def measure(models: Mapping[str, Model], data: Samples | None, config: Config) -
                 "peak_memory": peaks[i],
                 "runs": config.runs,
                 "batch_size": config.batch_size,
-                "image_size": "x".join(map(str, model.patch_embed.img_size)),
+                "image_size": "x".join(map(str, layout_of(model).image_size)),
                 "device": _device_name(device_of(model)),
                 "threads": torch.get_num_threads(),
                 "dtype": config.dtype,
@@ -99,7 +100,12 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
 
 def counts(model: Model) -> dict[str, Any]:
     """Parameters in all and by part, steps, and FLOPs: the exact columns of the table."""
-    total, parts = parameters(model), parameters_by_part(model)
+    total = parameters(model)
+    try:
+        parts: dict[str, float] = {**parameters_by_part(model)}
+    except UserError:  # of a model that is not ours only the blocks are known
+        parts = dict.fromkeys(("embedding", "norm", "head"), math.nan)
+        parts["blocks"] = parameters(model.blocks)
     return {
         "parameters": total,
         "backbone": total - parts["head"],

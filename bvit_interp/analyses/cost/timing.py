@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bvit_interp.errors import UserError
+from bvit_interp.models.layout import layout_of
 from bvit_interp.models.looped import Model
 from bvit_interp.models.stepping import device_of
 
@@ -73,7 +74,8 @@ def peak_memory(model: Model, n_images: int) -> float:
 
 def random_pixels(model: Model, n_images: int) -> Float[Tensor, "batch channels height width"]:
     """The same random pixels at every call, on the device and in the data type of the weights."""
-    shape = (n_images, model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
+    layout = layout_of(model)
+    shape = (n_images, layout.channels, *layout.image_size)
     pixels = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     return pixels.to(next(model.parameters()))
 

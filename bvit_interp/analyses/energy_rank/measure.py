@@ -36,6 +36,7 @@ from bvit_interp.models.looped import Model
 from bvit_interp.models.stepping import device_of
 from bvit_interp.models.unroll import for_any_model
 from bvit_interp.probes.probe import Probe
+from bvit_interp.probes.sites import FFN_MATRICES, Step
 
 
 @for_any_model
@@ -79,10 +80,11 @@ def _weight_rows(probe: Probe, config: Config) -> list[dict[str, Any]]:
     # keyed by the tensors: a masked weight is made at each access, and a freed id can come back
     known: dict[Tensor, int] = {}
     rows = []
-    for matrix in ("fc1", "fc2"):
-        for step, block in enumerate(probe.model.blocks, start=1):
-            linear: Any = block.get_submodule(f"mlp.{matrix}")
-            weight: Tensor = linear.weight
+    blocks = [Step(block) for block in probe.model.blocks]
+    for matrix in FFN_MATRICES:
+        for step, block in enumerate(blocks, start=1):
+            owner, attribute = block.linear_of(matrix)
+            weight: Tensor = getattr(owner, attribute).weight
             if weight not in known:
                 singular_values = torch.linalg.svdvals(weight.detach().double())
                 known[weight] = int(energy_rank(singular_values, config.energy))

@@ -25,6 +25,7 @@ from bvit_interp.analyses.features.augmentations import PAPER_SIZE, Augmentation
 from bvit_interp.analyses.features.neurons import NeuronActivations
 from bvit_interp.analyses.features.recipe import Recipe
 from bvit_interp.errors import MissingExtra, UserError
+from bvit_interp.models.layout import layout_of
 from bvit_interp.results import rank_and_world
 
 TV_UNIT = 5e-4
@@ -138,7 +139,7 @@ def _maximise(
     progress: str | None,
 ) -> tuple[Tensor, Tensor]:
     parameter = next(activations.model.parameters())
-    height, width = activations.model.patch_embed.img_size
+    height, width = layout_of(activations.model).image_size
     parametrise = _PARAMETRISATIONS[recipe.parametrisation]
     variable, render = parametrise(len(neurons), (height, width), recipe.seed, parameter)
     adam = torch.optim.Adam([variable], lr=recipe.lr, betas=(0.5, 0.99))

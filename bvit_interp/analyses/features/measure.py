@@ -45,6 +45,7 @@ from bvit_interp.data.samples import Samples
 from bvit_interp.data.stream import ModelBatch, stream
 from bvit_interp.errors import UserError
 from bvit_interp.metrics.streaming.top_images import TopImages
+from bvit_interp.models.layout import layout_of
 from bvit_interp.models.looped import Model
 from bvit_interp.models.stepping import device_of
 from bvit_interp.models.unroll import for_any_model
@@ -108,7 +109,7 @@ def measure(
                 "correlation_distance": profiles[name]["correlation_distance"][
                     key["neuron"]
                 ].item(),
-                **_listed(of_neuron, activations[name].model.patch_embed.grid_size),
+                **_listed(of_neuron, layout_of(activations[name].model).grid),
                 "n": int(profiles[name]["count"]),
                 "iterations": config.iterations,
                 "path": None if path is None else str(path),

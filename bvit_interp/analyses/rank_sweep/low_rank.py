@@ -19,8 +19,7 @@ from bvit_interp.analyses.rank_sweep.factors import Factors, factors, random_fac
 from bvit_interp.errors import UserError
 from bvit_interp.models.looped import Model
 from bvit_interp.models.unroll import is_unrolled
-
-NAMES = ("fc1", "fc2")
+from bvit_interp.probes.sites import FFN_MATRICES, Step
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,17 +29,17 @@ class Matrix:
     Parameters
     ----------
     name : "fc1" (in-projection) or "fc2" (out-projection).
-    owners : the modules whose attribute `name` is the Linear; several where a recurrent block
-        shares the weight.
+    owners : the modules that hold its Linear, each with the attribute; several where a recurrent
+        block shares the weight.
     """
 
     name: str
-    owners: tuple[nn.Module, ...]
+    owners: tuple[tuple[nn.Module, str], ...]
 
     @property
     def linears(self) -> list[nn.Linear]:
         """The Linear of each owner."""
-        return [getattr(owner, self.name) for owner in self.owners]
+        return [getattr(owner, attribute) for owner, attribute in self.owners]
 
     @property
     def weight(self) -> Float[Tensor, "outputs inputs"]:
@@ -67,20 +66,14 @@ def ffn_matrices(unrolled: Model, step: int | None = None) -> list[Matrix]:
     if not is_unrolled(unrolled):
         raise UserError("FFN weights are cut on a tied unroll: give unroll(model)")
     blocks = list(unrolled.blocks) if step is None else [unrolled.blocks[step - 1]]
-    owners: dict[tuple[str, int], list[nn.Module]] = {}
+    owners: dict[tuple[str, int], list[tuple[nn.Module, str]]] = {}
     alive = []  # a parametrized weight is made at each access: its id must not come back
-    for block in blocks:
-        for part in (block, *getattr(block, "inner", ())):
-            for name in NAMES:
-                mlp = getattr(part, "mlp", None)
-                linear = getattr(mlp, name, None)
-                if mlp is None or not isinstance(linear, nn.Linear):
-                    raise UserError(
-                        f"the FFN of a {type(part).__name__} has no Linear {name}: it cannot be cut"
-                    )
-                alive.append(linear.weight)
-                owners.setdefault((name, id(alive[-1])), []).append(mlp)
-    return [Matrix(name, tuple(mlps)) for (name, _), mlps in owners.items()]
+    for part in (part for block in map(Step, blocks) for part in (block, *block.inner)):
+        for name in FFN_MATRICES:
+            owner, attribute = part.linear_of(name)
+            alive.append(getattr(owner, attribute).weight)
+            owners.setdefault((name, id(alive[-1])), []).append((owner, attribute))
+    return [Matrix(name, tuple(holders)) for (name, _), holders in owners.items()]
 
 
 @contextmanager
@@ -107,9 +100,9 @@ def low_rank(cuts: Mapping[Matrix, Factors], rank: int) -> Iterator[None]:
             products = [
                 product.to(weight) for product in ((right, left) if thin else (left @ right,))
             ]
-            for owner, linear in zip(matrix.owners, matrix.linears, strict=True):
-                undo.callback(setattr, owner, matrix.name, linear)
-                setattr(owner, matrix.name, LowRank(products, linear.bias).train(linear.training))
+            for (owner, attribute), linear in zip(matrix.owners, matrix.linears, strict=True):
+                undo.callback(setattr, owner, attribute, linear)
+                setattr(owner, attribute, LowRank(products, linear.bias).train(linear.training))
         yield
 
 

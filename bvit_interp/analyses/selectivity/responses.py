@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -153,9 +152,8 @@ class ResponseStatistics:
         device = device_of(probe.model)
         steps = probe.num_steps
         tokens = probe.num_prefix_tokens + math.prod(probe.grid)
-        attention: Any = probe.model.blocks[0].attn
         shapes: dict[str, tuple[int, ...]] = {
-            "z": (probe.num_heads, attention.head_dim),
+            "z": (probe.num_heads, probe.head_width),
             "mlp_post": (probe.num_neurons,),
         }
         self.class_sums: dict[str, ClassSums] = {}
