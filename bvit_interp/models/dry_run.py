@@ -1,4 +1,4 @@
-"""One forward pass that shows which modules of a model run, how often, and on what.
+"""A dry run: which modules of a model run, how often.
 
 Nothing about a loop is believed from the type of a model: it is seen here. The pass costs two
 images of the model's size, without gradients, in eval mode, on a copy that shares the weights.

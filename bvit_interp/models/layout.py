@@ -1,4 +1,4 @@
-"""What a model makes of an image: its size, its tokens, its classes."""
+"""The layout of a model: image size, patch grid, tokens, classes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Any block in any loop: the tied unroll of a model that is not ours, by call.
+"""Any block in any loop: the tied unroll by call.
 
 A user's module that calls one block T times keeps its own forward. In the view each block of the
 loop is replaced by a container of clones around the same parameters, and call t goes to clone t,

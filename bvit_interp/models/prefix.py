@@ -1,4 +1,4 @@
-"""Which tokens of a model that is not ours are patches, and what the others are."""
+"""Prefix tokens and patch grid of a model, found in a dry run."""
 
 from __future__ import annotations
 

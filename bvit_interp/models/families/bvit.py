@@ -1,4 +1,4 @@
-"""The blocks of this package: timm's block with a time embedding, or with a memory."""
+"""Our blocks: with a time embedding, or with a memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The blocks of timm's `Eva`: EVA, EVA-02, DINOv3 and the ViTs with rotary embeddings."""
+"""timm's `Eva` blocks: EVA, EVA-02, DINOv3, rotary ViTs."""
 
 from __future__ import annotations
 
