@@ -12,7 +12,8 @@ import timm
 import torch
 
 from bvit_interp.errors import CheckpointError
-from bvit_interp.models.checkpoint import _as_stored, display_name, load, save, versions
+from bvit_interp.models.checkpoint import display_name, load, save, versions
+from bvit_interp.models.checkpoint.saving import _as_stored
 
 
 @pytest.fixture

@@ -12,7 +12,9 @@ class Inputs:
 
     ckpt: tuple[str, ...] = ("checkpoints/bvit-digits-s",)
     """Checkpoints, one or more: a folder, FOLDER@ema (averaged weights), FOLDER@masked (masks of
-    the steps), timm:NAME, timm:NAME@random (seeded random weights) or timm:NAME@FILE."""
+    the steps), timm:NAME or torchvision:NAME (with @random: seeded random weights, or @FILE),
+    hf:FOLDER, FILE.py:factory or module:package.module.factory (the named code is run). Add
+    @loop=PATH to name the block of the loop, and @size=N for another image size."""
     data: str = "digits-s"
     """Data set: a NAME of `bvit-interp data list`, NAME:PATH, or a PATH."""
     split: str | None = None

@@ -15,7 +15,8 @@ class ExitTraining:
     """
 
     ckpt: str = "checkpoints/bvit-digits-s"
-    """Checkpoint: a folder, FOLDER@ema, timm:NAME, timm:NAME@random or timm:NAME@FILE."""
+    """Checkpoint of a BViT or a timm ViT: a folder, FOLDER@ema, timm:NAME, timm:NAME@random or
+    timm:NAME@FILE."""
     data: str = "digits-s"
     """Data set: a NAME of `bvit-interp data list`, NAME:PATH, or a PATH."""
     split: str = "train"

@@ -15,8 +15,8 @@ class Target:
     """
 
     ckpt: str = "checkpoints/bvit-digits-s"
-    """Checkpoint: a folder, FOLDER@ema, timm:NAME, timm:NAME@random or timm:NAME@FILE. Its classes
-    may differ from those of the data."""
+    """Checkpoint of a BViT or a timm ViT: a folder, FOLDER@ema, timm:NAME, timm:NAME@random or
+    timm:NAME@FILE. Its classes may differ from those of the data."""
     data: str = "cifar10"
     """Data set: a NAME of `bvit-interp data list`, NAME:PATH, or a PATH. Pets, DTD, Flowers-102 and
     StanfordCars are read from folders or parquet files."""

@@ -69,16 +69,10 @@ def _with_averaged(specs: Sequence[str]) -> list[str]:
 
 def _load(specs: Sequence[str], device: str) -> dict[str, Model]:
     """The models by name; where two folders have one name, by the folder they are in too."""
-    if len({_location(spec) for spec in specs}) < len(specs):
+    if len({checkpoint.location(spec) for spec in specs}) < len(specs):
         raise UserError(f"a checkpoint is given twice: {', '.join(specs)}")
     names = [checkpoint.display_name(spec) for spec in specs]
     if len(set(names)) < len(names):
         names = ["/".join(Path(spec).parts[-2:]) for spec in specs]
     labels = names if len(set(names)) == len(names) else list(specs)
     return {label: checkpoint.load(spec, device) for label, spec in zip(labels, specs, strict=True)}
-
-
-def _location(spec: str) -> str:
-    """The checkpoint that a spec means, however its folder is spelled."""
-    folder, at, version = spec.partition("@")
-    return f"{Path(folder).resolve()}{at}{version}" if Path(folder).exists() else spec

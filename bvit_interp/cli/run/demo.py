@@ -45,7 +45,7 @@ def _exits(demo: Demo, device: str) -> tuple[Path, ...]:
     folders = []
     for i, spec in enumerate(demo.ckpt):
         folder = demo.out / "exits" / str(i)
-        model, data = checkpoint.load(spec, device), open_samples(TRAINED_ON, "train")
+        model, data = checkpoint.load_vit(spec, device), open_samples(TRAINED_ON, "train")
         exits.train(model, data, Plan(limit=EXIT_IMAGES), folder, overwrite=True)
         folders.append(folder)
     return tuple(folders)

@@ -16,7 +16,7 @@ def run(training: ExitTraining, plan: Plan, machine: Machine) -> None:
     """Train the exits and write them."""
     with processes(machine.device, machine.threads) as device:
         data = open_samples(training.data, training.split)
-        model = checkpoint.load(training.ckpt, device)
+        model = checkpoint.load_vit(training.ckpt, device)
         results.check_folder(training.out)
         exits.train(model, data, plan, training.out, training.overwrite)
         if results.rank_and_world()[0] == 0:

@@ -38,7 +38,7 @@ def run(target: Target, plan: Plan, machine: Machine) -> None:
         test = open_samples(target.data, target.test_split)
         if _origin(train) == _origin(test):
             raise UserError(f"--data {target.data}: nothing to score on beside the training images")
-        model = checkpoint.load(target.ckpt, device)
+        model = checkpoint.load_vit(target.ckpt, device)
         results.check_folder(target.out)
         transfer = transfers.Transfer(
             checkpoint.display_name(target.ckpt),

@@ -173,7 +173,7 @@ def _next(
     first = results.rank_and_world()[0] == 0
     if not (folder / PRUNED).is_file():
         if method == "rtl":
-            main = checkpoint.load(f"{folder}@masked")
+            main = checkpoint.load_vit(f"{folder}@masked")
             weights, losses = graft_training.train(
                 recipe,
                 plan.graft_epochs,
@@ -188,7 +188,7 @@ def _next(
             if first:
                 results.write_table(losses, folder / LOSSES)
         elif method == "magnitude":
-            weights = _trained(checkpoint.load(folder), masks)
+            weights = _trained(checkpoint.load_vit(folder), masks)
         else:
             weights = _drawn(recipe.seed, number, masks)
         pruned = prune_smallest(masks, weights, plan.rate, plan.ranking)

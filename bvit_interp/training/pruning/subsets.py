@@ -256,7 +256,7 @@ def _several(parts: list[Part]) -> tuple[Part, ...]:
 
 def _features(pool: Pool, spec: str, device: str) -> np.ndarray:
     """CLS tokens, or means of the patch tokens, of the images: ``(n, D)`` float64."""
-    model = checkpoint.load(spec, device)
+    model = checkpoint.load_vit(spec, device)
     view: Callable[[np.ndarray], tuple[torch.Tensor, object]] = Geometry.of(model, pool.samples)
     found = []
     with torch.inference_mode():

@@ -1,0 +1,95 @@
+"""Opens a checkpoint folder, or a weights file beside its `config.json`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import timm
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from bvit_interp.errors import CheckpointError, UserError, choices
+from bvit_interp.models import masks
+from bvit_interp.models.checkpoint.resizing import resize
+from bvit_interp.models.checkpoint.specs import AVERAGED, CONFIG, EMA, MASKED, WEIGHTS, Spec
+from bvit_interp.models.checkpoint.timm_models import close_names
+from bvit_interp.models.checkpoint.weights import fill
+
+
+def open_path(spec: Spec) -> nn.Module:
+    """The model of a folder, or of a weights file beside its config, on the CPU."""
+    path = Path(spec.name)
+    if not path.exists():
+        raise CheckpointError(
+            f"no checkpoint at {path}: give a folder, a weights file, timm:NAME, torchvision:NAME,"
+            " hf:FOLDER or FILE.py:factory"
+        )
+    averaged = spec.version == AVERAGED
+    if path.is_dir() and averaged and not (path / EMA).is_file():
+        raise CheckpointError(
+            f"{path} has no averaged weights ({EMA}): leave out {AVERAGED} for the raw ones"
+        )
+    if spec.version == MASKED and not (path / masks.FILE).is_file():
+        raise CheckpointError(
+            f"{path} has no masks ({masks.FILE}): leave out {MASKED} for its weights without"
+        )
+    if path.is_dir():
+        folder, weights = path, path / (EMA if averaged else WEIGHTS)
+    else:
+        folder, weights = path.parent, path
+    model = _built(folder, path)
+    fill(model, weights, spec.text, averaged and not path.is_dir())
+    if spec.version != MASKED:
+        return resize(model, spec.size, spec.text)
+    if spec.size is not None:
+        raise CheckpointError(f"{spec.text}: masks are of one image size; leave out @size=")
+    return _under_masks(model, path / masks.FILE)
+
+
+def _built(folder: Path, given: Path) -> nn.Module:
+    """The model that a folder's config describes, with random weights."""
+    config_file = folder / CONFIG
+    if not config_file.is_file():
+        hint = f"; for a bare weights file say timm:NAME@{given}" if given.is_file() else ""
+        raise CheckpointError(f"{folder} has no {CONFIG}{hint}")
+    try:
+        config = json.loads(config_file.read_text())
+        if "architecture" not in config and "model_type" in config:
+            raise CheckpointError(f"{folder} is a model of Hugging Face: say hf:{folder}")
+        name, args = str(config["architecture"]), dict(config.get("model_args", {}))
+        cfg = dict(config.get("pretrained_cfg", {}))
+    except CheckpointError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{config_file}: not a model config ({reason})") from error
+    if not timm.is_model(name):
+        close = choices(close_names(name))
+        raise CheckpointError(f"{config_file}: unknown architecture {name!r}; close: {close}")
+    overlay = {key: value for key, value in cfg.items() if value is not None}
+    try:
+        return timm.create_model(name, pretrained=False, pretrained_cfg_overlay=overlay, **args)
+    except (
+        TypeError,
+        ValueError,
+        AssertionError,
+        RuntimeError,
+        LookupError,
+        ArithmeticError,
+    ) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(
+            f"{config_file}: {name} cannot be built from its model_args ({reason})"
+        ) from error
+
+
+def _under_masks(model: nn.Module, file: Path) -> VisionTransformer:
+    if not isinstance(model, VisionTransformer):
+        raise CheckpointError(f"{file}: masks of a {type(model).__name__} cannot be opened")
+    try:
+        return masks.masked(model, masks.Masks.load(file, model), baked=True)
+    except CheckpointError:
+        raise
+    except UserError as error:  # masks of other things than steps
+        raise CheckpointError(f"{file}: {error}") from error

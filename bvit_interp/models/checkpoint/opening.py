@@ -1,0 +1,133 @@
+"""`load`: one function for every kind of checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from bvit_interp.errors import CheckpointError, UserError
+from bvit_interp.models.checkpoint.folders import open_path
+from bvit_interp.models.checkpoint.huggingface import open_huggingface
+from bvit_interp.models.checkpoint.own_code import open_own
+from bvit_interp.models.checkpoint.specs import Kind, Spec, parse
+from bvit_interp.models.checkpoint.timm_models import open_timm
+from bvit_interp.models.checkpoint.torchvision_models import open_torchvision
+from bvit_interp.models.looped import CalledSteps, Model
+from bvit_interp.models.unroll import unroll
+
+_OPENERS: dict[Kind, Callable[[Spec], nn.Module]] = {
+    "path": open_path,
+    "timm": open_timm,
+    "torchvision": open_torchvision,
+    "hf": open_huggingface,
+    "module": open_own,
+    "python": open_own,
+}
+_KNOWN = ("timm", "bvit_interp")
+"""Packages whose `VisionTransformer` is known to run its `blocks` in turn."""
+
+
+def load(
+    spec: str | Path,
+    device: str | torch.device = "cpu",
+    *,
+    loop: str | None = None,
+    image_size: int | tuple[int, int] | None = None,
+) -> Model:
+    """Open a model, in eval mode.
+
+    A `BViT` and a `VisionTransformer` of timm come as they are; any other model comes as its
+    unroll, a `CalledSteps`.
+
+    Parameters
+    ----------
+    spec : one of
+
+        - a checkpoint folder; ``FOLDER@ema`` for its averaged weights; ``FOLDER@masked`` for its
+          raw weights under the masks of its steps, an unroll whose steps have weights of their own;
+        - a `.safetensors/.pt/.pth/.ckpt/.bin` file beside its `config.json`, or ``FILE@ema``;
+        - ``timm:NAME`` (weights as timm finds them), ``timm:NAME@random`` (seeded random weights),
+          ``timm:NAME@FILE`` for a weights file of that architecture, or ``timm:NAME@FILE@ema``;
+        - ``torchvision:NAME``, with the same endings;
+        - ``hf:FOLDER``, a folder that `save_pretrained` of transformers wrote;
+        - ``FILE.py:factory`` or ``module:package.module.factory``: what that function returns. The
+          file or module is run.
+
+        Behind any of them ``@loop=PATH`` names the block that the steps are, and ``@size=N`` the
+        size of the images.
+    device : where the model goes.
+    loop : as ``@loop=PATH``; see `bvit_interp.unroll`.
+    image_size : as ``@size=N``, pixels. Position embeddings are resampled, bicubic as timm does it.
+
+    Raises
+    ------
+    CheckpointError
+        For anything that cannot be opened, for keys that do not fit, which are listed, and for a
+        model whose steps are not clear.
+    """
+    wanted = parse(str(spec))
+    if loop is not None:
+        wanted = dataclasses.replace(wanted, loop=loop)
+    if image_size is not None:
+        pair = (image_size, image_size) if isinstance(image_size, int) else image_size
+        wanted = dataclasses.replace(wanted, size=pair)
+    model = _OPENERS[wanted.kind](wanted)
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        if tensor.is_meta:
+            raise CheckpointError(f"{wanted.text}: {name} is a meta tensor and has no values")
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{wanted.text}: {name} holds NaN or infinite weights")
+    return _with_steps(model.to(device).eval(), wanted)
+
+
+def load_vit(spec: str | Path, device: str | torch.device = "cpu") -> VisionTransformer:
+    """As `load`, for what only works on a `BViT` or a `VisionTransformer` of timm.
+
+    Raises
+    ------
+    CheckpointError
+        As `load`, and for any other model.
+    """
+    model = load(spec, device)
+    if isinstance(model, CalledSteps):
+        kind = type(model.model).__name__
+        raise CheckpointError(
+            f"{spec}: this takes a BViT or a VisionTransformer of timm run as a stack, not a {kind}"
+        )
+    return model
+
+
+def class_names(model: Model) -> list[str] | None:
+    """The names of the model's classes as its checkpoint tells them, or None."""
+    cfg: Any = model.pretrained_cfg or {}
+    names = cfg.get("label_names") or None
+    return list(names) if names else None
+
+
+def _with_steps(model: nn.Module, spec: Spec) -> Any:
+    """The model as analyses take it: itself where its own blocks are its steps, else its unroll."""
+    known = type(model).__module__.partition(".")[0] in _KNOWN
+    if isinstance(model, CalledSteps) and spec.loop is None:
+        return model
+    if spec.loop is None and known and isinstance(model, VisionTransformer):
+        return model
+    own = spec.kind in ("module", "python")
+    try:
+        view = unroll(model, loop=spec.loop, image_size=spec.size if own else None)
+    except UserError as error:
+        raise CheckpointError(f"{spec.text}: {error}") from error
+    except Exception as error:  # the model's own forward may raise anything
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{spec.text}: the model fails on two images in a dry run"
+            f" ({type(error).__name__}: {reason})"
+        ) from error
+    return view if isinstance(view, CalledSteps) else model

@@ -1,0 +1,148 @@
+"""How a checkpoint is written: ``SOURCE[@VERSION][@loop=PATH][@size=N]``.
+
+The source is a path, or begins with a word: ``timm:NAME``, ``torchvision:NAME``, ``hf:FOLDER``,
+``module:package.module.factory``, ``FILE.py:factory``. What follows an ``@`` says which weights of
+it are meant, which module is the block of the loop, and for what size of images.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from bvit_interp.errors import CheckpointError
+
+WEIGHTS, EMA, CONFIG, CARD = "model.safetensors", "ema.safetensors", "config.json", "README.md"
+AVERAGED, MASKED, RANDOM = "@ema", "@masked", "random"
+Kind = Literal["path", "timm", "torchvision", "hf", "module", "python"]
+_WORDS: tuple[Kind, ...] = ("timm", "torchvision", "hf", "module")
+_PYTHON = re.compile(r"(?P<file>.+\.py)(?::(?P<factory>[^:]*))?")
+_OPTION = re.compile(r"(?P<before>.+)@(?P<key>\w+)=(?P<value>[^@]*)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A checkpoint as the user wrote it.
+
+    Attributes
+    ----------
+    text : all of it.
+    kind : where the model comes from.
+    name : the path; the name in timm or torchvision; the folder; the name of the factory's module;
+        the Python file.
+    factory : the factory in that module or file.
+    file : weights file of another origin than the model's own; "" for its own.
+    random : random weights, by a fixed seed.
+    version : "@ema" or "@masked", or "".
+    loop : path of the block of the loop, or None.
+    size : rows and columns of the images, or None for the model's own.
+    """
+
+    text: str
+    kind: Kind
+    name: str
+    factory: str = ""
+    file: str = ""
+    random: bool = False
+    version: str = ""
+    loop: str | None = None
+    size: tuple[int, int] | None = None
+
+
+def parse(text: str) -> Spec:
+    """Read a spec. A path that is there is meant as it is.
+
+    Raises
+    ------
+    CheckpointError
+        For an option that is none, or without a value that can be used.
+    """
+    source, options = text, dict[str, str]()
+    while not Path(source).exists() and (found := _OPTION.fullmatch(source)):
+        source = found["before"]
+        options[found["key"]] = found["value"]
+    if unknown := [key for key in options if key not in ("loop", "size")]:
+        raise CheckpointError(f"{text}: no option @{unknown[0]}=; options: @loop=PATH, @size=N")
+    if options.get("loop") == "":
+        raise CheckpointError(f"{text}: @loop= needs the path of a module")
+    loop = options.get("loop")
+    size = _size(text, options["size"]) if "size" in options else None
+
+    word, _, rest = source.partition(":")
+    kind = next((known for known in _WORDS if word == known), None)
+    if kind in ("timm", "torchvision"):
+        name, _, weights = rest.partition("@")
+        random = weights == RANDOM
+        file, version = ("", "") if random else _split(weights)
+        return Spec(text, kind, name, "", file, random, version, loop, size)
+    if kind == "module":
+        module, _, factory = rest.rpartition(":" if ":" in rest else ".")
+        if not module or not factory:
+            raise CheckpointError(f"{text}: say module:package.module.factory")
+        return Spec(text, kind, module, factory, loop=loop, size=size)
+    if kind == "hf":
+        return Spec(text, kind, rest, loop=loop, size=size)
+    if (python := _PYTHON.fullmatch(source)) and not Path(source).is_dir():
+        if not python["factory"]:
+            raise CheckpointError(f"{text}: say which function makes the model: FILE.py:factory")
+        return Spec(text, "python", python["file"], python["factory"], loop=loop, size=size)
+    name, version = _split(source)
+    return Spec(text, "path", name, version=version, loop=loop, size=size)
+
+
+def display_name(spec: str | Path) -> str:
+    """Short name of a checkpoint for tables and figures.
+
+    The folder's (with @ema or @masked), timm's, torchvision's, or that of the file and its factory.
+    A size that was asked for is part of it, a loop is not.
+    """
+    found = parse(str(spec))
+    if found.kind in ("timm", "torchvision"):
+        name = found.text.partition(":")[2].partition("@loop=")[0].partition("@size=")[0]
+    elif found.kind in ("module", "python"):
+        last = found.name.rpartition(".")[2] if found.kind == "module" else Path(found.name).stem
+        name = f"{last}.{found.factory}"
+    else:
+        name = Path(found.name).resolve().name + found.version
+    if found.size is None:
+        return name
+    rows, columns = found.size
+    return f"{name}@size={rows}" if rows == columns else f"{name}@size={rows}x{columns}"
+
+
+def versions(spec: str | Path) -> list[str]:
+    """The spec, and after it ``FOLDER@ema`` if it is a folder with averaged weights beside the raw
+    ones."""
+    found = parse(str(spec))
+    path = Path(found.name)
+    plain = found.kind == "path" and not found.version and path.is_dir()
+    if not plain or not (path / EMA).is_file():
+        return [found.text]
+    options = found.text[len(found.name) :] if found.text.startswith(found.name) else ""
+    return [found.text, f"{found.name.rstrip('/')}{AVERAGED}{options}"]
+
+
+def location(spec: str) -> str:
+    """The checkpoint that a spec means, however its path is spelled."""
+    found = parse(spec)
+    if found.kind in ("timm", "torchvision", "module"):
+        return spec
+    return spec.replace(found.name, str(Path(found.name).resolve()), 1)
+
+
+def _split(text: str) -> tuple[str, str]:
+    """Path, and @ema, @masked or nothing behind it; a path that is there is meant as it is."""
+    for version in (AVERAGED, MASKED):
+        if text.endswith(version) and not Path(text).exists():
+            return text.removesuffix(version), version
+    return text, ""
+
+
+def _size(text: str, value: str) -> tuple[int, int]:
+    """Rows and columns of N or NxM."""
+    numbers = value.split("x")
+    if len(numbers) > 2 or not all(each.isdecimal() and int(each) for each in numbers):
+        raise CheckpointError(f"{text}: @size= is N or ROWSxCOLUMNS in pixels, got {value!r}")
+    return int(numbers[0]), int(numbers[-1])

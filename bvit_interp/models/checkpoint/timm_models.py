@@ -1,0 +1,61 @@
+"""Opens a model of timm: published weights, random ones, or a file's."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from bvit_interp.errors import CheckpointError, choices
+from bvit_interp.models.checkpoint.resizing import resize
+from bvit_interp.models.checkpoint.specs import AVERAGED, MASKED, Spec
+from bvit_interp.models.checkpoint.weights import fill
+
+
+def open_timm(spec: Spec) -> nn.Module:
+    """A model of timm, on the CPU."""
+    name = spec.name
+    if spec.version == MASKED:
+        raise CheckpointError(f"{spec.text}: masks lie in a checkpoint folder: FOLDER{MASKED}")
+    if not timm.is_model(name):
+        raise CheckpointError(f"timm has no model {name!r}; close: {choices(close_names(name))}")
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)  # torch.manual_seed would reseed the GPUs too
+            model = timm.create_model(name, pretrained=not (spec.random or spec.file))
+    except CheckpointError:
+        raise
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"timm:{name}: weights could not be had ({reason}); timm:{name}@random or"
+            f" timm:{name}@FILE work offline"
+        ) from error
+    model = resize(model, spec.size, spec.text)
+    if spec.file:
+        averaged, resample = spec.version == AVERAGED, spec.size is not None
+        fill(model, Path(spec.file), spec.text, averaged, _filter(name, model), resample)
+    return model
+
+
+def close_names(name: str) -> list[str]:
+    """Names of timm's models that are like `name`."""
+    return difflib.get_close_matches(name, timm.list_models(), n=5) or timm.list_models("bvit_*")
+
+
+def _filter(name: str, model: nn.Module) -> Any:
+    """timm's own filter for weights of this model in another layout or size, if it has one."""
+    module: Any = sys.modules[timm.models.model_entrypoint(name).__module__]
+    filter_fn = getattr(module, "checkpoint_filter_fn", None)
+    if filter_fn is None:
+        return None
+
+    def convert(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        return filter_fn(weights, model)
+
+    return convert
