@@ -134,9 +134,9 @@ class Attention:
         tokens = next(each for each in (*args, *kwargs.values()) if isinstance(each, Tensor))
         _runs().append(_Run(self, *tokens.shape[:2]))
 
-    def _leave(self, *_: Any) -> None:
+    def _leave(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         run = _runs().pop()
-        if self.combine is not None and run.seen:
+        if self.combine is not None and run.seen and output is not None:  # None: it has raised
             for keep in list(self._keeps):
                 parts = [seen.at(keep.site, keep.rows) for seen in run.seen]
                 keep.take(self.combine(keep.site, parts))
@@ -203,7 +203,12 @@ class _Pattern:
     def at(self, site: str, rows: slice) -> Tensor:
         """Tokens `rows` of the site ``(B, Q, H, E)``; of scores and pattern ``(B, H, Q, N)``."""
         if site not in ("scores", "pattern"):
-            part: Tensor = getattr(self, site)
+            part: Tensor | None = getattr(self, site)
+            if part is None:
+                raise UserError(
+                    f"{site} is not seen in this block, which multiplies by hand: let it call"
+                    " scaled_dot_product_attention (fused attention)"
+                )
             return part.transpose(1, 2)[:, rows]
         if site == "pattern" and self.pattern is not None:
             return self.pattern[:, :, rows]

@@ -41,9 +41,10 @@ def find_layout(
         For another kind of state, or where the number of patches stays unclear.
     """
     if tokens.ndim != 3 or len(tokens) != len(images):
+        turned = tokens.ndim == 3 and tokens.shape[1] == len(images)
         raise UserError(
             f"the block reads a state of shape {tuple(tokens.shape)} for {len(images)} images, not"
-            " (batch, tokens, width)"
+            " (batch, tokens, width)" + (": build it with batch_first=True" if turned else "")
         )
     count, width = tokens.shape[1:]
     grid = grid or _patch_grid(model, images)

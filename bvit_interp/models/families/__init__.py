@@ -1,4 +1,4 @@
-"""Where the sites of a block are, for each kind of block that is known.
+"""Where the sites of a block are, for each known kind of block.
 
 A block map names the modules of a block whose input or output is a site. The sites of attention
 need no names: they are seen at the kernel (`bvit_interp.models.attention`). Each family of models
@@ -63,15 +63,16 @@ class BlockMap:
 
 Mapper = Callable[[nn.Module], BlockMap]
 """The map of one block: blocks of a class may differ."""
-_mappers: dict[type[nn.Module], Mapper] = {}
+_mappers: dict[type[nn.Module] | str, Mapper] = {}
 
 
-def register_block(block: type[nn.Module], sites: Mapping[str, str] | Mapper) -> None:
+def register_block(block: type[nn.Module] | str, sites: Mapping[str, str] | Mapper) -> None:
     """Tell where the sites of a class of blocks are.
 
     Parameters
     ----------
-    block : the class. A subclass has the same map as long as it does not override `forward`.
+    block : the class, or its full name ``"package.module.Class"``, which imports nothing. A
+        subclass has the same map as long as it does not override `forward`.
     sites : as of `BlockMap`, or a function of a block that gives its `BlockMap`.
 
     Raises
@@ -98,7 +99,7 @@ def map_of(block: nn.Module) -> BlockMap:
     _load_families(type(block))
     name = type(block).__name__
     for base in type(block).__mro__:
-        mapper = _mappers.get(base)
+        mapper = _mappers.get(base) or _mappers.get(f"{base.__module__}.{base.__qualname__}")
         if mapper is None:
             continue
         if type(block).forward is base.forward and "forward" not in vars(block):

@@ -19,7 +19,8 @@ from bvit_interp.errors import UserError
 from bvit_interp.models.attention import Combine
 from bvit_interp.models.families import OF_MODULES, BlockMap, register_block
 
-_GATED = "a gated FFN has no mlp_pre: its neurons have two inputs each; use mlp_post"
+GATED = "a gated FFN has no mlp_pre: its neurons have two inputs each; use mlp_post"
+"""Why a gated FFN lacks a site."""
 _PARALLEL = "attention and FFN of this block read the same input: there is no state between them"
 _ADDED_TOGETHER = "attention and FFN of this block are added to the residual together"
 
@@ -31,7 +32,7 @@ def ffn(mlp: Any, name: str = "mlp") -> tuple[dict[str, str], dict[str, str]]:
         return {}, dict.fromkeys(("mlp_pre", "mlp_post"), reason)
     sites = {"mlp_post": f"{name}.fc2.in"}
     if getattr(getattr(mlp, "fc1", None), "out_features", None) != mlp.fc2.in_features:
-        return sites, {"mlp_pre": _GATED}
+        return sites, {"mlp_pre": GATED}
     return {"mlp_pre": f"{name}.fc1.out", **sites}, {}
 
 
@@ -53,6 +54,11 @@ def differential(attention: Any) -> Combine:
     lambda times that of its second."""
 
     def combine(site: str, parts: list[Tensor]) -> Tensor:
+        if len(parts) == 1:
+            raise UserError(
+                f"{site} of differential attention is seen where it calls"
+                " scaled_dot_product_attention: set its fused_attn"
+            )
         first, second = parts
         if site == "v":
             return first
@@ -63,9 +69,19 @@ def differential(attention: Any) -> Combine:
     return combine
 
 
-def _side_by_side(site: str, parts: list[Tensor]) -> Tensor:
+def _side_by_side(attentions: list[Any]) -> Combine:
     """The heads of several attentions, one attention after the other."""
-    return torch.cat(parts, dim=1 if site in ("scores", "pattern") else 2)
+
+    def combine(site: str, parts: list[Tensor]) -> Tensor:
+        if isinstance(attentions[0], DiffAttention):
+            each = len(parts) // len(attentions)
+            parts = [
+                differential(attention)(site, parts[i * each : (i + 1) * each])
+                for i, attention in enumerate(attentions)
+            ]
+        return torch.cat(parts, dim=1 if site in ("scores", "pattern") else 2)
+
+    return combine
 
 
 def _parallel_scaling(block: Any) -> BlockMap:
@@ -81,7 +97,8 @@ def _parallel_scaling(block: Any) -> BlockMap:
 
 def _parallel_things(block: Any) -> BlockMap:
     reason = f"{block.num_parallel} attentions and FFNs of this block stand side by side"
-    return BlockMap({}, dict.fromkeys(OF_MODULES, reason), _side_by_side)
+    combine = _side_by_side([each.attn for each in block.attns])
+    return BlockMap({}, dict.fromkeys(OF_MODULES, reason), combine)
 
 
 register_block(Block, sequential)

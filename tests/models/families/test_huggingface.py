@@ -1,0 +1,277 @@
+"""Hugging Face's ViT, DeiT, DINOv2 (with registers) and DINOv3."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from bvit_interp.errors import UserError
+from bvit_interp.models.families import map_of
+
+transformers = pytest.importorskip(
+    "transformers", minversion="5", reason="needs the extra huggingface: transformers>=5"
+)
+
+BY_HAND = dict.fromkeys("qk", "multiplies queries and keys by hand")
+GATED = {"mlp_pre": "gated FFN"}
+SIZE = {
+    "image_size": 32,
+    "patch_size": 8,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "num_labels": 10,
+}
+
+
+@pytest.fixture(params=["eager", "sdpa"])
+def kernel(request):
+    return request.param
+
+
+@pytest.fixture
+def hf(random_model):
+    """``hf("ViT", "ForImageClassification", kernel, **config)``."""
+
+    def build(family, suffix, kernel="sdpa", **options):
+        wide = {"intermediate_size": 64} if "v2" not in family else {"mlp_ratio": 2}
+        config = getattr(transformers, f"{family}Config")(**SIZE | wide | options)
+        config._attn_implementation = kernel
+        return random_model(getattr(transformers, f"{family}{suffix}")(config))
+
+    return build
+
+
+# ---- by hand ----------------------------------------------------------------
+
+
+def vit_tokens(embeddings, images, loop):
+    """CLS, a distillation token, and patches, all with positions."""
+    x = loop.patches(embeddings.patch_embeddings.projection, images)
+    names = ("cls_token", "distillation_token")
+    prefix = [getattr(embeddings, name) for name in names if hasattr(embeddings, name)]
+    x = torch.cat([*(token.expand(len(x), -1, -1) for token in prefix), x], dim=1)
+    return x + embeddings.position_embeddings
+
+
+def dino_tokens(embeddings, images, loop):
+    """CLS and patches with positions, registers between them without."""
+    x = loop.patches(embeddings.patch_embeddings.projection, images)
+    x = torch.cat([embeddings.cls_token.expand(len(x), -1, -1), x], dim=1)
+    x = x + embeddings.position_embeddings
+    if not hasattr(embeddings, "register_tokens"):
+        return x
+    return torch.cat([x[:, :1], embeddings.register_tokens.expand(len(x), -1, -1), x[:, 1:]], 1)
+
+
+def states(layers, x, loop, step):
+    for layer in layers:
+        x = loop.begin().at("resid_pre", x)
+        x = loop.at("resid_post", step(layer, x, loop))
+    return x
+
+
+def vit_layer(layer, x, loop):
+    attn = attended(layer.attention, loop.norm(layer.layernorm_before, x), loop)
+    mid = loop.at("resid_mid", x + loop.at("attn_out", attn))
+    mlp = fed(layer.mlp, loop.norm(layer.layernorm_after, mid), loop)
+    return mid + loop.at("mlp_out", mlp)
+
+
+def dino_layer(layer, x, loop, turn=None):
+    attn = attended(layer.attention, loop.norm(layer.norm1, x), loop, turn)
+    mid = loop.at("resid_mid", x + loop.at("attn_out", layer.layer_scale1.lambda1 * attn))
+    mlp = fed(layer.mlp, loop.norm(layer.norm2, mid), loop)
+    return mid + loop.at("mlp_out", layer.layer_scale2.lambda1 * mlp)
+
+
+def attended(attn, x, loop, turn=None):
+    q, k, v = (
+        loop.heads(loop.linear(one, x), 4) for one in (attn.q_proj, attn.k_proj, attn.v_proj)
+    )
+    if turn is not None:
+        q, k = turn(q), turn(k)
+    return loop.linear(attn.o_proj, loop.attend(q, k, v))
+
+
+def fed(mlp, x, loop):
+    if hasattr(mlp, "gate_proj"):
+        gate = loop.linear(mlp.gate_proj, x)
+        activation = loop.silu if "SiLU" in type(mlp.act_fn).__name__ else loop.gelu
+        post = activation(gate) * loop.linear(mlp.up_proj, x)
+    else:
+        first = mlp.fc1 if hasattr(mlp, "fc1") else mlp.up_proj
+        post = loop.gelu(loop.at("mlp_pre", loop.linear(first, x)))
+    last = mlp.fc2 if hasattr(mlp, "fc2") else mlp.down_proj
+    return loop.linear(last, loop.at("mlp_post", post))
+
+
+def refused(kernel):
+    return BY_HAND if kernel == "eager" else {}
+
+
+# ---- models -----------------------------------------------------------------
+
+
+def vit_states(model, images, loop):
+    x = vit_tokens(model.embeddings, images, loop)
+    return loop.norm(model.layernorm, states(model.layers, x, loop, vit_layer))
+
+
+def dino_states(model, images, loop):
+    x = dino_tokens(model.embeddings, images, loop)
+    return loop.norm(model.layernorm, states(model.encoder.layer, x, loop, dino_layer))
+
+
+def test_vit(hf, check, kernel):
+    def by_hand(model, images, loop):
+        return loop.linear(model.classifier, vit_states(model.vit, images, loop)[:, 0])
+
+    probe = check(hf("ViT", "ForImageClassification", kernel), by_hand, refused(kernel))
+    assert probe.layout.prefix == ("cls",)
+    assert probe.layout.num_classes == 10
+
+
+def test_vit_without_a_head(hf, check):
+    def pooled(model, images, loop):
+        return loop.linear(model.pooler.dense, vit_states(model, images, loop)[:, 0]).tanh()
+
+    assert check(hf("ViT", "Model"), pooled).layout.num_classes == 0
+    model = hf("ViT", "Model")
+    model.pooler = None
+    check(model, vit_states)
+
+
+def test_deit(hf, check, kernel):
+    def by_hand(model, images, loop):
+        x = vit_states(model.deit, images, loop)
+        first = loop.linear(model.cls_classifier, x[:, 0])
+        return (first + loop.linear(model.distillation_classifier, x[:, 1])) / 2
+
+    probe = check(hf("DeiT", "ForImageClassificationWithTeacher", kernel), by_hand, refused(kernel))
+    assert probe.layout.prefix == ("cls", "dist")
+
+
+@pytest.mark.parametrize("family", ["Dinov2", "Dinov2WithRegisters"])
+def test_dinov2(hf, check, kernel, family):
+    def by_hand(model, images, loop):
+        body = model.dinov2 if family == "Dinov2" else model.dinov2_with_registers
+        x = dino_states(body, images, loop)
+        count = x.shape[1] - 16
+        return loop.linear(model.classifier, torch.cat([x[:, 0], x[:, count:].mean(1)], -1))
+
+    probe = check(hf(family, "ForImageClassification", kernel), by_hand, refused(kernel))
+    registers = ("reg",) * 4 if family != "Dinov2" else ()
+    assert probe.layout.prefix == ("cls", *registers)
+
+
+@pytest.mark.parametrize("family", ["Dinov2", "Dinov2WithRegisters"])
+def test_dinov2_with_a_gated_ffn_and_no_head(hf, check, family):
+    def by_hand(model, images, loop):
+        return dino_states(model, images, loop)[:, 0]
+
+    check(hf(family, "Model", use_swiglu_ffn=True), by_hand, GATED)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_dinov3(hf, check, kernel, gated):
+    def by_hand(model, images, loop):
+        x = loop.patches(model.embeddings.patch_embeddings, images)
+        prefix = torch.cat([model.embeddings.cls_token, model.embeddings.register_tokens], dim=1)
+        x = torch.cat([prefix.expand(len(x), -1, -1), x], dim=1)
+
+        def step(layer, x, loop):
+            return dino_layer(layer, x, loop, rotate)
+
+        return loop.norm(model.norm, states(model.model.layer, x, loop, step))[:, 0]
+
+    model = hf("DINOv3ViT", "Model", kernel, use_gated_mlp=gated, num_register_tokens=3)
+    probe = check(model, by_hand, refused(kernel) | (GATED if gated else {}))
+    assert probe.layout.prefix == ("cls", "reg", "reg", "reg")
+
+
+def rotate(x, theta=100.0, side=4):
+    """Channels of a patch turned by angles of its centre (rows, columns) in -1..1."""
+    quarter = x.shape[-1] // 4
+    centres = (torch.arange(side) + 0.5) / side * 2 - 1
+    rates = 2 * torch.pi / theta ** (torch.arange(quarter) / quarter)
+    rows = (centres[:, None] * rates)[:, None].expand(side, side, quarter)
+    columns = (centres[:, None] * rates)[None].expand(side, side, quarter)
+    angles = torch.cat([rows, columns], dim=-1).reshape(side**2, 1, 2 * quarter)
+    prefix, patches = x.split([x.shape[1] - side**2, side**2], dim=1)
+    first, second = patches.chunk(2, -1)
+    cos, sin = angles.cos(), angles.sin()
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return torch.cat([prefix, turned], dim=1)
+
+
+# ---- one layer again and again ----------------------------------------------
+
+
+class Loops(nn.Module):
+    """Three calls of one ViTLayer, and a mean over the patches."""
+
+    image_size = 32
+
+    def __init__(self, layer):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 32, 8, stride=8)
+        self.layer = layer
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, images):
+        x = self.patches(images).flatten(2).transpose(1, 2)
+        for _ in range(3):
+            x = self.layer(x)
+        return self.head(x.mean(1))
+
+
+def test_a_layer_called_three_times_in_a_loop(hf, random_model, check, kernel):
+    def by_hand(model, images, loop):
+        x = states([model.layer] * 3, loop.patches(model.patches, images), loop, vit_layer)
+        return loop.linear(model.head, x.mean(1))
+
+    model = random_model(Loops(hf("ViT", "Model", kernel).layers[0]))
+    probe = check(model, by_hand, refused(kernel))
+    assert probe.layout.prefix == ()
+    with pytest.raises(UserError, match="no CLS token"):
+        probe.run(torch.zeros(1, 3, 32, 32), "pattern", tokens="cls")
+
+
+def test_hooks_that_the_library_leaves_do_no_harm(hf, check):
+    model = hf("ViT", "Model")
+    model(torch.zeros(1, 3, 32, 32), output_hidden_states=True, output_attentions=True)
+    assert model.layers[0]._forward_hooks  # the library's own, which it keeps
+
+    def by_hand(model, images, loop):
+        return loop.linear(model.pooler.dense, vit_states(model, images, loop)[:, 0]).tanh()
+
+    check(model, by_hand)
+    for module in model.modules():
+        module._forward_hooks.clear()
+
+
+# ---- the layers of version 4 ------------------------------------------------
+
+
+class Parts(nn.Module):
+    """Modules by name."""
+
+    def __init__(self, **parts):
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+
+def test_version_4_has_its_ffn_in_two_modules_of_the_layer(hf):
+    layer = hf("ViT", "Model").layers[0]
+    old = type(layer).__new__(type(layer))
+    nn.Module.__init__(old)
+    old.attention = Parts(output=Parts(dense=nn.Linear(32, 32)))
+    old.intermediate = Parts(dense=nn.Linear(32, 64))
+    old.output = Parts(dense=nn.Linear(64, 32), dropout=nn.Dropout())
+    old.layernorm_after = nn.LayerNorm(32)
+    for place in map_of(old).sites.values():
+        old.get_submodule(place.rpartition(".")[0])
+    assert map_of(old).sites["mlp_post"] == "output.dense.in"
