@@ -62,7 +62,7 @@ class PreludeCoreCoda(nn.Module):
     def enter(self, images):
         """What the prelude makes of the images, which every round reads."""
         tokens = self.patches(images).flatten(2).mT
-        tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], 1)
+        tokens = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], 1)
         for block in self.prelude:
             tokens = block(tokens)
         return tokens
@@ -102,9 +102,13 @@ class TwoState(nn.Module):
         self.slow, self.fast = (nn.Parameter(torch.zeros(1, 1, 32)) for _ in range(2))
         self.head = nn.Linear(32, num_classes)
 
-    def forward(self, images):
+    def enter(self, images):
+        """The tokens that every update of the fast state reads."""
         tokens = self.patches(images).flatten(2).mT
-        tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], 1)
+        return torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], 1)
+
+    def forward(self, images):
+        tokens = self.enter(images)
         slow, fast = self.slow.expand_as(tokens), self.fast.expand_as(tokens)
         for _ in range(self.rounds):
             for _ in range(self.updates):
@@ -172,3 +176,87 @@ def foreign(kind: str, seed: int = 0, **options: Any) -> nn.Module:
             is_norm = ("norm" in name or "ln" in name) and name.endswith("weight")
             parameter.copy_(1 + 0.2 * noise if is_norm else 0.15 * noise)
     return model
+
+
+# ---- the same forwards written out, step by step -------------------------------------------------
+
+
+def entry_by_hand(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """z_0: what the block of step 1 reads."""
+    if isinstance(model, LoopedEncoder):
+        return model.patches(images).flatten(2).mT + model.positions
+    if isinstance(model, PreludeCoreCoda):
+        entered = model.enter(images)
+        return model.inject(torch.zeros_like(entered), entered, 0)
+    if isinstance(model, TwoState):
+        return model.fast + model.slow + model.enter(images)
+    if isinstance(model, torchvision.models.VisionTransformer):
+        tokens = model.conv_proj(images).flatten(2).mT
+        tokens = torch.cat([model.class_token.expand(len(tokens), -1, -1), tokens], 1)
+        return tokens + model.encoder.pos_embedding
+    tokens = model._pos_embed(model.patch_embed(images))
+    return model.norm_pre(tokens[0] if isinstance(tokens, tuple) else tokens)
+
+
+def step_by_hand(
+    model: nn.Module, images: torch.Tensor, before: list[torch.Tensor]
+) -> torch.Tensor:
+    """z_t of what came before it, ``[z_0, ..., z_{t-1}]``."""
+    t, tokens = len(before), before[-1]
+    if isinstance(model, LoopedEncoder):
+        return model.block(tokens)
+    if isinstance(model, LoopedTimm):
+        return model.blocks[0](tokens)
+    if isinstance(model, PreludeCoreCoda):
+        round_, which = divmod(t - 1, 2)
+        if t > 1 and which == 0:
+            tokens = model.inject(tokens, model.enter(images), round_)
+        return model.core[which](tokens)
+    if isinstance(model, TwoState):
+        per_round = model.updates + 1
+        round_, which = divmod(t - 1, per_round)
+        slow = before[per_round * round_] if round_ else model.slow
+        if t == 1:
+            return model.net(tokens)
+        if which == model.updates:
+            return model.net(slow + tokens)
+        fast = before[per_round * round_ - 1] if which == 0 else tokens
+        return model.net(fast + slow + model.enter(images))
+    if isinstance(model, torchvision.models.VisionTransformer):
+        return model.encoder.layers[t - 1](tokens)
+    rope = model._pos_embed(model.patch_embed(images))[1]
+    return model.blocks[t - 1](tokens, rope=rope)
+
+
+def answer_by_hand(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits, were these tokens the last step's."""
+    if isinstance(model, LoopedEncoder):
+        return model.head(tokens.mean(1))
+    if isinstance(model, PreludeCoreCoda):
+        return model.leave(tokens)
+    if isinstance(model, TwoState):
+        return model.head(tokens[:, 0])
+    if isinstance(model, torchvision.models.VisionTransformer):
+        return model.heads(model.encoder.ln(tokens)[:, 0])
+    return model.forward_head(model.norm(tokens))
+
+
+def states_by_hand(
+    model: nn.Module, images: torch.Tensor, put: dict[int, torch.Tensor] | None = None
+) -> list[torch.Tensor]:
+    """z_0, ..., z_T; `put` names states that are replaced on their way."""
+    run = [entry_by_hand(model, images)]
+    for t in range(STEPS[_KINDS.get(type(model), "eva02")] + 1):
+        if t:
+            run.append(step_by_hand(model, images, run))
+        if put and t in put:
+            run[t] = put[t]
+    return run
+
+
+_KINDS = {
+    LoopedEncoder: "encoder",
+    PreludeCoreCoda: "prelude",
+    TwoState: "two_state",
+    LoopedTimm: "looped_timm",
+}

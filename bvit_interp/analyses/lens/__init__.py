@@ -49,7 +49,8 @@ COLUMNS = {
     "model": "checkpoint",
     "lens": "raw (logit lens), tuned (tuned lens), or shuffled (null of the tuned lens, trained on"
     " states and logits of different images)",
-    "tokens": "cls (with the distillation token of a model that has one), reg or patches",
+    "tokens": "cls (with the distillation token of a model that has one), reg or patches; answer"
+    " (all tokens) of a model whose head does not read CLS alone",
     "metric": "accuracy, agreement, kl, flips, calibration_error, confidence, entropy, true_rank,"
     " exit_accuracy, map_entropy, map_correlation, pointing or object_share",
     "step": "step t, from 1; empty for exit_accuracy",
@@ -61,7 +62,7 @@ COLUMNS = {
     "null": "value expected by chance, for each metric as the method says",
     "mean_step": "mean step at which images leave; for exit_accuracy only",
     "n": "number of images; for pointing and object_share, those that show their object",
-    "n_fit": "number of images the maps were trained on; none of them is scored",
+    "n_fit": "number of images the maps were trained on; none of them is scored; 0 for answer",
     "path": "file of the mean maps and the example maps, if kept",
 }
 QUICK: dict[str, Any] = {"n_fit": 24, "iterations": 4}

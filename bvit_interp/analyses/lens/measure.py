@@ -9,6 +9,10 @@ at the least squared error to z_T^cls, and each step is over the whole set, so t
 on any number of processes (`tuned_lens.py`). It uses CLS and up to four tokens of each other group
 per image; registers and patches are trained to give the prediction of the image too.
 
+Tokens are read one by one where timm's norm and head make the answer of CLS alone. Any other model
+(with a mean over patches, or a coda behind its loop) has the raw lens of its `answer`: what its own
+forward makes of z_t in place of z_T.
+
 A row is one value of one `metric` after one step; the number of an image is the mean over its
 tokens of the group:
 
@@ -16,7 +20,8 @@ tokens of the group:
   the previous step; `entropy`, nats; `true_rank`; `confidence` and the `calibration_error` of Guo
   et al. (2017), 15 bins over all tokens;
 - `exit_accuracy` if an image leaves after the first step whose largest softmax probability on CLS
-  exceeds tau, and after T by the model's own head; `mean_step` at which images leave;
+  (or of the answer) exceeds tau, and after T by the model's own head; `mean_step` at which images
+  leave;
 - a map for each image, of every patch's log probability of the true class: `map_entropy` of the
   probabilities as shares of the patches, `map_correlation` with the map of step T, and with masks
   `pointing`: whether its maximum is on the object.
@@ -55,10 +60,13 @@ from bvit_interp.analyses.lens import COLUMNS, Config
 from bvit_interp.analyses.lens.map_scores import MapScores
 from bvit_interp.analyses.lens.prediction_scores import PredictionScores
 from bvit_interp.analyses.lens.tuned_lens import (
+    ANSWER,
     LENSES,
     Lenses,
+    answer_lens,
     cached_states,
     fit_lenses,
+    head_of,
     lens_logits,
     token_groups,
 )
@@ -68,13 +76,15 @@ from bvit_interp.errors import UserError
 from bvit_interp.metrics import at_patch_centres, wilson_interval
 from bvit_interp.metrics.exits import exit_positions, random_exit_accuracy
 from bvit_interp.metrics.streaming.statistics import PerImage
+from bvit_interp.models.layout import layout_of
 from bvit_interp.models.looped import Model
 from bvit_interp.models.stepping import device_of
 from bvit_interp.models.unroll import for_any_model, unroll
 from bvit_interp.results import file_stem, write_arrays
 from bvit_interp.vocabulary import IGNORE
 
-_SHARES = ("accuracy", "agreement", "flips")  # on CLS each image counts as 0 or 1
+_WHOLE = ("cls", ANSWER)  # one read per image
+_SHARES = ("accuracy", "agreement", "flips")  # there each image counts as 0 or 1
 _TRAINED_TOKENS = 4  # the most of an image and group that a map is trained on
 _THRESHOLDS = tuple(i / 50 for i in range(51))
 _BYTES_OF_LOGITS = 2**27  # of the patches' logits of one batch, the most
@@ -91,8 +101,8 @@ def measure(
 
     Parameters
     ----------
-    models : name -> model whose head reads CLS; all models see each image in one pass, and the
-        images of the fit in another.
+    models : name -> model; all models see each image in one pass, and the images of the fit in
+        another.
     data : labelled images; masks are used if there are any.
     folder : where the maps are written; without it none are kept.
 
@@ -126,20 +136,21 @@ def measure(
         scores[name].update(batch, logits)
     rows: list[dict[str, Any]] = []
     for name, of_model in scores.items():
-        path = None if folder is None else folder / f"lens_{file_stem(name)}.npz"
-        if path is not None:
+        path = None
+        if folder is not None and of_model.has_maps:
+            path = folder / f"lens_{file_stem(name)}.npz"
             of_model.write_maps(path, data.classes)
-        shared = {"model": name, "n_fit": n_fit, "path": None if path is None else str(path)}
+        shared = {"model": name, "n_fit": n_fit[name], "path": None if path is None else str(path)}
         rows += [shared | row for row in of_model.rows()]
     return pd.DataFrame(rows).reindex(columns=list(COLUMNS)).astype({"step": "Int64"})
 
 
 def summary(frame: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy and divergence on CLS after a quarter, half and all of the steps."""
+    """Accuracy and divergence on CLS, or of the answer, after a quarter, half and all steps."""
     last = frame.groupby("model")["step"].transform("max")
     shown = (frame["step"] == last) | (frame["step"] == last // 2) | (frame["step"] == last // 4)
     metrics = frame["metric"].isin(("accuracy", "kl"))
-    rows = frame[shown & (frame["tokens"] == "cls") & metrics]
+    rows = frame[shown & frame["tokens"].isin(_WHOLE) & metrics]
     return rows.drop(columns=["threshold", "mean_step", "path"])
 
 
@@ -166,15 +177,20 @@ def _split(data: Samples, config: Config) -> tuple[Subset, Subset]:
 
 def _fit(
     unrolled: Mapping[str, Model], fitted: Subset, config: Config
-) -> tuple[dict[str, Lenses], int]:
+) -> tuple[dict[str, Lenses], dict[str, int]]:
     """The lenses of every model, and the number of images they are trained on.
 
     States are cached in one pass and gathered in the order of the data set, so every process trains
     the same maps.
     """
+    lenses = {name: answer_lens(view) for name, view in unrolled.items() if head_of(view) is None}
+    tuned = {name: view for name, view in unrolled.items() if name not in lenses}
+    n_fit = dict.fromkeys(lenses, 0)
+    if not tuned:
+        return lenses, n_fit
     cached = {
         name: {key: PerImage() for key in (*token_groups(view), "logits")}
-        for name, view in unrolled.items()
+        for name, view in tuned.items()
     }
 
     def record(batch: ModelBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -183,15 +199,14 @@ def _fit(
 
     # labels are not used here, but classes that do not match are refused before the training
     for name, (index, recorded) in stream(
-        unrolled, fitted, replace(config, limit=None), record, progress="lens, tuning", labels=True
+        tuned, fitted, replace(config, limit=None), record, progress="lens, tuning", labels=True
     ):
         for key, values in recorded.items():
             cached[name][key].update(index, values)
-    lenses, n_fit = {}, 0
-    for name, view in unrolled.items():
+    for name, view in tuned.items():
         rows = {key: metric.compute()[1].float() for key, metric in cached.pop(name).items()}
         lenses[name] = fit_lenses(view, rows, config.iterations, config.seed)
-        n_fit = len(rows["logits"])
+        n_fit[name] = len(rows["logits"])
     return lenses, n_fit
 
 
@@ -200,7 +215,8 @@ def _fit(
 
 def _images_at_once(view: Model) -> int:
     """How many images' logits of all patches, steps and lenses fit in `_BYTES_OF_LOGITS`."""
-    logits = len(view.blocks) * view.patch_embed.num_patches * view.num_classes * len(LENSES)
+    patches = layout_of(view).num_patches
+    logits = len(view.blocks) * patches * view.num_classes * len(LENSES)
     return _BYTES_OF_LOGITS // (8 * logits)
 
 
@@ -217,20 +233,30 @@ class _ModelScores:
 
     def __init__(self, view: Model, lenses: Lenses, masks: bool, examples: Collection[int]) -> None:
         self._steps = len(view.blocks)
-        self._grid: tuple[int, int] = tuple(view.patch_embed.grid_size)
-        self._size: tuple[int, int] = tuple(view.patch_embed.img_size)
-        device, patches = device_of(view), view.patch_embed.num_patches
+        layout = layout_of(view)
+        self._grid, self._size = layout.grid, layout.image_size
+        device = device_of(view)
         self._predictions = {
             key: PredictionScores(self._steps, view.num_classes, device) for key in lenses
         }
-        self._maps = {lens: MapScores(self._steps, patches, masks, device) for lens in LENSES}
+        self._maps = {
+            lens: MapScores(self._steps, layout.num_patches, masks, device)
+            for lens, group in lenses
+            if group == "patches"
+        }
+        self._answers = [key for key in lenses if key[0] in LENSES and key[1] in _WHOLE]
         self._exits = PerImage()
         self._examples = PerImage()
         self._kept = torch.tensor(sorted(examples), dtype=torch.int64)
 
+    @property
+    def has_maps(self) -> bool:
+        """Whether patches are read one by one."""
+        return bool(self._maps)
+
     def update(self, batch: ModelBatch, logits: Mapping[tuple[str, str], Tensor]) -> None:
         """Add a batch with the logits of every lens."""
-        final = logits["raw", "cls"][-1, :, 0]
+        final = logits[self._answers[0]][-1, :, 0]
         for key, scores in self._predictions.items():
             scores.update(logits[key], final, batch.labels)
         masks = _patch_masks(batch, self._grid)
@@ -238,8 +264,10 @@ class _ModelScores:
             scores.update(logits[lens, "patches"], batch.labels, masks)
             for lens, scores in self._maps.items()
         ]
-        exits = [_exit_numbers(logits[lens, "cls"], final, batch.labels) for lens in LENSES]
+        exits = [_exit_numbers(logits[key], final, batch.labels) for key in self._answers]
         self._exits.update(batch.index, torch.cat(exits, 1).cpu())
+        if not self.has_maps:
+            return
         kept = torch.isin(batch.index, self._kept)
         examples = batch.take(kept)
         parts = [
@@ -255,13 +283,14 @@ class _ModelScores:
         scores = {key: metric.compute() for key, metric in self._predictions.items()}
         for lens, maps in self._maps.items():
             scores[lens, "patches"] |= maps.compute()
-        n = int(scores["raw", "cls"]["accuracy"]["n"][0])
+        n = int(scores[self._answers[0]]["accuracy"]["n"][0])
         for (lens, group), metrics in scores.items():
             for metric, columns in metrics.items():
                 key = {"lens": lens, "tokens": group, "metric": metric}
                 for i in range(self._steps):
                     row = {column: values[i].item() for column, values in columns.items()}
-                    if group == "cls" and metric in _SHARES and not math.isnan(row["value"]):
+                    counted = group in _WHOLE and metric in _SHARES
+                    if counted and not math.isnan(row["value"]):
                         row["low"], row["high"] = wilson_interval(row["value"] * n, n)
                     yield key | {"step": i + 1, "n": n} | row
         yield from self._exit_rows()
@@ -269,8 +298,8 @@ class _ModelScores:
     def _exit_rows(self) -> Iterator[dict[str, Any]]:
         table = self._exits.compute()[1].numpy()
         n = len(table)
-        numbers = table.reshape(n, len(LENSES), 2, self._steps)
-        for i, lens in enumerate(LENSES):
+        numbers = table.reshape(n, len(self._answers), 2, self._steps)
+        for i, (lens, group) in enumerate(self._answers):
             confidence, correct = numbers[:, i, 0], numbers[:, i, 1]
             for tau in _THRESHOLDS:
                 positions = exit_positions(confidence, tau)
@@ -278,7 +307,7 @@ class _ModelScores:
                 low, high = wilson_interval(hits, n)
                 yield {
                     "lens": lens,
-                    "tokens": "cls",
+                    "tokens": group,
                     "metric": "exit_accuracy",
                     "threshold": tau,
                     "n": n,
@@ -316,7 +345,7 @@ def _patch_masks(batch: ModelBatch, grid: tuple[int, int]) -> tuple[Tensor, Tens
 
 
 def _exit_numbers(logits: Tensor, final: Tensor, labels: Tensor) -> Tensor:
-    """Confidence on CLS after every step, then whether the prediction is correct, ``(B, 2 T)``;
+    """Confidence after every step, then whether the prediction is correct, ``(B, 2 T)``;
     after T those of the model itself."""
     per_step = torch.cat([logits[:-1, :, 0], final[None]]).double()
     confidence, correct = per_step.softmax(-1).amax(-1), per_step.argmax(-1) == labels

@@ -38,6 +38,7 @@ _PANELS = {
         "map of another image",
     ),
 }
+_STANDS_FOR = {"cls": ("answer",)}  # of a model whose head does not read CLS alone
 _SHOWN_STEPS = 7  # of an example
 
 
@@ -53,7 +54,8 @@ def plot(frame: pd.DataFrame) -> Figure:
     axes = plotting.subcanvas(parts[0], columns=3, rows=2)
     panels = [key for key in _PANELS if key[0] != left_out]
     for ax, (metric, tokens) in zip(axes.flat, panels, strict=True):
-        rows = frame[(frame["metric"] == metric) & (frame["tokens"] == tokens)]
+        of_tokens = frame["tokens"].isin((tokens, *_STANDS_FOR.get(tokens, ())))
+        rows = frame[(frame["metric"] == metric) & of_tokens]
         _panel(ax, rows, *_PANELS[metric, tokens])
     _shared_legend(parts[0], axes[0, 0])
     for part, (name, arrays) in zip(parts[1:], examples.items(), strict=True):

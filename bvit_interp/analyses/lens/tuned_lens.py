@@ -14,19 +14,23 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bvit_interp.errors import UserError
 from bvit_interp.metrics.checks import check_finite
-from bvit_interp.models.looped import Model
-from bvit_interp.models.stepping import answer, device_of, states
+from bvit_interp.models.dry_run import dry, example_images
+from bvit_interp.models.layout import layout_of
+from bvit_interp.models.looped import CalledSteps, Model
+from bvit_interp.models.stepping import answer, device_of, embed, proceed, states
 
 LENSES = ("raw", "tuned")
 """The logit lens and the tuned lens: those on every group of tokens."""
+ANSWER = "answer"
+"""In place of a group of tokens: what the model's own forward makes of the whole state."""
 RIDGE = 0.01  # penalty, relative to the mean square of the centred states
 LEARNING_RATE = 0.01  # length of a full step, relative to sqrt(D) times the spread of z_T
 MOMENTUM = 0.9  # of the running means of the gradient and of its square
@@ -57,21 +61,27 @@ Lenses = dict[tuple[str, str], list[Translator | None]]
 # ---- reading -------------------------------------------------------------------------------------
 
 
+def head_of(model: Model) -> Any:
+    """The timm model whose norm and head make the answer of CLS alone, as a dry run shows; None for
+    a model that pools tokens, has another head, or does more between its last step and the head.
+    """
+    vit: Any = model.model if isinstance(model, CalledSteps) else model
+    if getattr(vit, "global_pool", None) != "token" or "cls" not in layout_of(model).prefix[:1]:
+        return None
+    if not isinstance(model, CalledSteps):
+        return vit
+    if not hasattr(vit, "norm") or not hasattr(vit, "forward_head"):
+        return None
+    with dry(model):
+        state = proceed(model, embed(model, example_images(model, model.layout.image_size)))
+        read = vit.forward_head(vit.norm(state.tokens[:, : head_tokens(model)]))
+        return vit if torch.allclose(read, answer(model, state), rtol=1e-4, atol=1e-5) else None
+
+
 def head_tokens(model: Model) -> int:
     """How many leading tokens the head reads: CLS, and the distillation token of a model that has
-    one.
-
-    Raises
-    ------
-    UserError
-        For a head that pools tokens.
-    """
-    if model.global_pool != "token" or not model.has_class_token:
-        raise UserError(
-            "the lens reads CLS as the head does:"
-            f" global_pool must be token, got {model.global_pool!r}"
-        )
-    return 1 if getattr(model, "dist_token", None) is None else 2
+    one."""
+    return 1 + layout_of(model).prefix.count("dist")
 
 
 def token_groups(model: Model) -> dict[str, slice]:
@@ -80,7 +90,7 @@ def token_groups(model: Model) -> dict[str, slice]:
     Unlike `Probe.kinds`, the group cls holds all tokens that the head reads together: CLS, and the
     distillation token of a model that has one.
     """
-    read, prefix = head_tokens(model), model.num_prefix_tokens
+    read, prefix = head_tokens(model), layout_of(model).num_prefix_tokens
     groups = {"cls": slice(0, read)}
     if read < prefix:
         groups["reg"] = slice(read, prefix)
@@ -105,8 +115,9 @@ def head_logits(
     tokens : the K tokens that the head reads, or a single one, which then stands in for each of
         them.
     """
-    normed = model.norm(tokens).flatten(0, -3)
-    logits = model.forward_head(normed.expand(-1, head_tokens(model), -1))
+    vit: Any = model.model if isinstance(model, CalledSteps) else model
+    normed = vit.norm(tokens).flatten(0, -3)
+    logits = vit.forward_head(normed.expand(-1, head_tokens(model), -1))
     return logits.unflatten(0, tokens.shape[:-2])
 
 
@@ -116,7 +127,7 @@ def lens_logits(
     images: Float[Tensor, "batch channels height width"],
     lenses: Lenses,
 ) -> dict[tuple[str, str], Float[Tensor, "steps batch reads classes"]]:
-    """Logits of every lens in one forward; one read per image for cls.
+    """Logits of every lens in one forward; one read per image for cls, and for answer.
 
     Parameters
     ----------
@@ -128,6 +139,9 @@ def lens_logits(
     groups = token_groups(unrolled)
     for state in itertools.islice(states(unrolled, images), 1, None):
         for (lens, group), translators in lenses.items():
+            if group == ANSWER:
+                logits[lens, group].append(answer(unrolled, state)[:, None])
+                continue
             tokens = read_together(state.tokens[:, groups[group]], group)
             translator = translators[state.step - 1]
             translated = tokens if translator is None else translator(tokens)
@@ -203,6 +217,11 @@ def fit_lenses(unrolled: Model, cached: Mapping[str, Tensor], iterations: int, s
                 for t in range(steps)
             ]
     return lenses
+
+
+def answer_lens(unrolled: Model) -> Lenses:
+    """The logit lens of a model whose head does not read CLS alone: its answer at every step."""
+    return {("raw", ANSWER): [None] * len(unrolled.blocks)}
 
 
 def fit_translator(

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from foreign import STEPS, answer_by_hand, foreign, states_by_hand
 
 from bvit_interp.analyses import step_accuracy
 from bvit_interp.analyses.lens import COLUMNS, Config, measure, plot, summary
@@ -17,7 +18,7 @@ from bvit_interp.data.geometry import Geometry
 from bvit_interp.data.samples import evenly_spaced
 from bvit_interp.errors import DataError, UserError
 from bvit_interp.metrics import wilson_interval
-from bvit_interp.models.unroll import unroll
+from bvit_interp.models.unroll import unroll, with_steps
 
 FAST = Config(n_fit=10, iterations=2, limit=12, batch_size=8)
 BOTH_ENDS = ("agreement", "kl", "accuracy")
@@ -279,6 +280,39 @@ def test_how_many_images_logits_fit(tiny, monkeypatch):
         assert _images_at_once(unroll(tiny)) == images
 
 
+@pytest.mark.parametrize("kind", ["encoder", "prelude", "two_state", "looped_timm", "dinov3"])
+def test_models_that_are_not_ours_by_hand(kind, digits, tmp_path):
+    """Answers at every step, by forwards written out; of CLS where timm's head reads it alone."""
+    model = foreign(kind)
+    frame = measure({"m": model}, digits, FAST, tmp_path)
+    group = "cls" if kind == "looped_timm" else "answer"
+    geometry, places = Geometry.of(with_steps(model), digits), evenly_spaced(60, 12)
+    images = torch.stack([geometry(digits.read(i)[0])[0] for i in places])
+    labels = torch.tensor([digits.read(i)[1] for i in places])
+    with torch.no_grad():
+        states = states_by_hand(model, images)[1:]
+        answers = torch.stack([answer_by_hand(model, each) for each in states]).double()
+    assert len(answers) == STEPS[kind]
+    expected = {
+        "accuracy": (answers.argmax(-1) == labels).double().mean(1),
+        "confidence": answers.softmax(-1).amax(-1).mean(1),
+        "kl": (answers[-1].softmax(-1) * (answers[-1:].log_softmax(-1) - answers.log_softmax(-1)))
+        .sum(-1)
+        .mean(1),
+    }
+    for metric, values in expected.items():
+        rows = steps_of(frame, "raw", group, metric)
+        assert rows.index.tolist() == list(range(1, STEPS[kind] + 1))
+        np.testing.assert_allclose(rows["value"], values, rtol=1e-3, atol=1e-5, err_msg=metric)
+    if group == "answer":
+        assert set(zip(frame["lens"], frame["tokens"], strict=True)) == {("raw", "answer")}
+        assert frame["path"].isna().all() and (frame["n_fit"] == 0).all()
+    else:
+        assert {"tuned", "shuffled"} < set(frame["lens"]) and (frame["n_fit"] == 10).all()
+    assert set(summary(frame)["tokens"]) == {group}
+    plot(frame)
+
+
 def test_bad_input(tiny, make, digits):
     for options, message in (
         ({"n_fit": 1}, "n-fit must be >= 2, got 1"),
@@ -287,8 +321,6 @@ def test_bad_input(tiny, make, digits):
     ):
         with pytest.raises(UserError, match=message):
             Config(**options)
-    with pytest.raises(UserError, match="global_pool must be token"):
-        measure({"m": make(global_pool="avg")}, digits, FAST)
     assert change(n_examples=5).resume_key() == FAST.resume_key()
     assert change(seed=5).resume_key() != FAST.resume_key()
     with torch.no_grad():

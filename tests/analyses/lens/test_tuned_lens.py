@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from foreign import LoopedTimm, foreign
 from jaxtyping import TypeCheckError
 
 from bvit_interp.analyses.lens.tuned_lens import (
@@ -18,12 +19,13 @@ from bvit_interp.analyses.lens.tuned_lens import (
     fit_lenses,
     fit_translator,
     head_logits,
+    head_of,
     lens_logits,
     read_together,
     token_groups,
 )
 from bvit_interp.errors import UserError
-from bvit_interp.models.unroll import unroll
+from bvit_interp.models.unroll import unroll, with_steps
 from bvit_interp.probes.probe import Probe
 
 
@@ -83,9 +85,20 @@ def test_a_single_token_stands_in_for_both_that_a_distilled_head_reads(tiny_dist
     torch.testing.assert_close(head_logits(tiny_distilled, tokens), expected)
 
 
-def test_a_head_that_pools_is_refused(make):
-    with pytest.raises(UserError, match="global_pool must be token, got 'avg'"):
-        token_groups(make(global_pool="avg"))
+def test_tokens_are_read_one_by_one_where_the_head_reads_cls_alone(tiny, tiny_distilled, make):
+    """A user's timm model counts as long as nothing comes between its last step and the head."""
+
+    class WithMore(LoopedTimm):
+        def forward_features(self, x, attn_mask=None, is_causal=False):
+            return super().forward_features(x).roll(1, -1)
+
+    assert head_of(tiny) is tiny and head_of(tiny_distilled) is tiny_distilled
+    looped = with_steps(foreign("looped_timm"))
+    assert head_of(looped) is looped.model
+    assert head_of(make(global_pool="avg")) is None
+    assert head_of(with_steps(WithMore().eval())) is None
+    for kind in ("encoder", "prelude", "two_state", "dinov3", "torchvision"):
+        assert head_of(with_steps(foreign(kind))) is None
 
 
 # ---- tuning --------------------------------------------------------------------------------------
