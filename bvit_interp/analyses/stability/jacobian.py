@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bvit_interp.models.looped import Model
 from bvit_interp.models.memory import MemoryBlock
@@ -137,7 +138,7 @@ def gains(
 
 
 def differentiable(model: Model, steps: int, permuted: int | None = None) -> Model:
-    """The model's steps in float64, with weights of their own and without fused attention.
+    """The model's steps in float64, with weights of their own.
 
     The gradient passes everywhere, also where training stops it.
 
@@ -173,8 +174,6 @@ def differentiable(model: Model, steps: int, permuted: int | None = None) -> Mod
                     nn.Parameter(copy, requires_grad=False) if is_parameter else copy
                 )
             setattr(module, name, copies[id(tensor)])
-        if hasattr(module, "fused_attn"):
-            module.__dict__["fused_attn"] = False  # it has no second derivative
         if isinstance(module, MemoryBlock):  # a gradient that training stops is part of the map
             module.memory = replace(module.memory, gradient="full")
     return view
@@ -188,22 +187,34 @@ def pack(view: Model, state: State) -> Vectors:
     return torch.cat([state.tokens, memory], dim=1)
 
 
-def step_map(view: Model, before: int) -> Callable[[Tensor], Tensor]:
-    """The step from step `before` to the next, as a map of packed states."""
+def unpack(view: Model, packed: Vectors, like: State) -> State:
+    """`like` with other tokens, and with a memory another memory: the inverse of `pack`.
+
+    What else a step reads, such as the images of a loop with input injection, stays as in `like`.
+    """
+    if not isinstance(view.blocks[0], MemoryBlock):
+        return replace(like, tokens=packed)
+    tokens, memory = packed.chunk(2, dim=1)
+    return replace(like, tokens=tokens, memory=memory)
+
+
+def step_map(view: Model, before: State) -> Callable[[Tensor], Tensor]:
+    """The step that follows the state `before`, as a map of packed states.
+
+    Attention runs torch's plain kernel, because the fused one has no second derivative.
+    """
 
     def step(packed: Tensor) -> Tensor:
-        tokens, memory = packed, None
-        if isinstance(view.blocks[before], MemoryBlock):
-            tokens, memory = packed.chunk(2, dim=1)
-        return pack(view, advance(view, State(tokens, before, memory)))
+        with sdpa_kernel(SDPBackend.MATH):
+            return pack(view, advance(view, unpack(view, packed, before)))
 
     return step
 
 
 def jacobians_along(view: Model, state: State) -> Iterator[Linearised]:
     """The Jacobian of every step of the run that starts at this state."""
-    packed = pack(view, state)
-    for step in range(state.step, len(view.blocks)):
-        jacobian = Linearised(step_map(view, step), packed)
-        packed = jacobian.output
+    for _ in range(state.step, len(view.blocks)):
+        jacobian = Linearised(step_map(view, state), pack(view, state))
         yield jacobian
+        with torch.no_grad():
+            state = advance(view, state)

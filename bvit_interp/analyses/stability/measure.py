@@ -2,7 +2,8 @@
 
 This analysis is ours. bViT (arXiv 2605.10661) says only in words that the model is not a
 fixed-point method. The step map F_t: z_{t-1} -> z_t acts on all tokens of an image (in a model with
-a memory, on z and m). Its Jacobian J_t is used at real states, by products alone. A row is one
+a memory, on z and m; input that is injected at every step stays the image's). Its Jacobian J_t is
+used at real states, by products alone. A row is one
 value of one `metric`, a mean over images with its 95 % confidence interval.
 
 Metrics of one step, at `jacobian_steps` and at step T:
@@ -54,7 +55,6 @@ of the states is open.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -72,7 +72,7 @@ from bvit_interp.data.stream import ModelBatch, stream
 from bvit_interp.errors import UserError
 from bvit_interp.metrics import wilson_interval
 from bvit_interp.metrics.streaming.means import MeanCI
-from bvit_interp.models.looped import Model
+from bvit_interp.models.looped import CalledSteps, Model
 from bvit_interp.models.memory import MemoryBlock
 from bvit_interp.models.stepping import device_of, embed
 from bvit_interp.models.unroll import for_any_model, run_on
@@ -121,6 +121,11 @@ class _Plan:
         self.config = config
         self.trained_steps = len(model.blocks)
         self.view = run_on(model, config.steps)
+        if isinstance(self.view, CalledSteps) and self.view.needs_history:
+            raise UserError(
+                f"{name}: its steps read the output of more than one earlier step, so none is a map"
+                " of the state before it: stability is not defined"
+            )
         self.device = device_of(model)
         last = len(self.view.blocks)
         self.steps = range(1, last + 1)
@@ -136,8 +141,8 @@ class _Plan:
             itertools.product(("random", "partner"), starts, dict.fromkeys(config.eps))
         )
         probe = Probe(self.view)
-        self.num_heads = probe.num_heads
-        self.num_tokens = probe.num_prefix_tokens + math.prod(probe.grid)
+        self.num_heads = _heads(probe)
+        self.num_tokens = probe.layout.num_tokens
         self.kinds = probe.kinds()
         self.packed_kinds = dict(self.kinds)
         if isinstance(self.view.blocks[0], MemoryBlock):
@@ -194,6 +199,14 @@ class _Plan:
         """How many images' graphs of a run, and of its gradient, fit in the memory set aside."""
         per_token = 60 * self.view.embed_dim + 12 * self.num_heads * self.num_tokens
         return _GRAPH_BYTES[self.device.type] // (8 * self.horizon * self.num_tokens * per_token)
+
+
+def _heads(probe: Probe) -> int:
+    """Heads of a step; 0 where it has none that can be seen."""
+    try:
+        return probe.num_heads
+    except UserError:
+        return 0
 
 
 def _measure_jacobians(

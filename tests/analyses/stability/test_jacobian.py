@@ -54,7 +54,7 @@ def test_a_step_of_a_model_against_its_full_jacobian(kind, make, images):
     state = embed(view, images[:2, :, :16, :16].double())
     steps = list(jacobian.jacobians_along(view, state))
     packed = steps[0].output
-    step = jacobian.step_map(view, 1)
+    step = jacobian.step_map(view, advance(view, state))
     matrices = full(step, packed)
     vector = start(*packed.shape[1:])
     flat = vector.flatten(1).numpy()
@@ -85,8 +85,9 @@ def test_gains_are_the_blocks_of_the_jacobian(tiny_reg4, images):
     """Against ||J_ba||_F / sqrt(columns), which many probes come to; and the identity by hand."""
     view = jacobian.differentiable(tiny_reg4, 2)
     step = next(iter(jacobian.jacobians_along(view, embed(view, images[:2].double()))))
-    state = embed(view, images[:2].double()).tokens
-    blocks = full(jacobian.step_map(view, 0), state).reshape(2, 21, 32, 21, 32)
+    start_state = embed(view, images[:2].double())
+    state = start_state.tokens
+    blocks = full(jacobian.step_map(view, start_state), state).reshape(2, 21, 32, 21, 32)
     kinds = [slice(0, 1), slice(1, 5), slice(5, 21)]
     found = jacobian.gains(step, start(24, 21, 32), kinds)
     for i, source in enumerate(kinds):
@@ -166,7 +167,7 @@ def test_a_wrong_shape_is_refused(tiny, images):
     view = jacobian.differentiable(tiny, 1)
     state = embed(view, images[:2].double())
     with pytest.raises(TypeCheckError):
-        jacobian.Linearised(jacobian.step_map(view, 0), state.tokens[0])
+        jacobian.Linearised(jacobian.step_map(view, state), state.tokens[0])
     step = next(jacobian.jacobians_along(view, state))
     with pytest.raises(TypeCheckError):
         step(torch.zeros(17, 32, dtype=torch.float64))

@@ -59,8 +59,8 @@ def test_against_the_full_jacobians(make, digits, steps, permuted):
     states = [embed(view, image_of(tiny, digits, 0).double())]
     states.append(proceed(view, states[0], 1))
     matrices = []
-    for t, state in enumerate(states):
-        step = jacobian.step_map(view, t)
+    for state in states:
+        step = jacobian.step_map(view, state)
         matrices.append(
             torch.autograd.functional.jacobian(lambda z, step=step: step(z)[0], state.tokens)[
                 :, :, 0

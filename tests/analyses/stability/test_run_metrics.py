@@ -82,10 +82,11 @@ def test_a_run_past_the_horizon_against_full_jacobians(make, images):
     }
     for b in range(2):
         image = images[b : b + 1, :, :16, :16].double()
-        run = [each.tokens for each in states(view, image)]
+        run_states = list(states(view, image))
+        run = [each.tokens for each in run_states]
         jacobians = []
         for t in range(4):
-            step = step_map(view, t)
+            step = step_map(view, run_states[t])
             full = torch.autograd.functional.jacobian(lambda z, step=step: step(z)[0], run[t])
             jacobians.append(full[:, :, 0].reshape(160, 160).numpy())
         norms = [z.norm().item() for z in run]
