@@ -37,6 +37,8 @@ Combine = Callable[[str, list[Tensor]], Tensor]
 _KERNELS = {F.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention}
 _SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax}
 _PRODUCTS = {torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__}
+_BETWEEN = {F.dropout, Tensor.to, Tensor.type_as}
+"""What may happen to a pattern between its softmax and its product with the values."""
 
 
 class Handle:
@@ -234,6 +236,7 @@ class _Run:
     def __init__(self, attention: Attention, batch: int, tokens: int) -> None:
         self.attention, self.batch, self.tokens = attention, batch, tokens
         self.seen: list[_Pattern] = []
+        self.factor: Tensor | None = None  # the pattern of the last softmax, as values meet it
 
     def kernel(self, kernel: Callable[..., Tensor], args: Any, kwargs: Any) -> Tensor:
         """The call of a fused kernel, recorded and edited."""
@@ -284,7 +287,15 @@ class _Run:
         by_head = self._by_head(pattern)
         seen.pattern = self.attention.changed("pattern", by_head)
         self.attention.keep("pattern", seen)
-        return pattern if seen.pattern is by_head else seen.pattern.reshape(pattern.shape)
+        if seen.pattern is not by_head:
+            pattern = seen.pattern.reshape(pattern.shape)
+        self.factor = pattern
+        return pattern
+
+    def between(self, func: Callable[..., Tensor], args: Any, kwargs: Any) -> Tensor:
+        """A pattern made by `softmax` on its way to the values: dropout, or another dtype."""
+        self.factor = func(*args, **kwargs)
+        return self.factor
 
     def product(self, product: Callable[..., Tensor], args: Any, kwargs: Any) -> Tensor:
         """The product of a pattern made by `softmax` with the values, recorded and edited."""
@@ -308,12 +319,13 @@ class _Run:
         return square and batched and dim in (-1, x.ndim - 1)
 
     def is_pattern(self, args: Any) -> bool:
-        """Whether the first factor is the pattern of the softmax that was seen last."""
+        """Whether the first argument is the pattern of the softmax that was seen last."""
         if not self.seen or self.seen[-1].q is not None or self.seen[-1].z is not None:
             return False
-        pattern, factor = self.seen[-1].pattern, args[0]
+        pattern, factor = self.factor, args[0]
         return (
             pattern is not None
+            and isinstance(factor, Tensor)
             and factor.numel() == pattern.numel()
             and factor.shape[-2:] == pattern.shape[-2:]
             and factor.untyped_storage()._cdata == pattern.untyped_storage()._cdata
@@ -371,6 +383,8 @@ class _Watch(TorchFunctionMode):
             return run.softmax(func, args, kwargs)
         if func in _PRODUCTS and run.is_pattern(args):
             return run.product(func, args, kwargs)
+        if func in _BETWEEN and args and run.is_pattern(args):
+            return run.between(func, args, kwargs)
         return func(*args, **kwargs)
 
 

@@ -103,12 +103,29 @@ def map_of(block: nn.Module) -> BlockMap:
         if mapper is None:
             continue
         if type(block).forward is base.forward and "forward" not in vars(block):
-            return mapper(block)
+            return _completed(mapper(block), block)
         reason = f"{name} computes its forward otherwise than {base.__name__}"
         break
     else:
         reason = f"no block map is registered for {name}: see register_block"
     return BlockMap({}, dict.fromkeys(OF_MODULES, reason))
+
+
+def _completed(given: BlockMap, block: nn.Module) -> BlockMap:
+    """The map without modules that the block does not have, and with a reason for every site that
+    is not there."""
+    name = type(block).__name__
+    there = {path for path, _ in block.named_modules()}
+    sites, missing = {}, dict(given.missing)
+    for site in OF_MODULES:
+        module = given.sites.get(site, "").rpartition(".")[0]
+        if site in given.sites and module in there:
+            sites[site] = given.sites[site]
+        elif site in given.sites:
+            missing[site] = f"this {name} has no {module!r}, where its block map looks for it"
+        else:
+            missing.setdefault(site, f"the block map of {name} does not name it")
+    return BlockMap(sites, missing, given.combine)
 
 
 def _load_families(block: type[nn.Module]) -> None:

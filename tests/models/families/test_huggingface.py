@@ -8,6 +8,7 @@ from torch import nn
 
 from bvit_interp.errors import UserError
 from bvit_interp.models.families import map_of
+from bvit_interp.probes.probe import Probe
 
 transformers = pytest.importorskip(
     "transformers", minversion="5", reason="needs the extra huggingface: transformers>=5"
@@ -237,6 +238,18 @@ def test_a_layer_called_three_times_in_a_loop(hf, random_model, check, kernel):
     assert probe.layout.prefix == ()
     with pytest.raises(UserError, match="no CLS token"):
         probe.run(torch.zeros(1, 3, 32, 32), "pattern", tokens="cls")
+
+
+def test_eager_attention_in_half_precision(hf, images):
+    """Its softmax is in single precision, so that the values meet a copy of the pattern."""
+    model = hf("ViT", "Model", "eager").bfloat16()
+    given = images.bfloat16()
+    answer, cache = Probe(model).run(given, ["pattern", "v", "z"])
+    assert torch.equal(answer, model(given).pooler_output)
+    for step in (1, 2):
+        assert cache["pattern", step].dtype == torch.float32
+        pattern, v = cache["pattern", step].bfloat16(), cache["v", step]
+        assert torch.equal(cache["z", step], (pattern @ v.transpose(1, 2)).transpose(1, 2))
 
 
 def test_hooks_that_the_library_leaves_do_no_harm(hf, check):

@@ -227,6 +227,20 @@ def test_unfused_attentions_side_by_side(unfused, make, check):
     check(model, hand(side_by_side), missing, recorded_only="recorded, but not edited")
 
 
+def test_unfused_attention_under_dropout(unfused, make, images):
+    """Its values meet the pattern that dropout leaves."""
+    model = make(name=VIT, depth=2, attn_drop_rate=0.5)
+    probe = Probe(model.train())
+    torch.manual_seed(0)
+    plain = probe(images)
+    torch.manual_seed(0)
+    logits, cache = probe.run(images, ["pattern", "v", "z"])
+    assert torch.equal(logits, plain)
+    whole = cache["pattern", 1] @ cache["v", 1].transpose(1, 2)
+    assert not torch.allclose(cache["z", 1], whole.transpose(1, 2))
+    torch.testing.assert_close(cache["pattern", 1].sum(-1), torch.ones(4, 4, 17))
+
+
 @pytest.mark.parametrize("block", [Block, DiffParallelScalingBlock])
 def test_unfused_differential_attention_is_refused(unfused, make, images, block):
     """Its softmax is of both halves at once; the values meet their difference."""
