@@ -51,7 +51,7 @@ def open_own(spec: Spec) -> nn.Module:
             made = _guarded(made, f"{spec.factory}()", spec)
     if not isinstance(made, nn.Module):
         raise CheckpointError(
-            f"{spec.text}: {spec.factory}() returned a {type(made).__name__}, not a torch.nn.Module"
+            f"{spec.text}: {spec.factory}() returned {type(made).__name__}, not a torch.nn.Module"
         )
     return made
 
@@ -111,7 +111,7 @@ def _attribute(module: ModuleType, spec: Spec, where: str) -> Any:
         value = getattr(value, part)
     if not callable(value):
         raise CheckpointError(
-            f"{spec.text}: {spec.factory} is a {type(value).__name__}, no function"
+            f"{spec.text}: {spec.factory} is of type {type(value).__name__}, no function"
         )
     return value
 

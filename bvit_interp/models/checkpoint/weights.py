@@ -38,6 +38,7 @@ _AVERAGED = {"ema", "swa", "avg", "averaged", "average"}
 # where trainers put the weights of the model itself, if others of its shape lie beside
 _USUAL = ("", "state_dict", "model", "model_state_dict", "module", "net", "network")
 _DEPTH = 3
+_POSITIONS = ("pos_embed", "encoder.pos_embedding")  # of timm and torchvision
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,7 @@ def _converted(
         return None
     if misfits(own, changed):
         return None
-    same = all(part[name].shape == own[name].shape for name in part.keys() & own.keys())
+    same = all(part[name].numel() == own[name].numel() for name in part.keys() & own.keys())
     if not same and not resample:
         return None
     others = tuple(name for name in named if not name.startswith(prefix))
@@ -277,11 +278,12 @@ def _closest(
         named, _ = _without_inner(own, weights)
         candidates.append(_under(named, _prefixes(own, named)[0]))
     best = max(candidates, key=lambda each: len(each.keys() & own.keys()))
-    hint = ""
-    positions = [name for name in ("pos_embed", "encoder.pos_embedding") if name in best]
-    if any(name in own and own[name].shape != best[name].shape for name in positions):
-        hint = "; @size=N resamples position embeddings to N x N pixels"
-    return misfits(own, best) + hint
+    found = misfits(own, best)
+    others = {name: each for name, each in own.items() if name not in _POSITIONS}
+    positions_alone = found and not misfits(others, {k: best[k] for k in best if k in others})
+    if positions_alone and own.keys() == best.keys():
+        return f"{found}; @size=N resamples position embeddings to N x N pixels"
+    return found
 
 
 def _report(taken: Found, fitting: list[Found], path: Path, text: str) -> None:
@@ -293,13 +295,14 @@ def _report(taken: Found, fitting: list[Found], path: Path, text: str) -> None:
     if taken.converted:
         parts.append("converted them from another layout or size")
     left = [name for name in taken.others if name.rpartition(".")[2] != _COUNTER]
+    known = tuple(found.prefix for found in fitting if found.where == taken.where and found.prefix)
+    left = [name for name in left if not name.startswith(known)]
     beside = [found for found in fitting if found.averaged and found is not taken]
     if taken.averaged:
         parts.append("took weights that are averaged over training")
     elif beside:
         source = re.sub(r"(@(loop|size)=[^@]*)*$", "", text)
         parts.append(f"took the raw weights; {source}@ema takes the averaged ones")
-        left = [name for name in left if not name.startswith(beside[0].prefix or "\0")]
     if left:
         parts.append(f"left out {len(left)} other tensors ({choices(left, 4)})")
     if parts and rank_and_world()[0] == 0:
