@@ -1,9 +1,11 @@
-"""What many tools return for the neurons of a step, on a bViT and on its unroll.
+"""What many tools return for the neurons of a step, on looped models and on their unrolls.
 
 Run ``python benchmarks/tools.py [--out docs/tools.md]``. Each installed tool is run on a small
-seeded bViT, and its answer is compared with a loop over the block (`reference.py`). A tool that is
+seeded bViT and on a module of somebody else's that runs one block again and again, and its answer
+is compared with a loop over the block (`reference.py`). A tool that is
 not installed is listed as such. The package does not need some of these tools: ``pip install
-nnsight grad-cam dreamlens transformer-lens``.
+nnsight grad-cam dreamlens transformer-lens``. The second table, of TransformerLens beside the
+Probe, needs ``transformers`` too.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import bvit_interp.models.bvit  # noqa: F401  (registers the models)
+from bvit_interp import Probe
 from bvit_interp.models.unroll import unroll
 
 TOLERANCE = 1e-3  # of the reference's largest value
@@ -355,17 +358,142 @@ def reference_model():
     return model
 
 
-def ask(tool, unrolled):
+class Somebodys(nn.Module):
+    """A loop in a plain module: its forward runs a block of timm's again and again."""
+
+    image_size = 32
+
+    def __init__(self, model):
+        super().__init__()
+        self.embed, self.position = model.patch_embed.proj, model.pos_embed
+        self.cls_token = model.cls_token
+        self.blocks = nn.ModuleList([model.get_submodule("blocks.0")])
+        self.norm, self.head = model.norm, model.head
+
+    def patch_embed(self, images):
+        return self.embed(images).flatten(2).mT
+
+    def _pos_embed(self, patches):
+        return (
+            torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], 1) + self.position
+        )
+
+    def forward_head(self, tokens):
+        return self.head(tokens[:, 0])
+
+    def forward(self, images):
+        tokens = self._pos_embed(self.patch_embed(images))
+        for _ in range(STEPS):
+            tokens = self.blocks[0](tokens)
+        return self.forward_head(self.norm(tokens))
+
+
+MAKERS = {"bViT": reference_model, "a looped module": lambda: Somebodys(reference_model())}
+
+
+def ask(tool, make, unrolled):
     """The verdict on one tool, or its error; on a new model, because tools leave hooks behind."""
-    model = reference_model()
+    model = make()
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    subject = Subject(unroll(model) if unrolled else model, not unrolled, reference_model(), images)
+    subject = Subject(unroll(model) if unrolled else model, not unrolled, make(), images)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             return tool.ask(subject)
     except Exception as error:  # any error of the tool is its answer
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
         return f"{type(error).__name__}: {lines[0][:110]}"
+
+
+HOOKS = {
+    "resid_pre": "hook_resid_pre",
+    "q": "attn.hook_q",
+    "k": "attn.hook_k",
+    "v": "attn.hook_v",
+    "scores": "attn.hook_attn_scores",
+    "pattern": "attn.hook_pattern",
+    "z": "attn.hook_z",
+    "attn_out": "hook_attn_out",
+    "resid_mid": "hook_resid_mid",
+    "mlp_pre": "mlp.hook_pre",
+    "mlp_post": "mlp.hook_post",
+    "mlp_out": "hook_mlp_out",
+    "resid_post": "hook_resid_post",
+}
+"""Our site -> TransformerLens's hook of a block."""
+LAYERS = 4
+
+
+def hugging_face_vit(looped):
+    """A seeded Hugging Face ViT: a stack, or one layer that is listed again and again."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        intermediate_size=128,
+        image_size=32,
+        patch_size=8,
+        num_labels=10,
+        architectures=["ViTForImageClassification"],
+    )
+    model = ViTForImageClassification(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1.0 if "norm" in name and "weight" in name else 0.0, 0.15)
+    if looped:
+        model.vit.layers = nn.ModuleList([model.vit.layers[0]] * LAYERS)
+    return model
+
+
+def beside_transformer_lens(looped):
+    """Site -> which of the Probe's steps TransformerLens's cache gives as the block of each."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
+        _, ours = Probe(hugging_face_vit(looped)).run(images, list(HOOKS))
+        bridge = TransformerBridge.boot_transformers(
+            "google/vit-base-patch16-224", hf_model=hugging_face_vit(looped)
+        )
+        _, theirs = bridge.run_with_cache(images)
+    found = {}
+    for site, hook in HOOKS.items():
+        comparable = partial(torch.log_softmax, dim=-1) if site == "scores" else lambda x: x
+        steps = {t: comparable(ours[site, t]) for t in range(1, LAYERS + 1)}
+        given = [comparable(theirs[f"blocks.{i}.{hook}"]) for i in range(LAYERS)]
+        verdicts = [judge(answer, steps) for answer in given]
+        right = verdicts == [f"step {t} only" for t in steps]
+        found[site] = "every step" if right else "; ".join(verdicts)
+    return found
+
+
+def beside():
+    """The page's second table."""
+    packages = ("transformer-lens", "transformers")
+    if not all(map(version, packages)):
+        return []
+    stack, looped = beside_transformer_lens(False), beside_transformer_lens(True)
+    names = " and ".join(f"{package} {version(package)}" for package in packages)
+    lines = [
+        "",
+        "## TransformerLens beside the Probe, on a Hugging Face ViT",
+        "",
+        f"Which of the Probe's steps TransformerLens's bridge gives under the names of {LAYERS}",
+        f"blocks in turn, for a stack and for one layer that is listed {LAYERS} times ({names}).",
+        "Scores are compared up to a constant per row, which a softmax does not see.",
+        "",
+        "| site | TransformerLens | stack | one layer, listed again and again |",
+        "| --- | --- | --- | --- |",
+    ]
+    return [
+        *lines,
+        *(
+            f"| `{site}` | `blocks.i.{hook}` | {stack[site]} | {looped[site]} |"
+            for site, hook in HOOKS.items()
+        ),
+    ]
 
 
 def version(package):
@@ -377,13 +505,15 @@ def version(package):
 
 
 def rows():
-    """(tool, question, on the recurrent model, on the unroll) for every tool."""
+    """(tool, question, then per model: on it and on its unroll) for every tool."""
     for tool in TOOLS:
         installed = version(tool.package)
         if installed is None:
-            yield tool.label, tool.question, "not installed", "not installed"
+            yield (tool.label, tool.question, *["not installed"] * 2 * len(MAKERS))
             continue
-        verdicts = ask(tool, unrolled=False), ask(tool, unrolled=True)
+        verdicts = (
+            ask(tool, make, unrolled) for make in MAKERS.values() for unrolled in (False, True)
+        )
         yield (f"{tool.label}, {installed}", tool.question, *verdicts)
 
 
@@ -392,16 +522,17 @@ def table():
     lines = [
         "# Same question, many tools",
         "",
-        f"What each tool returns for `blocks[0].mlp.act` of a bViT of {STEPS} steps, and for",
-        f"`blocks[{STEP - 1}].mlp.act` (step {STEP}) of its tied unroll. Written by"
-        " `benchmarks/tools.py`,",
-        "which compares every answer with a loop over the block (equal: within",
-        f"{TOLERANCE:.0e} of the largest value).",
+        f"What each tool returns for `blocks[0].mlp.act` of a model of {STEPS} steps, and for",
+        f"`blocks[{STEP - 1}].mlp.act` (step {STEP}) of its tied unroll: a bViT, and a plain",
+        "module of somebody else's whose forward runs one block of timm's in a loop. Written by",
+        "`benchmarks/tools.py`, which compares every answer with a loop over the block (equal:",
+        f"within {TOLERANCE:.0e} of the largest value).",
         "",
-        "| tool | question | on the recurrent model | on the unroll |",
-        "| --- | --- | --- | --- |",
+        "| tool | question | " + " | ".join(f"on {name} | on its unroll" for name in MAKERS) + " |",
+        "| --- | --- |" + " --- |" * 2 * len(MAKERS),
     ]
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows()]
+    lines += beside()
     return "\n".join(lines) + "\n"
 
 
