@@ -21,7 +21,9 @@ whole state of one shared block (no time embedding, no memory) cell (s, t) is ``
 answer s - t steps past T: B does not matter, cells of one shift are equal, and one longer run gives
 all of them. In a stack, runs patched with whole states do not depend on B either: `other` is then
 `same` on another scale. With a memory, a time embedding or part of a state, the cells of a shift
-differ, and their mean depends on the steps s and t it covers. Practice of patching after
+differ, and their mean depends on the steps s and t it covers. So they may in a loop of another
+model's own, where all that a step reads besides the state (injected input, earlier states) stays
+that of the run B. Practice of patching after
 Heimersheim and Nanda (2024), "How to use and interpret activation patching".
 
 Cost: with S = T = 12 steps the 144 cells restart at the patched step, all sources in one batch: 792

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from bvit_interp.models.looped import Model
+from bvit_interp.models.looped import CalledSteps, Model
 from bvit_interp.models.memory import MemorySteps, UnrolledSteps
 from bvit_interp.models.stepping import State, advance, answer, proceed, states
 from bvit_interp.models.steps import Steps
-from bvit_interp.models.unroll import unroll
+from bvit_interp.models.unroll import unroll, with_steps
 from bvit_interp.probes.cache import unit_index
 from bvit_interp.probes.probe import Edit, Key, Probe
 from bvit_interp.vocabulary import Address, Tokens, axes_of, check_site, check_steps
@@ -32,7 +32,8 @@ class StepPatcher:
 
     Parameters
     ----------
-    model : a `BViT`, any timm `VisionTransformer`, or an unroll of one.
+    model : any model that `unroll` takes, or an unroll. In a loop of another model, all that a step
+        reads besides the state (injected input, earlier states) stays the receiver's.
     site : the patched site; "resid_post" is the state z_t. A memory (bViT-fl, bViT-sc) stays the
         receiver's.
     tokens : the patched tokens; the others stay the receiver's. For scores and pattern, query
@@ -52,29 +53,32 @@ class StepPatcher:
 
     def __init__(
         self,
-        model: Model,
+        model: nn.Module,
         site: str = "resid_post",
         tokens: Tokens = "all",
         unit: int | None = None,
         steps: tuple[int, ...] | None = None,
     ) -> None:
-        self.probe = Probe(model)
+        own = with_steps(model)
+        self.probe = Probe(own)
         self.view = self.probe.model
         self.site, self.unit = check_site(site), unit
         self.steps = sorted(check_steps(steps, self.probe.num_steps))
         for step in self.steps:
             self.probe.address(Address(site, step, unit))
-        self.num_tokens = self.probe.num_prefix_tokens + self.probe.grid[0] * self.probe.grid[1]
+        self.num_tokens = self.probe.layout.num_tokens
         self._rows = self.probe.rows(tokens, self.num_tokens)[0]
         self._unit: Any = ... if unit is None else unit_index(site, unit)
         all_tokens = len(range(self.num_tokens)[self._rows]) == self.num_tokens
-        has_memory = isinstance(model.blocks, (MemorySteps, UnrolledSteps))
-        self.whole = site == "resid_post" and unit is None and all_tokens and not has_memory
-        self.tied = self.whole and _is_one_map(model)
+        reads_more = isinstance(self.view, CalledSteps) or isinstance(
+            own.blocks, (MemorySteps, UnrolledSteps)
+        )
+        self.whole = site == "resid_post" and unit is None and all_tokens and not reads_more
+        self.tied = self.whole and _is_one_map(own)
         self._longer: Model | None = None
         if self.tied:
             furthest = self.steps[-1] - self.steps[0] + self.probe.num_steps
-            self._longer = unroll(model, furthest)
+            self._longer = unroll(own, furthest)
 
     def logits(
         self,

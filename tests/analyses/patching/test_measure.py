@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from foreign import STEPS, answer_by_hand, foreign, states_by_hand
 
 from bvit_interp.analyses.patching import COLUMNS, Config, measure, summary
 from bvit_interp.analyses.patching.corruption import corrupt
@@ -15,7 +16,7 @@ from bvit_interp.analyses.patching.patches import StepPatcher
 from bvit_interp.data.geometry import Geometry
 from bvit_interp.errors import UserError
 from bvit_interp.metrics import wilson_interval
-from bvit_interp.models.unroll import unroll
+from bvit_interp.models.unroll import unroll, with_steps
 from bvit_interp.probes.probe import Probe
 
 VALUES = ["value", "low", "high", "null", "null_low", "null_high", "clean", "baseline"]
@@ -183,6 +184,27 @@ def test_cells_of_one_shared_block_are_equal_along_shifts_and_those_of_a_stack_a
         for name, part in frame.groupby("model")
     }
     pd.testing.assert_frame_equal(values["bvit"], values["restarts"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["encoder", "prelude", "two_state", "dinov3"])
+def test_another_images_state_in_models_that_are_not_ours(kind, digits):
+    """The share of images with the donor's answer, by forwards written out; its own images' steps
+    in the table."""
+    model = foreign(kind)
+    frame = measure({"m": model}, digits, Config(limit=6, mode=("other",), batch_size=4))
+    assert frame["step_to"].max() == frame["trained_steps"].max() == STEPS[kind]
+    places = [10 * i for i in range(6)]
+    images, labels = batch_of(with_steps(model), digits, places)
+    order = [(i + 3) % 6 for i in range(6)]  # the partner of each
+    with torch.no_grad():
+        receiver, donor = states_by_hand(model, images), states_by_hand(model, images[order])
+        run = states_by_hand(model, images, put={3: donor[1]})
+        clean, moved = (answer_by_hand(model, each[-1]).argmax(-1) for each in (donor, run))
+    counts = [i for i in range(6) if labels[i] != labels[order[i]]]
+    expected = (clean == moved)[counts].double().mean().item()
+    row = cell(frame, "agreement", 1, 3, mode="other")
+    assert row["value"] == pytest.approx(expected) and row["n"] == len(counts)
+    assert not torch.equal(receiver[3], donor[1])
 
 
 @pytest.mark.parametrize("tokens", ["all", "patches"])

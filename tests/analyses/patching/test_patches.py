@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from foreign import STEPS, answer_by_hand, foreign, states_by_hand
 from jaxtyping import TypeCheckError
 
 from bvit_interp.analyses.patching.patches import StepPatcher
@@ -97,6 +98,43 @@ def test_other_sites_against_one_edit_at_a_time(stacked, images, others, site, u
                     torch.testing.assert_close(
                         logits[s - 1, t - 1], probe(images), rtol=1e-5, atol=1e-5
                     )
+
+
+@pytest.mark.parametrize("kind", ["encoder", "prelude", "two_state", "looped_timm", "dinov3"])
+@pytest.mark.parametrize("tokens", ["all", "patches"])
+def test_models_that_are_not_ours_by_hand(kind, tokens, images, others):
+    """What a step reads besides the state stays the receiver's: injected input, earlier states."""
+    model = foreign(kind)
+    patches = StepPatcher(model, tokens=tokens)
+    assert patches.steps == list(range(1, STEPS[kind] + 1))
+    assert not patches.whole and not patches.tied
+    rows = slice(0 if tokens == "all" else patches.probe.num_prefix_tokens, None)
+    with torch.inference_mode():
+        logits = patches.logits(images, others)
+        donor, receiver = (states_by_hand(model, x) for x in (others, images))
+        for s in patches.steps:
+            for t in patches.steps:
+                state = receiver[t].clone()
+                state[:, rows] = donor[s][:, rows]
+                run = states_by_hand(model, images, put={t: state})
+                expected = answer_by_hand(model, run[-1])
+                torch.testing.assert_close(logits[s - 1, t - 1], expected, rtol=1e-4, atol=1e-4)
+    assert (logits[0, 1] - logits[1, 1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["encoder", "prelude", "two_state", "dinov3"])
+def test_heads_of_models_that_are_not_ours_against_one_edit_at_a_time(kind, images, others):
+    """A run from the state before the step, against whole runs."""
+    patches = StepPatcher(foreign(kind), "z", unit=1, steps=(1, 3))
+    probe = patches.probe
+    with torch.inference_mode():
+        logits, cache = patches.logits(images, others), probe.record(others, "z")
+        for i, s in enumerate((1, 3)):
+            for j, t in enumerate((1, 3)):
+                with probe.edit({("z", t, 1): lambda _, __, s=s: cache["z", s][:, :, 1]}):
+                    expected = probe(images)
+                torch.testing.assert_close(logits[i, j], expected, rtol=1e-4, atol=1e-4)
+    assert (logits[0, 1] - logits[1, 1]).abs().max() > 1e-5
 
 
 def test_one_map_needs_one_longer_run(tiny, images, others):
