@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -14,6 +14,7 @@ from bvit_interp.analyses.schedule.outcomes import Outcomes
 from bvit_interp.analyses.schedule.schedules import (
     Plan,
     Run,
+    can_run,
     same_steps,
     schedules,
     substitutions,
@@ -125,7 +126,7 @@ class Subject:
         possible = {
             run: steps
             for run, steps in schedules(self.trained, runs, shifts).items()
-            if max(steps) <= len(self.view.blocks)
+            if can_run(self.view, steps)
         }
         self.plans = [Plan(self.view, possible)]
         mean = with_mean_embedding(model)
@@ -133,6 +134,8 @@ class Subject:
             self.plans.append(Plan(mean, {Run("mean_embedding"): possible[Run("normal")]}))
         differ = len(set(same_steps(self.view)[: self.trained])) > 1
         pairs = substitutions(self.trained) if differ and matrix else {}
+        if not all(can_run(self.view, steps) for steps in pairs.values()):
+            pairs = {}
         self.matrix = [Plan(self.view, pairs)] if pairs else []
 
     def learn(self, parts: Mapping[str, Labelled]) -> Learned:
@@ -173,7 +176,7 @@ class Subject:
                 for name, values in read.items():
                     scores[kind, name].append(fitted.decoders[kind, name](values))
             for tokens in changed.values():
-                after = proceed(self.view, State(tokens, state.step, state.memory), self.trained)
+                after = proceed(self.view, replace(state, tokens=tokens), self.trained)
                 logits.append(answer(self.view, after))
                 moved = (tokens - state.tokens).norm(dim=-1) / state.tokens.norm(dim=-1)
                 distance.append(moved.double().mean(1))

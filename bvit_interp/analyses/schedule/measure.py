@@ -10,7 +10,9 @@ past T. There are three experiments:
   twice), `run` (1..S) and `replace` (step s in place of step t). A plain bViT has one function for
   all steps, so only their number matters: to skip any step is to run T - 1 steps, to repeat any
   step is to run T + 1, and a swap changes nothing. In a stack this is the layer swap of Sun et al.
-  (2024, "Transformer layers as painters", arXiv 2407.09298);
+  (2024, "Transformer layers as painters", arXiv 2407.09298). A model with a loop of its own makes
+  what each step reads, so its steps stay in their places: it has the rows of `normal`, of `run` to
+  at most T, and of `skip` after step 1, unless later steps read more than the state before them;
 - `decoding`: a linear discriminant of the step on single tokens, fitted to some images and tested
   on others, from the state (`raw`), from z / ||z|| (`direction`) or from log ||z|| alone (`norm`).
   `pair_accuracy` is a forced choice: which of two states of a token belongs to which step. Null: a
@@ -66,7 +68,8 @@ def measure(models: Mapping[str, Model], data: Samples, config: Config) -> pd.Da
 
     Returns
     -------
-    A table of `COLUMNS`; without `replace` for a model whose steps are all the same function.
+    A table of `COLUMNS`; without `replace` for a model whose steps are all the same function, and
+    of another model's loop with the schedules of `can_run` alone.
     """
     roles = _roles(len(data), config)
     subjects = {

@@ -2,22 +2,26 @@
 
 Each step keeps what is its own: its row of the time embedding, the refresh of a memory, its block
 in a hybrid or a stack. Steps that are the same function are recognised, and schedules that begin
-alike share those steps.
+alike share those steps. A loop of another model's own has its order in a forward that is not ours:
+there, schedules can end early or leave steps out, and nothing else (`can_run`).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from bvit_interp.models.looped import Model
+from bvit_interp.errors import UserError
+from bvit_interp.models.looped import CalledSteps, Model
 from bvit_interp.models.memory import MemoryBlock
 from bvit_interp.models.stepping import State, advance, answer, embed
+from bvit_interp.models.steps import TimedBlock
 from bvit_interp.models.unroll import unroll
 
 Schedule = tuple[int, ...]
@@ -68,12 +72,31 @@ def substitutions(trained: int) -> dict[Run, Schedule]:
     return {Run("replace", t, s): (*whole[: t - 1], s, *whole[t:]) for t in whole for s in whole}
 
 
+def can_run(view: Model, schedule: Schedule) -> bool:
+    """Whether an unroll can apply steps in this order.
+
+    In a `CalledSteps` each step runs in its own place, because its model makes what the step reads:
+    the order starts at step 1 and goes up. Where later steps read more than the state before them,
+    none can be left out.
+    """
+    if max(schedule) > len(view.blocks):
+        return False
+    if not isinstance(view, CalledSteps):
+        return True
+    if view.needs_history:
+        return schedule == tuple(range(1, len(schedule) + 1))
+    return schedule[0] == 1 and all(a < b for a, b in itertools.pairwise(schedule))
+
+
 def same_steps(view: Model) -> list[int]:
     """For every step of an unroll, the first step that is the same function, from 1.
 
     Two steps are the same function if they have the same tensors under the same names, the same row
-    of a time embedding and the same refresh of a memory. A step with hooks is the same as no other.
+    of a time embedding and the same refresh of a memory. A step with hooks is the same as no other,
+    and so is each step of a `CalledSteps`, whose model may make something else for each to read.
     """
+    if isinstance(view, CalledSteps):
+        return list(range(1, len(view.blocks) + 1))
     first: dict[tuple[object, ...], int] = {}
     return [first.setdefault(_function(block, i), i + 1) for i, block in enumerate(view.blocks)]
 
@@ -90,10 +113,16 @@ def _function(block: Any, i: int) -> tuple[object, ...]:
     return (*((name, id(tensor)) for name, tensor in tensors), row, refresh)
 
 
+def time_embedding(view: Model) -> Tensor | None:
+    """The rows that the steps of a `BViT` add, ``(T, D)``, or None."""
+    block = view.blocks[0]
+    return block.step_embed if isinstance(block, TimedBlock) else None
+
+
 def with_mean_embedding(model: Model) -> Model | None:
     """An unroll whose every step adds the mean row of the time embedding; None if there is none."""
     view = unroll(model)
-    table = getattr(view.blocks[0], "step_embed", None)
+    table = time_embedding(view)
     if table is None:
         return None
     mean = nn.Parameter(table.detach().mean(0, keepdim=True), requires_grad=False)
@@ -123,13 +152,23 @@ class Plan:
     ----------
     runs : the names, in order.
     applied : number of steps that are computed for all of them together.
+
+    Raises
+    ------
+    UserError
+        For a schedule that the unroll cannot run.
     """
 
     def __init__(self, view: Model, schedules: Mapping[Run, Schedule]) -> None:
         self.view, self.runs, self.applied = view, tuple(schedules), 0
         self._root = _Node()
         first = same_steps(view)
-        for i, steps in enumerate(schedules.values()):
+        for i, (run, steps) in enumerate(schedules.items()):
+            if not can_run(view, steps):
+                why = "a step of a loop that is not ours runs in its own place alone"
+                if max(steps) > len(view.blocks):
+                    why = f"it has {len(view.blocks)} steps"
+                raise UserError(f"{run.variant}: the model cannot apply steps {steps}: {why}")
             node = self._root
             for step in steps:
                 same = first[step - 1]
@@ -150,7 +189,7 @@ class Plan:
         while waiting:
             node, state, step = waiting.pop()
             if step is not None:
-                state = advance(self.view, State(state.tokens, step - 1, state.memory))
+                state = advance(self.view, replace(state, step=step - 1))
             if node.ends:
                 logits |= dict.fromkeys(node.ends, answer(self.view, state))
             waiting += [(child, state, step) for step, child in node.after.items()]

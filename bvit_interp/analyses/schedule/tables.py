@@ -14,7 +14,7 @@ from bvit_interp.analyses.schedule.experiments import (
     Subject,
 )
 from bvit_interp.analyses.schedule.outcomes import Outcomes
-from bvit_interp.analyses.schedule.schedules import Plan, Run
+from bvit_interp.analyses.schedule.schedules import Plan, Run, time_embedding
 from bvit_interp.analyses.schedule.step_removal import REMOVALS
 from bvit_interp.metrics.streaming.means import MeanCI
 
@@ -47,7 +47,7 @@ def _outcome_rows(experiment: str, runs: list[Run], outcomes: Outcomes) -> Itera
 
 def _embedding_rows(subject: Subject, norms: Mapping[str, list[float]]) -> Iterator[dict[str, Any]]:
     """Length of each row of the time embedding, relative to the norm of the state."""
-    table = getattr(subject.view.blocks[0], "step_embed", None)
+    table = time_embedding(subject.view)
     lengths = [] if table is None else table.detach().double().norm(dim=1).tolist()
     for kind, by_step in norms.items():
         for t, (length, norm) in enumerate(zip(lengths, by_step, strict=False), start=1):

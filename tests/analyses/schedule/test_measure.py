@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from foreign import STEPS, answer_by_hand, foreign, states_by_hand
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from bvit_interp.analyses.schedule import COLUMNS, Config, measure, summary
@@ -14,7 +15,7 @@ from bvit_interp.data.geometry import Geometry
 from bvit_interp.errors import UserError
 from bvit_interp.models.bvit import BViT
 from bvit_interp.models.stepping import State, answer, embed, proceed
-from bvit_interp.models.unroll import unroll
+from bvit_interp.models.unroll import unroll, with_steps
 
 SMALL = {"limit": 24, "n_scored": 6, "n_matrix": 4, "runs": (6, 14), "shifts": (1,)}
 VALUES = ["value", "low", "high", "null", "n"]
@@ -290,6 +291,56 @@ def test_the_summary_has_accuracies_of_the_models_and_of_removals_half_way(tiny_
     assert (shown[shown["experiment"] == "removal"]["step"] == 6).all()
     normal = only(frame, variant="normal", metric="accuracy")["value"]
     assert shown["value"].iloc[0] == normal
+
+
+@pytest.mark.parametrize("kind", ["encoder", "prelude", "two_state", "looped_timm", "dinov3"])
+def test_models_that_are_not_ours_by_hand(kind, digits):
+    """Steps stay in their places: early ends, steps left out, and runs on from a state without its
+    step, by forwards written out."""
+    model, last = foreign(kind), STEPS[kind]
+    config = Config(**SMALL | {"runs": (2, 14), "n_matrix": 4})
+    frame = measure({"m": model}, digits, config)
+    view = with_steps(model)
+    prefix = view.num_prefix_tokens
+    kinds = {"encoder": [slice(None)], "dinov3": [slice(0, 1), slice(1, 5), slice(5, None)]}
+    kinds = kinds.get(kind, [slice(0, prefix), slice(prefix, None)])
+    images, labels = images_of(view, digits, "test", config)
+    t = 2
+
+    def log_prob(logits):
+        return logits.double().log_softmax(-1)[torch.arange(6), labels]
+
+    def row(experiment, variant, step, metric="log_prob_change"):
+        return only(frame, experiment=experiment, variant=variant, step=step, metric=metric)[
+            "value"
+        ]
+
+    with torch.no_grad():
+        run = states_by_hand(model, images)
+        fit = states_by_hand(model, images_of(view, digits, "fit", config)[0])[1:]
+        shifted = run[t].clone()
+        for rows in kinds:
+            means = torch.stack([state[:, rows].double().mean((0, 1)) for state in fit])
+            shifted[:, rows] += (means.mean(0) - means[t - 1]).float()
+        normal = log_prob(answer_by_hand(model, run[-1]))
+        changed = states_by_hand(model, images, put={t: shifted})[-1]
+        expected = (log_prob(answer_by_hand(model, changed)) - normal).mean().item()
+        assert row("removal", "mean", t) == pytest.approx(expected, abs=3e-4)
+        expected = (log_prob(answer_by_hand(model, run[2])) - normal).mean().item()
+        assert row("schedule", "run", 2) == pytest.approx(expected, abs=3e-4)
+        if kind != "two_state":  # whose later steps read more than the state before them
+            skipped = states_by_hand(model, images, put={3: run[2]})[-1]
+            expected = (log_prob(answer_by_hand(model, skipped)) - normal).mean().item()
+            assert row("schedule", "skip", 3) == pytest.approx(expected, abs=3e-4)
+            assert abs(expected) > 1e-3
+    schedule = frame[frame["experiment"] == "schedule"]
+    assert set(schedule["variant"]) == {"normal", "run", "skip"}
+    skips = schedule[(schedule["variant"] == "skip") & (schedule["metric"] == "accuracy")]
+    # to skip the last step is to end early
+    assert skips["step"].tolist() == ([last] if kind == "two_state" else [*range(2, last + 1)])
+    assert (frame["trained_steps"] == last).all()
+    decoded = frame[(frame["variant"] == "raw") & (frame["metric"] == "accuracy")]
+    assert len(decoded) == len(kinds) * (last + 1)
 
 
 def test_bad_input(tiny, make, digits):

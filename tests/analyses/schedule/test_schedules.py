@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from foreign import answer_by_hand, foreign, states_by_hand
 from jaxtyping import TypeCheckError
 from torch.nn.utils import prune
 
@@ -11,13 +12,15 @@ from bvit_interp.analyses.schedule import schedules as module
 from bvit_interp.analyses.schedule.schedules import (
     Plan,
     Run,
+    can_run,
     same_steps,
     schedules,
     substitutions,
     with_mean_embedding,
 )
+from bvit_interp.errors import UserError
 from bvit_interp.models.stepping import State, advance, answer, embed
-from bvit_interp.models.unroll import run_on, unroll
+from bvit_interp.models.unroll import run_on, unroll, with_steps
 
 
 def test_schedules_of_three_steps():
@@ -142,6 +145,34 @@ def test_a_changed_step_is_no_other(tiny):
     hook = view.blocks[7].register_forward_hook(lambda *_: None)
     assert same_steps(view) == [1, 1, 1, 1, 5, 1, 1, 8, 1, 1, 1, 1]
     hook.remove()
+
+
+def test_steps_of_a_loop_that_is_not_ours_stay_in_their_places(tiny, images):
+    """Each may read something that the model makes for it alone, so none is the same as another."""
+    view, reads_more = with_steps(foreign("prelude")), with_steps(foreign("two_state"))
+    assert same_steps(view) == [1, 2, 3, 4, 5, 6]
+    for steps, possible in (
+        ((1, 2, 3), (True, True)),
+        ((1, 3, 6), (True, False)),
+        ((2, 3), (False, False)),
+        ((1, 2, 2), (False, False)),
+        ((1, 3, 2), (False, False)),
+        ((1, 7), (False, False)),
+    ):
+        assert (can_run(view, steps), can_run(reads_more, steps)) == possible
+        assert can_run(unroll(tiny), steps)
+    with pytest.raises(UserError, match=r"swap: .*steps \(1, 3, 2\): a step of a loop"):
+        Plan(view, {Run("swap", 2, 3): (1, 3, 2)})
+    with pytest.raises(UserError, match="run: .*it has 6 steps"):
+        Plan(view, {Run("run", 7): (1, 2, 3, 4, 5, 6, 7)})
+    run = states_by_hand(model := foreign("prelude"), images)
+    skipped = states_by_hand(model, images, put={3: run[2]})[-1]
+    with torch.no_grad():
+        plan = Plan(view, {Run("normal"): (1, 2, 3, 4, 5, 6), Run("skip", 3): (1, 2, 4, 5, 6)})
+        found = plan.logits(images)
+        assert plan.applied == 9  # the first two steps are shared
+        torch.testing.assert_close(found[0], answer_by_hand(model, run[-1]))
+        torch.testing.assert_close(found[1], answer_by_hand(model, skipped))
 
 
 def test_the_mean_embedding(tiny, tiny_te, tiny_fl, images, by_hand):
