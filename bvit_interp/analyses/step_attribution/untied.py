@@ -13,7 +13,6 @@ import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +24,7 @@ from bvit_interp.metrics.checks import check_finite
 from bvit_interp.models.looped import Model
 from bvit_interp.models.masks import PLACES
 from bvit_interp.models.unroll import unroll
+from bvit_interp.probes.probe import Probe
 
 LAYERS = ("q", "k", "v", "proj", "fc1", "fc2", "vectors", "all")
 """Groups of a block's weights: its six matrices, all biases and norm weights together, and
@@ -38,8 +38,8 @@ class Untied:
 
     Parameters
     ----------
-    model : a `BViT` or any timm `VisionTransformer` with blocks of qkv, proj, fc1 and fc2, all of
-        one shape.
+    model : any model that `unroll` takes, with blocks of qkv, proj, fc1 and fc2 as those of timm,
+        all of one shape.
     dtype : of the copy.
 
     Attributes
@@ -54,7 +54,7 @@ class Untied:
         For other blocks, and for weights that a pruning hook or a parametrization computes.
     """
 
-    def __init__(self, model: Model, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
         unrolled = unroll(model)
         self.layout = Layout.of(unrolled)
         unrolled = copy.deepcopy(unrolled)  # a copy whose steps are still tied to one another
@@ -167,9 +167,9 @@ class Layout:
             layer: slice(end - size, end)
             for layer, size, end in zip(LAYERS, sizes, ends, strict=False)
         }
-        attention: Any = unrolled.blocks[0].attn
-        head = torch.arange(qkv[0] // 3) // attention.head_dim
-        heads = torch.full((ends[-1],), attention.num_heads)
+        probe = Probe(unrolled)
+        head = torch.arange(qkv[0] // 3) // probe.head_width
+        heads = torch.full((ends[-1],), probe.num_heads)
         heads[: layers["proj"].stop] = torch.cat(
             [head.repeat_interleave(qkv[1]).repeat(3), head.repeat(proj[0])]
         )

@@ -11,12 +11,14 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from foreign import STEPS, foreign
 
 from bvit_interp.analyses.step_attribution import COLUMNS, Config, measure, summary
 from bvit_interp.analyses.step_attribution.measure import _pruning_rows, _Setting
 from bvit_interp.data.geometry import Geometry
 from bvit_interp.errors import UserError
 from bvit_interp.metrics import wilson_interval
+from bvit_interp.models.unroll import with_steps
 
 FEW = {"folds": 4, "limit": 12, "batch_size": 5}
 
@@ -87,6 +89,59 @@ def test_the_parts_of_the_gradient_add_up_to_autograds(any_model, digits):
     assert set(frame["method"].dropna()) == {"none", "random"} | ({"own_masks"} if tied else set())
     assert frame["value"].notna().all()
     assert (frame["trained_steps"] == steps).all()
+
+
+@pytest.mark.parametrize("kind", ["looped_timm", "prelude", "two_state", "dinov3"])
+def test_models_that_are_not_ours_against_autograd(kind, digits):
+    """The terms of a shared block add up to the gradient that autograd gives the user's model."""
+    model = foreign(kind)
+    config = Config(**FEW, methods=("taylor",), sparsities=(0.5,))
+    frame = measure({"m": model}, digits, config)
+    whole = copy.deepcopy(model).double()
+    images, labels, _ = batch_of(with_steps(model), digits)
+    F.cross_entropy(whole(images.double()), labels).backward()
+    blocks = {
+        "looped_timm": lambda: whole.blocks,
+        "prelude": lambda: whole.core,
+        "two_state": lambda: [whole.net],
+        "dinov3": lambda: whole.blocks,
+    }[kind]()
+    norms = values(frame, "norm")
+    assert norms["step"].tolist() == list(range(1, STEPS[kind] + 1))
+    for b, block in enumerate(blocks):
+        squares = (norms[norms["block"] == b]["value"] ** 2).sum()
+        ratio = 1.0
+        if len(blocks) < STEPS[kind]:
+            ratio = values(frame, "sum_ratio", block=b)["value"].item()
+        wanted = sum(p.grad.square().sum().item() for p in block.parameters())
+        assert ratio * squares == pytest.approx(wanted, rel=1e-6)
+    assert values(frame, "accuracy")["n"].eq(12).all()
+
+
+def test_a_head_of_a_users_timm_model_by_steps_untied_by_hand(digits):
+    model = foreign("looped_timm")
+    frame = measure({"m": model}, digits, Config(**FEW, methods=("taylor",), sparsities=(0.5,)))
+    images, labels, _ = batch_of(with_steps(model), digits)
+    whole = copy.deepcopy(model).double()
+    blocks = [copy.deepcopy(whole.blocks[0]) for _ in range(6)]
+    tokens = whole._pos_embed(whole.patch_embed(images.double()))
+    for block in blocks:
+        tokens = block(tokens)
+    F.cross_entropy(whole.forward_head(whole.norm(tokens)), labels).backward()
+    squares = [
+        block.attn.qkv.weight.grad.unflatten(0, (3, 4, 8))[:, 1].square().sum().item()
+        + block.attn.proj.weight.grad[:, 8:16].square().sum().item()
+        for block in blocks
+    ]
+    found = values(frame, "share", "head", unit=1)
+    assert found["step"].tolist() == [1, 2, 3, 4, 5, 6]
+    np.testing.assert_allclose(found["value"], np.array(squares) / sum(squares), rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["encoder", "eva02", "torchvision"])
+def test_blocks_of_other_matrices_are_refused(kind, digits):
+    with pytest.raises(UserError, match="split over blocks of qkv, proj, fc1 and fc2"):
+        measure({"m": foreign(kind)}, digits, Config(**FEW))
 
 
 def gradient_by_hand(model, images, labels):
