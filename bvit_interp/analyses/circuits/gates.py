@@ -12,10 +12,9 @@ from collections.abc import Callable, Mapping
 
 import torch
 from jaxtyping import Float, Shaped
-from torch import Tensor
+from torch import Tensor, nn
 
 from bvit_interp.errors import UserError
-from bvit_interp.models.looped import Model
 from bvit_interp.models.stepping import State, answer, device_of, embed, proceed
 from bvit_interp.probes.ablate import UNIT_SITES, ablate, neuron_groups, site_sums
 from bvit_interp.probes.probe import Edit, Key, Probe
@@ -28,7 +27,7 @@ class Gates:
 
     Parameters
     ----------
-    model : a `BViT` or any timm `VisionTransformer`; stays unchanged.
+    model : any model that `unroll` takes; stays unchanged.
     groups : number of neuron groups per step.
 
     Attributes
@@ -39,10 +38,10 @@ class Gates:
     Raises
     ------
     UserError
-        For more groups than neurons.
+        For more groups than neurons, and for blocks without heads or neurons.
     """
 
-    def __init__(self, model: Model, groups: int) -> None:
+    def __init__(self, model: nn.Module, groups: int) -> None:
         self.probe = Probe(model)
         self.device = device_of(model)
         heads, neurons = self.probe.num_heads, self.probe.num_neurons

@@ -8,6 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from foreign import STEPS, LoopedEncoder, foreign
+from torch import nn
 
 from bvit_interp import results
 from bvit_interp.analyses.circuits import COLUMNS, Config, measure, summary
@@ -16,6 +18,7 @@ from bvit_interp.analyses.circuits.measure import _fit_positions
 from bvit_interp.data.digits import DigitScenes
 from bvit_interp.data.geometry import Geometry
 from bvit_interp.errors import DataError, UserError
+from bvit_interp.models.unroll import with_steps
 from bvit_interp.probes.probe import Probe
 
 SMALL = {"fractions": (0.5,), "groups": 4, "n_fit": 6, "draws": 1}
@@ -41,6 +44,92 @@ def gates_of(frame, steps):
         assert part["step"].tolist() == [str(t) for t in range(1, steps + 1)]
         tables.append(np.array([[float(char == "#") for char in gates] for gates in part["gates"]]))
     return tables
+
+
+@pytest.mark.parametrize("kind", ["encoder", "prelude", "two_state", "looped_timm", "dinov3"])
+def test_the_circuit_of_models_that_are_not_ours_applied_by_hand(kind, digits):
+    """Heads and neurons are silenced by hooks written here, in the model's own forward."""
+    model, steps = foreign(kind), STEPS[kind]
+    config = Config(**SMALL, limit=8, ablation="zero")
+    frame = measure({"m": model}, digits, config)
+    heads, neurons = gates_of(frame, steps)
+    images, _ = batch_of(with_steps(model), digits, [i * 60 // 8 for i in range(8)])
+    # the layer that reads the heads, and the layer that reads the neurons, in the order of calls
+    readers = {
+        "encoder": ("block.self_attn", "block.linear2"),
+        "prelude": ("core.{}.attn.proj", "core.{}.mlp.fc2"),
+        "two_state": ("net.attn.proj", "net.mlp.fc2"),
+        "looped_timm": ("blocks.0.attn.proj", "blocks.0.mlp.fc2"),
+        "dinov3": ("blocks.{}.attn.proj", "blocks.{}.mlp.fc2"),
+    }[kind]
+    handles, calls = [], {}
+
+    def silence(which, name):
+        tables = (heads, neurons)[which]
+
+        def hook(module, args):
+            t = calls.setdefault(name, list(places[name]))
+            keep = torch.tensor(tables[t.pop(0)], dtype=torch.float32)
+            return (args[0] * keep.repeat_interleave(args[0].shape[-1] // len(keep)), *args[1:])
+
+        return hook
+
+    per_step = {"prelude": [t % 2 for t in range(6)], "dinov3": [0, 1, 2]}.get(kind, [0] * steps)
+    places = {}
+    for which, pattern in enumerate(readers):
+        for t, block in enumerate(per_step):
+            places.setdefault(pattern.format(block), []).append(t)
+        for name in {pattern.format(block) for block in per_step}:
+            module = model.get_submodule(name)
+            if name == "block.self_attn":
+                handles.append(_SilencedHeads(module, heads))
+            else:
+                handles.append(module.register_forward_pre_hook(silence(which, name)))
+    with torch.no_grad():
+        gated = model(images).double().log_softmax(-1)
+        for handle in handles:
+            handle.remove()
+        whole = model(images).double().log_softmax(-1)
+    kl = (whole.exp() * (whole - gated)).sum(-1).mean().item()
+    assert whole_rows(frame).loc["per-step"]["kl"] == pytest.approx(kl, rel=1e-3, abs=1e-5)
+    assert kl > 1e-3
+
+
+class _SilencedHeads:
+    """`nn.MultiheadAttention` written out, with heads that give zero: another table at every call.
+
+    Its output projection is no call of a module, so no hook sees what it reads.
+    """
+
+    def __init__(self, module, heads):
+        self.module, self.own, self.tables = module, module.forward, list(heads)
+        module.forward = self
+
+    def __call__(self, x, *_, **__):
+        m, keep = self.module, torch.tensor(self.tables.pop(0), dtype=torch.float32)
+        q, k, v = (x @ m.in_proj_weight.T + m.in_proj_bias).unflatten(-1, (3, 4, 8)).unbind(2)
+        pattern = (torch.einsum("bqhe,bkhe->bhqk", q, k) / 8**0.5).softmax(-1)
+        z = torch.einsum("bhqk,bkhe->bqhe", pattern, v) * keep[:, None]
+        return z.flatten(2) @ m.out_proj.weight.T + m.out_proj.bias, None
+
+    def remove(self):
+        del self.module.forward
+
+
+def test_blocks_without_heads_or_neurons_are_refused(digits):
+    class Mixer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.LayerNorm(32)
+            self.mlp = nn.Linear(32, 32)
+
+        def forward(self, x):
+            return x + self.mlp(self.norm(x)) + x.mean(1, keepdim=True)
+
+    model = LoopedEncoder()
+    model.block = Mixer()
+    with pytest.raises(UserError, match="z"):
+        measure({"m": model.eval()}, digits, Config(**SMALL, limit=8))
 
 
 @pytest.mark.parametrize("ablation", ["mean", "zero"])
