@@ -137,7 +137,7 @@ def gains(
     return torch.stack(by_source, dim=1).sqrt()
 
 
-def differentiable(model: Model, steps: int, permuted: int | None = None) -> Model:
+def differentiable(model: nn.Module, steps: int, permuted: int | None = None) -> Model:
     """The model's steps in float64, with weights of their own.
 
     The gradient passes everywhere, also where training stops it.

@@ -120,12 +120,12 @@ class _Plan:
     def __init__(self, name: str, model: Model, config: Config) -> None:
         self.config = config
         self.trained_steps = len(model.blocks)
-        self.view = run_on(model, config.steps)
-        if isinstance(self.view, CalledSteps) and self.view.needs_history:
+        if isinstance(model, CalledSteps) and model.needs_history:
             raise UserError(
                 f"{name}: its steps read the output of more than one earlier step, so none is a map"
                 " of the state before it: stability is not defined"
             )
+        self.view = run_on(model, config.steps)
         self.device = device_of(model)
         last = len(self.view.blocks)
         self.steps = range(1, last + 1)

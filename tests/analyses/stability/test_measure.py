@@ -3,12 +3,15 @@ batches."""
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from foreign import STEPS, foreign, states_by_hand, step_by_hand
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bvit_interp.analyses.stability import COLUMNS, Config, jacobian, measure, summary
 from bvit_interp.analyses.stability.vectors import seeded_normal
@@ -16,7 +19,7 @@ from bvit_interp.data.geometry import Geometry
 from bvit_interp.data.partners import Partners
 from bvit_interp.errors import UserError
 from bvit_interp.models.stepping import answer, embed, proceed
-from bvit_interp.models.unroll import run_on, unroll
+from bvit_interp.models.unroll import run_on, unroll, with_steps
 
 SMALL = {
     "limit": 3,
@@ -108,6 +111,60 @@ def test_against_the_full_jacobians(make, digits, steps, permuted):
     assert only(frame, "tangent_share", step=2, tokens="cls")[column].item() == pytest.approx(
         share, rel=1e-6
     )
+
+
+@pytest.mark.parametrize("kind", ["encoder", "prelude", "looped_timm", "dinov3"])
+def test_steps_of_models_that_are_not_ours_against_the_full_jacobian(kind, digits):
+    """Step 3 by forwards written out, in which input is injected before the step; and a perturbed
+    run."""
+    model = foreign(kind)
+    frame = measure(
+        {"m": model},
+        digits,
+        small(limit=2, steps=9, jacobian_steps=(3,), iterations=40, starts=(0, 2)),
+    )
+    assert (frame["trained_steps"] == STEPS[kind]).all() and frame["step"].max() == STEPS[kind]
+    exact, image = copy.deepcopy(model).double(), image_of(with_steps(model), digits, 0)
+    with torch.no_grad():
+        run = states_by_hand(exact, image.double())
+
+    def step(z):
+        with sdpa_kernel(SDPBackend.MATH):
+            return step_by_hand(exact, image.double(), [*run[:2], z])[0]
+
+    count = run[0].numel()
+    matrix = torch.autograd.functional.jacobian(step, run[2]).reshape(count, count).numpy()
+    of_step = [only(frame, metric, step=3) for metric in ("singular_value", "spectral_radius")]
+    np.testing.assert_allclose(
+        of_step[0]["value"], np.linalg.svd(matrix)[1][:2], rtol=1e-3, err_msg="singular values"
+    )
+    radius = np.abs(np.linalg.eigvals(matrix)).max()
+    assert of_step[1]["value"].item() == pytest.approx(radius, rel=1e-2)
+    assert (of_step[0]["null"] != of_step[0]["value"]).all()
+    grown = run[3].norm() / run[2].norm()
+    growth = only(frame, "state_growth", step=3)["value"].item()
+    assert growth == pytest.approx(grown.item(), rel=1e-5)
+    # the other image's state, from the entry on
+    geometry, partners = Geometry.of(with_steps(model), digits), Partners(digits, 2)
+    far = []
+    with torch.no_grad():
+        for place in (0, 30):
+            own = image_of(with_steps(model), digits, place)
+            other = states_by_hand(model, partners(torch.tensor([place]), geometry)[0])
+            clean = states_by_hand(model, own)
+            change = other[2] - clean[2]
+            moved = clean[2] + 0.1 * clean[2].norm() / change.norm() * change
+            moved = states_by_hand(model, own, put={2: moved})
+            patches = slice(with_steps(model).num_prefix_tokens, None)
+            away = moved[3][:, patches] - clean[3][:, patches]
+            far.append((away.norm() / clean[3][:, patches].norm()).item())
+    row = only(frame, "distance", source="partner", start=2, step=3, tokens="patches")
+    assert row["value"].item() == pytest.approx(np.mean(far), rel=1e-3)
+
+
+def test_steps_that_read_more_than_the_state_are_refused(digits):
+    with pytest.raises(UserError, match="theirs: its steps read the output of more than one"):
+        measure({"theirs": foreign("two_state")}, digits, small())
 
 
 def test_curves_against_runs_by_hand(tiny, digits):
