@@ -25,6 +25,7 @@ import numpy as np
 import pandas as pd
 import torch
 from sklearn.metrics import roc_auc_score
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torchmetrics.functional.classification import binary_calibration_error
 
@@ -38,7 +39,7 @@ from bvit_interp.metrics.exits import exit_positions, random_exit_accuracy
 from bvit_interp.metrics.streaming.statistics import PerImage
 from bvit_interp.models.cost import flops
 from bvit_interp.models.exits import FILE, Exits, check_exits, exit_logits
-from bvit_interp.models.looped import Model
+from bvit_interp.models.looped import CalledSteps, Model
 from bvit_interp.models.unroll import for_any_model, unroll
 
 CURVE = tuple(i / 50 for i in range(51))
@@ -51,7 +52,8 @@ def measure(models: Mapping[str, Model], data: Samples, config: Config) -> pd.Da
 
     Parameters
     ----------
-    models : name -> model; all models see each image in one pass.
+    models : name -> `BViT` or stacked timm `VisionTransformer`; others are refused. All models see
+        each image in one pass.
     data : labelled images, not those the exits were trained on.
 
     Returns
@@ -95,6 +97,11 @@ def _load_exits(models: Mapping[str, Model], config: Config) -> dict[str, Exits]
         )
     exits = {}
     for (name, model), folder in zip(models.items(), config.exits, strict=True):
+        if isinstance(model, CalledSteps):
+            raise UserError(
+                f"{name} is no BViT and no stacked timm VisionTransformer: exits are trained for"
+                " those alone"
+            )
         exits[name] = Exits.load(folder / FILE, model)
         check_exits(exits[name].steps, model)
     return exits
@@ -109,7 +116,7 @@ def _per_image(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _measure_times(
-    unrolled: Model, exits: Exits, timed: Sequence[Tensor], config: Config
+    unrolled: VisionTransformer, exits: Exits, timed: Sequence[Tensor], config: Config
 ) -> dict[tuple[str, float], dict[str, float]]:
     """(table, threshold) -> its columns of time, where the time is measured."""
     if not timed:

@@ -8,16 +8,16 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from jaxtyping import Float
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from bvit_interp.models.exits import Exits, run_with_exits
-from bvit_interp.models.looped import Model
 from bvit_interp.models.stepping import device_of
 
 
 @torch.inference_mode()
 def exit_times(
-    unrolled: Model,
+    unrolled: VisionTransformer,
     exits: Exits,
     images: Float[Tensor, "batch channels height width"],
     thresholds: Sequence[float],

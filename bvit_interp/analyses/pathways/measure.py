@@ -46,7 +46,7 @@ from bvit_interp.data.stream import ModelBatch, stream
 from bvit_interp.errors import UserError
 from bvit_interp.metrics import wilson_interval
 from bvit_interp.metrics.streaming.statistics import PerImage
-from bvit_interp.models.looped import Model
+from bvit_interp.models.looped import CalledSteps, Model
 from bvit_interp.models.masks import PLACES, Masks, masks_of
 from bvit_interp.models.unroll import for_any_model
 
@@ -87,6 +87,11 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _masks(name: str, model: Model) -> Masks:
+    if isinstance(model, CalledSteps):
+        raise UserError(
+            f"{name} is no BViT and no stacked timm VisionTransformer: masks are trained for those"
+            " alone"
+        )
     masks = masks_of(model)
     if masks is None:
         raise UserError(

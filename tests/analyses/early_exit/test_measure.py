@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from foreign import foreign
 
 from bvit_interp.analyses import evaluate
 from bvit_interp.analyses.early_exit import COLUMNS, Config, measure, summary
@@ -131,6 +132,12 @@ def test_auroc_and_calibration_error_against_loops(tiny, digits, exits_of):
         assert row["calibration_error"] == pytest.approx(error, rel=1e-4)
         assert row["accuracy"] == correct.mean()
         assert (row["low"], row["high"]) == wilson_interval(int(correct.sum()), 60)
+
+
+@pytest.mark.parametrize("kind", ["encoder", "prelude", "looped_timm", "dinov3"])
+def test_models_that_are_not_ours_are_refused(kind, tiny, digits, exits_of):
+    with pytest.raises(UserError, match="theirs is no BViT and no stacked timm VisionTransformer"):
+        measure({"theirs": foreign(kind)}, digits, Config(exits=(exits_of(tiny),)))
 
 
 def test_bad_input(tiny, tiny_te, digits, exits_of):

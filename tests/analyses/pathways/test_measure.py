@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from foreign import foreign
 
 from bvit_interp.analyses.pathways import COLUMNS, Config, measure
 from bvit_interp.data.geometry import Geometry
@@ -256,6 +257,12 @@ def test_models_come_back_and_out_of_memory_halves_the_batch(tiny, digits, monke
     halved = measure({"m": model}, digits, Config(shuffles=1))
     pd.testing.assert_frame_equal(halved, whole)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["encoder", "prelude", "looped_timm", "dinov3"])
+def test_models_that_are_not_ours_are_refused(kind, digits):
+    with pytest.raises(UserError, match="theirs is no BViT and no stacked timm VisionTransformer"):
+        measure({"theirs": foreign(kind)}, digits, Config())
 
 
 def test_bad_input(tiny, stacked, digits):
