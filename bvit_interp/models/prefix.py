@@ -1,4 +1,4 @@
-"""Prefix tokens and patch grid of a model, found in a dry run."""
+"""Prefix tokens and patch grid of a model, from a dry run."""
 
 from __future__ import annotations
 

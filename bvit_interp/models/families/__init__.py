@@ -1,4 +1,4 @@
-"""Where the sites of a block are, for each known kind of block.
+"""Where the sites of a block are, for each known block.
 
 A block map names the modules of a block whose input or output is a site. The sites of attention
 need no names: they are seen at the kernel (`bvit_interp.models.attention`). Each family of models

@@ -82,8 +82,10 @@ class Loop(Operations):
         return x
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | float = 0.0) -> Tensor:
-        """z ``(B, N, H E)`` of q, k and v ``(B, N, H, E)``."""
+        """z ``(B, N, H E)`` of q, k and v ``(B, N, H, E)``; k and v may have fewer heads."""
         q, k, v = self.at("q", q), self.at("k", k), self.at("v", v)
+        groups = q.shape[2] // k.shape[2]
+        k, v = (part.repeat_interleave(groups, dim=2) for part in (k, v))
         scores = torch.einsum("bqhe,bkhe->bhqk", q, k) / math.sqrt(q.shape[-1]) + bias
         exponentials = self.at("scores", scores).exp()
         pattern = self.at("pattern", exponentials / exponentials.sum(-1, keepdim=True))

@@ -40,6 +40,21 @@ class Sub(Own):
     """Is an Own in all but its name."""
 
 
+class Grouped(Own):
+    """Its kernel gets two heads of keys and values for four of queries."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(32, 64)
+
+    def forward(self, x):
+        q, *kv = self.qkv(self.norm1(x)).split([32, 16, 16], dim=-1)
+        q, k, v = (part.unflatten(-1, (-1, 8)).transpose(1, 2) for part in (q, *kv))
+        z = F.scaled_dot_product_attention(q, k, v, scale=8**-0.5, enable_gqa=True)
+        x = x + self.proj(z.transpose(1, 2).flatten(2))
+        return x + self.ffn(self.norm2(x))
+
+
 class Model(nn.Module):
     """A prelude of one block, then another block three times."""
 
@@ -67,8 +82,9 @@ def by_hand(model, images, loop):
 
 
 def step(block, x, loop):
-    qkv = loop.linear(block.qkv, loop.norm(block.norm1, x)).chunk(3, -1)
-    z = loop.attend(*(loop.heads(part, 4) for part in qkv))
+    groups = [32, 16, 16] if isinstance(block, Grouped) else [32, 32, 32]
+    qkv = loop.linear(block.qkv, loop.norm(block.norm1, x)).split(groups, dim=-1)
+    z = loop.attend(*(part.unflatten(-1, (-1, 8)) for part in qkv))
     mid = loop.at("resid_mid", x + loop.at("attn_out", loop.linear(block.proj, z)))
     pre = loop.at("mlp_pre", loop.linear(block.ffn[0], loop.norm(block.norm2, mid)))
     mlp = loop.linear(block.ffn[2], loop.at("mlp_post", loop.gelu(pre)))
@@ -90,6 +106,11 @@ def test_a_block_that_nobody_knows_has_its_state_and_its_attention(random_model,
 def test_a_registered_block_has_every_site(random_model, check, block):
     register_block(Own, SITES)
     check(random_model(Model(block)), by_hand)
+
+
+def test_fewer_heads_of_keys_than_of_queries(random_model, check):
+    register_block(Grouped, SITES)
+    check(random_model(Model(Grouped)), by_hand)
 
 
 def test_a_block_is_registered_by_its_name(random_model, check):
