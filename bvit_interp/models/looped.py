@@ -106,9 +106,11 @@ class CalledSteps(nn.Module):
 
     def read(self, images: Images, outputs: Sequence[Any], tokens: Tensor) -> Tensor:
         """The answer, had the last call given `tokens`, and the first calls `outputs`."""
-        if not outputs and not self.gives_tokens:
-            raise UserError(f"{self.loop[0]} gives more than tokens, so step 0 has no answer")
-        last = with_tokens(outputs[-1], tokens) if outputs else tokens
+        if not outputs and not self.gives_tokens:  # what else the block gives is that of step 1
+            like = self.resume(images, [], entry=tokens, stop=1).outputs[0]
+        else:
+            like = outputs[-1] if outputs else tokens
+        last = with_tokens(like, tokens)
         given = [*outputs, *[last] * (len(self.blocks) - len(outputs))]
         return answer_of(self.resume(images, given).output)
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from foreign import LoopedEncoder, foreign
 from jaxtyping import TypeCheckError
+from torch import nn
 
 from bvit_interp.analyses.stability.perturbations import perturbed_runs
 from bvit_interp.analyses.stability.vectors import seeded_normal
 from bvit_interp.errors import UserError
 from bvit_interp.models.stepping import State, answer, embed, proceed
-from bvit_interp.models.unroll import run_on
+from bvit_interp.models.unroll import run_on, with_steps
 
 INDEX = torch.tensor([2, 5])
 PERTURBATIONS = [("random", 0, 0.3), ("partner", 2, 0.3)]
@@ -73,6 +75,40 @@ def test_the_null_is_the_other_images_run(tiny, images):
     torch.testing.assert_close(found["distance_null"][:, 3, 1].float(), expected)
     # CLS has seen nothing at step 0
     assert (found["direction_distance_null"][:, 0, 0] == 0).all()
+
+
+def test_a_block_that_gives_more_than_tokens_is_read_at_step_0_too(images):
+    """Against the same loop over the block that gives tokens alone."""
+
+    class WithNorms(LoopedEncoder):
+        def __init__(self):
+            super().__init__()
+            self.block = Pair(self.block)
+
+        def forward(self, images):
+            tokens = self.patches(images).flatten(2).mT + self.positions
+            for _ in range(self.steps):
+                tokens, norms = self.block(tokens)
+            return self.head(tokens.mean(1)) + 0 * norms.mean(1, keepdim=True)
+
+    class Pair(nn.Module):
+        def __init__(self, block):
+            super().__init__()
+            self.of_tokens = block
+
+        def forward(self, tokens):
+            tokens = self.of_tokens(tokens)
+            return tokens, tokens.norm(dim=-1)
+
+    plain, pairs = foreign("encoder"), WithNorms().eval()
+    pairs.load_state_dict(
+        {name.replace("block.", "block.of_tokens."): w for name, w in plain.state_dict().items()}
+    )
+    views = [with_steps(plain), with_steps(pairs)]
+    assert not views[1].gives_tokens
+    wanted, found = (runs(view, images[:2], images[2:], kinds=[slice(None)]) for view in views)
+    for name, values in wanted.items():
+        torch.testing.assert_close(found[name], values, equal_nan=True)
 
 
 def test_a_small_perturbation_grows_as_its_tangent(tiny, images):
