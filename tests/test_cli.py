@@ -204,6 +204,48 @@ def test_two_checkpoints_of_one_name_are_told_apart(tiny, tmp_path):
     assert set(pd.read_csv(tmp_path / "energy_rank.csv")["model"]) == {"x/same", "y/same"}
 
 
+OWN = """
+import torch
+from torch import nn
+
+class Own(nn.Module):
+    image_size = 16
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Conv2d(3, 16, 4, 4)
+        self.core = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, images):
+        tokens = self.embed(images).flatten(2).mT
+        for _ in range(3):
+            tokens = self.core(tokens)
+        return self.head(tokens.mean(1))
+
+def fails():
+    raise ValueError("no")
+"""
+
+
+def test_a_model_of_ones_own_at_two_sizes(tmp_path, capfd, monkeypatch):
+    (tmp_path / "own.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    specs = ["own.py:Own", "own.py:Own@size=24", "module:own.Own@loop=core"]
+    assert main(["evaluate", "--ckpt", *specs[:2], "--limit", "6", "--out", "out"]) == 0
+    frame = pd.read_csv("out/evaluate.csv")
+    assert set(frame["model"]) == {"own.Own", "own.Own@size=24"}
+    weights = json.loads(Path("out/evaluate.json").read_text())["options"]["weights"]
+    assert len(set(weights.values())) == 1  # no parameter depends on the size
+    assert main(["evaluate", "--ckpt", specs[2], "--limit", "6", "--out", "named"]) == 0
+    named = pd.read_csv("named/evaluate.csv")
+    assert named["loss"].iloc[0] == frame["loss"].iloc[0]
+    assert "fails() raised ValueError at" in error_of(capfd, ["evaluate", "--ckpt", "own.py:fails"])
+    assert "given twice" in error_of(capfd, ["evaluate", "--ckpt", "own.py:Own", "./own.py:Own"])
+    message = error_of(capfd, ["early-exit", "train", "--ckpt", "own.py:Own"])
+    assert "takes a BViT or a VisionTransformer of timm" in message
+
+
 def test_a_stacked_vit_by_its_timm_name(tmp_path, pictures):
     arguments = [
         "--ckpt",
@@ -307,6 +349,14 @@ def test_report_of_a_run(ckpt, tmp_path, capsys):
         (["pathways", "--ckpt", "timm:bvit_small_patch16_224@random"], "@masked"),
         (["pointing-game", "--ckpt", "nowhere"], "no checkpoint at nowhere"),
         (["pointing-game", "--ckpt", "timm:vit_bas"], "timm has no model 'vit_bas'"),
+        (["evaluate", "--ckpt", "nowhere.py:make"], "no file at nowhere.py"),
+        (["evaluate", "--ckpt", "module:nowhere.make"], "no module 'nowhere'"),
+        (["evaluate", "--ckpt", "hf:nowhere"], "no config.json in nowhere"),
+        (["evaluate", "--ckpt", "torchvision:vit"], "torchvision has no model 'vit'"),
+        (
+            ["train", "--recipe", "digits-s", "--set", "init=mine.py:make"],
+            "code is run only where --ckpt names it",
+        ),
         (["energy-rank", "--device", "cuda:9x"], "unknown device"),
         (
             ["energy-rank", "--device", "mps"],

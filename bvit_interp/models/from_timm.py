@@ -52,7 +52,7 @@ def from_timm(model: VisionTransformer, steps: int | None = None) -> BViT:
     if steps < 1:
         raise UserError(f"steps must be >= 1, got {steps}")
     arguments = {**_arguments(model, block), "num_blocks": 1, "num_steps": steps}
-    made: BViT = timm.create_model(_NAME, **arguments)
+    made: Any = timm.create_model(_NAME, **arguments)
     if found := _difference(model, made):
         raise _refused(found)
     made.load_state_dict(_weights(model))
@@ -60,7 +60,7 @@ def from_timm(model: VisionTransformer, steps: int | None = None) -> BViT:
     made = made.to(first.device, first.dtype).train(model.training)
     cfg: Any = getattr(model, "pretrained_cfg", None) or {}
     kept = {key: cfg[key] for key in _KEPT if cfg.get(key) is not None}
-    made.pretrained_cfg = {**made.pretrained_cfg, **kept}  # type: ignore[assignment, dict-item]
+    made.pretrained_cfg = {**made.pretrained_cfg, **kept}
     if not _same_output(model, block, made):
         raise _refused("its output on two images is not that of the loop")
     return made
@@ -132,7 +132,7 @@ def _difference(model: VisionTransformer, made: BViT) -> str:
         for name, module in model.named_modules()
         if not name.startswith("blocks.") or name.startswith("blocks.0.")
     }
-    theirs = dict(made.named_modules())
+    theirs: dict[str, Any] = dict(made.named_modules())
     for name, module in parts.items():
         other = theirs.get(name)
         if not name or name == "blocks" or "drop" in name.rpartition(".")[2]:

@@ -39,6 +39,7 @@ def load(
     *,
     loop: str | None = None,
     image_size: int | tuple[int, int] | None = None,
+    own_code: bool = True,
 ) -> Model:
     """Open a model, in eval mode.
 
@@ -64,6 +65,8 @@ def load(
     device : where the model goes.
     loop : as ``@loop=PATH``; see `bvit_interp.unroll`.
     image_size : as ``@size=N``, pixels. Position embeddings are resampled, bicubic as timm does it.
+    own_code : False refuses specs that run code, for a spec that comes from a file and not from the
+        user.
 
     Raises
     ------
@@ -72,6 +75,8 @@ def load(
         model whose steps are not clear.
     """
     wanted = parse(str(spec))
+    if not own_code and wanted.kind in ("module", "python"):
+        raise CheckpointError(f"{spec}: code is run only where --ckpt names it, not for a recipe")
     if loop is not None:
         wanted = dataclasses.replace(wanted, loop=loop)
     if image_size is not None:
@@ -88,7 +93,9 @@ def load(
     return _with_steps(model.to(device).eval(), wanted)
 
 
-def load_vit(spec: str | Path, device: str | torch.device = "cpu") -> VisionTransformer:
+def load_vit(
+    spec: str | Path, device: str | torch.device = "cpu", *, own_code: bool = True
+) -> VisionTransformer:
     """As `load`, for what only works on a `BViT` or a `VisionTransformer` of timm.
 
     Raises
@@ -96,7 +103,7 @@ def load_vit(spec: str | Path, device: str | torch.device = "cpu") -> VisionTran
     CheckpointError
         As `load`, and for any other model.
     """
-    model = load(spec, device)
+    model = load(spec, device, own_code=own_code)
     if isinstance(model, CalledSteps):
         kind = type(model.model).__name__
         raise CheckpointError(

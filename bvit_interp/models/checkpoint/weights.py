@@ -37,6 +37,7 @@ _COUNTER = "n_averaged"  # of `torch.optim.swa_utils.AveragedModel`
 _AVERAGED = {"ema", "swa", "avg", "averaged", "average"}
 # where trainers put the weights of the model itself, if others of its shape lie beside
 _USUAL = ("", "state_dict", "model", "model_state_dict", "module", "net", "network")
+_DAMAGED = "truncated or no checkpoint"
 _DEPTH = 3
 _POSITIONS = ("pos_embed", "encoder.pos_embedding")  # of timm and torchvision
 
@@ -144,8 +145,17 @@ def read(path: Path) -> Any:
     # torch raises UnpicklingError, RuntimeError, EOFError, ... as the damage is
     except Exception as error:
         code = any(sign in str(error).lower() for sign in _SIGNS_OF_CODE)
-        kind = "it holds code, which is never run" if code else "truncated or no checkpoint"
+        kind = f"it holds code, which is never run{_code_in(path)}" if code else _DAMAGED
         raise CheckpointError(f"{path}: not opened, {kind}") from error
+
+
+def _code_in(path: Path) -> str:
+    """The functions and classes that a pickle names, where torch can list them."""
+    try:
+        named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # only torch's own zip files can be listed
+        return ""
+    return f" ({choices(sorted(named), 4)}): save its state dict alone" if named else ""
 
 
 def misfits(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str:

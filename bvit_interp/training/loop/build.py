@@ -77,7 +77,7 @@ def _created(recipe: Recipe) -> VisionTransformer:
 
 def _load_weights(init: str, model: BViT) -> None:
     """Start from a checkpoint; weights that it lacks keep their initial values."""
-    source = checkpoint.load_vit(init)
+    source = checkpoint.load_vit(init, own_code=False)
     found, wanted = heads(source), heads(model)
     if found != wanted:
         raise UserError(f"recipe: {init} has {found} heads, the model {wanted}")

@@ -126,7 +126,7 @@ def _open(spec: str) -> nn.Module:
         return _download(spec, lambda: models.get_model(name, weights="DEFAULT"))
     if kind == "timm" and "@" not in name and timm.is_model(name):
         return _download(spec, lambda: timm.create_model(name, pretrained=True))
-    return checkpoint.load(spec)
+    return checkpoint.load(spec, own_code=False)
 
 
 def _download(spec: str, make: Callable[[], nn.Module]) -> nn.Module:
