@@ -460,13 +460,20 @@ def beside_transformer_lens(looped):
         _, theirs = bridge.run_with_cache(images)
     found = {}
     for site, hook in HOOKS.items():
-        comparable = partial(torch.log_softmax, dim=-1) if site == "scores" else lambda x: x
-        steps = {t: comparable(ours[site, t]) for t in range(1, LAYERS + 1)}
-        given = [comparable(theirs[f"blocks.{i}.{hook}"]) for i in range(LAYERS)]
-        verdicts = [judge(answer, steps) for answer in given]
-        right = verdicts == [f"step {t} only" for t in steps]
-        found[site] = "every step" if right else "; ".join(verdicts)
+        given = [theirs[f"blocks.{i}.{hook}"] for i in range(LAYERS)]
+        found[site] = judge_blocks(given, {t: ours[site, t] for t in range(1, LAYERS + 1)})
+        if "no step" in found[site] and site == "scores":
+            patterns = {t: ours["pattern", t] for t in range(1, LAYERS + 1)}
+            found[site] = f"the pattern, after softmax: {judge_blocks(given, patterns)}"
     return found
+
+
+def judge_blocks(given, references):
+    """The step of what is given for each block in turn."""
+    verdicts = [judge(answer, references) for answer in given]
+    if verdicts == [f"step {t} only" for t in references]:
+        return "every step"
+    return f"always {verdicts[0]}" if len({*verdicts}) == 1 else "; ".join(verdicts)
 
 
 def beside():
@@ -482,7 +489,6 @@ def beside():
         "",
         f"Which of the Probe's steps TransformerLens's bridge gives under the names of {LAYERS}",
         f"blocks in turn, for a stack and for one layer that is listed {LAYERS} times ({names}).",
-        "Scores are compared up to a constant per row, which a softmax does not see.",
         "",
         "| site | TransformerLens | stack | one layer, listed again and again |",
         "| --- | --- | --- | --- |",
