@@ -132,11 +132,13 @@ def _difference(model: VisionTransformer, made: BViT) -> str:
         for name, module in model.named_modules()
         if not name.startswith("blocks.") or name.startswith("blocks.0.")
     }
-    theirs: dict[str, Any] = dict(made.named_modules())
+    theirs = dict(made.named_modules())
     for name, module in parts.items():
-        other = theirs.get(name)
         if not name or name == "blocks" or "drop" in name.rpartition(".")[2]:
             continue
+        if name not in theirs:
+            return f"a BViT has no {name}"
+        other = theirs[name]
         if not isinstance(other, type(module)) and not isinstance(module, type(other)):
             return f"its {name} is {module}, in a BViT {other}"
         if module.extra_repr() != other.extra_repr():

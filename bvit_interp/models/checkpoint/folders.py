@@ -14,7 +14,7 @@ from bvit_interp.models import masks
 from bvit_interp.models.checkpoint.resizing import resize
 from bvit_interp.models.checkpoint.specs import AVERAGED, CONFIG, EMA, MASKED, WEIGHTS, Spec
 from bvit_interp.models.checkpoint.timm_models import close_names
-from bvit_interp.models.checkpoint.weights import fill
+from bvit_interp.models.checkpoint.weights import fill, read
 
 
 def open_path(spec: Spec) -> nn.Module:
@@ -39,7 +39,7 @@ def open_path(spec: Spec) -> nn.Module:
     else:
         folder, weights = path.parent, path
     model = _built(folder, path)
-    fill(model, weights, spec.text, averaged and not path.is_dir())
+    fill(model, read(weights), weights, spec.text, averaged and not path.is_dir())
     if spec.version != MASKED:
         return resize(model, spec.size, spec.text)
     if spec.size is not None:

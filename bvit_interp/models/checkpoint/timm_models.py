@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bvit_interp.errors import CheckpointError, choices
 from bvit_interp.models.checkpoint.resizing import resize
 from bvit_interp.models.checkpoint.specs import AVERAGED, MASKED, Spec
-from bvit_interp.models.checkpoint.weights import fill
+from bvit_interp.models.checkpoint.weights import classes_in, fill, read
 
 
 def open_timm(spec: Spec) -> nn.Module:
@@ -27,7 +27,7 @@ def open_timm(spec: Spec) -> nn.Module:
     try:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)  # torch.manual_seed would reseed the GPUs too
-            model = timm.create_model(name, pretrained=not (spec.random or spec.file))
+            model: Any = timm.create_model(name, pretrained=not (spec.random or spec.file))
     except CheckpointError:
         raise
     except Exception as error:
@@ -38,8 +38,15 @@ def open_timm(spec: Spec) -> nn.Module:
         ) from error
     model = resize(model, spec.size, spec.text)
     if spec.file:
+        path = Path(spec.file)
+        content = read(path)
+        classifier = model.pretrained_cfg.get("classifier")
+        first = classifier if isinstance(classifier, str) else (classifier or [""])[0]
+        classes = classes_in(content, first)
+        if classes not in (None, model.num_classes):  # fine-tuned for other classes
+            model.reset_classifier(classes)
         averaged, resample = spec.version == AVERAGED, spec.size is not None
-        fill(model, Path(spec.file), spec.text, averaged, _filter(name, model), resample)
+        fill(model, content, path, spec.text, averaged, _filter(name, model), resample)
     return model
 
 

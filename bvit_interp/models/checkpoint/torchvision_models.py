@@ -14,7 +14,9 @@ from torchvision.models.vision_transformer import VisionTransformer, interpolate
 from bvit_interp.errors import CheckpointError, choices
 from bvit_interp.models.checkpoint.resizing import check_patches
 from bvit_interp.models.checkpoint.specs import AVERAGED, MASKED, Spec
-from bvit_interp.models.checkpoint.weights import fill
+from bvit_interp.models.checkpoint.weights import classes_in, fill, read
+
+_CLASSIFIER = "heads.head"  # of the vision transformers
 
 
 def open_torchvision(spec: Spec) -> nn.Module:
@@ -28,13 +30,16 @@ def open_torchvision(spec: Spec) -> nn.Module:
         raise CheckpointError(f"torchvision has no model {name!r}; close: {choices(close)}")
     weights = models.get_model_weights(name).DEFAULT
     published = not (spec.random or spec.file)
-    model = _created(spec, weights if published else None)
+    path, content = Path(spec.file), read(Path(spec.file)) if spec.file else None
+    classes = classes_in(content, _CLASSIFIER)
+    options = {} if classes is None else {"num_classes": classes}
+    model = _created(spec, weights if published else None, **options)
     if spec.size is not None:
         model = _resized(model, spec)
     if spec.file:
         convert = None if spec.size is None else _interpolation(model)
         averaged, resample = spec.version == AVERAGED, spec.size is not None
-        fill(model, Path(spec.file), spec.text, averaged, convert, resample)
+        fill(model, content, path, spec.text, averaged, convert, resample)
     model.pretrained_cfg = _cfg(weights, published)
     if not hasattr(model, "image_size"):
         model.image_size = weights.transforms().crop_size[0]

@@ -80,6 +80,7 @@ class Found:
 
 def fill(
     model: nn.Module,
+    content: Any,
     path: Path,
     text: str,
     averaged: bool = False,
@@ -90,7 +91,8 @@ def fill(
 
     Parameters
     ----------
-    text : the spec, for messages.
+    content : what `read` gives of the file.
+    path, text : the file and the spec, for messages.
     averaged : take the averaged weights of a file that holds both.
     convert : tried where the file's names or shapes are not the model's.
     resample : whether `convert` may change the number of positions.
@@ -98,10 +100,10 @@ def fill(
     Raises
     ------
     CheckpointError
-        For a file that cannot be read, or whose weights do not fit. What does not is listed.
+        For weights that do not fit. What does not is listed.
     """
     own = model.state_dict()
-    dicts = [*_state_dicts(read(path))]
+    dicts = [*_state_dicts(content)]
     if not dicts:
         raise CheckpointError(f"{path}: no state dict inside (a mapping of names to tensors)")
     fitting = [found for where, each in dicts for found in _fits(own, where, each)]
@@ -147,6 +149,18 @@ def read(path: Path) -> Any:
         code = any(sign in str(error).lower() for sign in _SIGNS_OF_CODE)
         kind = f"it holds code, which is never run{_code_in(path)}" if code else _DAMAGED
         raise CheckpointError(f"{path}: not opened, {kind}") from error
+
+
+def classes_in(content: Any, classifier: str) -> int | None:
+    """The number of classes in a file, by the bias of its classifier; None if that is not there."""
+    name = f"{classifier}.bias"
+    found = {
+        len(tensor)
+        for _, weights in _state_dicts(content)
+        for key, tensor in weights.items()
+        if f".{key}".endswith(f".{name}") and tensor.ndim == 1
+    }
+    return found.pop() if len(found) == 1 else None
 
 
 def _code_in(path: Path) -> str:

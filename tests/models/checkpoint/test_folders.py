@@ -366,7 +366,7 @@ def test_a_training_checkpoint_of_timm_opens(foreign, tmp_path):
 def test_a_file_without_a_state_dict(tmp_path, content):
     torch.save(content, tmp_path / "w.pt")
     with pytest.raises(CheckpointError, match="no state dict inside"):
-        fill(torch.nn.Linear(2, 2), tmp_path / "w.pt", "w.pt")
+        fill(torch.nn.Linear(2, 2), read(tmp_path / "w.pt"), tmp_path / "w.pt", "w.pt")
 
 
 @pytest.mark.parametrize("data", [b"", b"hello", b"PK\x03\x04 cut"])

@@ -95,7 +95,7 @@ def test_torchvision(small, tmp_path):
     assert one.pretrained_cfg["interpolation"] == "bilinear"
     assert "label_names" not in one.pretrained_cfg  # random weights know no class
     torch.manual_seed(3)
-    model = small().eval()
+    model = small(num_classes=7).eval()
     torch.nn.init.normal_(model.encoder.pos_embedding)
     torch.nn.init.normal_(model.heads[0].weight)
     torch.save({"model": {f"module.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "w")
@@ -103,6 +103,7 @@ def test_torchvision(small, tmp_path):
     spec = f"torchvision:vit_b_16@{tmp_path / 'w'}"
     with torch.no_grad():
         assert torch.equal(load(spec)(images), model(images))
+    assert load(spec).num_classes == 7
     other = load(f"{spec}@size=48")
     wanted = resampled_without_antialias(model.encoder.pos_embedding.detach())
     torch.testing.assert_close(other.model.encoder.pos_embedding.detach(), wanted)

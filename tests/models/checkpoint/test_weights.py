@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 from bvit_interp.errors import CheckpointError
 from bvit_interp.models.checkpoint import load, save
 from bvit_interp.models.checkpoint.weights import _fits
+from bvit_interp.models.looped import CalledSteps
 
 SIZE = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
 
@@ -231,3 +232,22 @@ def test_an_older_layout_is_converted_by_timm(folder, caplog):
     assert opened.patch_embed.proj.weight.shape == (192, 3, 16, 16)
     assert equal(opened, model.state_dict())
     assert "converted them" in caplog.messages[-1]
+
+
+@pytest.mark.parametrize("prefix", ["", "model.module."])
+def test_a_classifier_of_other_classes_comes_with_its_file(folder, prefix):
+    """As after fine-tuning: the architecture has 1000 classes, the file 7."""
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=7)
+    weights = {f"{prefix}{name}": each for name, each in model.state_dict().items()}
+    torch.save({"state_dict": weights}, folder / "w.pth")
+    opened = load(f"timm:vit_tiny_patch16_224@{folder / 'w.pth'}")
+    assert opened.num_classes == 7
+    assert equal(opened, model.state_dict())
+
+
+def test_other_transformers_of_timm_are_unrolled():
+    model = load("timm:eva02_tiny_patch14_224@random@size=56")
+    assert isinstance(model, CalledSteps)
+    assert model.layout.grid == (4, 4)
+    assert len(model.blocks) == 12
