@@ -19,10 +19,12 @@ A row is one value of one `metric` for one `layer` of the block:
   retraining, and `gain` over another method. Masks are made from one half of the images and scored
   on the other half, and vice versa.
 
-A stacked ViT shares nothing: norms by depth and pruning remain, and of the importances taylor
-alone. The row of a time embedding belongs to one step and is left out. Inner updates of a memory
-belong to their step. Confidence intervals are a jackknife over folds of images. `null` is the value
-for terms with their weights in random order, or as `COLUMNS` says. Several --ckpt show a training.
+Blocks must have four matrices, qkv, proj, fc1 and fc2, as those of timm, torch's encoder and
+torchvision have; any loop over them will do. A stacked ViT shares nothing: norms by depth and
+pruning remain, and of the importances taylor alone. The row of a time embedding belongs to one step
+and is left out. Inner updates of a memory belong to their step. Confidence intervals are a
+jackknife over folds of images. `null` is the value for terms with their weights in random order, or
+as `COLUMNS` says. Several --ckpt show a training.
 
 Cost: a forward and a backward in float64 per image, and a forward per image, method and sparsity.
 640 images of 32 px, a bViT and a ViT of width 128 and five sparsities took 4.5 min of one core.

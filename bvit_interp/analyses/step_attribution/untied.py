@@ -29,6 +29,18 @@ from bvit_interp.probes.probe import Probe
 LAYERS = ("q", "k", "v", "proj", "fc1", "fc2", "vectors", "all")
 """Groups of a block's weights: its six matrices, all biases and norm weights together, and
 everything."""
+MATRICES = (
+    tuple(f"{module}.weight" for module in PLACES.values()),
+    ("self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight", "linear2.weight"),
+    (
+        "self_attention.in_proj_weight",
+        "self_attention.out_proj.weight",
+        "mlp.0.weight",
+        "mlp.3.weight",
+    ),
+)
+"""The names of qkv, proj, fc1 and fc2 in a block of timm, `nn.TransformerEncoderLayer` and
+torchvision."""
 
 
 class Untied:
@@ -38,8 +50,8 @@ class Untied:
 
     Parameters
     ----------
-    model : any model that `unroll` takes, with blocks of qkv, proj, fc1 and fc2 as those of timm,
-        all of one shape.
+    model : any model that `unroll` takes, with blocks of qkv, proj, fc1 and fc2 (`MATRICES`), all
+        of one shape.
     dtype : of the copy.
 
     Attributes
@@ -116,7 +128,7 @@ class Untied:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """The parameters of a block in one row: the four matrices of `PLACES` first, then the vectors.
+    """The parameters of a block in one row: the four of `MATRICES` first, then the vectors.
 
     A time embedding is left out, because each of its rows belongs to one step anyway.
 
@@ -196,26 +208,22 @@ class Layout:
 
 def _block_parameters(step: int, block: nn.Module) -> dict[str, nn.Parameter]:
     """Name -> parameter, the matrices first; an error for other blocks than expected."""
-    modules = dict(block.named_modules())
     parameters = {
         name: parameter
         for name, parameter in block.named_parameters()
         if not name.startswith("inner.") and name != "step_embed"
     }
-    matrices = [f"{module}.weight" for module in PLACES.values()]
-    complete = all(
-        isinstance(modules.get(module), nn.Linear) and f"{module}.weight" in parameters
-        for module in PLACES.values()
-    )
+    matrices = next((names for names in MATRICES if all(name in parameters for name in names)), ())
     other = [
         name
         for name, parameter in parameters.items()
         if parameter.ndim > 1 and name not in matrices
     ]
-    if other or not complete:
+    if other or not matrices:
         wrong = f"also has {', '.join(other)}"
-        if not other:
-            wrong = "lacks some of them, or computes a weight from others"
+        if not matrices:
+            instead = f" and has {', '.join(other)}" if other else ""
+            wrong = f"lacks some of them, or computes a weight from others{instead}"
         raise UserError(
             f"step {step}: gradients are split over blocks of qkv, proj, fc1 and fc2; this {wrong}"
         )

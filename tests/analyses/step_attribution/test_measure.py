@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from foreign import STEPS, foreign
+from foreign import STEPS, answer_by_hand, entry_by_hand, foreign
 
 from bvit_interp.analyses.step_attribution import COLUMNS, Config, measure, summary
 from bvit_interp.analyses.step_attribution.measure import _pruning_rows, _Setting
@@ -91,7 +91,9 @@ def test_the_parts_of_the_gradient_add_up_to_autograds(any_model, digits):
     assert (frame["trained_steps"] == steps).all()
 
 
-@pytest.mark.parametrize("kind", ["looped_timm", "prelude", "two_state", "dinov3"])
+@pytest.mark.parametrize(
+    "kind", ["encoder", "looped_timm", "prelude", "two_state", "dinov3", "torchvision"]
+)
 def test_models_that_are_not_ours_against_autograd(kind, digits):
     """The terms of a shared block add up to the gradient that autograd gives the user's model."""
     model = foreign(kind)
@@ -101,6 +103,8 @@ def test_models_that_are_not_ours_against_autograd(kind, digits):
     images, labels, _ = batch_of(with_steps(model), digits)
     F.cross_entropy(whole(images.double()), labels).backward()
     blocks = {
+        "encoder": lambda: [whole.block],
+        "torchvision": lambda: whole.encoder.layers,
         "looped_timm": lambda: whole.blocks,
         "prelude": lambda: whole.core,
         "two_state": lambda: [whole.net],
@@ -118,30 +122,35 @@ def test_models_that_are_not_ours_against_autograd(kind, digits):
     assert values(frame, "accuracy")["n"].eq(12).all()
 
 
-def test_a_head_of_a_users_timm_model_by_steps_untied_by_hand(digits):
-    model = foreign("looped_timm")
+@pytest.mark.parametrize("kind", ["looped_timm", "encoder"])
+def test_a_head_of_a_users_model_by_steps_untied_by_hand(kind, digits):
+    model = foreign(kind)
     frame = measure({"m": model}, digits, Config(**FEW, methods=("taylor",), sparsities=(0.5,)))
     images, labels, _ = batch_of(with_steps(model), digits)
     whole = copy.deepcopy(model).double()
-    blocks = [copy.deepcopy(whole.blocks[0]) for _ in range(6)]
-    tokens = whole._pos_embed(whole.patch_embed(images.double()))
+    of_kind, names = {
+        "looped_timm": (lambda: whole.blocks[0], ("attn.qkv.weight", "attn.proj.weight")),
+        "encoder": (lambda: whole.block, ("self_attn.in_proj_weight", "self_attn.out_proj.weight")),
+    }[kind]
+    blocks = [copy.deepcopy(of_kind()) for _ in range(STEPS[kind])]
+    tokens = entry_by_hand(whole, images.double())
     for block in blocks:
         tokens = block(tokens)
-    F.cross_entropy(whole.forward_head(whole.norm(tokens)), labels).backward()
-    squares = [
-        block.attn.qkv.weight.grad.unflatten(0, (3, 4, 8))[:, 1].square().sum().item()
-        + block.attn.proj.weight.grad[:, 8:16].square().sum().item()
-        for block in blocks
-    ]
+    F.cross_entropy(answer_by_hand(whole, tokens), labels).backward()
+    squares = []
+    for block in blocks:
+        qkv, proj = (block.get_parameter(name).grad for name in names)
+        of_head = qkv.unflatten(0, (3, 4, 8))[:, 1], proj[:, 8:16]
+        squares.append(sum(part.square().sum().item() for part in of_head))
     found = values(frame, "share", "head", unit=1)
-    assert found["step"].tolist() == [1, 2, 3, 4, 5, 6]
+    assert found["step"].tolist() == list(range(1, STEPS[kind] + 1))
     np.testing.assert_allclose(found["value"], np.array(squares) / sum(squares), rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["encoder", "eva02", "torchvision"])
-def test_blocks_of_other_matrices_are_refused(kind, digits):
-    with pytest.raises(UserError, match="split over blocks of qkv, proj, fc1 and fc2"):
-        measure({"m": foreign(kind)}, digits, Config(**FEW))
+def test_blocks_of_other_matrices_are_refused(digits):
+    """EVA-02 has a matrix for each of q, k and v, and a gate in its FFN."""
+    with pytest.raises(UserError, match="qkv, proj, fc1 and fc2; this lacks some.*attn.q_proj"):
+        measure({"m": foreign("eva02")}, digits, Config(**FEW))
 
 
 def gradient_by_hand(model, images, labels):
