@@ -162,10 +162,25 @@ def watching() -> Iterator[None]:
         return
     _local.watching = True
     try:
-        with _Watch():
+        with unfused(), _Watch():
             yield
     finally:
         _local.watching = False
+
+
+@contextmanager
+def unfused() -> Iterator[None]:
+    """Run torch's `nn.MultiheadAttention` and `nn.TransformerEncoderLayer` part by part.
+
+    Without gradients torch runs them as one operation, into which nothing can look and which rounds
+    otherwise.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 _attentions: weakref.WeakKeyDictionary[nn.Module, Attention] = weakref.WeakKeyDictionary()
@@ -223,7 +238,11 @@ class _Pattern:
         assert self.q is not None and self.k is not None  # they came with the kernel
         groups = self.q.shape[1] // self.k.shape[1]
         k = self.k if groups == 1 else self.k.repeat_interleave(groups, dim=1)
-        scores = (self.q[:, :, rows] * self.scale) @ k.transpose(-2, -1)
+        q = self.q[:, :, rows] * self.scale
+        if q.shape[2] * 8 <= k.shape[2]:  # in this order keys are not copied
+            scores = (k @ q.transpose(-2, -1)).transpose(-2, -1)
+        else:
+            scores = q @ k.transpose(-2, -1)
         if self.mask is None:
             return scores
         mask = self.mask if self.mask.shape[-2] == 1 else self.mask[..., rows, :]

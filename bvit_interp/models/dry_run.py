@@ -94,10 +94,15 @@ def counts_of(runs: list[Ran]) -> Counter[str]:
     return Counter(run.path for run in runs)
 
 
+def is_tensor(value: Any) -> bool:
+    """Whether this is a tensor, or stands for one while torch.fx traces."""
+    return isinstance(value, (Tensor, torch.fx.Proxy))
+
+
 def first_tensor(values: Any) -> Tensor | None:
     """The first tensor in nested arguments or results, or None."""
-    if isinstance(values, Tensor):
-        return values
+    if is_tensor(values):
+        return values  # type: ignore[no-any-return]
     if isinstance(values, dict):
         values = values.values()
     elif not isinstance(values, (tuple, list)):

@@ -20,7 +20,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from bvit_interp.errors import UserError, choices
-from bvit_interp.models.dry_run import Ran, counts_of, dry, first_tensor
+from bvit_interp.models.dry_run import Ran, counts_of, dry, first_tensor, is_tensor
 from bvit_interp.models.layout import Layout
 from bvit_interp.models.prefix import find_layout
 from bvit_interp.models.tied import clone, tensors_of
@@ -115,17 +115,14 @@ class CalledSteps(nn.Module):
         return answer_of(self.resume(images, given).output)
 
     def _run(self, images: Images, run: Run) -> Run:
-        before, fast = getattr(_local, "run", None), torch.backends.mha.get_fastpath_enabled()
+        before = getattr(_local, "run", None)
         _local.run = run
-        # torch's fused encoder layer has no modules to look into, and rounds otherwise
-        torch.backends.mha.set_fastpath_enabled(False)
         try:
             run.output = self.model(images)
         except _Stopped:
             return run
         finally:
             _local.run = before
-            torch.backends.mha.set_fastpath_enabled(fast)
         run.check_complete()
         return run
 
@@ -254,8 +251,8 @@ _local = threading.local()
 
 def answer_of(output: Any) -> Tensor:
     """The tensor of logits, or of features, in what a model returns."""
-    if isinstance(output, Tensor):
-        return output
+    if is_tensor(output):
+        return output  # type: ignore[no-any-return]
     for name in _ANSWERS:
         found = output.get(name) if isinstance(output, dict) else getattr(output, name, None)
         if isinstance(found, Tensor):

@@ -2,7 +2,8 @@
 
 Hooks on the tied unroll, and a look at the attention kernel as it is called. The model's output is
 bit-equal with and without recording and fused attention stays on; hooks are removed when a call
-ends, also by an exception.
+ends, also by an exception. (torch's own encoder layer, where it would run as one operation, runs
+part by part in every call of a probe.)
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from tqdm import tqdm
 
 from bvit_interp.errors import UserError, choices
 from bvit_interp.models import attention
-from bvit_interp.models.attention import Change, watching
+from bvit_interp.models.attention import Change, unfused, watching
 from bvit_interp.models.dry_run import dry, example_images
 from bvit_interp.models.layout import layout_of
+from bvit_interp.models.looped import CalledSteps
 from bvit_interp.models.stepping import device_of
 from bvit_interp.models.unroll import is_unrolled, unroll
 from bvit_interp.probes.cache import Cache, unit_index
@@ -144,7 +146,8 @@ class Probe:
     def __call__(self, images: Images) -> Float[Tensor, "batch classes"]:
         """Logits ``(B, classes)`` of images ``(B, C, H, W)``, under the edits in force."""
         self._refuse_compiled()
-        return self.model(images)
+        with unfused():
+            return self.model(images)
 
     def run(
         self,
@@ -170,7 +173,7 @@ class Probe:
         The model's logits ``(B, classes)`` and the `Cache`.
         """
         cache, hooks, targets = self._recording(images, sites, steps, tokens)
-        with hooks:
+        with hooks, unfused():
             logits = self.model(images)
         self._check_seen(cache, targets)
         return logits, cache
@@ -184,7 +187,7 @@ class Probe:
     ) -> Cache:
         """As `run`, without logits: the forward ends as soon as the last activation is there."""
         cache, hooks, targets = self._recording(images, sites, steps, tokens, stop=True)
-        with hooks, contextlib.suppress(_Recorded):
+        with hooks, unfused(), contextlib.suppress(_Recorded):
             self.model(images)
         self._check_seen(cache, targets)
         return cache
@@ -376,8 +379,14 @@ class Probe:
     def _grid_of(self, images: Images) -> tuple[int, int]:
         """Rows and columns of patches of these images: another size has another grid."""
         size = (images.shape[-2], images.shape[-1])
-        if size == self.layout.image_size or not hasattr(self.model, "patch_embed"):
+        if size == self.layout.image_size:
             return self.grid
+        if isinstance(self.model, CalledSteps):
+            rows, columns = self.layout.image_size
+            raise UserError(
+                f"images of {size[0]} x {size[1]} pixels: this model was unrolled for {rows} x"
+                f" {columns}; give unroll or Probe another image_size"
+            )
         rows, columns = self.model.patch_embed.dynamic_feat_size(size)
         return rows, columns
 

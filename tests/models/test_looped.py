@@ -7,7 +7,7 @@ import copy
 import pytest
 import timm
 import torch
-from foreign import STEPS, LoopedEncoder, LoopedTimm, PreludeCoreCoda, TwoState, foreign
+from foreign import STEPS, LoopedEncoder, PreludeCoreCoda, TwoState, foreign
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn.utils import prune
@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bvit_interp import Probe, unroll
 from bvit_interp.errors import UserError
+from bvit_interp.models.attention import unfused
 from bvit_interp.models.layout import layout_of
 from bvit_interp.models.looped import CalledSteps
 from bvit_interp.models.stepping import advance, answer, embed, proceed, states
@@ -25,12 +26,10 @@ LOOPS = ("encoder", "prelude", "two_state", "looped_timm")
 
 
 @pytest.fixture(autouse=True)
-def without_the_fused_layer():
-    """torch's fused encoder layer rounds otherwise than its parts."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    yield
-    torch.backends.mha.set_fastpath_enabled(before)
+def part_by_part():
+    """As a Probe runs torch's encoder layer: without gradients it would be one operation."""
+    with unfused():
+        yield
 
 
 @pytest.fixture(params=LOOPS)
@@ -58,8 +57,10 @@ def test_the_output_is_bit_equal_and_every_parameter_is_the_models_own(looped, i
     view = unroll(model)
     assert isinstance(view, CalledSteps)
     assert len(view.blocks) == calls
-    with torch.no_grad():
-        assert torch.equal(view(images), model(images))
+    for fused in (False, True):
+        torch.backends.mha.set_fastpath_enabled(fused)
+        with torch.no_grad():
+            assert torch.equal(view(images), model(images))
     assert {*map(id, view.parameters())} == {*map(id, model.parameters())}
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

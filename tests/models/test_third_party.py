@@ -10,10 +10,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from foreign import foreign
 from timm.utils.attention_extract import AttentionExtract
 from torch.nn.utils import prune
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
+from bvit_interp import Probe
+from bvit_interp.models.attention import unfused
 from bvit_interp.models.unroll import unroll
 
 STEP = 5
@@ -346,3 +349,20 @@ def test_lucent_on_the_recurrent_model(tiny, images, hand):
     for _ in range(12):
         z = view.blocks[0](z)
     torch.testing.assert_close(read("blocks_0_mlp_act"), hand.acts[12], **CLOSE)  # the last
+
+
+@pytest.mark.parametrize("kind", ["encoder", "prelude", "two_state", "looped_timm"])
+def test_loops_that_are_not_ours(kind, images):
+    attr = pytest.importorskip("captum.attr")
+    render = pytest.importorskip("lucent.optvis.render")
+    view = unroll(foreign(kind))
+    wanted = Probe(view).record(images, "resid_post[3]")["resid_post", 3]
+    with unfused():  # as the probe runs torch's encoder layer
+        answer = attr.LayerActivation(view, view.blocks[2]).attribute(images)
+        read = render.hook_model(view, lambda: images)
+        view(images)
+        seen = read("blocks_2")
+        extracted = create_feature_extractor(view, {"blocks.2": "z"})(images)
+    assert torch.equal(answer, wanted)
+    assert torch.equal(seen, wanted)
+    assert torch.equal(extracted["z"], wanted)

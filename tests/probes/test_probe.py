@@ -6,7 +6,6 @@ from __future__ import annotations
 import pytest
 import torch
 from timm.layers import SwiGLUPacked
-from timm.models import vision_transformer
 
 from bvit_interp.errors import UserError
 from bvit_interp.models.unroll import unroll
