@@ -70,6 +70,7 @@ from bvit_interp.analyses.lens.tuned_lens import (
     lens_logits,
     token_groups,
 )
+from bvit_interp.data.labels import label_map
 from bvit_interp.data.samples import Samples, Subset, evenly_spaced
 from bvit_interp.data.stream import ModelBatch, stream
 from bvit_interp.errors import UserError
@@ -110,6 +111,8 @@ def measure(
     -------
     A table of `COLUMNS`.
     """
+    for model in models.values():
+        label_map(data, model)  # classes that do not match are refused before the training
     unrolled = {name: unroll(model) for name, model in models.items()}
     fitted, scored = _split(data, config)
     lenses, n_fit = _fit(unrolled, fitted, config)
@@ -197,9 +200,8 @@ def _fit(
         recorded = cached_states(unrolled[batch.model], batch.images, batch.index, _TRAINED_TOKENS)
         return batch.index, {key: values.flatten(1).cpu() for key, values in recorded.items()}
 
-    # labels are not used here, but classes that do not match are refused before the training
     for name, (index, recorded) in stream(
-        tuned, fitted, replace(config, limit=None), record, progress="lens, tuning", labels=True
+        tuned, fitted, replace(config, limit=None), record, progress="lens, tuning"
     ):
         for key, values in recorded.items():
             cached[name][key].update(index, values)

@@ -49,7 +49,8 @@ def perturbed_runs(
     - with `_null`, the same between the other image's clean run and this one, without the axis of
       perturbations.
 
-    Values are nan before a perturbation's start, and where the other state is the same.
+    Values are nan before a perturbation's start, and where the other state is the same; those of
+    `same_prediction` also for a model that has no classes.
     """
     random = seeded_normal(index.to(clean.tokens.device), clean.tokens.shape[1:], seed, 2)
     random = random.to(clean.tokens)
@@ -63,7 +64,7 @@ def perturbed_runs(
             if start == step:
                 change = random if source == "random" else other.tokens - clean.tokens
                 runs[i] = _moved(clean, change, share)
-        predicted = answer(view, replace(clean, tokens=check_finite(clean.tokens))).argmax(-1)
+        predicted = _predicted(view, replace(clean, tokens=check_finite(clean.tokens)))
         for metric, values in _compared(view, clean, predicted, other, kinds).items():
             by_step.setdefault(f"{metric}_null", []).append(values)
         compared = [_compared(view, clean, predicted, run, kinds) for run in runs]
@@ -74,6 +75,13 @@ def perturbed_runs(
         metric: torch.stack(values, dim=1 if metric.endswith("_null") else 2)
         for metric, values in by_step.items()
     }
+
+
+def _predicted(view: Model, state: State) -> Int[Tensor, " batch"]:
+    """The most likely class; 0 for a model that gives features."""
+    if not view.num_classes:
+        return torch.zeros(len(state.tokens), dtype=torch.int64, device=state.tokens.device)
+    return answer(view, state).argmax(-1)
 
 
 def _moved(state: State, change: Tensor, share: float) -> State:
@@ -103,7 +111,9 @@ def _compared(
     ]
     unit, unit_reference = (functional.normalize(each, dim=-1) for each in (tokens, reference))
     chord = (unit - unit_reference).square().sum(-1)
-    same = (answer(view, run).argmax(-1) == predicted).double()
+    same = (_predicted(view, run) == predicted).double()
+    if not view.num_classes:
+        same = torch.full_like(same, torch.nan)
     return {
         "distance": torch.stack(distance, dim=1),
         "direction_distance": torch.stack([chord[:, kind].mean(1).sqrt() for kind in kinds], dim=1),

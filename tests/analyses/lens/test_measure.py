@@ -327,6 +327,8 @@ def test_bad_input(tiny, make, digits):
         tiny.cls_token[:] = torch.nan
     with pytest.raises(UserError, match="NaN"):
         measure({"m": tiny}, digits, FAST)
+    with pytest.raises(DataError, match="do not match the model's 0"):
+        measure({"m": foreign("dinov3", num_classes=0)}, digits, FAST)
     tiny.reset_classifier(7)
     with pytest.raises(DataError, match="do not match the model's 7"):
         measure({"m": tiny}, digits, FAST)

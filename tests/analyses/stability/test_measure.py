@@ -13,7 +13,7 @@ import torch
 from foreign import STEPS, foreign, states_by_hand, step_by_hand
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bvit_interp.analyses.stability import COLUMNS, Config, jacobian, measure, summary
+from bvit_interp.analyses.stability import COLUMNS, Config, jacobian, measure, plot, summary
 from bvit_interp.analyses.stability.vectors import seeded_normal
 from bvit_interp.data.geometry import Geometry
 from bvit_interp.data.partners import Partners
@@ -160,6 +160,15 @@ def test_steps_of_models_that_are_not_ours_against_the_full_jacobian(kind, digit
             far.append((away.norm() / clean[3][:, patches].norm()).item())
     row = only(frame, "distance", source="partner", start=2, step=3, tokens="patches")
     assert row["value"].item() == pytest.approx(np.mean(far), rel=1e-3)
+
+
+def test_a_model_of_features_has_no_prediction(digits):
+    """As timm's DINOv3 is made by default; all else is measured."""
+    frame = measure({"m": foreign("dinov3", num_classes=0)}, digits, small())
+    whole = measure({"m": foreign("dinov3")}, digits, small())
+    assert only(frame, "same_prediction").empty
+    assert set(whole["metric"]) - set(frame["metric"]) == {"same_prediction"}
+    plot(frame)
 
 
 def test_steps_that_read_more_than_the_state_are_refused(digits):
