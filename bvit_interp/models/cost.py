@@ -28,6 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bvit_interp.errors import UserError
+from bvit_interp.models.attention import unfused
 from bvit_interp.models.dry_run import dry, example_images
 from bvit_interp.models.looped import CalledSteps, Model
 from bvit_interp.models.memory import MemoryBlock
@@ -111,7 +112,7 @@ def _watched(view: CalledSteps, steps: int, count_attention: bool) -> int:
         raise UserError(f"this model has {total} steps and cannot take {steps}")
     counter = FlopCounterMode(display=False)
     image = example_images(view, view.layout.image_size)[:1]
-    with dry(view), sdpa_kernel(SDPBackend.MATH), counter:
+    with dry(view), unfused(), sdpa_kernel(SDPBackend.MATH), counter:
         view(image)
     counts = counter.get_flop_counts()
     left_out = [f"{type(view).__name__}.blocks.{i}" for i in range(steps, total)]

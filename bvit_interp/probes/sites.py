@@ -71,11 +71,11 @@ class Step:
         site = FFN_MATRICES[matrix]
         kind = type(self.block).__name__
         if site in self._map.missing:
-            raise UserError(f"the FFN of a {kind} has no {matrix}: {self._map.missing[site]}")
+            raise UserError(f"the FFN of {kind} has no {matrix}: {self._map.missing[site]}")
         owner, _, name = self._place(site)[0].rpartition(".")
         holder = self.block.get_submodule(owner)
         if not isinstance(getattr(holder, name), nn.Linear):
-            raise UserError(f"the FFN of a {kind} has no Linear {matrix}")
+            raise UserError(f"the FFN of {kind} has no Linear {matrix}")
         return holder, name
 
     def record(self, site: str, rows: slice, keep: Callable[[Tensor], None]) -> Handle:

@@ -12,6 +12,7 @@ from bvit_interp.errors import UserError
 from bvit_interp.models.looped import Model
 from bvit_interp.models.stepping import State, advance, embed
 from bvit_interp.models.unroll import unroll
+from bvit_interp.probes.probe import Probe
 from bvit_interp.probes.sites import Step
 from bvit_interp.vocabulary import check_step
 
@@ -34,7 +35,7 @@ class NeuronActivations:
         self.model = _without_gradients(unroll(model))
         self._mean, self._std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
         self._steps = [Step(block) for block in self.model.blocks]
-        self.num_steps, self.num_neurons = len(self._steps), self._steps[0].neurons
+        self.num_steps, self.num_neurons = len(self._steps), Probe(self.model).num_neurons
 
     def check(self, neuron: int, step: int) -> int:
         """The step counted from 1, or a UserError that names the valid neurons or steps."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from bvit_interp.analyses.rank_sweep.factors import Factors, factors, random_factors
 from bvit_interp.errors import UserError
+from bvit_interp.models.attention import unfused
 from bvit_interp.models.looped import Model
 from bvit_interp.models.unroll import is_unrolled
 from bvit_interp.probes.sites import FFN_MATRICES, Step
@@ -88,7 +89,7 @@ def low_rank(cuts: Mapping[Matrix, Factors], rank: int) -> Iterator[None]:
     UserError
         For a rank below 1 or above a weight's full rank.
     """
-    with ExitStack() as undo:
+    with unfused(), ExitStack() as undo:
         for matrix, kept in cuts.items():
             if not 1 <= rank <= kept.full_rank:
                 raise UserError(f"no rank {rank} of {matrix.name}; ranks: 1..{kept.full_rank}")
