@@ -265,8 +265,7 @@ def _prefixes(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[
         if suffix in own
     )
     most = max(counts.values(), default=0)
-    found = [prefix for prefix, count in counts.items() if count == most]
-    return sorted(found, key=len) or [""]
+    return [prefix for prefix, count in counts.items() if count == most] or [""]
 
 
 def _under(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -81,6 +81,29 @@ def test_a_pickle_of_weights(saved):
         torch.testing.assert_close(model(images), own(images).logits)
 
 
+def test_many_classes_stay_in_order(library, tmp_path):
+    names = [f"class {i}" for i in range(12)]
+    model = library.ViTForImageClassification(
+        library.ViTConfig(**SIZE, id2label=dict(enumerate(names)))
+    )
+    model.save_pretrained(tmp_path)
+    assert class_names(load(f"hf:{tmp_path}")) == names
+
+
+def test_code_of_the_folder_never_runs(library, tmp_path):
+    proof = tmp_path / "ran"
+    (tmp_path / "mine.py").write_text(f"import pathlib; pathlib.Path({str(proof)!r}).touch()")
+    config = {
+        "model_type": "mine",
+        "architectures": ["MineForImageClassification"],
+        "auto_map": {"AutoConfig": "mine.C", "AutoModelForImageClassification": "mine.M"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="transformers cannot open it"):
+        load(f"hf:{tmp_path}")
+    assert not proof.exists()
+
+
 class Code:
     def __reduce__(self):
         return (sys.exit, (3,))

@@ -63,6 +63,8 @@ def test_sizes_that_cannot_be_had(tiny, tmp_path):
     folder = save(tiny, tmp_path / "tiny")
     with pytest.raises(CheckpointError, match="36 x 36 pixels are not whole patches of 8 x 8"):
         load(f"{folder}@size=36")
+    with pytest.raises(CheckpointError, match="32 x 36 pixels are not whole patches"):
+        load(f"{folder}@size=32x36")
     with pytest.raises(CheckpointError, match="has no other image size"):
         load("timm:resnet10t@random@size=64")
 
