@@ -78,6 +78,12 @@ class CalledSteps(nn.Module):
             self.gives_tokens = isinstance(seen.outputs[-1], Tensor)
             self.needs_history = len(calls) > 2 and self._depends_on_earlier(images, seen)
 
+    def cut(self, steps: int) -> CalledSteps:
+        """The same model up to a step: its read-out gets the state after that step."""
+        view = copy.deepcopy(self, tensors_of(self))
+        view.blocks = view.blocks[:steps]
+        return view
+
     # ---- running ---------------------------------------------------------------------------------
 
     def forward(self, images: Images) -> Tensor:
@@ -111,7 +117,7 @@ class CalledSteps(nn.Module):
         else:
             like = outputs[-1] if outputs else tokens
         last = with_tokens(like, tokens)
-        given = [*outputs, *[last] * (len(self.blocks) - len(outputs))]
+        given = [*outputs, *[last] * (len(self._order) - len(outputs))]
         return answer_of(self.resume(images, given).output)
 
     def _run(self, images: Images, run: Run) -> Run:
@@ -129,6 +135,8 @@ class CalledSteps(nn.Module):
     def _depends_on_earlier(self, images: Images, seen: Run) -> bool:
         """Whether the last call reads more than the images and the output before it."""
         *earlier, last = seen.outputs[:-1]
+        if images.is_meta:
+            return True  # nothing can be compared
         zeros = [map_tensors(each, torch.zeros_like) for each in earlier]
         again = self.resume(images, [*zeros, last])
         return not torch.equal(answer_of(again.output), answer_of(seen.output))
@@ -208,6 +216,7 @@ class Run:
         self.given = len(self.outputs)
         self.done = 0
         self.inputs = torch.empty(0)
+        self.last: Any = self.outputs[-1] if self.outputs else None
         self.output: Any = None
 
     def call(self, switch: Switch, args: Any, kwargs: Any) -> Any:
@@ -221,6 +230,8 @@ class Run:
             )
         if i < self.given:
             return self.outputs[i]
+        if i >= len(self.view.blocks):  # cut off
+            return self.last
         if i == 0:
             if self.entry is not None:
                 args, kwargs = with_tokens([args, kwargs], self.entry)
@@ -229,7 +240,7 @@ class Run:
             self.inputs = tokens
         if self.stop == i:
             raise _Stopped
-        output = self.view.blocks[i](*args, **kwargs)
+        output = self.last = self.view.blocks[i](*args, **kwargs)
         if self.keep:
             self.outputs.append(output)
         if self.stop == i + 1:

@@ -54,7 +54,7 @@ def unroll(
     model : any module that maps images ``(B, C, H, W)`` to logits or features.
     steps : how many steps; by default as many as the model takes. Beyond them a `BViT` goes on
         applying its blocks in the same order (a time embedding stays at its last row); a stacked
-        ViT can only be cut; in a loop of another model the model's own forward sets the number.
+        ViT and a loop of another model can only be cut.
     loop : path of the block that is called again and again, or of the list of blocks. By default
         what runs more than once, else the longest list of blocks.
     image_size : size of the images of the dry run, if the model does not say it.
@@ -69,27 +69,22 @@ def unroll(
     """
     if steps is not None and steps < 1:
         raise UserError(f"steps must be >= 1, got {steps}")
+    if isinstance(model, CalledSteps):
+        return _cut(copy.deepcopy(model, tensors_of(model)), steps)
     if is_unrolled(model) and steps not in (None, len(model.blocks)):  # type: ignore[arg-type]
         raise UserError(
             f"this is an unroll of {len(model.blocks)} steps:"  # type: ignore[arg-type]
             " unroll the model it came from instead"
         )
-    if isinstance(model, CalledSteps):
-        return copy.deepcopy(model, tensors_of(model))
     if loop is None and isinstance(model, VisionTransformer):
-        view = _unroll_vit(model, steps)
+        view = _unroll_vit(model, None)
         if _runs_each_step_once(view):
-            return view
+            return view if steps in (None, len(view.blocks)) else _unroll_vit(model, steps)
     images = example_images(model, image_size)
     calls = find_calls(model, dry_run(model, images), loop)
-    if steps not in (None, len(calls)):
-        raise UserError(
-            f"{' and '.join(dict.fromkeys(calls))} runs {len(calls)} times in the model's own"
-            f" forward and cannot take {steps} steps"
-        )
     called = CalledSteps(model, calls, images, prefix, grid)
     setattr(called, _TIED, True)
-    return called
+    return _cut(called, steps)
 
 
 def with_steps(model: nn.Module) -> Model:
@@ -135,6 +130,18 @@ def run_on(model: nn.Module, steps: int) -> Any:
 def is_unrolled(model: nn.Module) -> bool:
     """Whether `model` is a view made by `unroll`."""
     return getattr(model, _TIED, False)
+
+
+def _cut(view: CalledSteps, steps: int | None) -> CalledSteps:
+    """The view with as many steps as asked for."""
+    if steps is None or steps == len(view.blocks):
+        return view
+    if steps > len(view.blocks):
+        raise UserError(
+            f"{' and '.join(view.loop)} runs {len(view.blocks)} times in the model's own forward"
+            f" and cannot take {steps} steps"
+        )
+    return view.cut(steps)
 
 
 def _unroll_vit(model: VisionTransformer, steps: int | None) -> VisionTransformer:

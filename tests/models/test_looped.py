@@ -350,6 +350,18 @@ def test_a_number_of_steps_that_the_forward_does_not_make_is_refused():
     assert len(run_on(model, 7).blocks) == 5
 
 
+def test_a_loop_is_cut_as_if_it_ended_there(looped, images):
+    model, calls = looped
+    view, short = unroll(model), unroll(unroll(model), steps=2)
+    assert (len(view.blocks), len(short.blocks)) == (calls, 2)
+    with torch.no_grad():
+        state = proceed(view, embed(view, images), 2)
+        assert torch.equal(short(images), answer(view, state))
+        assert torch.equal(answer(short, proceed(short, embed(short, images))), short(images))
+    assert {*map(id, short.parameters())} == {*map(id, model.parameters())}
+    assert len(run_on(model, 2).blocks) == 2
+
+
 def test_a_list_that_runs_once_may_be_chosen(images):
     model = PreludeCoreCoda().eval()
     assert Probe(model, loop="coda").num_steps == 1
