@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bvit_interp.errors import UserError
+from bvit_interp.models.nested import first_tensor
 
 SITES = ("q", "k", "v", "scores", "pattern", "z")
 """The sites of attention, in the order in which they are computed."""
@@ -133,8 +134,9 @@ class Attention:
         return Handle(remove)
 
     def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tokens = next(each for each in (*args, *kwargs.values()) if isinstance(each, Tensor))
-        _runs().append(_Run(self, *tokens.shape[:2]))
+        tokens = first_tensor([args, kwargs])
+        batch, count = (0, 0) if tokens is None or tokens.ndim < 2 else tokens.shape[:2]
+        _runs().append(_Run(self, batch, count))
 
     def _leave(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         run = _runs().pop()

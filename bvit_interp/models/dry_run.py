@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from bvit_interp.errors import UserError
+from bvit_interp.models.nested import first_tensor
 from bvit_interp.models.tied import tensors_of
 
 IMAGES = 2
@@ -92,22 +93,6 @@ def dry_run(model: nn.Module, images: Tensor) -> list[Ran]:
 def counts_of(runs: list[Ran]) -> Counter[str]:
     """How often each module ran, by path."""
     return Counter(run.path for run in runs)
-
-
-def is_tensor(value: Any) -> bool:
-    """Whether this is a tensor, or stands for one while torch.fx traces."""
-    return isinstance(value, (Tensor, torch.fx.Proxy))
-
-
-def first_tensor(values: Any) -> Tensor | None:
-    """The first tensor in nested arguments or results, or None."""
-    if is_tensor(values):
-        return values  # type: ignore[no-any-return]
-    if isinstance(values, dict):
-        values = values.values()
-    elif not isinstance(values, (tuple, list)):
-        return None
-    return next((found for each in values if (found := first_tensor(each)) is not None), None)
 
 
 def _start(started: list[Ran | None], open_runs: list[tuple[int, tuple[int, ...]]]) -> Any:

@@ -20,8 +20,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from bvit_interp.errors import UserError, choices
-from bvit_interp.models.dry_run import Ran, counts_of, dry, first_tensor, is_tensor
+from bvit_interp.models.dry_run import Ran, counts_of, dry
 from bvit_interp.models.layout import Layout
+from bvit_interp.models.nested import first_tensor, is_tensor, map_tensors, with_first
 from bvit_interp.models.prefix import find_layout
 from bvit_interp.models.tied import clone, tensors_of
 
@@ -116,7 +117,7 @@ class CalledSteps(nn.Module):
             like = self.resume(images, [], entry=tokens, stop=1).outputs[0]
         else:
             like = outputs[-1] if outputs else tokens
-        last = with_tokens(like, tokens)
+        last = with_first(like, tokens)
         given = [*outputs, *[last] * (len(self._order) - len(outputs))]
         return answer_of(self.resume(images, given).output)
 
@@ -234,7 +235,7 @@ class Run:
             return self.last
         if i == 0:
             if self.entry is not None:
-                args, kwargs = with_tokens([args, kwargs], self.entry)
+                args, kwargs = with_first([args, kwargs], self.entry)
             tokens = first_tensor([args, kwargs])
             assert tokens is not None  # a block is called with its tokens
             self.inputs = tokens
@@ -281,27 +282,6 @@ def _num_classes(model: nn.Module, output: Any) -> int:
     if answer.ndim != 2 or not is_logits or getattr(model, "num_classes", None) == 0:
         return 0
     return answer.shape[-1]
-
-
-def map_tensors(values: Any, change: Any) -> Any:
-    """Nested arguments or results with every tensor changed."""
-    if isinstance(values, Tensor):
-        return change(values)
-    if isinstance(values, dict):
-        return type(values)((key, map_tensors(each, change)) for key, each in values.items())
-    if isinstance(values, (tuple, list)):
-        return type(values)(map_tensors(each, change) for each in values)
-    return values
-
-
-def with_tokens(output: Any, tokens: Tensor) -> Any:
-    """Arguments or results of a block with other tokens: the first tensor in them."""
-    if isinstance(output, Tensor):
-        return tokens
-    items = list(output.items() if isinstance(output, dict) else enumerate(output))
-    first = next(key for key, each in items if first_tensor(each) is not None)
-    changed = [(key, with_tokens(each, tokens) if key == first else each) for key, each in items]
-    return type(output)(changed if isinstance(output, dict) else [each for _, each in changed])
 
 
 # ---- which modules are the steps -----------------------------------------------------------------

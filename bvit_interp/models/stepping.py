@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from bvit_interp.models.dry_run import first_tensor
-from bvit_interp.models.looped import CalledSteps, map_tensors, with_tokens
+from bvit_interp.models.looped import CalledSteps
 from bvit_interp.models.memory import Carry, MemoryBlock
+from bvit_interp.models.nested import first_tensor, map_tensors, with_first
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def _calls_of(view: CalledSteps, state: State) -> list[Any]:
     if state.step == 0:
         return []
     *earlier, last = state.outputs
-    last = with_tokens(last, state.tokens)
+    last = with_first(last, state.tokens)
     return [*earlier, last] if view.needs_history else [last] * state.step
 
 

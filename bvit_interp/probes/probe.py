@@ -96,14 +96,16 @@ class Probe:
         self.num_prefix_tokens = self.layout.num_prefix_tokens
         self.grid = self.layout.grid
         # before anybody's hooks are on the view
-        self._shapes = {site: self._dry_shape(site) for site in ("z", "mlp_post")}
+        self._shapes = {site: self._dry_shape(site) for site in ("z", "k", "mlp_post")}
+        if isinstance(self._shapes["z"], str):  # the pattern alone may be seen
+            self._shapes["pattern"] = self._dry_shape("pattern")
         self._edits: list[tuple[Address, Change]] = []
         self._edit_hooks = ExitStack()
 
     @property
     def num_heads(self) -> int:
         """Heads of a step."""
-        return self._size("z", 2)
+        return self._size("z", 2) if "pattern" not in self._shapes else self._size("pattern", 1)
 
     @property
     def head_width(self) -> int:
@@ -301,6 +303,9 @@ class Probe:
     def _units(self, site: str) -> tuple[str, int]:
         """What a unit of the site is called, and how many there are."""
         axis = unit_axis(site)
+        keys = self._shapes["k"]
+        if place_of(site)[1] in ("k", "v") and not isinstance(keys, str):
+            return "head", keys[2]  # fewer than of queries, if these come in groups
         if axis == "H":
             return "head", self.num_heads
         return ("neuron", self.num_neurons) if axis == "F" else ("channel", self.layout.width)
@@ -448,7 +453,9 @@ class Probe:
         axes = {axis for site, _ in targets for axis in axes_of(site)}
         sizes = {"B": batch, "N": rows, "Q": rows, "K": count, "D": self.layout.width}
         if "H" in axes:
-            sizes |= {"H": self.num_heads, "E": self.head_width}
+            sizes["H"] = self.num_heads
+        if "E" in axes:
+            sizes["E"] = self.head_width
         if "F" in axes:
             sizes["F"] = self.num_neurons
         numbers = sum(math.prod(sizes[axis] for axis in axes_of(site)) for site, _ in targets)

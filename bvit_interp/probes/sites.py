@@ -18,6 +18,7 @@ from bvit_interp.models import attention
 from bvit_interp.models.attention import Change, attention_of
 from bvit_interp.models.families import map_of
 from bvit_interp.models.memory import MemoryBlock
+from bvit_interp.models.nested import first_tensor, with_first
 from bvit_interp.vocabulary import SITES
 
 FFN_MATRICES = {"fc1": "mlp_pre", "fc2": "mlp_post"}
@@ -137,25 +138,26 @@ class Step:
 
 
 def _before(change: Change) -> Callable[..., Any]:
-    """A pre-hook that changes a module's first input, given by position or by name."""
+    """A pre-hook that changes a module's first tensor, given by position or by name."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        name = None if args else next(iter(kwargs))
-        new = change(args[0] if name is None else kwargs[name])
-        if new is None:
-            return None
-        return ((new, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: new})
+        new = _changed([args, kwargs], change)
+        return None if new is None else tuple(new)
 
     return hook
 
 
 def _after(change: Change) -> Callable[..., Any]:
-    """A hook that changes a module's output, or the first of several."""
+    """A hook that changes a module's output, or the first tensor in it."""
 
     def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-        if isinstance(output, Tensor):
-            return change(output)
-        new = change(output[0])
-        return None if new is None else type(output)((new, *output[1:]))
+        return _changed(output, change)
 
     return hook
+
+
+def _changed(values: Any, change: Change) -> Any:
+    """The values with their first tensor changed, or None if `change` leaves it."""
+    tensor = first_tensor(values)
+    new = None if tensor is None else change(tensor)
+    return None if new is None else with_first(values, new)

@@ -425,3 +425,52 @@ def test_models_as_analyses_take_them(looped, tiny):
     view = with_steps(model)
     assert len(view.blocks) == calls
     assert with_steps(view) is view
+
+
+# ---- blocks of other habits ----------------------------------------------------------------------
+
+
+class WithLoss(nn.Module):
+    """A block that takes its tokens by name and gives them beside a loss, in a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block(WIDTH, HEADS)
+
+    def forward(self, *, state: Tensor) -> dict[str, Tensor]:
+        tokens = self.block(state)
+        return {"state": tokens, "loss": tokens.square().mean()}
+
+
+class LoopWithLoss(LoopedEncoder):
+    """A loop over `WithLoss`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = WithLoss()
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens, loss = self.patches(images).flatten(2).mT, 0.0
+        for _ in range(self.steps):
+            out = self.block(state=tokens)
+            tokens, loss = out["state"], loss + out["loss"]
+        return self.head(tokens.mean(1)) + loss
+
+
+def test_a_block_with_names_and_a_dict(images):
+    torch.manual_seed(0)
+    model = LoopWithLoss().eval()
+    probe = Probe(model, loop="block")
+    with torch.no_grad():
+        by_hand = [out["state"] for out in seen(model, model.block, images)]
+        logits, cache = probe.run(images, ["resid_pre", "resid_post", "pattern"])
+        assert torch.equal(logits, model(images))
+        for step, tokens in enumerate(by_hand, start=1):
+            assert torch.equal(cache["resid_post", step], tokens)
+        assert torch.equal(cache["resid_pre", 3], by_hand[1])
+        assert cache["pattern", 2].shape == (len(images), HEADS, 16, 16)
+        with probe.edit({"resid_post[2]": lambda x, _: 0 * x}):
+            edited = probe.record(images, "resid_pre[3]")["resid_pre", 3]
+        assert torch.equal(edited, torch.zeros_like(edited))
+        state = proceed(probe.model, embed(probe.model, images), 3)
+        assert torch.equal(answer(probe.model, proceed(probe.model, state)), logits)
