@@ -10,6 +10,7 @@ times.
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 from pathlib import Path
 
@@ -17,7 +18,8 @@ import timing
 import torch
 
 from bvit_interp import load
-from bvit_interp.analyses import step_accuracy
+from bvit_interp.analyses.step_accuracy.measure import _StepMetrics
+from bvit_interp.models.stepping import answer, states
 from bvit_interp.models.unroll import unroll
 
 
@@ -34,12 +36,15 @@ def main() -> None:
     views = [unroll(model, steps=t) for t in range(1, options.steps + 1)]
     images = torch.randn(options.batch, 3, *model.patch_embed.img_size, device=options.device)
     labels = torch.randint(model.num_classes, (options.batch,), device=options.device)
-    scores, answers = step_accuracy._metrics(views[-1], len(model.blocks))
+    metrics = _StepMetrics(views[-1], len(model.blocks))
+
+    def every_step() -> None:
+        after = itertools.islice(states(views[-1], images), 1, None)
+        metrics.update(torch.stack([answer(views[-1], state) for state in after]), labels)
+
     ways = {
         f"plain forward of {options.steps} steps": lambda: views[-1](images),
-        "step-accuracy: head and scores after every step": lambda: step_accuracy._update(
-            scores, answers, step_accuracy._logits(views[-1], images), labels
-        ),
+        "step-accuracy: head and scores after every step": every_step,
         f"{options.steps} separate runs": lambda: [view(images) for view in views],
     }
     with torch.inference_mode():

@@ -14,31 +14,32 @@ from bvit_interp import plotting
 
 # (metric, tokens): title, unit, null
 _PANELS = {
-    ("accuracy", "cls"): ("CLS: accuracy", "share of images", "most frequent class"),
+    ("accuracy", "cls"): ("accuracy", "share of images", "most frequent class"),
     ("kl", "cls"): (
-        "CLS: KL from the final prediction",
+        "KL from the final prediction",
         "nats",
         "final prediction of another image",
     ),
-    ("calibration_error", "cls"): ("CLS: calibration error", "15 bins", "sampling alone"),
+    ("calibration_error", "cls"): ("calibration error", "15 bins", "sampling alone"),
     ("exit_accuracy", "cls"): (
-        "CLS: early exit, tau from 0 to 1",
+        "early exit, tau from 0 to 1",
         "accuracy",
         "leaving at random",
     ),
-    ("accuracy", "patches"): ("patches: accuracy", "mean share of patches", "most frequent class"),
+    ("accuracy", "patches"): ("accuracy", "mean share of patches", "most frequent class"),
     ("pointing", "patches"): (
-        "maps: maximum on the object",
+        "maximum of the map on the object",
         "share of images",
         "mask of another image",
     ),
     ("map_correlation", "patches"): (
-        "maps: correlation with the map of step T",
+        "correlation with the map of step T",
         "Pearson's r",
         "map of another image",
     ),
 }
 _STANDS_FOR = {"cls": ("answer",)}  # of a model whose head does not read CLS alone
+_NAMES = {"cls": "CLS"}
 _SHOWN_STEPS = 7  # of an example
 
 
@@ -51,12 +52,18 @@ def plot(frame: pd.DataFrame) -> Figure:
     heights = [6.4, *(0.5 + 2.1 * len(arrays["images"]) for arrays in examples.values())]
     figure = Figure(figsize=(12.5, sum(heights)), layout="constrained")
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-    axes = plotting.subcanvas(parts[0], columns=3, rows=2)
-    panels = [key for key in _PANELS if key[0] != left_out]
-    for ax, (metric, tokens) in zip(axes.flat, panels, strict=True):
+    panels = {}
+    for (metric, tokens), (title, unit, null) in _PANELS.items():
         of_tokens = frame["tokens"].isin((tokens, *_STANDS_FOR.get(tokens, ())))
         rows = frame[(frame["metric"] == metric) & of_tokens]
-        _panel(ax, rows, *_PANELS[metric, tokens])
+        if metric != left_out and len(rows):
+            kinds = " and ".join(_NAMES.get(kind, kind) for kind in rows["tokens"].unique())
+            panels[f"{kinds}: {title}"] = rows, unit, null
+    axes = plotting.subcanvas(parts[0], columns=3, rows=-(-len(panels) // 3))
+    for ax, (title, (rows, unit, null)) in zip(axes.flat, panels.items(), strict=False):
+        _panel(ax, rows, title, unit, null)
+    for ax in axes.flat[len(panels) :]:
+        ax.set_axis_off()
     _shared_legend(parts[0], axes[0, 0])
     for part, (name, arrays) in zip(parts[1:], examples.items(), strict=True):
         _example_maps(part, name, arrays)
