@@ -28,6 +28,7 @@ class CifarBinaries:
 
     native_size: int | None = SIZE
     has_masks = False
+    official = True
 
     def __init__(self, name: Name, root: Path, split: str, download: bool = False) -> None:
         kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
@@ -61,6 +62,7 @@ def open_cifar(name: Name, root: Path, split: str, download: bool = False) -> Sa
                 f"{root}: {len(samples.classes)} classes, {name} has {COUNTS[name]}; try"
                 f" folder:{root}"
             )
+        samples.official = official is None or samples.classes == official
         return samples
     if root.name == BINARIES[name]:
         root = root.parent

@@ -54,6 +54,7 @@ class DigitScenes:
     """
 
     classes = CLASSES
+    official = True
     native_size: int | None = SIZE
     has_masks = True
 

@@ -34,6 +34,7 @@ class ImageFolderSamples:
 
     native_size: int | None = None
     has_masks = False
+    official: bool = False
 
     def __init__(self, root: str | Path, classes: Sequence[str] | None = None) -> None:
         self.root = Path(root)

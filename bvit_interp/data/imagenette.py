@@ -50,6 +50,8 @@ class ImagenetteParquet(ParquetSamples):
         If the classes are not the ten of Imagenette, or one of them has no image.
     """
 
+    official = True
+
     def __init__(self, root: Path, split: str) -> None:
         super().__init__(root, split)
         order = wnids_of(self.classes)
@@ -75,6 +77,8 @@ class ImagenetteFolder(ImageFolderSamples):
     DataError
         If a class folder is missing or empty, or is not one of the ten.
     """
+
+    official = True
 
     def __init__(self, root: Path) -> None:
         found = class_folders(root)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from bvit_interp.errors import UserError
 
@@ -24,6 +24,9 @@ class LoaderOptions:
     model's own size."""
     skip_corrupt: bool = False
     """Report images that cannot be read and continue, instead of stopping."""
+    classes: Literal["auto", "index", "position"] = "auto"
+    """How the data's classes match the model's: by names, wnids or numbers where they say it;
+    `index` if their names are the model's class indices, `position` if class i is class i."""
 
     def __post_init__(self) -> None:
         for name in ("limit", "batch_size", "resize"):
@@ -39,5 +42,5 @@ class LoaderOptions:
         return {
             key: value
             for key, value in asdict(self).items()
-            if key not in ("batch_size", "workers")
+            if key not in ("batch_size", "workers") and (key, value) != ("classes", "auto")
         }

@@ -32,6 +32,7 @@ class ParquetSamples:
     """
 
     has_masks = False
+    official: bool = False
 
     def __init__(
         self,

@@ -34,7 +34,11 @@ _UNREADABLE = (  # errors of PIL; they depend on the format and the damage
 
 @runtime_checkable
 class Samples(Protocol):
-    """A data set, read one image at a time."""
+    """A data set, read one image at a time.
+
+    A set may have an attribute ``official = True``: its classes are those of a published set, in
+    the order that models of it have.
+    """
 
     @property
     def classes(self) -> Sequence[str]:
@@ -84,6 +88,11 @@ class Subset:
     def has_masks(self) -> bool:
         """Whether the set has masks."""
         return self.data.has_masks
+
+    @property
+    def official(self) -> bool:
+        """Whether the classes are a published set's in its order."""
+        return getattr(self.data, "official", False)
 
     def __len__(self) -> int:
         return len(self.index)

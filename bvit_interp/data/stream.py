@@ -148,7 +148,7 @@ def stream(
             name,
             device_of(model),
             Geometry.of(model, data, options.resize),
-            label_map(data, model) if labels else None,
+            label_map(data, model, options.classes) if labels else None,
         )
         for name, model in models.items()
     }
