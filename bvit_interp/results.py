@@ -95,7 +95,23 @@ def file_stem(name: str) -> str:
 def write_json(content: Mapping[str, Any], path: Path) -> None:
     """Write JSON, indented."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, default=str) + "\n")
+        temporary.write_text(_as_json(content))
+
+
+def write_result(frame: pd.DataFrame, about: Mapping[str, Any], path: Path) -> None:
+    """Write a table and, beside it, the `.json` of what made it.
+
+    Both are whole before either takes its place, and a table never lies beside the `.json` of
+    another one: a process killed in between leaves the `.json` without a table.
+    """
+    with replacing(path) as table, replacing(path.with_suffix(".json")) as beside:
+        frame.to_csv(table, index=False)
+        beside.write_text(_as_json(about))
+        path.unlink(missing_ok=True)
+
+
+def _as_json(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2, default=str) + "\n"
 
 
 def weights_hash(model: nn.Module) -> str:
@@ -135,13 +151,14 @@ def provenance(options: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def refuse_other_options(path: Path, options: Mapping[str, Any]) -> None:
+def refuse_other_options(path: Path, options: Mapping[str, Any], whole: str = "") -> None:
     """Refuse to replace or to continue a table that was made with other options.
 
     Parameters
     ----------
     path : the CSV; its options lie in the `.json` beside it. None need be there.
     options : what the rows depend on. Options that the `.json` has beside these do not matter.
+    whole : an option, a mapping, beside whose entries the `.json` must have no others.
 
     Raises
     ------
@@ -154,7 +171,9 @@ def refuse_other_options(path: Path, options: Mapping[str, Any]) -> None:
         found = _flat(json.loads(path.with_suffix(".json").read_text())["options"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} exists without its options; --overwrite replaces it") from None
-    wanted = _flat(json.loads(json.dumps(options, default=str)))
+    wanted: dict[str, Any] = {
+        key: None for key in found if whole and key.startswith(f"{whole}.")
+    } | _flat(json.loads(json.dumps(options, default=str)))
     differing = [
         f"{key}: {found.get(key)!r} there, {value!r} now"
         for key, value in wanted.items()

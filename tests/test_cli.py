@@ -13,6 +13,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pandas as pd
@@ -299,6 +300,45 @@ def test_sweep_continues_and_refuses_other_options(ckpt, tmp_path, capfd):
     assert pd.read_csv(path)["rank"].tolist() == [8]
 
 
+def test_results_go_to_a_folder_of_the_question(ckpt, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = set(tmp_path.iterdir())
+    for word in ("energy-rank", "rank-sweep"):
+        assert main([word, "--ckpt", ckpt, "--limit", "4"]) == 0
+    assert set(tmp_path.iterdir()) - before == {tmp_path / "runs"}
+    for word in ("energy_rank", "rank_sweep"):
+        found = {path.name for path in Path("runs", word).iterdir()}
+        assert found == {f"{word}.{suffix}" for suffix in ("csv", "json", "png")}
+    assert main(["report"]) == 0
+    page = html.unescape(Path("runs/report.html").read_text())
+    assert all(question_of(word) in page for word in ("energy-rank", "rank-sweep"))
+
+
+@pytest.mark.parametrize("word", EVERY)
+def test_no_command_writes_beside_the_shipped_results_unasked(word):
+    command, _ = find(word.split())
+    for group in command.options.values():
+        for field in fields(group):
+            if field.name in ("out", "folder"):
+                shown = str(field.default)
+                assert field.default in (None, MISSING) or shown.split("/")[0] == "runs"
+
+
+def test_a_table_of_other_options_is_replaced_only_when_asked(ckpt, tmp_path, capfd):
+    arguments = ["evaluate", "--ckpt", ckpt, "--limit", "4", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    path = tmp_path / "evaluate.csv"
+    first = path.read_text()
+    assert main(arguments) == 0  # the same again
+    assert path.read_text() == first
+    other = [*arguments, "--limit", "6"]
+    assert "config.limit: 4 there, 6 now" in error_of(capfd, other)
+    assert path.read_text() == first
+    assert main([*other, "--overwrite"]) == 0
+    assert path.read_text() != first
+    assert json.loads((tmp_path / "evaluate.json").read_text())["options"]["config"]["limit"] == 6
+
+
 def test_an_early_error_leaves_nothing(ckpt, tmp_path, capfd):
     out = tmp_path / "new"
     error_of(capfd, ["rank-sweep", "--ckpt", ckpt, "--ranks", "999", "--out", out])
@@ -397,7 +437,7 @@ def test_one_line_and_exit_code_two(arguments, message, ckpt, capfd, tmp_path, m
     if arguments[0] == "energy-rank":
         arguments = [*arguments, "--ckpt", ckpt]
     assert message in error_of(capfd, arguments)
-    assert not Path("figures").exists()
+    assert not Path("runs").exists()
 
 
 def test_the_devices_of_a_machine_with_two_gpus(monkeypatch):
@@ -542,7 +582,8 @@ def test_a_full_disk_leaves_the_old_table(ckpt, tmp_path, capfd, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(pd.DataFrame, "to_csv", full)
-    assert "No space left on device" in error_of(capfd, [*arguments, "--energy", "0.5"])
+    other = [*arguments, "--energy", "0.5", "--overwrite"]
+    assert "No space left on device" in error_of(capfd, other)
     assert (tmp_path / "energy_rank.csv").read_bytes() == before
     assert not list(tmp_path.glob(".*partial"))
 

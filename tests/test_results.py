@@ -95,6 +95,31 @@ def test_floats_read_back_exactly(tmp_path):
     assert set(read["name"]) == {'x, "y"\nz'}
 
 
+def test_a_table_never_lies_beside_the_options_of_another(tmp_path, monkeypatch):
+    path = tmp_path / "a.csv"
+    results.write_result(pd.DataFrame({"a": [1]}), {"options": {"limit": 1}}, path)
+    assert path.read_text() == "a\n1\n"
+    replace = Path.replace
+
+    def stopped_after(n, done):
+        def renamed(self, target):
+            if len(done) == n:
+                raise KeyboardInterrupt
+            done.append(target)
+            return replace(self, target)
+
+        monkeypatch.setattr(Path, "replace", renamed)
+        with pytest.raises(KeyboardInterrupt):
+            results.write_result(pd.DataFrame({"a": [2]}), {"options": {"limit": 2}}, path)
+
+    for n in (0, 1):
+        stopped_after(n, [])
+        about = json.loads(path.with_suffix(".json").read_text())["options"]
+        assert not path.exists()
+        assert about == {"limit": n + 1}
+        assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
+
+
 def test_json_is_indented_and_knows_paths(tmp_path):
     results.write_json({"a": 1, "path": Path("x/y")}, tmp_path / "a.json")
     assert (tmp_path / "a.json").read_text() == '{\n  "a": 1,\n  "path": "x/y"\n}\n'
@@ -184,6 +209,12 @@ def test_a_table_is_replaced_by_one_of_its_options_only(tmp_path):
     results.refuse_other_options(path, {"limit": 3, "config": {"at": Path("a")}})
     with pytest.raises(UserError, match=r"other options \(config.at: 'a' there, 'b' now\)"):
         results.refuse_other_options(path, {"limit": 3, "config": {"at": Path("b")}})
+    weights = {"options": {"weights": {"a": "1", "b": "2"}}}
+    results.write_json(weights, tmp_path / "t.json")
+    fewer = {"weights": {"a": "1"}}
+    results.refuse_other_options(path, fewer)
+    with pytest.raises(UserError, match=r"\(weights.b: '2' there, None now\)"):
+        results.refuse_other_options(path, fewer, whole="weights")
     assert path.read_text() == "value\n1\n"
 
 

@@ -29,7 +29,8 @@ def write(folder: Path, out: Path | None = None) -> Path:
 
     Parameters
     ----------
-    folder : folder of results.
+    folder : folder of results. A question's files lie in it, or below it in a folder of its word
+        (the default ``--out``).
     out : path of the page; by default ``report.html`` in the folder.
 
     Returns
@@ -43,13 +44,16 @@ def write(folder: Path, out: Path | None = None) -> Path:
     """
     if not folder.is_dir():
         raise UserError(f"no folder {folder}")
-    sections = [_section(folder, word) for word in ANALYSES if (folder / f"{word}.csv").is_file()]
-    if not sections:
+    found = {word: path for word in ANALYSES if (path := _table(folder, word)) is not None}
+    if not found:
         tables = ", ".join(f"{word}.csv" for word in ANALYSES)
         raise UserError(f"{folder} holds no results; a report needs one of {tables}")
+    sections = [_section(path, word) for word, path in found.items()]
     out = out or folder / "report.html"
-    selectivity = folder / "selectivity.csv"
-    units = unit_page.write(read_table(selectivity), folder, out) if selectivity.is_file() else {}
+    units = {}
+    if "selectivity" in found:
+        table = found["selectivity"]
+        units = unit_page.write(read_table(table), table.parent, out)
     templates = jinja2.Environment(
         loader=jinja2.PackageLoader("bvit_interp", "report"), autoescape=True
     )
@@ -59,11 +63,16 @@ def write(folder: Path, out: Path | None = None) -> Path:
     return out
 
 
-def _section(folder: Path, word: str) -> dict[str, Any]:
+def _table(folder: Path, word: str) -> Path | None:
+    """The table of a question, if it is there."""
+    places = (folder / f"{word}.csv", folder / word / f"{word}.csv")
+    return next((path for path in places if path.is_file()), None)
+
+
+def _section(path: Path, word: str) -> dict[str, Any]:
     """The parts of one analysis for the template."""
     analysis = importlib.import_module(f"bvit_interp.analyses.{word}")
     question, *summary = _paragraphs(analysis.__doc__ or "")
-    path = folder / f"{word}.csv"
     frame = read_table(path)
     figure, about = path.with_suffix(".png"), path.with_suffix(".json")
     return {

@@ -19,11 +19,12 @@ class Inputs:
     """Data set: a NAME of `bvit-interp data list`, NAME:PATH, or a PATH."""
     split: str | None = None
     """Split of the data set; by default the one to evaluate on."""
-    out: Path = Path("figures")
-    """Folder for the table (.csv), the figure (.png) and what made them (.json)."""
+    out: Path | None = None
+    """Folder for the table (.csv), the figure (.png) and what made them (.json); by default
+    runs/WORD, with the question's word."""
     device: str = "auto"
     """Device: auto, cpu, cuda or cuda:N."""
     overwrite: bool = False
-    """Start again instead of continuing a table in the folder."""
+    """Replace a table in the folder, also one of other options."""
     download: bool = False
     """Download CIFAR with torchvision if it is missing."""

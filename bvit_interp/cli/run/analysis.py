@@ -33,8 +33,9 @@ def run_analysis(word: str, inputs: Inputs, config: Any, device: str = "cpu") ->
     data = open_samples(inputs.data, inputs.split, inputs.download)
     both = getattr(question, "WITH_AVERAGED_WEIGHTS", False)
     models = _load(_with_averaged(inputs.ckpt) if both else inputs.ckpt, device)
-    results.check_folder(inputs.out)
-    path = inputs.out / f"{word}.csv"
+    out = inputs.out or Path("runs") / word
+    results.check_folder(out)
+    path = out / f"{word}.csv"
     options = {
         "analysis": word,
         "data": inputs.data,
@@ -43,14 +44,15 @@ def run_analysis(word: str, inputs: Inputs, config: Any, device: str = "cpu") ->
         "weights": {name: results.weights_hash(model) for name, model in models.items()},
     }
     wanted = inspect.signature(question.measure).parameters
-    further: dict[str, Any] = {"folder": inputs.out} if "folder" in wanted else {}
+    further: dict[str, Any] = {"folder": out} if "folder" in wanted else {}
     if "table" in wanted:
         further["table"] = results.Table(path, options, inputs.overwrite)
+    elif not inputs.overwrite:
+        results.refuse_other_options(path, options, whole="weights")
     frame = question.measure(models, data, config, **further)
     if results.rank_and_world()[0] == 0:
-        results.write_table(frame, path)
         about = results.provenance({**options, "config": asdict(config)})
-        results.write_json(about, path.with_suffix(".json"))
+        results.write_result(frame, about, path)
         show(question.summary(frame))
         print(f"\nwrote {path}")
         draw(f"bvit_interp.analyses.{word}.plot", frame, path.with_suffix(".png"))

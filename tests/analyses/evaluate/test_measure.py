@@ -161,6 +161,7 @@ def test_the_command_scores_raw_and_averaged_weights(tiny, make, tmp_path, digit
                 "4",
                 "--out",
                 str(tmp_path),
+                "--overwrite",
             ]
         )
         == 0
