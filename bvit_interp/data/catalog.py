@@ -18,7 +18,18 @@ from tqdm import tqdm
 from bvit_interp.data.boxes import ImageNetBoxes
 from bvit_interp.data.cifar import BINARIES, CIFAR10, Name, open_cifar
 from bvit_interp.data.digits import DigitScenes
-from bvit_interp.data.folders import CATEGORIES, MASKS, ImageFolderSamples, ImageNetS, class_folders
+from bvit_interp.data.files import say
+from bvit_interp.data.folders import (
+    ANNOTATIONS,
+    CATEGORIES,
+    MASKS,
+    AnnotatedFolder,
+    ImageFolderSamples,
+    ImageNetS,
+    class_folders,
+    image_files,
+    subfolders,
+)
 from bvit_interp.data.imagenette import is_imagenette, open_imagenette, wnids_of
 from bvit_interp.data.parquet import ParquetSamples, columns_of, split_files
 from bvit_interp.data.samples import Samples, evenly_spaced, write_mask
@@ -66,29 +77,57 @@ def _open_imagenet_boxes(root: Path, split: str | None, download: bool) -> Sampl
 
 
 def _open_folder(root: Path, split: str | None, download: bool) -> Samples:
-    """A split, by default the first that exists; the folder itself if it has no splits."""
-    found = [
-        name for name in _FOLDER_SPLITS if split_files(root, name) or _is_split_folder(root / name)
-    ]
+    """A split, by default the first that exists; the folder itself if it has no splits.
+
+    A set of training images alone is read only when its split is named.
+    """
+    found = _splits_in(root)
     if split is not None and split not in found:
         has = choices(found) or "one only, the folder itself"
         raise DataError(f"{root} has no split {split!r}; splits: {has}")
     if not found:
         return ImageFolderSamples(root)
-    chosen = split or found[0]
+    if split is None and list(found) == ["train"]:
+        raise DataError(
+            f"{root}: its only split is train, which models are trained on: say --split train to"
+            " use it, or give a folder with one of " + choices(_FOLDER_SPLITS[:-1])
+        )
+    chosen = split or next(iter(found))
+    if split is None and len(found) > 1:
+        say(f"{root}: reading the split {chosen}, of {choices(found)}")
+    folder = found[chosen]
+    if folder is None:
+        return ParquetSamples(root, chosen)
     return (
-        ParquetSamples(root, chosen)
-        if split_files(root, chosen)
-        else ImageFolderSamples(root / chosen)
+        AnnotatedFolder(folder) if (folder / ANNOTATIONS).exists() else ImageFolderSamples(folder)
     )
 
 
+def _splits_in(root: Path) -> dict[str, Path | None]:
+    """The splits that a folder holds, in the order of `_FOLDER_SPLITS`, and their class folders;
+    None for parquet files."""
+    folders = {name.lower(): root / name for name in subfolders(root)} if root.is_dir() else {}
+    found: dict[str, Path | None] = {}
+    for name in _FOLDER_SPLITS:
+        if split_files(root, name):
+            found[name] = None
+        elif name in folders and _is_split_folder(folders[name]):
+            found[name] = folders[name]
+    return found
+
+
 def _is_split_folder(folder: Path) -> bool:
-    """Whether a folder with the name of a split holds class folders, so that it is not a class."""
-    return folder.is_dir() and any(inner.is_dir() for inner in folder.iterdir())
+    """Whether a folder with the name of a split holds class folders, so that it is not a class.
+
+    Images without classes (``test/images`` of Tiny ImageNet) are no split.
+    """
+    inner = subfolders(folder)
+    if inner == ["images"]:
+        return (folder / ANNOTATIONS).exists()
+    return bool(inner) and not image_files(folder)
 
 
-_FOLDER_SPLITS = ("test", "val", "validation", "train")
+_FOLDER_SPLITS = ("test", "val", "validation", "valid", "dev", "train")
 CATALOG = (
     Entry(
         name="digits-s",

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from bvit_interp.data.files import check_regular
 from bvit_interp.data.folders import ImageFolderSamples, class_folders, subfolders
 from bvit_interp.data.parquet import ParquetSamples, split_files
 from bvit_interp.data.samples import Samples
@@ -89,7 +90,7 @@ class ImagenetteFolder(ImageFolderSamples):
             raise DataError(f"{root}: folders of no class of imagenette: {some}; try folder:{root}")
         super().__init__(root, WNIDS)
         _check_counts(str(root), [label for label, _ in self.files])
-        self.native_size = common_side(root / self.name(i) for i in range(len(self)))
+        self.native_size = common_side(self.path(i) for i in range(len(self)))
 
 
 def open_imagenette(root: Path, split: str) -> Samples:
@@ -142,10 +143,12 @@ def common_side(sources: Iterable[Path | bytes | None]) -> int | None:
     side = None
     for source in sources:
         try:
+            if isinstance(source, Path):
+                check_regular(source)
             file = source if isinstance(source, Path) else BytesIO(source or b"")
             with Image.open(file) as image:
                 width, height = image.size
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        except (DataError, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
             continue
         if width != height or width != (side or width):
             return None

@@ -19,7 +19,7 @@ Anything else is refused, unless the option `classes` says how they match.
 
 from __future__ import annotations
 
-import logging
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,12 +29,12 @@ from typing import Literal
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
+from bvit_interp.data.files import say
 from bvit_interp.data.samples import Samples
 from bvit_interp.errors import DataError, choices
 from bvit_interp.models.checkpoint import class_names
 from bvit_interp.models.looped import Model
 
-_log = logging.getLogger(__name__)
 By = Literal["auto", "index", "position"]
 HELP = (
     "--classes position if class i of the data, in the order of its sorted names, is the model's"
@@ -65,7 +65,7 @@ def label_map(samples: Samples, model: Model, by: By = "auto") -> torch.Tensor:
     """
     found = match(samples, model, by)
     if not found.plain:
-        _say(f"the data's {len(samples.classes)} classes are matched to the model's {found.how}")
+        say(f"the data's {len(samples.classes)} classes are matched to the model's {found.how}")
     return found.index
 
 
@@ -193,6 +193,7 @@ def _refusal(classes: list[str], names: list[str], model: Model) -> str:
 
 def _spaced(name: str) -> str:
     """A name in one case, with one space for "_", "-" and runs of spaces."""
+    name = unicodedata.normalize("NFC", name)  # file systems write accents in two ways
     return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
 
 
@@ -241,9 +242,3 @@ def _are_imagenets(names: Sequence[str], lists: tuple[list[str], list[str]]) -> 
 
 def _synonyms(words: str) -> set[str]:
     return {_spaced(word) for word in words.split(",")}
-
-
-@lru_cache(maxsize=64)
-def _say(line: str) -> None:
-    """Say a line on stderr, once."""
-    _log.warning("%s", line)

@@ -3,6 +3,15 @@
 Labels and masks are coded as in ImageNet-S (Gao et al. 2022, https://arxiv.org/abs/2106.03149). A
 label is an index into `classes`, from 0. In a mask the pixels of that class have the id label + 1,
 pixels to ignore 1000, and all others 0. A mask is stored as an RGB PNG with id = R + 256 G.
+
+Pixels become 8-bit RGB by one rule for all sets, that of torchvision's and timm's loaders but for
+depth:
+
+- 16 bits per channel are scaled to 8; floats in 0..1 are scaled to 0..255. Floats beyond 0..1 and
+  32-bit integers have no stated range and are refused.
+- Alpha is dropped: the stored colour is kept, whatever its opacity.
+- An EXIF orientation is not applied, as masks fit the stored pixels; which is said on stderr at the
+  first image that has one.
 """
 
 from __future__ import annotations
@@ -18,8 +27,10 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from PIL import Image
 
+from bvit_interp.data.files import check_regular, escaped, say
 from bvit_interp.errors import DataError, UserError
 
+_ORIENTATION = 274  # EXIF tag
 _UNREADABLE = (  # errors of PIL; they depend on the format and the damage
     OSError,
     SyntaxError,
@@ -112,8 +123,12 @@ def read_image(source: Path | bytes, name: str) -> np.ndarray:
     `name` is used in error messages.
     """
     try:
-        with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return np.array(image.convert("RGB"))
+        with Image.open(_opened(source)) as image:
+            if image.info.get("exif") and image.getexif().get(_ORIENTATION, 1) != 1:
+                say("EXIF orientations are not applied: pixels are read as they are stored")
+            return _rgb(image, name)
+    except DataError:
+        raise
     except _UNREADABLE as error:
         raise _unreadable(name, "image", error) from error
 
@@ -121,7 +136,7 @@ def read_image(source: Path | bytes, name: str) -> np.ndarray:
 def read_mask(path: Path) -> np.ndarray:
     """Class ids ``(H, W)`` int32 of a mask in ImageNet-S coding."""
     try:
-        with Image.open(path) as image:
+        with Image.open(_opened(path)) as image:
             if (image.format, image.mode) != ("PNG", "RGB"):
                 raise DataError(
                     f"{path}: a mask is an RGB PNG, this is {image.format} in mode {image.mode}"
@@ -151,7 +166,36 @@ def evenly_spaced(length: int, limit: int | None) -> list[int]:
     return [i * length // kept for i in range(kept)]
 
 
+def _opened(source: Path | bytes) -> Path | BytesIO:
+    if isinstance(source, bytes):
+        return BytesIO(source)
+    check_regular(source)
+    return source
+
+
+def _rgb(image: Image.Image, name: str) -> np.ndarray:
+    """Pixels ``(H, W, 3)`` uint8; deep images have one channel (PIL makes 8 bits of deep RGB)."""
+    deep_integers = image.mode == "I" and image.format in ("PNG", "PPM")  # PIL's mode for 16 bits
+    if image.mode.startswith("I;16") or deep_integers:
+        grey = np.rint(np.array(image).astype(np.float64) / 257)
+    elif image.mode == "F":
+        grey = np.rint(np.array(image).astype(np.float64) * 255)
+        if not (grey >= 0).all() or not (grey <= 255).all():
+            raise DataError(
+                f"{escaped(name)}: its pixels are floats beyond 0..1: save it with 8 or 16 bits"
+            )
+    elif image.mode.startswith("I"):
+        raise DataError(
+            f"{escaped(name)}: its pixels are 32-bit integers, whose range is not stated: save it"
+            " with 8 or 16 bits"
+        )
+    else:
+        return np.array(image.convert("RGB"))
+    return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=-1)
+
+
 def _unreadable(name: str, what: str, error: BaseException) -> DataError:
+    name = escaped(name)
     if isinstance(error, FileNotFoundError):
         return DataError(f"{name}: no such file")
     reason = (

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 from timm.data import ImageNetInfo
 
-from bvit_interp.data import labels
 from bvit_interp.data.catalog import open_samples
+from bvit_interp.data.files import say
 from bvit_interp.data.labels import label_map, match
 from bvit_interp.data.options import LoaderOptions
 from bvit_interp.data.samples import Subset
@@ -189,7 +189,7 @@ def test_as_many_classes_of_other_names_are_not_the_same_classes(named):
 
 
 def test_what_is_not_plain_is_said_once(named, make, caplog):
-    labels._say.cache_clear()
+    say.cache_clear()
     with caplog.at_level(logging.WARNING):
         label_map(data("cat"), named(["cat", "dog"]))
         label_map(data("n01443537"), make(num_classes=1000))
