@@ -518,7 +518,7 @@ def test_broken_checkpoints(tiny, ckpt, tmp_path, capfd):
     assert "truncated" in error_of(capfd, ["energy-rank", "--ckpt", truncated.parent])
     config = broken("config") / "config.json"
     config.write_text("{")
-    assert "not a model config" in error_of(capfd, ["energy-rank", "--ckpt", config.parent])
+    assert "config.json: not JSON" in error_of(capfd, ["energy-rank", "--ckpt", config.parent])
     with torch.no_grad():
         tiny.head.bias[0] = torch.nan
     save(tiny, tmp_path / "nan")

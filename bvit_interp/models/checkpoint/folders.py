@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
 import timm
 from timm.models.vision_transformer import VisionTransformer
@@ -11,6 +11,7 @@ from torch import nn
 
 from bvit_interp.errors import CheckpointError, UserError, choices
 from bvit_interp.models import masks
+from bvit_interp.models.checkpoint.config import ModelConfig, check_names, read_config
 from bvit_interp.models.checkpoint.resizing import resize
 from bvit_interp.models.checkpoint.specs import AVERAGED, CONFIG, EMA, MASKED, WEIGHTS, Spec
 from bvit_interp.models.checkpoint.timm_models import close_names
@@ -38,8 +39,11 @@ def open_path(spec: Spec) -> nn.Module:
         folder, weights = path, path / (EMA if averaged else WEIGHTS)
     else:
         folder, weights = path.parent, path
-    model = _built(folder, path)
-    fill(model, read(weights), weights, spec.text, averaged and not path.is_dir())
+    config = _config(folder, path)
+    content = read(weights)
+    config.check_size(weights)
+    model = _built(config)
+    fill(model, content, weights, spec.text, averaged and not path.is_dir())
     if spec.version != MASKED:
         return resize(model, spec.size, spec.text)
     if spec.size is not None:
@@ -47,29 +51,28 @@ def open_path(spec: Spec) -> nn.Module:
     return _under_masks(model, path / masks.FILE)
 
 
-def _built(folder: Path, given: Path) -> nn.Module:
-    """The model that a folder's config describes, with random weights."""
-    config_file = folder / CONFIG
-    if not config_file.is_file():
+def _config(folder: Path, given: Path) -> ModelConfig:
+    """The config of a folder, checked."""
+    file = folder / CONFIG
+    if not file.is_file():
         hint = f"; for a bare weights file say timm:NAME@{given}" if given.is_file() else ""
         raise CheckpointError(f"{folder} has no {CONFIG}{hint}")
+    config = read_config(file)
+    if not timm.is_model(config.architecture):
+        close = choices(close_names(config.architecture))
+        raise CheckpointError(
+            f"{file}: unknown architecture {config.architecture!r}; close: {close}"
+        )
+    return config
+
+
+def _built(config: ModelConfig) -> nn.Module:
+    """The model that a config describes, with random weights."""
+    name = config.architecture
     try:
-        config = json.loads(config_file.read_text())
-        if "architecture" not in config and "model_type" in config:
-            raise CheckpointError(f"{folder} is a model of Hugging Face: say hf:{folder}")
-        name, args = str(config["architecture"]), dict(config.get("model_args", {}))
-        cfg = dict(config.get("pretrained_cfg", {}))
-    except CheckpointError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{config_file}: not a model config ({reason})") from error
-    if not timm.is_model(name):
-        close = choices(close_names(name))
-        raise CheckpointError(f"{config_file}: unknown architecture {name!r}; close: {close}")
-    overlay = {key: value for key, value in cfg.items() if value is not None}
-    try:
-        return timm.create_model(name, pretrained=False, pretrained_cfg_overlay=overlay, **args)
+        model: Any = timm.create_model(
+            name, pretrained=False, pretrained_cfg_overlay=config.cfg, **config.model_args
+        )
     except (
         TypeError,
         ValueError,
@@ -77,11 +80,16 @@ def _built(folder: Path, given: Path) -> nn.Module:
         RuntimeError,
         LookupError,
         ArithmeticError,
+        AttributeError,
+        MemoryError,
+        NotImplementedError,
     ) as error:
-        reason = f"{type(error).__name__}: {error}"
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise CheckpointError(
-            f"{config_file}: {name} cannot be built from its model_args ({reason})"
+            f"{config.file}: {name} cannot be built from its model_args ({reason})"
         ) from error
+    check_names(config.cfg.get("label_names"), model.num_classes, config.file)
+    return model
 
 
 def _under_masks(model: nn.Module, file: Path) -> VisionTransformer:

@@ -5,7 +5,6 @@ Only local files are read, and no code of the folder runs.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from bvit_interp.errors import CheckpointError, MissingExtra, choices
+from bvit_interp.models.checkpoint.config import checked_cfg, read_json
 from bvit_interp.models.checkpoint.resizing import resample_huggingface, takes_other_sizes
 from bvit_interp.models.checkpoint.specs import CONFIG, Spec
 
@@ -32,18 +32,19 @@ def open_huggingface(spec: Spec) -> nn.Module:
             f"{spec.text}: no {CONFIG} in {folder}; hf: takes a folder on disk, written by"
             " save_pretrained"
         )
-    config = _read_json(folder / CONFIG)
+    config = read_json(folder / CONFIG)
     if not config.get("model_type"):
         raise CheckpointError(f"{folder / CONFIG}: no model_type, so not a model of transformers")
     model = _opened(spec, folder, config)
-    view = _read_json(folder / PREPROCESSOR) if (folder / PREPROCESSOR).is_file() else {}
+    view = read_json(folder / PREPROCESSOR) if (folder / PREPROCESSOR).is_file() else {}
     try:
-        model.pretrained_cfg = _cfg(model.config, view)
+        cfg = _cfg(model.config, view)
         view_size = _view_size(view)
     except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
         raise CheckpointError(
             f"{folder / PREPROCESSOR}: not understood ({type(error).__name__}: {error})"
         ) from error
+    model.pretrained_cfg = checked_cfg(cfg, folder / PREPROCESSOR)
     if spec.size is not None:
         resample_huggingface(model, spec.size, spec.text)
     elif view_size is not None and takes_other_sizes(model):
@@ -137,13 +138,3 @@ def _shorter_side(view: dict[str, Any]) -> int | None:
     if isinstance(size, dict):
         size = size.get("shortest_edge") or size.get("height")
     return size
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (ValueError, OSError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: not a mapping")
-    return content

@@ -145,6 +145,8 @@ def _check_rebuilds(model: Any) -> None:
 
 def _config_of(model: Any) -> dict[str, Any]:
     cfg = dict(model.pretrained_cfg)
+    if len(cfg.get("label_names") or ()) != model.num_classes:
+        cfg.pop("label_names", None)  # of the head it had before
     height, width = model.patch_embed.img_size
     kept = ("crop_pct", "interpolation", "mean", "std", "label_names", "first_conv", "classifier")
     return {
