@@ -63,7 +63,7 @@ class ImagenetteParquet(ParquetSamples):
         self.labels = np.array([WNIDS.index(wnid) for wnid in order])[self.labels]
         self.classes = WNIDS
         _check_counts(f"{root}/{split}", self.labels)
-        self.native_size = common_side((row.as_py() or {}).get("bytes") for row in self._images)
+        self.native_size = common_side(self.content(i) for i in range(len(self)))
 
 
 class ImagenetteFolder(ImageFolderSamples):

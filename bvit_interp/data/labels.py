@@ -222,7 +222,7 @@ def _imagenet(num_classes: int) -> tuple[list[str], list[str]] | None:
     if subset is None:
         return None
     info = ImageNetInfo(subset)
-    return info.label_names(), info.label_descriptions()
+    return list(info.label_names()), list(info.label_descriptions())
 
 
 def _are_imagenets(names: Sequence[str], lists: tuple[list[str], list[str]]) -> bool:

@@ -10,7 +10,7 @@ from bvit_interp.data.catalog import open_samples
 from bvit_interp.data.folders import ImageFolderSamples
 from bvit_interp.data.imagenette import common_side, wnids_of
 from bvit_interp.data.labels import label_map
-from bvit_interp.data.parquet import ParquetSamples
+from bvit_interp.data.parquet import ParquetSamples, split_files
 from bvit_interp.errors import DataError
 
 TEN = [
@@ -216,13 +216,16 @@ def test_two_archives_in_one_folder_are_not_chosen_between(tmp_path, put_archive
 
 def test_the_shared_copy(real):
     """Counts, classes and sizes as the set's README states them."""
+    pq = pytest.importorskip("pyarrow.parquet")
     root = real("imagenette")
     for split, count in (("train", 9103), ("test", 3925)):
         samples = open_samples(f"imagenette:{root}", split)
         assert len(samples) == count
         assert list(samples.classes) == TEN
         assert samples.native_size == 224
-        paths = [row["path"] for row in samples._images.to_pylist()]  # train/n02979186/x.JPEG
+        tables = [pq.read_table(file) for file in split_files(root, split)]
+        rows = [row for table in tables for row in table["image"].to_pylist()]
+        paths = [row["path"] for row in rows]  # train/n02979186/x.JPEG
         assert [path.split("/")[1] for path in paths] == [TEN[label] for label in samples.labels]
         assert samples.read(count - 1)[0].shape == (224, 224, 3)
     assert len(open_samples(str(root))) == 3925
