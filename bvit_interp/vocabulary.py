@@ -51,7 +51,7 @@ Tokens = str | int | slice
 axis."""
 
 _INNER = re.compile(r"inner(?P<update>[1-9]\d{0,3})\.(?P<site>\w+)", re.ASCII)
-_ADDRESS = re.compile(r"(?P<site>[\w.]+)\[(?P<step>-?\d+)\](?::(?P<unit>\d+))?")
+_ADDRESS = re.compile(r"(?P<site>[\w.]+)(?:\[(?P<step>-?\d+|\*)\])?(?::(?P<unit>\d+))?")
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,30 @@ class Address:
     @classmethod
     def parse(cls, text: str) -> Address:
         """Read `site[step]` or `site[step]:unit`."""
-        match = _ADDRESS.fullmatch(text.strip())
-        if match is None:
+        site, step, unit = split_address(text)
+        if step is None:
             raise UserError(
                 f"not an address: {text!r}; expected site[step] or site[step]:unit, as"
                 " mlp_post[5]:1234"
             )
-        unit = match["unit"]
-        return cls(match["site"], int(match["step"]), None if unit is None else int(unit))
+        return cls(site, step, unit)
+
+
+def split_address(text: str) -> tuple[str, int | None, int | None]:
+    """Site, step and unit of ``site``, ``site:unit``, ``site[step]`` or ``site[step]:unit``; the
+    step is None where every step is meant, as in ``z:3`` and ``z[*]:3``."""
+    match = _ADDRESS.fullmatch(text.strip())
+    if match is None:
+        raise UserError(
+            f"not an address: {text!r}; expected site[step] or site[step]:unit, as"
+            " mlp_post[5]:1234, or site:unit for every step"
+        )
+    step, unit = match["step"], match["unit"]
+    return (
+        match["site"],
+        None if step in (None, "*") else int(step),
+        None if unit is None else int(unit),
+    )
 
 
 def check_site(site: str) -> str:

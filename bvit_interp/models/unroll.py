@@ -69,6 +69,11 @@ def unroll(
     """
     if steps is not None and steps < 1:
         raise UserError(f"steps must be >= 1, got {steps}")
+    if "forward" in vars(model):
+        raise UserError(
+            f"the forward of this {type(model).__name__} was replaced on the instance, where it"
+            " still calls the modules of the model it was taken from: replace it in a subclass"
+        )
     if isinstance(model, CalledSteps):
         return _cut(copy.deepcopy(model, tensors_of(model)), steps)
     if is_unrolled(model) and steps not in (None, len(model.blocks)):  # type: ignore[arg-type]

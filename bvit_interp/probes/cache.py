@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
 
+import safetensors
+import safetensors.torch
 import torch
 from torch import Tensor
 
 from bvit_interp.errors import UserError, choices
-from bvit_interp.vocabulary import SITES, Address, check_site, check_step, place_of, unit_axis
+from bvit_interp.vocabulary import (
+    SITES,
+    Address,
+    check_site,
+    check_step,
+    place_of,
+    split_address,
+    unit_axis,
+)
 
 
 def unit_index(site: str, unit: int) -> tuple[object, ...]:
@@ -23,13 +35,13 @@ def unit_index(site: str, unit: int) -> tuple[object, ...]:
     return (..., unit, slice(None)) if unit_axis(site) == "H" else (..., unit)
 
 
-class Cache:
-    """Recorded activations.
+class Cache(Mapping[tuple[str, int], Tensor]):
+    """Recorded activations: a mapping from (site, step) to tensors.
 
     ``cache["pattern", 7]`` is the tensor of step 7, ``cache["pattern"]`` all recorded steps stacked
-    on axis 1, ``cache["mlp_post[5]:12"]`` one unit. Shapes are those of
-    `bvit_interp.vocabulary.SITES`; the token axis is gone where one token was asked for ("cls" or
-    an int), as numpy indexing has it.
+    on axis 1, ``cache["mlp_post[5]:12"]`` one unit, and ``cache["z:3"]`` head 3 at all recorded
+    steps. Shapes are those of `bvit_interp.vocabulary.SITES`; the token axis is gone where one
+    token was asked for ("cls" or an int), as numpy indexing has it.
 
     Attributes
     ----------
@@ -47,19 +59,11 @@ class Cache:
         if isinstance(key, tuple):
             site, step = key
             return self._at(check_site(site), step)
-        if isinstance(key, Address) or "[" in key:
-            address = key if isinstance(key, Address) else Address.parse(key)
-            tensor = self._at(address.site, address.step)
-            if address.unit is None:
-                return tensor
-            try:
-                index: Any = unit_index(address.site, address.unit)
-                return tensor[index]
-            except IndexError:
-                raise UserError(
-                    f"{address}: no such unit in a tensor of shape {tuple(tensor.shape)}"
-                ) from None
-        return torch.stack([self._tensors[key, step] for step in self.steps(key)], dim=1)
+        site, at, unit = split_address(str(key))
+        if at is not None:
+            return _unit(self._at(check_site(site), at), site, unit, str(key))
+        of_steps = [self._tensors[site, step] for step in self.steps(site)]
+        return torch.stack([_unit(tensor, site, unit, str(key)) for tensor in of_steps], dim=1)
 
     def _at(self, site: str, step: int) -> Tensor:
         counted = check_step(step, self.num_steps, zero=site == "resid_post")
@@ -78,8 +82,8 @@ class Cache:
             )
         return found
 
-    def __contains__(self, key: tuple[str, int]) -> bool:
-        site, step = key
+    def __contains__(self, key: object) -> bool:
+        site, step = cast(tuple[str, int], key)
         return (
             check_site(site),
             check_step(step, self.num_steps, zero=site == "resid_post"),
@@ -90,6 +94,43 @@ class Cache:
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+    def to(self, *args: Any, **kwargs: Any) -> Cache:
+        """The same with every tensor moved or cast, as `torch.Tensor.to`."""
+        moved = Cache(self.grid, self.num_steps)
+        for key, tensor in self.items():
+            moved[key] = tensor.to(*args, **kwargs)
+        return moved
+
+    def cpu(self) -> Cache:
+        """The same on the CPU."""
+        return self.to("cpu")
+
+    def save(self, path: str | Path) -> None:
+        """Write a `.safetensors` file with a tensor ``site[step]`` for each."""
+        tensors = {_text(key): tensor.detach().contiguous() for key, tensor in self.items()}
+        about = {"grid": json.dumps(self.grid), "num_steps": str(self.num_steps)}
+        safetensors.torch.save_file(tensors, str(path), metadata=about)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Cache:
+        """What `save` wrote.
+
+        Raises
+        ------
+        UserError
+            For another file.
+        """
+        try:
+            with safetensors.safe_open(str(path), "pt") as file:
+                about = file.metadata() or {}
+                cache = cls(tuple(json.loads(about["grid"])), int(about["num_steps"]))
+                for name in file.keys():  # noqa: SIM118  it is no dict
+                    address = Address.parse(name)
+                    cache[address.site, address.step] = file.get_tensor(name)
+        except (OSError, KeyError, ValueError, TypeError, safetensors.SafetensorError) as error:
+            raise UserError(f"{path} is no saved cache ({error})") from error
+        return cache
 
     @property
     def nbytes(self) -> int:
@@ -102,9 +143,23 @@ class Cache:
             {name for name, _ in self},
             key=lambda name: (place_of(name)[0], order.index(place_of(name)[1])),
         )
-        sites = {site: len(self.steps(site)) for site in names}
-        held = ", ".join(f"{site} x {n} steps" for site, n in sites.items())
-        return f"Cache({held}; {self.nbytes / 1e6:.1f} MB)"
+        held = []
+        for site in names:
+            steps = self.steps(site)
+            shape = "x".join(map(str, self._tensors[site, steps[0]].shape))
+            held.append(f"{site} {shape} x {len(steps)} steps")
+        return f"Cache({', '.join(held)}; {self.nbytes / 1e6:.1f} MB)"
+
+
+def _unit(tensor: Tensor, site: str, unit: int | None, key: str) -> Tensor:
+    """One unit of a site's tensor, or all of it."""
+    if unit is None:
+        return tensor
+    try:
+        index: Any = unit_index(site, unit)
+        return tensor[index]
+    except IndexError:
+        raise UserError(f"{key}: no such unit in a tensor of shape {tuple(tensor.shape)}") from None
 
 
 def _text(key: tuple[str, int]) -> str:

@@ -11,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
+import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, cast
@@ -24,40 +26,27 @@ from tqdm import tqdm
 from bvit_interp.errors import UserError, choices
 from bvit_interp.models import attention
 from bvit_interp.models.attention import Change, unfused, watching
-from bvit_interp.models.dry_run import dry, example_images
-from bvit_interp.models.layout import layout_of
 from bvit_interp.models.looped import CalledSteps
 from bvit_interp.models.stepping import device_of
 from bvit_interp.models.unroll import is_unrolled, unroll
+from bvit_interp.probes.addressing import Enough, Key, StepSites, unseen
 from bvit_interp.probes.cache import Cache, unit_index
 from bvit_interp.probes.sites import Step
 from bvit_interp.results import rank_and_world
 from bvit_interp.vocabulary import (
-    SITES,
-    TOKEN_WORDS,
     Address,
     Tokens,
     axes_of,
-    check_site,
-    check_step,
-    check_steps,
     place_of,
-    unit_axis,
 )
 
 if TYPE_CHECKING:  # it takes as long to import as torch
     from torchmetrics import Metric, MetricCollection
 
-Key = str | tuple[str, int] | Address
-"""A site name, or an address in any of its forms."""
 Edit = Callable[[Tensor, Address], Tensor | None]
 """fn(activation, address) -> new activation of the same shape, or None to leave it."""
 Fired = dict[str, int]
 ANNOUNCED_BYTES = 2**30
-
-
-class _Recorded(Exception):
-    """Everything asked for is there: the forward need not go on."""
 
 
 Images = Float[Tensor, "batch channels height width"]
@@ -89,66 +78,51 @@ class Probe:
             )
         view = cast(Any, model)
         self.model = view if is_unrolled(view) and not options else unroll(model, **options)
-        self.layout = layout_of(self.model)
-        self._steps = [Step(block) for block in self.model.blocks]
         self.max_bytes = max_bytes
+        self._lock = _lock_of(self.model)
+        with self._lock:  # another thread's forward would be seen too
+            self._steps = StepSites(self.model)
+        self.layout = self._steps.layout
         self.num_steps = len(self._steps)
         self.num_prefix_tokens = self.layout.num_prefix_tokens
         self.grid = self.layout.grid
-        # before anybody's hooks are on the view
-        self._shapes = {site: self._dry_shape(site) for site in ("z", "k", "mlp_post")}
-        if isinstance(self._shapes["z"], str):  # the pattern alone may be seen
-            self._shapes["pattern"] = self._dry_shape("pattern")
         self._edits: list[tuple[Address, Change]] = []
         self._edit_hooks = ExitStack()
 
     @property
     def num_heads(self) -> int:
         """Heads of a step."""
-        return self._size("z", 2) if "pattern" not in self._shapes else self._size("pattern", 1)
+        return self._steps.num_heads
 
     @property
     def head_width(self) -> int:
         """Width of a head."""
-        return self._size("z", 3)
+        return self._steps.head_width
 
     @property
     def num_neurons(self) -> int:
         """Neurons of a step: what the FFN's last projection reads."""
-        return self._size("mlp_post", 2)
+        return self._steps.num_neurons
 
-    def _dry_shape(self, site: str) -> tuple[int, ...] | str:
-        """Shape of the site at step 1 for an image of noise, or why there is none."""
-        shapes: list[tuple[int, ...]] = []
+    def address(self, key: Key) -> Address:
+        """The address with its step counted from 1, checked against this model."""
+        return self._steps.address(key)
 
-        def keep(activation: Tensor) -> None:
-            shapes.append(tuple(activation.shape))
-            raise _Recorded
+    def rows(self, tokens: Tokens, count: int) -> tuple[slice, bool]:
+        """The slice of `count` tokens that `tokens` means, and whether it is one token whose axis
+        is dropped."""
+        return self._steps.rows(tokens, count)
 
-        image = example_images(self.model, self.layout.image_size)[:1]
-        try:
-            handle = self._steps[0].record(site, slice(None), keep)
-            try:
-                with dry(self.model), watching(), contextlib.suppress(_Recorded):
-                    self.model(image)
-            finally:
-                handle.remove()
-        except UserError as error:
-            return str(error)
-        return shapes[0] if shapes else _unseen(site)
-
-    def _size(self, site: str, axis: int) -> int:
-        shape = self._shapes[site]
-        if isinstance(shape, str):
-            raise UserError(shape)
-        return shape[axis]
+    def kinds(self) -> dict[str, slice]:
+        """The kinds of token the model has, and where each is: cls, reg, dist, patches."""
+        return self._steps.kinds()
 
     # ---- running ---------------------------------------------------------------------------------
 
     def __call__(self, images: Images) -> Float[Tensor, "batch classes"]:
         """Logits ``(B, classes)`` of images ``(B, C, H, W)``, under the edits in force."""
         self._refuse_compiled()
-        with unfused():
+        with self._lock, unfused():
             return self.model(images)
 
     def run(
@@ -157,6 +131,7 @@ class Probe:
         sites: Key | Sequence[Key],
         steps: Iterable[int] | int | None = None,
         tokens: Tokens = "all",
+        grad: bool = False,
     ) -> tuple[Tensor, Cache]:
         """Logits and recorded activations of one batch.
 
@@ -169,15 +144,19 @@ class Probe:
             embedded tokens); by default every step that has the site.
         tokens : "cls", "dist", "reg", "patches", "all", an int or a slice; for scores and pattern,
             query tokens.
+        grad : let gradients pass: from the logits to what is recorded, and from there to the images
+            and weights. Recorded scores and patterns then stand in for the fused kernel's, which
+            rounds otherwise. By default what is recorded is detached.
 
         Returns
         -------
         The model's logits ``(B, classes)`` and the `Cache`.
         """
-        cache, hooks, targets = self._recording(images, sites, steps, tokens)
-        with hooks, unfused():
-            logits = self.model(images)
-        self._check_seen(cache, targets)
+        with self._lock:
+            cache, hooks, targets = self._recording(images, sites, steps, tokens, grad=grad)
+            with hooks, unfused():
+                logits = self.model(images)
+        _check_seen(cache, targets)
         return logits, cache
 
     def record(
@@ -186,12 +165,14 @@ class Probe:
         sites: Key | Sequence[Key],
         steps: Iterable[int] | int | None = None,
         tokens: Tokens = "all",
+        grad: bool = False,
     ) -> Cache:
         """As `run`, without logits: the forward ends as soon as the last activation is there."""
-        cache, hooks, targets = self._recording(images, sites, steps, tokens, stop=True)
-        with hooks, unfused(), contextlib.suppress(_Recorded):
-            self.model(images)
-        self._check_seen(cache, targets)
+        with self._lock:
+            cache, hooks, targets = self._recording(images, sites, steps, tokens, True, grad)
+            with hooks, unfused(), contextlib.suppress(Enough):
+                self.model(images)
+        _check_seen(cache, targets)
         return cache
 
     @contextmanager
@@ -200,7 +181,8 @@ class Probe:
 
         Parameters
         ----------
-        edits : ``("z", 5)``, ``"z[5]"`` or ``"z[5]:3"`` -> fn(activation, address). With a unit, fn
+        edits : ``("z", 5)``, ``"z[5]"`` or ``"z[5]:3"`` -> fn(activation, address). Without a step,
+            as ``"z"``, ``"z:3"`` or ``"z[*]:3"``, the edit is made at every step. With a unit, fn
             sees and returns that head ``(B, N, E)`` or neuron ``(B, N)`` alone. The whole token
             axis is given. Within a step, edits apply in the order in which the block computes its
             sites.
@@ -208,23 +190,31 @@ class Probe:
         Yields
         ------
         How often each edit fired, by address. One that never fired raises when the context ends.
+
+        Raises
+        ------
+        UserError
+            Under gradient checkpointing, where a backward pass behind the context would compute the
+            step again without the edit. Also for what the model does not have.
         """
         self._refuse_compiled()
+        self._refuse_checkpointing()
         fired: Fired = {}
         added = []
         for key, fn in edits.items():
-            address = self.address(key)
-            if str(address) in fired:
-                raise UserError(f"two edits of {address}: make them one function")
-            fired[str(address)] = 0
-            added.append((address, _change(address, fn, fired)))
-        before = self._edits
-        try:
-            self._install([*before, *added])
-            with watching():
-                yield fired
-        finally:
-            self._install(before)
+            for address in self._steps.everywhere(key):
+                if str(address) in fired:
+                    raise UserError(f"two edits of {address}: make them one function")
+                fired[str(address)] = 0
+                added.append((address, _change(address, fn, fired)))
+        with self._lock:
+            before = self._edits
+            try:
+                self._install([*before, *added])
+                with watching():
+                    yield fired
+            finally:
+                self._install(before)
         silent = [name for name, count in fired.items() if not count]
         if silent:
             raise UserError(
@@ -238,7 +228,7 @@ class Probe:
         self._edits = edits
         by_block: dict[Step, dict[str, list[Change]]] = {}
         for address, change in edits:
-            block, name = self._block(address.site, address.step)
+            block, name = self._steps.block(address.site, address.step)
             by_block.setdefault(block, {}).setdefault(name, []).append(change)
         for block, changes in by_block.items():
             for handle in block.edit(changes):
@@ -277,73 +267,11 @@ class Probe:
                 cache = self.record(images.to(device), list(metrics), steps, tokens)
             for key, metric in metrics.items():
                 # not cache[key]: an address may have recorded another step of the same site
-                places_of = sorted(self._places(key, steps))
-                values = (
-                    torch.stack([cache[place] for place in places_of], dim=1)
-                    if _is_site(key)
-                    else cache[key]
-                )
+                pairs = sorted(self._steps.places(key, steps))
+                of_steps = [cache[pair] for pair in pairs]
+                values = torch.stack(of_steps, dim=1) if _is_site(key) else cache[key]
                 _update(metric, values, labels.to(device))
         return {key: metric.compute() for key, metric in metrics.items()}
-
-    # ---- words -> places -------------------------------------------------------------------------
-
-    def address(self, key: Key) -> Address:
-        """The address with its step counted from 1, checked against this model."""
-        address = Address(*key) if isinstance(key, tuple) else key
-        address = Address.parse(address) if isinstance(address, str) else address
-        step = check_step(address.step, self.num_steps)
-        self._block(address.site, step)
-        if address.unit is not None:
-            word, units = self._units(address.site)
-            if not 0 <= address.unit < units:
-                raise UserError(f"{address}: no {word} {address.unit}; {word}s: 0..{units - 1}")
-        return Address(address.site, step, address.unit)
-
-    def _units(self, site: str) -> tuple[str, int]:
-        """What a unit of the site is called, and how many there are."""
-        axis = unit_axis(site)
-        keys = self._shapes["k"]
-        if place_of(site)[1] in ("k", "v") and not isinstance(keys, str):
-            return "head", keys[2]  # fewer than of queries, if these come in groups
-        if axis == "H":
-            return "head", self.num_heads
-        return ("neuron", self.num_neurons) if axis == "F" else ("channel", self.layout.width)
-
-    def rows(self, tokens: Tokens, count: int) -> tuple[slice, bool]:
-        """The slice of `count` tokens that `tokens` means, and whether it is one token whose axis
-        is dropped."""
-        if isinstance(tokens, str):
-            if tokens not in TOKEN_WORDS:
-                raise UserError(
-                    f"unknown tokens {tokens!r}; tokens: {', '.join(TOKEN_WORDS)}, an int or a"
-                    " slice"
-                )
-            prefix = self.layout.prefix
-            if tokens == "cls" and "cls" not in prefix:
-                raise UserError(
-                    "this model has no CLS token; its tokens: patches, all, an int or a slice"
-                )
-            words = {"patches": slice(len(prefix), count), "all": slice(0, count)}
-            first = prefix.index(tokens) if tokens in prefix else 0
-            kind = slice(first, first + prefix.count(tokens))
-            chosen, single = words.get(tokens, kind), tokens in ("cls", "dist")
-        elif isinstance(tokens, slice):
-            chosen, single = tokens, False
-        else:
-            index = range(count)[tokens] if -count <= tokens < count else count
-            chosen, single = slice(index, index + 1), True
-        if not range(count)[chosen]:
-            raise UserError(
-                f"tokens {tokens!r} selects none of the {count} tokens"
-                f" ({self.num_prefix_tokens} of prefix)"
-            )
-        return chosen, single
-
-    def kinds(self) -> dict[str, slice]:
-        """The kinds of token the model has, and where each is: cls, reg, dist, patches."""
-        having = [kind for kind in ("cls", "reg", "dist") if kind in self.layout.prefix]
-        return {kind: self.rows(kind, self.layout.num_tokens)[0] for kind in (*having, "patches")}
 
     # ---- machinery -------------------------------------------------------------------------------
 
@@ -354,28 +282,38 @@ class Probe:
         steps: Iterable[int] | int | None,
         tokens: Tokens,
         stop: bool = False,
+        grad: bool = False,
     ) -> tuple[Cache, ExitStack, list[tuple[str, int]]]:
         self._refuse_compiled()
+        if grad:
+            self._refuse_checkpointing()
         if images.ndim != 4:
             raise UserError(f"images must be (B, C, H, W), got shape {tuple(images.shape)}")
         grid = self._grid_of(images)
         count = self.num_prefix_tokens + math.prod(grid)
         rows, single = self.rows(tokens, count)
-        targets = self._targets(sites, steps)
+        targets = self._steps.targets(sites, steps)
         self._announce(images.shape[0], targets, len(range(count)[rows]), count)
         cache, hooks = Cache(grid, self.num_steps), ExitStack()
         with ExitStack() as pending:
             for site, step in targets:
 
                 def keep(tensor: Tensor, site: str = site, step: int = step) -> None:
-                    cache[site, step] = _own(tensor, site, single)
+                    if (site, step) in cache:
+                        raise UserError(f"{site}[{step}] was reached twice in one forward")
+                    cache[site, step] = tensor if grad else _own(tensor.detach())
                     if stop and len(cache) == len(targets):
-                        raise _Recorded
+                        raise Enough
 
-                block, name = (
-                    (self._steps[0], "resid_pre") if step == 0 else self._block(site, step)
-                )
-                pending.callback(block.record(name, rows, keep).remove)
+                first = (self._steps.steps[0], "resid_pre")
+                block, name = first if step == 0 else self._steps.block(site, step)
+                axis = 2 if name in ("scores", "pattern") else 1
+                if grad:
+                    handles = block.edit({name: [_through(keep, rows, axis, single)]})
+                else:
+                    handles = [block.record(name, rows, _squeezed(keep, axis, single))]
+                for handle in handles:
+                    pending.callback(handle.remove)
             if any(place_of(site)[1] in attention.SITES for site, _ in targets):
                 pending.enter_context(watching())
             hooks = pending.pop_all()
@@ -394,58 +332,6 @@ class Probe:
             )
         rows, columns = self.model.patch_embed.dynamic_feat_size(size)
         return rows, columns
-
-    def _check_seen(self, cache: Cache, targets: list[tuple[str, int]]) -> None:
-        """Refuse a recording that lacks something."""
-        unseen = [f"{site}[{step}]" for site, step in targets if (site, step) not in cache]
-        if unseen:
-            raise UserError(_unseen(choices(unseen)))
-
-    def _targets(
-        self, sites: Key | Sequence[Key], steps: Iterable[int] | int | None
-    ) -> list[tuple[str, int]]:
-        one = isinstance(sites, (str, Address)) or (
-            isinstance(sites, tuple) and [*map(type, sites)] == [str, int]
-        )
-        listed: list[Key] = [cast(Key, sites)] if one else list(cast(Sequence[Key], sites))
-        if not listed:
-            raise UserError(f"no site chosen; sites: {', '.join(SITES)}")
-        steps = list(steps) if isinstance(steps, Iterable) else steps
-        return list(dict.fromkeys(place for key in listed for place in self._places(key, steps)))
-
-    def _places(self, key: Key, steps: Sequence[int] | int | None) -> list[tuple[str, int]]:
-        """The (site, step) pairs a site name at `steps`, or an address, means."""
-        if not _is_site(key):
-            address = self.address(key)
-            return [(address.site, address.step)]
-        site = check_site(str(key))
-        chosen = check_steps(steps, self.num_steps, zero=site == "resid_post")
-        update, _ = place_of(site)
-        if steps is None and (
-            having := [step for step in chosen if update <= len(self._steps[step - 1].inner)]
-        ):
-            chosen = having
-        for step in chosen:
-            self._block(site, step)
-        return [(site, step) for step in chosen]
-
-    def _block(self, site: str, step: int) -> tuple[Step, str]:
-        """The block that has the site in a step (counted from 1), and the site's name there."""
-        update, name = place_of(site)
-        own = self._steps[step - 1]
-        if update <= len(own.inner):
-            block = own if update == 0 else own.inner[update - 1]
-            block.require(name)
-            return block, name
-        having = [t for t, each in enumerate(self._steps, start=1) if update <= len(each.inner)]
-        if having:
-            there = choices(having, 24)
-            raise UserError(
-                f"{site}: step {step} has no inner update {update}; steps that have it: {there}"
-            )
-        most = max(len(each.inner) for each in self._steps)
-        there = f"has inner1..inner{most} alone" if most else f"has none; sites: {', '.join(SITES)}"
-        raise UserError(f"{site}: this model {there}")
 
     def _announce(self, batch: int, targets: list[tuple[str, int]], rows: int, count: int) -> None:
         """Refuse a cache beyond `max_bytes`, warn of a large one; 4 or the parameters' bytes a
@@ -469,6 +355,18 @@ class Probe:
         if total > ANNOUNCED_BYTES:
             warnings.warn(f"Probe: a cache of {total / 2**30:.1f} GiB is being built", stacklevel=4)
 
+    def _refuse_checkpointing(self) -> None:
+        """Refuse what a backward pass would compute again without hooks."""
+        names = ("grad_checkpointing", "gradient_checkpointing")
+        checkpoints = (
+            module for module in self.model.modules() for name in names if getattr(module, name, 0)
+        )
+        if torch.is_grad_enabled() and next(checkpoints, None) is not None:
+            raise UserError(
+                "under gradient checkpointing the backward pass computes steps again, without what"
+                " a probe changes there: turn checkpointing off, or gradients"
+            )
+
     def _refuse_compiled(self) -> None:
         for name, module in self.model.named_modules():
             if module._compiled_call_impl is not None:
@@ -478,30 +376,65 @@ class Probe:
                 )
 
 
-def _unseen(sites: str) -> str:
-    return (
-        f"the forward ended without {sites}: the block does not call what the site stands for, or a"
-        " module was replaced"
-    )
+def _check_seen(cache: Cache, targets: list[tuple[str, int]]) -> None:
+    """Refuse a recording that lacks something."""
+    lacking = [f"{site}[{step}]" for site, step in targets if (site, step) not in cache]
+    if lacking:
+        raise UserError(unseen(choices(lacking)))
 
 
 def _is_site(key: Key) -> bool:
     return isinstance(key, str) and "[" not in key
 
 
-def _own(tensor: Tensor, site: str, single: bool) -> Tensor:
-    """The recorded tensor without its one-token axis, and never a view that keeps a larger one
-    alive."""
-    if single:
-        tensor = tensor.squeeze(2 if place_of(site)[1] in ("scores", "pattern") else 1)
+def _squeezed(keep: Callable[[Tensor], None], axis: int, single: bool) -> Callable[[Tensor], None]:
+    """Keep a tensor without its one-token axis."""
+    return lambda tensor: keep(tensor.squeeze(axis) if single else tensor)
+
+
+def _through(keep: Callable[[Tensor], None], rows: slice, axis: int, single: bool) -> Change:
+    """Keep some rows, and let the model go on with what is kept, so that gradients reach it."""
+
+    def change(whole: Tensor) -> Tensor:
+        count = whole.shape[axis]
+        chosen = range(count)[rows]
+        index = torch.arange(count, device=whole.device)[rows]
+        if torch.is_grad_enabled() and not whole.requires_grad:  # of frozen weights
+            whole = whole.detach().requires_grad_()
+        kept = whole if len(chosen) == count else whole.index_select(axis, index)
+        if single:
+            kept = kept.squeeze(axis)
+        keep(kept)
+        back = kept.unsqueeze(axis) if single else kept
+        # a new tensor in either case, so that a pattern stands in for the kernel's
+        return back.view_as(back) if len(chosen) == count else whole.index_copy(axis, index, back)
+
+    return change
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """The tensor, and never a view that keeps a larger one alive."""
     kept = tensor.untyped_storage().nbytes()
     return tensor.clone() if kept > tensor.numel() * tensor.element_size() else tensor
+
+
+_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+
+
+def _lock_of(view: nn.Module) -> threading.RLock:
+    """One lock per view: hooks would see the forward of another thread."""
+    return _locks.setdefault(view, threading.RLock())
 
 
 def _change(address: Address, fn: Edit, fired: Fired) -> Change:
     """Apply `fn` to the whole activation, or to one unit of it, and count."""
 
     def change(activation: Tensor) -> Tensor | None:
+        if torch.is_grad_enabled() and _saves_elsewhere():
+            raise UserError(
+                f"{address} is computed again in the backward pass (gradient checkpointing),"
+                " without its edit: turn checkpointing off, or gradients"
+            )
         fired[str(address)] += 1
         index: Any = ... if address.unit is None else unit_index(address.site, address.unit)
         old = activation[index]
@@ -520,6 +453,12 @@ def _change(address: Address, fn: Edit, fired: Fired) -> Change:
         return whole
 
     return change
+
+
+def _saves_elsewhere() -> bool:
+    """Whether autograd keeps tensors otherwise than itself, as under gradient checkpointing."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is not None and top(True) is not None
 
 
 def _update(metric: Any, values: Tensor, labels: Tensor) -> None:

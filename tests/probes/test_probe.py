@@ -121,9 +121,11 @@ def test_recorded_slices_keep_no_larger_tensor_alive(tiny, images):
 
 
 def test_gradients_flow_when_asked_for(tiny, images):
-    _, cache = Probe(tiny).run(images, "mlp_post", steps=5)
+    _, cache = Probe(tiny).run(images, "mlp_post", steps=5, grad=True)
     cache["mlp_post", 5].sum().backward()
     assert tiny.blocks[0].mlp.fc1.weight.grad.abs().sum() > 0
+    _, cache = Probe(tiny).run(images, "mlp_post", steps=5)
+    assert not cache["mlp_post", 5].requires_grad
 
 
 def test_more_steps(tiny, images):

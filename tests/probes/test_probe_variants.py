@@ -56,7 +56,7 @@ def test_inner_sites_in_every_form(tiny_fl, images):
     assert torch.equal(row["inner1.pattern[2]:3"], row["inner1.pattern", 2][:, 3])
     assert torch.equal(row["inner1.z[2]:3"], whole["inner1.z", 2][:, 0, 3])
     assert "inner1.z x 4 steps, inner1.pattern" not in repr(row)  # in the block's order
-    assert repr(row).startswith("Cache(inner1.pattern x 4 steps, inner1.z x 4 steps;")
+    assert repr(row).startswith("Cache(inner1.pattern 4x4x17 x 4 steps, inner1.z 4x4x8 x 4 steps;")
 
 
 @pytest.mark.parametrize("site", list(SITES))

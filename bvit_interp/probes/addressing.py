@@ -1,0 +1,220 @@
+"""The steps of a model, and what addresses of sites, units and tokens mean there."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
+
+from torch import Tensor
+
+from bvit_interp.errors import UserError, choices
+from bvit_interp.models.attention import watching
+from bvit_interp.models.dry_run import dry, example_images
+from bvit_interp.models.layout import layout_of
+from bvit_interp.probes.sites import Step
+from bvit_interp.vocabulary import (
+    SITES,
+    TOKEN_WORDS,
+    Address,
+    Tokens,
+    check_site,
+    check_step,
+    check_steps,
+    place_of,
+    split_address,
+    unit_axis,
+)
+
+Key = str | tuple[str, int] | Address
+"""A site name, or an address in any of its forms."""
+
+
+class Enough(Exception):
+    """What was asked for is there: the forward need not go on."""
+
+
+class StepSites:
+    """The steps of a tied unroll, and what is asked of them.
+
+    Parameters
+    ----------
+    view : of `unroll`. A dry run of one image tells how many heads and neurons a step has.
+
+    Attributes
+    ----------
+    steps : the block of each step, with its sites.
+    layout : image size, patch grid, kinds of prefix tokens, width and classes.
+    """
+
+    def __init__(self, view: Any) -> None:
+        self.view, self.layout = view, layout_of(view)
+        self.steps = [Step(block) for block in view.blocks]
+        self._shapes = {site: self._dry_shape(site) for site in ("z", "k", "mlp_post")}
+        if isinstance(self._shapes["z"], str):  # the pattern alone may be seen
+            self._shapes["pattern"] = self._dry_shape("pattern")
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    @property
+    def num_heads(self) -> int:
+        """Heads of a step."""
+        return self._size("z", 2) if "pattern" not in self._shapes else self._size("pattern", 1)
+
+    @property
+    def head_width(self) -> int:
+        """Width of a head."""
+        return self._size("z", 3)
+
+    @property
+    def num_neurons(self) -> int:
+        """Neurons of a step: what the FFN's last projection reads."""
+        return self._size("mlp_post", 2)
+
+    def _dry_shape(self, site: str) -> tuple[int, ...] | str:
+        """Shape of the site at step 1 for an image of noise, or why there is none."""
+        shapes: list[tuple[int, ...]] = []
+
+        def keep(activation: Tensor) -> None:
+            shapes.append(tuple(activation.shape))
+            raise Enough
+
+        image = example_images(self.view, self.layout.image_size)[:1]
+        try:
+            handle = self.steps[0].record(site, slice(None), keep)
+            try:
+                with dry(self.view), watching(), contextlib.suppress(Enough):
+                    self.view(image)
+            finally:
+                handle.remove()
+        except UserError as error:
+            return str(error)
+        return shapes[0] if shapes else unseen(site)
+
+    def _size(self, site: str, axis: int) -> int:
+        shape = self._shapes[site]
+        if isinstance(shape, str):
+            raise UserError(shape)
+        return shape[axis]
+
+    def address(self, key: Key) -> Address:
+        """The address with its step counted from 1, checked against this model."""
+        address = Address(*key) if isinstance(key, tuple) else key
+        address = Address.parse(address) if isinstance(address, str) else address
+        step = check_step(address.step, len(self))
+        self.block(address.site, step)
+        if address.unit is not None:
+            word, units = self._units(address.site)
+            if not 0 <= address.unit < units:
+                raise UserError(f"{address}: no {word} {address.unit}; {word}s: 0..{units - 1}")
+        return Address(address.site, step, address.unit)
+
+    def everywhere(self, key: Key) -> list[Address]:
+        """The addresses that a key means: ``z:3`` and ``z[*]:3`` are head 3 at every step."""
+        if isinstance(key, str):
+            site, step, unit = split_address(key)
+            if step is None:
+                having = self.places(site, None)
+                return [self.address(Address(site, each, unit)) for _, each in having]
+        return [self.address(key)]
+
+    def _units(self, site: str) -> tuple[str, int]:
+        """What a unit of the site is called, and how many there are."""
+        axis = unit_axis(site)
+        keys = self._shapes["k"]
+        if place_of(site)[1] in ("k", "v") and not isinstance(keys, str):
+            return "head", keys[2]  # fewer than of queries, if these come in groups
+        if axis == "H":
+            return "head", self.num_heads
+        return ("neuron", self.num_neurons) if axis == "F" else ("channel", self.layout.width)
+
+    def rows(self, tokens: Tokens, count: int) -> tuple[slice, bool]:
+        """The slice of `count` tokens that `tokens` means, and whether it is one token whose axis
+        is dropped."""
+        if isinstance(tokens, str):
+            if tokens not in TOKEN_WORDS:
+                raise UserError(
+                    f"unknown tokens {tokens!r}; tokens: {', '.join(TOKEN_WORDS)}, an int or a"
+                    " slice"
+                )
+            prefix = self.layout.prefix
+            if tokens == "cls" and "cls" not in prefix:
+                raise UserError(
+                    "this model has no CLS token; its tokens: patches, all, an int or a slice"
+                )
+            words = {"patches": slice(len(prefix), count), "all": slice(0, count)}
+            first = prefix.index(tokens) if tokens in prefix else 0
+            kind = slice(first, first + prefix.count(tokens))
+            chosen, single = words.get(tokens, kind), tokens in ("cls", "dist")
+        elif isinstance(tokens, slice):
+            chosen, single = tokens, False
+        else:
+            index = range(count)[tokens] if -count <= tokens < count else count
+            chosen, single = slice(index, index + 1), True
+        if not range(count)[chosen]:
+            raise UserError(
+                f"tokens {tokens!r} selects none of the {count} tokens"
+                f" ({self.layout.num_prefix_tokens} of prefix)"
+            )
+        return chosen, single
+
+    def kinds(self) -> dict[str, slice]:
+        """The kinds of token the model has, and where each is: cls, reg, dist, patches."""
+        having = [kind for kind in ("cls", "reg", "dist") if kind in self.layout.prefix]
+        return {kind: self.rows(kind, self.layout.num_tokens)[0] for kind in (*having, "patches")}
+
+    def targets(
+        self, sites: Key | Sequence[Key], steps: Iterable[int] | int | None
+    ) -> list[tuple[str, int]]:
+        """The (site, step) pairs that several keys mean, each once."""
+        one = isinstance(sites, (str, Address)) or (
+            isinstance(sites, tuple) and [*map(type, sites)] == [str, int]
+        )
+        listed: list[Key] = [cast(Key, sites)] if one else list(cast(Sequence[Key], sites))
+        if not listed:
+            raise UserError(f"no site chosen; sites: {', '.join(SITES)}")
+        steps = list(steps) if isinstance(steps, Iterable) else steps
+        return list(dict.fromkeys(pair for key in listed for pair in self.places(key, steps)))
+
+    def places(self, key: Key, steps: Sequence[int] | int | None) -> list[tuple[str, int]]:
+        """The (site, step) pairs a site name at `steps`, or an address, means."""
+        if not isinstance(key, str) or split_address(key)[1] is not None:
+            address = self.address(key)
+            return [(address.site, address.step)]
+        site = check_site(split_address(key)[0])
+        chosen = check_steps(steps, len(self), zero=site == "resid_post")
+        update, _ = place_of(site)
+        if steps is None and (
+            having := [step for step in chosen if update <= len(self.steps[step - 1].inner)]
+        ):
+            chosen = having
+        for step in chosen:
+            self.block(site, step)
+        return [(site, step) for step in chosen]
+
+    def block(self, site: str, step: int) -> tuple[Step, str]:
+        """The block that has the site in a step (counted from 1), and the site's name there."""
+        update, name = place_of(site)
+        own = self.steps[step - 1]
+        if update <= len(own.inner):
+            block = own if update == 0 else own.inner[update - 1]
+            block.require(name)
+            return block, name
+        having = [t for t, each in enumerate(self.steps, start=1) if update <= len(each.inner)]
+        if having:
+            there = choices(having, 24)
+            raise UserError(
+                f"{site}: step {step} has no inner update {update}; steps that have it: {there}"
+            )
+        most = max(len(each.inner) for each in self.steps)
+        there = f"has inner1..inner{most} alone" if most else f"has none; sites: {', '.join(SITES)}"
+        raise UserError(f"{site}: this model {there}")
+
+
+def unseen(sites: str) -> str:
+    """What to say of sites that a forward did not reach."""
+    return (
+        f"the forward ended without {sites}: the block does not call what the site stands for, or a"
+        " module was replaced"
+    )
