@@ -15,6 +15,7 @@ import subprocess
 import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import get_type_hints
 
 import pandas as pd
 import pytest
@@ -370,7 +371,11 @@ def test_report_of_a_run(ckpt, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["pointing-gam"], "no command 'pointing-gam'; commands: features, pointing-game"),
+        (["pointing-gam"], "no command 'pointing-gam', did you mean pointing-game? commands: fea"),
+        (["zzz"], "no command 'zzz'; commands: features, pointing-game"),
+        (["evaluate", "--ckpt"], "--ckpt needs one or more checkpoints"),
+        (["energy-rank", "--data", "~nosuchuser/x"], "no such user behind ~ in a path"),
+        (["energy-rank", "--data", "folder:~nosuchuser"], "no such user behind ~ in a path"),
         (
             ["early-exit", "--ckpt", "timm:bvit_small_patch16_224@random", "--exits", "nowhere"],
             "no exits at nowhere/exits.safetensors",
@@ -406,10 +411,10 @@ def test_report_of_a_run(ckpt, tmp_path, capsys):
             ["energy-rank", "--device", "meta"],
             "unknown device 'meta'; devices: auto, cpu, cuda, cuda:N",
         ),
-        (["train", "--recipe", "digits-s", "--threads", "0"], "threads must be >= 1, got 0"),
+        (["train", "--recipe", "digits-s", "--threads", "0"], "--threads takes 1 to 1,024, got 0"),
         (
             ["study", "steps", "--recipe", "digits-s", "--threads", "-1"],
-            "threads must be >= 1, got -1",
+            "--threads takes 1 to 1,024, got -1",
         ),
         (["energy-rank", "--energy", "2"], "energy must be in (0, 1], got 2.0"),
         (["energy-rank", "--data", "nothing-here"], "nothing-here"),
@@ -469,14 +474,113 @@ def test_the_cause_of_a_stop_under_torchrun(monkeypatch, capfd):
         "another process stopped, or this one: CUDA error: an illegal memory access"
     )
     monkeypatch.setenv("WORLD_SIZE", "1")
+    assert main(["energy-rank"]) == 1
     with pytest.raises(RuntimeError, match="illegal"):
-        main(["energy-rank"])
+        main(["energy-rank", "--debug"])
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE must be a whole number >= 1, got 'abc'"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE must be a whole number >= 1, got '0'"),
+        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE must be a whole number >= 1, got '-1'"),
+        ({"WORLD_SIZE": "9" * 40}, "WORLD_SIZE must be a whole number >= 1"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2 without RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"WORLD_SIZE": "2", "RANK": "x"}, "RANK must be a whole number >= 0, got 'x'"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK must be below WORLD_SIZE (2), got 2"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "99999"}, "MASTER_PORT must be in 0"),
+    ],
+)
+def test_variables_of_torchrun_that_cannot_be(variables, message, ckpt, capfd, monkeypatch):
+    if "RANK" in variables:
+        variables = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500", **variables}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert message in error_of(capfd, ["energy-rank", "--ckpt", ckpt, "--limit", "2"])
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (KeyError("colour"), 1, "internal error in rank-sweep: KeyError: 'colour'; --debug shows"),
+        (ZeroDivisionError(), 1, "internal error in rank-sweep: ZeroDivisionError"),
+        (RuntimeError("a\nb " + "c" * 9000), 1, "internal error in rank-sweep: RuntimeError: a b"),
+        (MemoryError("16 EiB"), 2, "error: rank-sweep: out of memory (16 EiB); take a smaller"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to"),
+            2,
+            "error: rank-sweep: out of memory (CUDA out of memory. Tried to); take",
+        ),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+            2,
+            "error: rank-sweep: out of memory (",
+        ),
+    ],
+)
+def test_what_nobody_foresaw_is_one_line_too(error, code, said, tmp_path, capfd, monkeypatch):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr("bvit_interp.results.check_folder", fail)
+    given = ["rank-sweep", "--limit", "2", "--out", str(tmp_path / "out")]
+    assert main(given) == code
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"bvit-interp: {said}")
+    assert len(line) < 500
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(type(error)):
+        main([*given, "--debug"])
+
+
+def number_options():
+    """Every option of every command that takes a number: word, flag, and whether it is a float."""
+    for word in EVERY:
+        command, _ = find(word.split())
+        for group in command.options.values():
+            for name, kind in get_type_hints(group).items():
+                flag = f"--{name.replace('_', '-')}"
+                if re.search(r"\bfloat\b", str(kind)) and "Literal" not in str(kind):
+                    yield word, flag, True
+                elif re.search(r"\bint\b", str(kind)):
+                    yield word, flag, False
+
+
+# what a command asks for beside
+NEEDED = {
+    "train": ["--recipe", "digits-s"],
+    "study": ["steps"],
+    "prune": ["--recipe", "digits-s-pathways"],
+    "tickets": ["--recipe", "tickets-digits-s"],
+    "data export": ["digits-s", "OUT"],
+}
+
+
+@pytest.mark.parametrize(("word", "flag", "is_float"), sorted(set(number_options())))
+def test_no_option_takes_a_number_beyond_reason(word, flag, is_float, capfd):
+    command, _ = find(word.split())
+    for value in ("nan", "inf", "-inf", "1e300") if is_float else ("1" + "0" * 30,):
+        given = [*NEEDED.get(word, []), f"{flag}={value}"]
+        with pytest.raises(UserError, match=flag[2:]):
+            parse(command.word, command.text, command.options, given)
+    assert not capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("energy-rank --stepps 3", "energy-rank: no option --stepps 3; options: --batch-size, "),
+        ("energy-rank --q 3", "energy-rank: no option --q 3; options: --batch-size, "),
+        ("energy-rank --limitt 3", "no option --limitt 3, did you mean --limit? options: --batch"),
+        ("energy-rank --bach-size 3 --z", "--bach-size 3 --z, did you mean --batch-size? options"),
+        ("energy-rank --overwrite=3", "no option 3; options: "),
+        ("data export a b c", "data export: no option c; options: --limit, --split"),
+        ("features --neurons x", "--neurons takes INT ... or auto; got 'x'"),
+        ("features --tv-weight inf", "--tv-weight takes 0 to 1,000,000,000, got inf"),
+        ("study steps --save-minutes -1", "--save-minutes takes 0 to 1,000,000, got -1.0"),
+        ("train --recipe digits-s --save-minutes nan", "--save-minutes takes 0 to 1,000,000, got"),
+        ("energy-rank --resize 1000000000000", "--resize takes 1 to 8,192, got 1000000000000"),
+        ("train --recipe digits-s --seeds 1 -1", "--seeds takes 0 to 4,294,967,295, got -1"),
         ("energy-rank extra", "no option extra; options: "),
         ("energy-rank --limit x", "energy-rank: --limit takes INT; got 'x'"),
         ("energy-rank --limit", "--limit needs a value"),

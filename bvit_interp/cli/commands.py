@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -122,7 +123,10 @@ def find(arguments: Sequence[str]) -> tuple[Command, list[str]]:
         return question(_questions()[word]), rest
     if second := [made.split()[1] for made in MADE if made.startswith(f"{word} ")]:
         raise UserError(f"{word} takes {' or '.join(second)}: bvit-interp {word} {second[0]}")
-    raise UserError(f"no command {word!r}; commands: {choices([*_questions(), *MADE], 40)}")
+    words = [*_questions(), *MADE]
+    close = difflib.get_close_matches(word, words, n=1)
+    meant = f", did you mean {close[0]}?" if close else ";"
+    raise UserError(f"no command {word!r}{meant} commands: {choices(words, 40)}")
 
 
 def execute(command: Command, arguments: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import tyro
 
+from bvit_interp.cli import ranges
 from bvit_interp.errors import UserError, choices
 
 _WIDE = "2000"  # columns: tyro wraps no line of an error
@@ -60,7 +61,9 @@ def parse(
             print(f"{usage}\n\n{_wrapped(text)}\n\n{help_of_options.lstrip()}", end="")
             raise
         raise _refusal(stopped, printed.getvalue(), word, options) from None
-    return {name: getattr(parsed, name) for name in options}
+    groups_given = {name: getattr(parsed, name) for name in options}
+    ranges.check(groups_given)
+    return groups_given
 
 
 def gathered(given: list[str], flag: str) -> list[str]:
@@ -96,13 +99,18 @@ def _wrapped(text: str, width: int = 80) -> str:
 
 
 def _flags(options: Mapping[str, type]) -> dict[str, Any]:
-    """Flag of each option -> its type."""
+    """Flag of each option -> its type, without what is given by position."""
     return {
-        f"--{name.replace('_', '-')}": kind
+        f"--{name.replace('_', '-')}": _plain(kind)
         for group in options.values()
-        for name, kind in get_type_hints(group).items()
+        for name, kind in get_type_hints(group, include_extras=True).items()
         if name in {field.name for field in fields(group)}
+        and tyro.conf.Positional not in getattr(kind, "__metadata__", ())
     }
+
+
+def _plain(kind: Any) -> Any:
+    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
 
 
 def _list_flags(options: Mapping[str, type]) -> list[str]:
@@ -174,7 +182,10 @@ def _usage(box: _Box, word: str, options: Mapping[str, type]) -> str:
     """What was wrong and what would be right."""
     if match := re.match(r"Unrecognized options: (.*)", box.message):
         known = choices(sorted(_flags(options)), 60)
-        return f"no option {match[1].replace(', ', ' ')}; options: {known}"
+        likely = [hint[1] for line in box.help if (hint := re.match(r"(--[\w-]+)", line))]
+        meant = f", did you mean {choices(dict.fromkeys(likely), 3)}?" if likely else ""
+        given = match[1].replace(", ", " ")
+        return f"no option {given}{meant or ';'} options: {known}"
     if match := re.match(r"invalid choice '(.*)' for argument '(.*)'\. .* \((.*)\)", box.message):
         value, flag, allowed = match.groups()
         return f"{flag} takes {allowed.replace(chr(39), '').strip(',')}; got {value!r}"

@@ -71,6 +71,8 @@ def _with_averaged(specs: Sequence[str]) -> list[str]:
 
 def _load(specs: Sequence[str], device: str) -> dict[str, Model]:
     """The models by name; where two folders have one name, by the folder they are in too."""
+    if not specs:
+        raise UserError("--ckpt needs one or more checkpoints")
     if len({checkpoint.location(spec) for spec in specs}) < len(specs):
         raise UserError(f"a checkpoint is given twice: {', '.join(specs)}")
     names = [checkpoint.display_name(spec) for spec in specs]

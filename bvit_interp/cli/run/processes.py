@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 import bvit_interp.models  # noqa: F401  registers the models with timm
+from bvit_interp.cli.world import check_torchrun, local_rank, world_size
 from bvit_interp.errors import UserError, choices
 
 
@@ -21,7 +21,8 @@ def processes(device: str, threads: int | None = None) -> Iterator[str]:
     Raises
     ------
     UserError
-        For fewer threads than one, or a device that is unknown or not there.
+        For fewer threads than one, a device that is unknown or not there, or variables of torchrun
+        that are wrong.
     """
     if threads is not None:
         if threads < 1:
@@ -31,12 +32,14 @@ def processes(device: str, threads: int | None = None) -> Iterator[str]:
     if device != "cpu":
         # torch's default rounds the factors of convolutions to 10 bits, unlike a CPU
         torch.backends.cudnn.allow_tf32 = False
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if world_size() == 1:
         yield device
         return
     on_cuda = device != "cpu"
     if on_cuda:
-        device = _device(f"cuda:{os.environ['LOCAL_RANK']}")
+        device = _device(f"cuda:{local_rank()}")
+    check_torchrun()
+    if on_cuda:
         torch.cuda.set_device(device)
     # tables are gathered on the CPU
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")

@@ -330,7 +330,7 @@ _CFG: dict[str, Check] = {
 
 def _least_parameters(args: Mapping[str, Any]) -> int:
     """A lower bound of the parameters that a vision transformer of these arguments has."""
-    width = args.get("embed_dim")
+    width: Any = args.get("embed_dim")
     if not _is_int(width):
         return 0
     blocks = args.get("depth") or args.get("num_blocks")
