@@ -124,9 +124,19 @@ def read_image(source: Path | bytes, name: str) -> np.ndarray:
     """
     try:
         with Image.open(_opened(source)) as image:
-            if image.info.get("exif") and image.getexif().get(_ORIENTATION, 1) != 1:
-                say("EXIF orientations are not applied: pixels are read as they are stored")
-            return _rgb(image, name)
+            return picture_pixels(image, name)
+    except DataError:
+        raise
+    except _UNREADABLE as error:
+        raise _unreadable(name, "image", error) from error
+
+
+def picture_pixels(image: Image.Image, name: str) -> np.ndarray:
+    """Pixels ``(H, W, 3)`` uint8 of an open picture; `name` is used in error messages."""
+    try:
+        if image.info.get("exif") and image.getexif().get(_ORIENTATION, 1) != 1:
+            say("EXIF orientations are not applied: pixels are read as they are stored")
+        return _rgb(image, name)
     except DataError:
         raise
     except _UNREADABLE as error:

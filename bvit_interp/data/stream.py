@@ -19,11 +19,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from bvit_interp.data.adapters import as_samples
 from bvit_interp.data.geometry import Geometry
 from bvit_interp.data.labels import label_map
 from bvit_interp.data.loader import Batch, Loader
@@ -112,7 +113,7 @@ class ModelBatch:
 
 def stream(
     models: Mapping[str, Model],
-    data: Samples,
+    data: Samples | Any,
     options: LoaderOptions,
     compute: Callable[[ModelBatch], Result],
     *,
@@ -127,7 +128,7 @@ def stream(
     Parameters
     ----------
     models : name -> model.
-    data : the data set.
+    data : the data set, `Samples` or what `as_samples` takes.
     options : which images, how many per batch, and how they are read.
     compute : called with each model's batch, under ``torch.inference_mode`` unless `grad`.
     progress : text of the progress bar.
@@ -143,6 +144,7 @@ def stream(
     UserError
         If a single image does not fit in GPU memory.
     """
+    data = as_samples(data)
     views = {
         name: _View(
             name,
