@@ -22,12 +22,21 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from bvit_interp.errors import CheckpointError, UserError
+from bvit_interp.errors import CheckpointError, UserError, choices
 from bvit_interp.metrics.exits import is_confident
 from bvit_interp.models.stepping import advance, answer, device_of, embed, states
 from bvit_interp.results import replacing, weights_hash
 
 FILE = "exits.safetensors"
+_DAMAGES = (
+    SafetensorError,
+    OSError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    RuntimeError,  # RecursionError is one
+)
 
 
 class Exits(nn.Module):
@@ -81,8 +90,8 @@ class Exits(nn.Module):
         Raises
         ------
         CheckpointError
-            For a missing or damaged file, NaN or infinite weights, and exits of another model's
-            weights.
+            For a missing or damaged file, NaN or infinite weights, exits of another model's
+            weights, and whatever does not fit the model: other steps, width or classes.
         """
         if not path.is_file():
             raise CheckpointError(
@@ -92,15 +101,39 @@ class Exits(nn.Module):
             with safe_open(str(path), "pt") as file:
                 about = json.loads((file.metadata() or {})["exits"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
-            exits = cls(tuple(about["steps"]), *reversed(tensors["weight"].shape[1:]))
-            exits.load_state_dict(tensors)
-        except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
-            raise CheckpointError(f"{path}: truncated or not a file of exits ({error})") from error
+            steps, weights = about["steps"], about.get("weights")
+        except _DAMAGES as error:
+            reason = " ".join(str(error).split())
+            raise CheckpointError(f"{path}: truncated or not a file of exits ({reason})") from error
+        if weights != weights_hash(model):
+            raise CheckpointError(f"{path}: exits of another model's weights")
+        if found := _misfit(steps, tensors, model):
+            raise CheckpointError(f"{path}: {found}")
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
             raise CheckpointError(f"{path}: the exits hold NaN or infinite weights")
-        if about.get("weights") != weights_hash(model):
-            raise CheckpointError(f"{path}: exits of another model's weights")
+        exits = cls(tuple(steps), model.embed_dim, model.num_classes)
+        exits.load_state_dict(tensors)
         return exits.to(device_of(model)).eval()
+
+
+def _misfit(steps: Any, tensors: Mapping[str, Tensor], model: VisionTransformer) -> str | None:
+    """Why what a file holds cannot be exits of the model, or None."""
+    whole = isinstance(steps, list) and all(type(step) is int for step in steps)
+    if not whole or not steps or steps != sorted(set(steps)):
+        return f"the steps of exits must be whole numbers, ascending, got {str(steps)[:60]}"
+    try:
+        check_exits(tuple(steps), model)
+    except UserError as error:
+        return str(error)
+    wanted = Exits(tuple(steps), model.embed_dim, model.num_classes).state_dict()
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
+    if found != shapes:
+        return f"the exits have tensors {found}, this model's would be {shapes}"
+    others = [
+        f"{name} is {each.dtype}" for name, each in tensors.items() if not each.is_floating_point()
+    ]
+    return f"exits are floating numbers, but {choices(others)}" if others else None
 
 
 def check_exits(steps: tuple[int, ...], model: VisionTransformer) -> tuple[int, ...]:

@@ -29,6 +29,15 @@ from bvit_interp.models.unroll import unroll
 from bvit_interp.results import replacing, weights_hash
 
 FILE = "masks.safetensors"
+_DAMAGES = (
+    SafetensorError,
+    OSError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    RuntimeError,  # RecursionError is one
+)
 PLACES = {"qkv": "attn.qkv", "proj": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
 """Component of a step's masks -> the module of the block whose weight it masks; biases and norms
 are not masked."""
@@ -126,20 +135,34 @@ class Masks(Mapping[str, Tensor]):
         try:
             with safe_open(str(path), "pt") as file:
                 about = json.loads((file.metadata() or {})["masks"])
-                packed = {name: file.get_tensor(name).numpy() for name in about["shapes"]}
-            of = {name: _unpacked(bits, about["shapes"][name]) for name, bits in packed.items()}
-            masks, weights = cls(of, tuple(about["blocks"])), about["weights"]
-        except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
-            raise CheckpointError(f"{path}: truncated or not a file of masks ({error})") from error
-        if model is not None:
-            found = None
-            if isinstance(model, VisionTransformer) and set(masks) == set(PLACES):
-                found = _misfit(unroll(model), masks)
-            if not found and weights != weights_hash(model):
-                found = "masks of other weights than these"
-            if found:
-                raise CheckpointError(f"{path}: {found}")
+                packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+            of = _read(about, packed)
+            masks, weights = cls(of, tuple(about["blocks"])), about.get("weights")
+        except _DAMAGES as error:
+            reason = " ".join(str(error).split())
+            raise CheckpointError(f"{path}: truncated or not a file of masks ({reason})") from error
+        if model is not None and (found := _foreign(masks, weights, model)):
+            raise CheckpointError(f"{path}: {found}")
         return masks
+
+
+def _read(about: Any, packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The masks of a file, unpacked; ValueError where the file does not say what it holds."""
+    if not isinstance(about, dict) or not isinstance(about.get("shapes"), dict):
+        raise ValueError("it does not say the shapes of masks")
+    shapes, blocks = about["shapes"], about.get("blocks")
+    if set(shapes) != set(packed):
+        raise ValueError(f"masks of {choices(packed)}, shapes of {choices(shapes)}")
+    if not isinstance(blocks, list) or not all(type(b) is int and b >= 0 for b in blocks):
+        raise ValueError(f"blocks must be whole numbers, got {str(blocks)[:60]}")
+    for name, shape in shapes.items():
+        sizes = isinstance(shape, list) and all(type(n) is int and n > 0 for n in shape)
+        if not sizes or len(shape) < 2:
+            raise ValueError(f"{name} cannot have the shape {str(shape)[:60]}")
+        bits = packed[name]
+        if bits.dtype != torch.uint8 or bits.ndim != 1:
+            raise ValueError(f"{name} is {bits.dtype} of {bits.ndim} axes, not a row of bytes")
+    return {name: _unpacked(packed[name].numpy(), shape) for name, shape in shapes.items()}
 
 
 def _unpacked(bits: np.ndarray, shape: list[int]) -> Tensor:
@@ -149,6 +172,25 @@ def _unpacked(bits: np.ndarray, shape: list[int]) -> Tensor:
     return torch.from_numpy(np.unpackbits(bits, count=n).astype(bool)).reshape(shape)
 
 
+def _foreign(masks: Masks, weights: Any, model: nn.Module) -> str | None:
+    """Why masks of these weights are not those of a model, or None."""
+    if set(masks) == set(PLACES) and isinstance(model, VisionTransformer):
+        view = unroll(model)
+        if found := _misfit(view, masks):
+            return found
+        if (blocks := _stored_blocks(view)) != masks.blocks:
+            return f"masks of the stored blocks {masks.blocks}, the model has {blocks}"
+    else:
+        own = dict(model.named_parameters())
+        for name, mask in masks.items():
+            if name not in own:
+                return f"masks of {name}, which the model does not have"
+            found_shape, wanted = tuple(mask.shape[1:]), tuple(own[name].shape)
+            if found_shape != wanted:
+                return f"masks of {name} are {found_shape}, its weight is {wanted}"
+    return None if weights == weights_hash(model) else "masks of other weights than these"
+
+
 def full(model: VisionTransformer) -> Masks:
     """Masks that keep every weight of every step."""
     view = unroll(model)
@@ -156,12 +198,17 @@ def full(model: VisionTransformer) -> Masks:
         name: [block.get_submodule(place).weight for block in view.blocks]
         for name, place in PLACES.items()
     }
-    stored: dict[int, int] = {}
-    blocks = tuple(stored.setdefault(id(weight), len(stored)) for weight in weights["qkv"])
     return Masks(
         {name: torch.ones(len(of), *of[0].shape, dtype=torch.bool) for name, of in weights.items()},
-        blocks,
+        _stored_blocks(view),
     )
+
+
+def _stored_blocks(view: VisionTransformer) -> tuple[int, ...]:
+    """Which stored block each step uses, by the weight it shares."""
+    stored: dict[int, int] = {}
+    weights = [block.get_submodule(PLACES["qkv"]).weight for block in view.blocks]
+    return tuple(stored.setdefault(id(weight), len(stored)) for weight in weights)
 
 
 class Masked(nn.Module):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from jaxtyping import TypeCheckError
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from bvit_interp.errors import CheckpointError, UserError
 from bvit_interp.models.exits import FILE, Exits, check_exits, exit_logits, run_with_exits
@@ -136,3 +140,37 @@ def test_exits_that_are_no_numbers_and_models_of_one_step_are_refused(tiny, make
         Exits.load(tmp_path / FILE, tiny)
     with pytest.raises(UserError, match="one step"):
         check_exits((1,), make(num_steps=1))
+
+
+@pytest.mark.parametrize(
+    ("about", "tensors", "wrong"),
+    [
+        ({"steps": ["6", "8"]}, {}, "must be whole numbers, ascending, got"),
+        ({"steps": "68"}, {}, "must be whole numbers, ascending"),
+        ({"steps": [8, 6]}, {}, "must be whole numbers, ascending"),
+        ({"steps": [6, 6]}, {}, "must be whole numbers, ascending"),
+        ({"steps": [6.0, 8]}, {}, "must be whole numbers, ascending"),
+        ({"steps": []}, {}, "must be whole numbers, ascending"),
+        ({"steps": [6, 12]}, {}, r"exits must be different steps of 1\.\.11"),
+        ({"steps": [6]}, {}, "the exits have tensors"),
+        ({"weights": 3}, {}, "of another model's weights"),
+        ({}, {"weight": torch.zeros(2, 7, 32)}, "the exits have tensors"),
+        ({}, {"weight": torch.zeros(2, 10, 16), "norm": torch.zeros(2, 16)}, "have tensors"),
+        ({}, {"weight": torch.zeros(32)}, "the exits have tensors"),
+        ({}, {"surplus": torch.zeros(1)}, "the exits have tensors"),
+        ({}, {"bias": torch.zeros(2, 10, dtype=torch.int64)}, "bias is torch.int64"),
+    ],
+)
+def test_a_whole_file_that_does_not_fit_the_model(tiny, tmp_path, about, tensors, wrong):
+    path = tmp_path / FILE
+    random_exits((6, 8), tiny).save(path, tiny, {})
+    with safe_open(str(path), "pt") as file:
+        said = json.loads(file.metadata()["exits"]) | about
+        kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(kept | tensors, str(path), metadata={"exits": json.dumps(said)})
+    with pytest.raises(CheckpointError, match=wrong) as caught:
+        Exits.load(path, tiny)
+    assert "\n" not in str(caught.value)
+    save_file(kept, str(path), metadata={"exits": "[" * 100_000})
+    with pytest.raises(CheckpointError, match="truncated or not a file of exits"):
+        Exits.load(path, tiny)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -152,7 +154,14 @@ def test_masks_of_parts_of_the_data_of_any_shape(tiny, tmp_path):
     # 105 entries: no whole number of bytes
     masks = Masks({"head.weight": torch.rand(3, 5, 7) < 0.5})
     masks.save(tmp_path / "m", tiny)
-    assert torch.equal(Masks.load(tmp_path / "m", tiny)["head.weight"], masks["head.weight"])
+    assert torch.equal(Masks.load(tmp_path / "m")["head.weight"], masks["head.weight"])
+    with pytest.raises(
+        CheckpointError, match=r"head\.weight are \(5, 7\), its weight is \(10, 32\)"
+    ):
+        Masks.load(tmp_path / "m", tiny)
+    named = Masks({"head.weight": torch.rand(3, 10, 32) < 0.5})
+    named.save(tmp_path / "n", tiny)
+    assert torch.equal(Masks.load(tmp_path / "n", tiny)["head.weight"], named["head.weight"])
     with pytest.raises(
         UserError, match=r"masks of head\.weight; expected those of qkv, proj, fc1, fc2"
     ):
@@ -235,3 +244,58 @@ def test_files_that_are_none(tmp_path):
 def test_what_is_no_set_of_masks(of, blocks):
     with pytest.raises(UserError, match="masks"):
         Masks(of, blocks)
+
+
+def rewritten(path, about=None, **tensors):
+    """Change what a file of masks says of itself, and its tensors."""
+    with safe_open(str(path), "pt") as file:
+        said = json.loads(file.metadata()["masks"])
+        kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    said = about(said) if about else said
+    save_file(kept | tensors, str(path), metadata={"masks": json.dumps(said)})
+
+
+@pytest.mark.parametrize(
+    ("about", "wrong"),
+    [
+        (lambda said: [1], "does not say the shapes"),
+        (lambda said: said | {"shapes": 3}, "does not say the shapes"),
+        (lambda said: said | {"shapes": {}}, "shapes of"),
+        (
+            lambda said: said | {"shapes": said["shapes"] | {"qkv": [12, -96, 32]}},
+            "qkv cannot have",
+        ),
+        (lambda said: said | {"shapes": said["shapes"] | {"qkv": [36864]}}, "qkv cannot have"),
+        (lambda said: said | {"shapes": said["shapes"] | {"qkv": "large"}}, "qkv cannot have"),
+        (lambda said: said | {"shapes": said["shapes"] | {"qkv": [12.0, 96, 32]}}, "qkv cannot"),
+        (lambda said: said | {"blocks": "0" * 12}, "blocks must be whole numbers"),
+        (lambda said: said | {"blocks": [0.5] * 12}, "blocks must be whole numbers"),
+        (lambda said: said | {"blocks": None}, "blocks must be whole numbers"),
+        (lambda said: said | {"blocks": [0]}, "12 masks need as many blocks"),
+        (lambda said: said | {"blocks": [7] * 12}, "masks of the stored blocks"),
+        (lambda said: said | {"weights": ["a"]}, "masks of other weights"),
+        (lambda said: {key: said[key] for key in ("shapes", "blocks")}, "masks of other weights"),
+    ],
+)
+def test_a_whole_file_that_says_something_else(tiny, tmp_path, about, wrong):
+    drawn(tiny).save(tmp_path / "m", tiny)
+    rewritten(tmp_path / "m", about)
+    with pytest.raises(CheckpointError, match=wrong) as caught:
+        Masks.load(tmp_path / "m", tiny)
+    assert "\n" not in str(caught.value)
+
+
+def test_tensors_that_are_no_rows_of_bytes_and_foreign_names(tiny, tmp_path):
+    path = tmp_path / "m"
+    for tensor in (torch.rand(4608), torch.zeros(4608, 1, dtype=torch.uint8), torch.zeros(2, 2)):
+        drawn(tiny).save(path, tiny)
+        rewritten(path, qkv=tensor)
+        with pytest.raises(CheckpointError, match="qkv is .* not a row of bytes"):
+            Masks.load(path, tiny)
+    drawn(tiny).save(path, tiny)
+    rewritten(path, more=torch.zeros(3, dtype=torch.uint8))
+    with pytest.raises(CheckpointError, match="not a file of masks"):
+        Masks.load(path, tiny)
+    Masks({"blocks.7.attn": torch.ones(12, 4, 4, dtype=torch.bool)}).save(path, tiny)
+    with pytest.raises(CheckpointError, match=r"masks of blocks\.7\.attn, which the model"):
+        Masks.load(path, tiny)
