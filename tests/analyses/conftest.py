@@ -14,6 +14,7 @@ class Squares:
     8-px raster."""
 
     classes = ("a", "b", "c")
+    official = True
     native_size = 32
     has_masks = True
 

@@ -92,7 +92,8 @@ def measure(
     A table of `COLUMNS`; with `table`, all its rows.
     """
     for model in models.values():
-        label_map(data, model)  # refuses classes that do not match before hours of work
+        # refuses classes that do not match before hours of work
+        label_map(data, model, config.classes)
     gates = {name: Gates(model, config.groups) for name, model in models.items()}
     fit_positions = _fit_positions(data, config)
     fits: dict[str, Fit] = {}

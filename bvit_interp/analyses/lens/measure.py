@@ -112,7 +112,8 @@ def measure(
     A table of `COLUMNS`.
     """
     for model in models.values():
-        label_map(data, model)  # classes that do not match are refused before the training
+        # classes that do not match are refused before the training
+        label_map(data, model, config.classes)
     unrolled = {name: unroll(model) for name, model in models.items()}
     fitted, scored = _split(data, config)
     lenses, n_fit = _fit(unrolled, fitted, config)

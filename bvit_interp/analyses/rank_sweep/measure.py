@@ -71,7 +71,8 @@ def measure(
     A table of `COLUMNS`; with `table`, all its rows.
     """
     for model in models.values():
-        label_map(data, model)  # classes that do not match are refused before any pass
+        # classes that do not match are refused before any pass
+        label_map(data, model, config.classes)
     subjects = {name: _Subject.of(model, config) for name, model in models.items()}
     plans = [_cuts(name, subject, config) for name, subject in subjects.items()]
     rounds = [

@@ -88,7 +88,8 @@ def measure(models: Mapping[str, Model], data: Samples, config: Config) -> pd.Da
     A table of `COLUMNS`.
     """
     for model in models.values():
-        label_map(data, model)  # classes that do not match are refused before anything is copied
+        # classes that do not match are refused before anything is copied
+        label_map(data, model, config.classes)
     folds = _folds(data, config)
     untied = {name: Untied(model, torch.float64) for name, model in models.items()}
     sums = _sum_gradients(models, untied, data, folds, config)

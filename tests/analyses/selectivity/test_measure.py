@@ -117,6 +117,7 @@ class Shades:
     """Thirty-six noisy images, those of class c brighter than those of class c - 1."""
 
     classes = ("dark", "grey", "light")
+    official = True
     native_size = 32
     has_masks = False
 
