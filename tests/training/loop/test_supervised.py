@@ -144,7 +144,7 @@ def test_data_that_cannot_be_used(recipe, tmp_path, two_classes, workers):
     ):
         supervised.train(plan, tmp_path / "run")
     (two_classes / "test").rename(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="has nothing to score on beside its training images"):
+    with pytest.raises(UserError, match="its only split is train"):
         supervised.train(plan, tmp_path / "run")
     assert not list((tmp_path / "run").glob("*.safetensors"))
 
