@@ -15,6 +15,7 @@ from bvit_interp.analyses.ablation import drawn_method
 _UNITS = {"z": "head", "mlp_post": "group"}
 
 
+@plotting.house_style()
 def plot(frame: pd.DataFrame) -> Figure:
     """Panels of one method (mean if it is there), by scope.
 
@@ -36,12 +37,10 @@ def plot(frame: pd.DataFrame) -> Figure:
     if "all" in scopes:
         panels.append(_all_panel(frame))
     columns = min(max(len(models), 2), len(panels))
-    figure, axes = plotting.canvas(columns, math.ceil(len(panels) / columns), width=5.2, height=3.1)
+    figure, axes = plotting.canvas(columns, math.ceil(len(panels) / columns), width=5.2, height=3.5)
     for ax, draw in zip(axes.flat, panels, strict=False):
         draw(figure, ax)
-        ax.title.set_fontsize(10)
-    for ax in axes.flat[len(panels) :]:
-        ax.set_visible(False)
+    plotting.leave_out_empty(figure, axes)
     figure.suptitle(f"{method} ablation: change from the clean answer", fontsize=11)
     return figure
 
@@ -58,7 +57,8 @@ def _map_panel(frame: pd.DataFrame, model: str) -> Callable[[Figure, Axes], None
     def draw(figure: Figure, ax: Axes) -> None:
         names, label = list(table.index), "change of log-probability, nats"
         plotting.heat_map(figure, ax, table.to_numpy(), steps, names, label, limits=limits)
-        ax.set(xlabel="ablated step", title=f"{model}: one unit at one step")
+        ax.set_xlabel("ablated step")
+        plotting.title(ax, f"{model}: one unit at one step")
 
     return draw
 
@@ -77,12 +77,16 @@ def _profile_panel(frame: pd.DataFrame, model: str) -> Callable[[Figure, Axes], 
             plotting.line(
                 ax, head, "step", style=plotting.line_style(i), label=head["name"].iloc[0]
             )
+        if not heads:
+            return
         ax.plot(heads[0]["step"], heads[0]["null"], **plotting.NULL, label="null: random channels")
-        ax.set(title=f"{model}: one head at one step", ylabel="KL, nats", yscale="log")
+        plotting.title(ax, f"{model}: one head at one step")
+        ax.set_ylabel("KL, nats")
+        plotting.log_axis(ax)
         ax.set_ylim(floor, top)
         plotting.step_axis(ax, rows["step"])
         ax.set_xlabel("ablated step")
-        plotting.legend(ax)
+        plotting.legend(ax, below=True)
 
     return draw
 
@@ -106,10 +110,11 @@ def _from_panel(frame: pd.DataFrame) -> Callable[[Figure, Axes], None]:
                     null="null" if is_first else None,
                     null_label="null: random channels" if is_first and i == 0 else None,
                 )
-        ax.set(title="one head, from a step on", ylabel="change of log-probability, nats")
+        plotting.title(ax, "one head, from a step on")
+        ax.set_ylabel("change of log-probability, nats")
         plotting.step_axis(ax, rows["step"])
         ax.set_xlabel("first ablated step")
-        plotting.legend(ax)
+        plotting.legend(ax, below=True)
 
     return draw
 
@@ -136,14 +141,10 @@ def _all_panel(frame: pd.DataFrame) -> Callable[[Figure, Axes], None]:
                     null_label="null" if i == 0 and scope == "all" else None,
                 )
         ax.set_xticks(range(len(units)), [f"{unit[0]}{unit.split()[1]}" for unit in units])
-        ax.set(
-            title="one unit at all steps",
-            ylabel="change of log-probability, nats",
-            xlabel="h: head, g: group of neurons",
-        )
-        low, high = ax.get_ylim()
-        ax.set_ylim(low - 0.6 * (high - low), high)  # room for the legend
-        plotting.legend(ax)
+        ax.axhline(0, color="0.8", linewidth=0.8)
+        ax.set(ylabel="change of log-probability, nats", xlabel="h: head, g: group of neurons")
+        plotting.title(ax, "one unit at all steps (bars: 95 % interval)")
+        plotting.legend(ax, below=True)
 
     return draw
 

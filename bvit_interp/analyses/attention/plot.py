@@ -37,6 +37,7 @@ _BARS: dict[str, dict[str, Any]] = {
 _TO_CLS: dict[str, Any] = {"color": "#D55E00", "marker": "o", "markersize": 3, "linewidth": 1.2}
 
 
+@plotting.house_style()
 def plot(frame: pd.DataFrame) -> Figure:
     """Entropy and distance per step, shares of attention, correlations between steps, CLS maps.
 
@@ -46,10 +47,11 @@ def plot(frame: pd.DataFrame) -> Figure:
     models = [(str(name), part) for name, part in frame.groupby("model", sort=False)]
     with_cls = [each for each in models if (each[1]["metric"] == "attention_entropy").any()]
     rows = [with_cls[i : i + _PER_ROW] for i in range(0, len(with_cls), _PER_ROW)]
+    top = max((_largest_share(part) for _, part in with_cls), default=1.0)
     panels: list[tuple[float, Callable[[SubFigure], None]]] = [
-        (3.5 + 0.2 * (len(models) // 4), partial(_plot_lines, models=models))
+        (3.5 + 0.2 * (len(models) // 3), partial(_plot_lines, models=models))
     ]
-    panels += [(2.7, partial(_plot_shares, models=row)) for row in rows]
+    panels += [(2.7, partial(_plot_shares, models=row, top=top)) for row in rows]
     if frame["other_step"].notna().any():
         panels += [(3.9, partial(_plot_correlations, models=row)) for row in rows]
     for name, part in with_cls[:_PER_ROW]:
@@ -59,7 +61,7 @@ def plot(frame: pd.DataFrame) -> Figure:
                 (0.5 + 0.93 * len(maps["image"]), partial(_plot_maps, name=name, arrays=maps))
             )
     heights = [height for height, _ in panels]
-    figure = Figure(figsize=(12, sum(heights)), layout="constrained")
+    figure = plotting.blank(12, sum(heights))
     subfigures = figure.subfigures(len(panels), 1, height_ratios=heights, squeeze=False)[:, 0]
     for subfigure, (_, draw) in zip(subfigures, panels, strict=True):
         draw(subfigure)
@@ -81,8 +83,10 @@ def _rows_of(part: pd.DataFrame, metric: str, head: str = "mean") -> pd.DataFram
 
 def _plot_lines(panel: SubFigure, models: list[Part]) -> None:
     """Mean over heads, with a band from the lowest to the highest head."""
-    axes = plotting.subcanvas(panel, columns=2)[0]
-    for ax, (metric, title) in zip(axes, _LINES.items(), strict=True):
+    measured = {metric for _, part in models for metric in part["metric"]}
+    shown = {metric: title for metric, title in _LINES.items() if metric in measured}
+    axes = plotting.subcanvas(panel, columns=len(shown))[0]
+    for ax, (metric, title) in zip(axes, shown.items(), strict=True):
         nulls = set()
         for i, (name, part) in enumerate(models):
             mean = _rows_of(part, metric)
@@ -92,17 +96,27 @@ def _plot_lines(panel: SubFigure, models: list[Part]) -> None:
             heads = part[(part["metric"] == metric) & (part["head"] != "mean")]
             by_step = heads.groupby("step")["value"]
             band = mean.assign(lowest=by_step.min(), highest=by_step.max()).reset_index()
-            interval = ("lowest", "highest")
-            plotting.line(ax, band, "step", style=style, label=name, interval=interval)
+            plotting.line(
+                ax,
+                band,
+                "step",
+                style=style,
+                label=name,
+                interval=("lowest", "highest"),
+                interval_label="lowest to highest head",
+            )
             nulls |= set(mean["null"].round(6))
             if metric == "normalised_entropy":
                 _plot_rollout(ax, part, style["color"], None if i else "entropy of rollout / log N")
         for i, null in enumerate(sorted(nulls)):
             ax.axhline(null, **plotting.NULL, label=None if i else "uniform attention")
-        ax.set_ylim(0, 1.04 if metric == "normalised_entropy" else None)
-        ax.set_title(title, fontsize=10)
+        if metric == "normalised_entropy":
+            ax.set_ylim(0, 1.04)
+        else:
+            ax.set_ylim(bottom=max(0, ax.get_ylim()[0]))
+        plotting.title(ax, title)
         plotting.step_axis(ax, [step for _, part in models for step in part["step"]])
-    _legend_below(panel, axes, columns=4)
+    plotting.legend_below(panel, axes)
 
 
 def _plot_rollout(ax: Axes, part: pd.DataFrame, colour: str, label: str | None) -> None:
@@ -112,10 +126,24 @@ def _plot_rollout(ax: Axes, part: pd.DataFrame, colour: str, label: str | None) 
     ax.plot(share.index, share, color=colour, linewidth=1, linestyle=":", label=label)
 
 
-def _plot_shares(panel: SubFigure, models: list[Part]) -> None:
-    """Attention of CLS, stacked by kind of token; the bars of the patches, on top, are cut."""
+def _largest_share(part: pd.DataFrame) -> float:
+    """Where the axis of `_plot_shares` may end: above all bars but the patches'."""
+    below: pd.Series | float = 0.0
+    uniform = 0.0
+    for kind in _BARS:
+        share = _rows_of(part, f"cls_to_{kind}")
+        if kind != "patches" and len(share):
+            below, uniform = below + share["value"], uniform + share["null"].iloc[0]
+    to_cls = _rows_of(part, "patches_to_cls")["value"]
+    return min(1.0, 1.3 * max(uniform, to_cls.max(), pd.Series(below).max()))
+
+
+def _plot_shares(panel: SubFigure, models: list[Part], top: float) -> None:
+    """Attention of CLS, stacked by kind of token; the bars of the patches, on top, are cut.
+
+    `top` is the end of the axis, the same for all models.
+    """
     axes = _axes_in_row(panel, len(models), sharey=True)
-    top = 0.0
     for ax, (name, part) in zip(axes, models, strict=True):
         to_cls = _rows_of(part, "patches_to_cls")["value"]
         below, uniform = 0 * to_cls, 0.0
@@ -130,11 +158,10 @@ def _plot_shares(panel: SubFigure, models: list[Part]) -> None:
                     uniform, color="black", linewidth=0.8, linestyle=":", label="uniform attention"
                 )
         ax.plot(to_cls.index, to_cls, **_TO_CLS, label="patches on CLS")
-        top = max(top, 1.3 * uniform, 1.3 * to_cls.max(), 1.3 * below.max())
-        ax.set_title(name, fontsize=10)
+        plotting.title(ax, name)
         plotting.step_axis(ax, part["step"])
-    axes[0].set(ylim=(0, min(top, 1.0)), ylabel="share of attention")
-    _legend_below(panel, axes, columns=6)
+    axes[0].set(ylim=(0, top), ylabel="share of attention")
+    plotting.legend_below(panel, axes)
 
 
 def _plot_correlations(panel: SubFigure, models: list[Part]) -> None:
@@ -148,9 +175,9 @@ def _plot_correlations(panel: SubFigure, models: list[Part]) -> None:
         for step, other, same_head, different_heads in numbers:
             i, j = steps.index(int(step)), steps.index(int(other))
             values[i, j], values[j, i] = same_head, different_heads
-        plotting.heat_map(panel, ax, values, steps, steps, "")
+        plotting.heat_map(panel, ax, values, steps, steps, "", limits=(-1, 1))
         ax.set(xlabel="step", ylabel="step")
-        ax.set_title(name, fontsize=10)
+        plotting.title(ax, name)
     panel.suptitle(
         "mean correlation of CLS maps: same head (above the diagonal), different heads (below)",
         fontsize=10,
@@ -176,18 +203,3 @@ def _axes_in_row(panel: SubFigure, count: int, **options: Any) -> list[Axes]:
     for ax in axes[count:]:
         ax.set_axis_off()
     return list(axes[:count])
-
-
-def _legend_below(panel: SubFigure, axes: Any, columns: int) -> None:
-    """One legend of the lines and bars of several axes, without repetitions."""
-    handles: dict[str, Any] = {}
-    for ax in axes:
-        handles |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
-    panel.legend(
-        list(handles.values()),
-        list(handles),
-        loc="outside lower center",
-        ncols=columns,
-        frameon=False,
-        fontsize=8,
-    )

@@ -16,6 +16,7 @@ from bvit_interp.analyses.circuits import LABELS, Method
 _NULL_DASHES = {"random": "-", "even-random": "--", "same-random": ":"}
 
 
+@plotting.house_style()
 def plot(frame: pd.DataFrame) -> Figure:
     """KL against size by condition, a panel per model, and accuracy; below, the gates at one size,
     and their overlap."""
@@ -28,13 +29,15 @@ def plot(frame: pd.DataFrame) -> Figure:
     ]
     for (top, below), model in zip(axes.T, models, strict=False):
         _draw_conditions(top, whole[(whole["model"] == model) & (whole["method"] == methods[-1])])
-        top.set_title(f"{model}: {methods[-1]} gates", fontsize=10)
+        plotting.title(top, f"{model}: {methods[-1]} gates")
         _draw_gates(below, steps[steps["model"] == model])
         below.set_title(f"open gates, {size:.0%} at each site", fontsize=10)
+    highest = max(ax.get_ylim()[1] for ax in axes[0, :-1])
+    for ax in axes[0, :-1]:  # one scale
+        ax.set_ylim(0, highest)
     _draw_accuracy(axes[0, -1], whole, methods)
     _draw_overlap(axes[1, -1], steps[steps["site"] == "mlp_post"], models)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize=8)
+    plotting.legend_below(figure, axes[0, :-1])
     return figure
 
 
@@ -80,7 +83,9 @@ def _draw_accuracy(ax: Axes, whole: pd.DataFrame, methods: Sequence[str]) -> Non
     chance = whole["chance"].iloc[0]
     ax.axhline(chance, **plotting.NULL)
     ax.annotate("null: most frequent class", (1, chance - 0.01), ha="right", va="top", fontsize=8)
-    ax.set(xlabel="share of open gates", ylabel="accuracy", ylim=(0, 1))
+    ax.set(xlabel="share of open gates", ylabel="accuracy")
+    ax.set_xticks(sorted(set(circuits["fraction"])))
+    plotting.share_axis(ax)
     hollow = " (hollow: gradient)" if len(methods) > 1 else ""
     ax.set_title(f"accuracy of the circuits{hollow}", fontsize=10)
     plotting.legend(ax)
@@ -90,17 +95,20 @@ def _draw_overlap(ax: Axes, frame: pd.DataFrame, models: Sequence[str]) -> None:
     frame = frame.assign(step=frame["step"].astype(int))
     for i, model in enumerate(models):
         rows, style = frame[frame["model"] == model], plotting.line_style(i)
-        plotting.line(ax, rows, "step", "overlap", style=style, label=model, interval=None)
         plotting.line(
             ax,
             rows,
             "step",
-            "overlap_null",
-            style=plotting.NULL | {"linestyle": style["linestyle"]},
-            label="null: random gates" if i == len(models) - 1 else None,
-            interval=("overlap_null_low", "overlap_null_high"),
+            "overlap",
+            style=style,
+            label=model,
+            interval=None,
+            null="overlap_null",
+            null_label=None if i else "null: random gates",
+            null_interval=("overlap_null_low", "overlap_null_high"),
         )
-    ax.set(ylabel="mean Jaccard overlap", ylim=(0, 1))
+    ax.set_ylabel("mean Jaccard overlap")
+    plotting.share_axis(ax)
     ax.set_title("neuron groups shared with other steps", fontsize=10)
     plotting.step_axis(ax, frame["step"])
     plotting.legend(ax)

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from bvit_interp import plotting
 
 
+@plotting.house_style()
 def plot(frame: pd.DataFrame) -> Figure:
     """Bars of parameters, FLOPs and times, one row per model."""
     figure, axes = plotting.canvas(columns=4, width=2.9, height=1.1 + 0.42 * len(frame))
@@ -23,6 +24,7 @@ def plot(frame: pd.DataFrame) -> Figure:
         ax.grid(visible=False)
         ax.tick_params(labelleft=ax is parameters, left=False)
         ax.invert_yaxis()
+    parameters.set_yticks(range(len(frame)), [plotting.shortened(name) for name in frame["model"]])
     first = frame.iloc[0]
     title = f"{first['device']}, threads: {first['threads']}, {first['dtype']}; times are medians"
     figure.suptitle(title, fontsize=9)
@@ -32,7 +34,7 @@ def plot(frame: pd.DataFrame) -> Figure:
 def _flops(ax: Axes, frame: pd.DataFrame) -> None:
     """FLOPs without attention, and hatched those of attention."""
     with_attention = frame["gflops_attention"]
-    title = "GFLOPs per image (hatched: QK$^T$, AV)"
+    title = "GFLOPs per image (hatched: QKᵀ, AV)"
     _bars(ax, frame, frame["gflops"], title, ends=with_attention)
     ax.barh(
         frame["model"],
@@ -72,4 +74,4 @@ def _bars(
 def _number(value: float) -> str:
     if math.isnan(value):
         return "not known"
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import textwrap
-
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
 
 from bvit_interp import plotting
 
@@ -16,11 +13,12 @@ _PANELS = {
     "norm": "norm of a token",
     "step_size": "relative step size",
     "update_cosine": "cosine of successive updates",
-    "distance_to_trained": "relative distance to $z_T$",
+    "distance_to_trained": "relative distance to step T",
 }
 _NAMES = {"cls": "CLS", "reg": "registers", "dist": "distillation", "patches": "patches"}
 
 
+@plotting.house_style()
 def plot(frame: pd.DataFrame) -> Figure:
     """Movement of each kind of token, one row per kind.
 
@@ -35,23 +33,24 @@ def plot(frame: pd.DataFrame) -> Figure:
         for ax, (metric, title) in zip(row, _PANELS.items(), strict=True):
             part = metrics.get(metric, frame[:0])
             _by_step(ax, part[part["tokens"] == kind], models)
-            ax.set_title(f"{_NAMES[kind]}: {title}", fontsize=10)
+            plotting.title(ax, f"{_NAMES[kind]}: {title}")
     bottom = axes[-1]
-    _by_step(bottom[0], metrics["participation_ratio"], models, "isotropic Gaussian")
+    nothing = frame[:0]
+    _by_step(bottom[0], metrics.get("participation_ratio", nothing), models, "isotropic Gaussian")
     bottom[0].set_title("participation ratio", fontsize=10)
     bottom[0].set_ylim(bottom=0)
-    change = metrics["direction_change"]
+    change = metrics.get("direction_change", nothing)
     _by_step(bottom[1], change[change["tokens"] == kinds[0]], models)
     bottom[1].set_title(f"{_NAMES[kinds[0]]}: change of direction per step", fontsize=10)
     for ax in axes[:, 1]:
-        ax.set_yscale("log")
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
-        ax.yaxis.set_major_formatter("{x:g}")
-        ax.yaxis.set_minor_formatter("")
+        plotting.log_axis(ax)
     _returns(bottom[2], frame)
-    _similarities(figure, bottom[3], metrics["cka"])
-    for ax in (axes[0, 0], axes[0, 3], bottom[0]):
-        plotting.legend(ax)
+    cka = metrics.get("cka", nothing)
+    cka = cka[cka["other_model"].isin(models)]  # of a part of the models
+    if len(cka):
+        _similarities(figure, bottom[3], cka)
+    plotting.leave_out_empty(figure, axes)
+    plotting.legend_below(figure, [*axes[:-1].flat, *bottom[:2]])
     return figure
 
 
@@ -68,9 +67,8 @@ def _by_step(ax: Axes, frame: pd.DataFrame, models: list[str], null: str = "anot
                 style=plotting.line_style(i) | {"markevery": 6},
                 label=model,
                 null="null" if has_null else None,
+                null_label=None if model != models[0] else f"null: {null}",
             )
-    if has_null:
-        ax.plot([], [], **plotting.NULL, label=f"null: {null}")
     for trained in sorted(set(frame["trained_steps"])):
         ax.axvline(trained, **plotting.NULL, linestyle="--", label=f"trained for T = {trained}")
     plotting.step_axis(ax, frame["step"])
@@ -114,9 +112,12 @@ def _similarities(figure: Figure, ax: Axes, cka: pd.DataFrame) -> None:
     for one, other, value in zip(first, second, cka["value"], strict=True):
         i, j = position[one], position[other]
         values[i, j] = values[j, i] = value
-    every = 1 if len(compared) <= 14 else 3
-    ticks = [str(step) if step % every == 0 else "" for _, step in compared]
-    plotting.heat_map(figure, ax, values, ticks, ticks, "linear CKA", numbers=len(compared) <= 6)
+    every = 1 if len(compared) <= 14 else 6
+    ticks = {i: str(step) for i, (_, step) in enumerate(compared) if step % every == 0}
+    steps = [step for _, step in compared]
+    plotting.heat_map(figure, ax, values, steps, steps, "linear CKA", numbers=len(compared) <= 6)
+    ax.set_xticks(list(ticks), list(ticks.values()))
+    ax.set_yticks(list(ticks), list(ticks.values()))
     ax.set_aspect("equal")
     models = [model for model, _ in compared]
     for i in range(1, len(compared)):
@@ -124,8 +125,7 @@ def _similarities(figure: Figure, ax: Axes, cka: pd.DataFrame) -> None:
             ax.axhline(i - 0.5, color="white", linewidth=2)
             ax.axvline(i - 0.5, color="white", linewidth=2)
     low, high = cka["null"].min(), cka["null"].max()
-    names = ", ".join(dict.fromkeys(models))
-    title = f"CKA of {names} (images shuffled: {low:.2f} to {high:.2f})"
-    ax.set_title(textwrap.fill(title, 48, break_on_hyphens=False), fontsize=8)
+    order = "" if len(set(models)) == 1 else ", models in the order of the legend"
+    plotting.title(ax, f"CKA of steps{order} (images shuffled: {low:.2f} to {high:.2f})", 9)
     ax.set(xlabel="step", ylabel="step")
     ax.tick_params(labelsize=7)

@@ -9,10 +9,11 @@ from matplotlib.figure import Figure
 from bvit_interp import plotting
 
 
+@plotting.house_style()
 def plot(frame: pd.DataFrame) -> Figure:
     """Accuracy against FLOPs with the random-exit null, time saved against FLOPs saved, and the
     accuracy and AUROC of each exit."""
-    figure, axes = plotting.canvas(columns=3, width=4.2, height=3.4)
+    figure, axes = plotting.canvas(columns=3, width=4.4, height=4.0)
     accuracy, saved, exits = axes[0]
     for i, name in enumerate(dict.fromkeys(frame["model"])):
         tables = dict(tuple(frame[frame["model"] == name].groupby("table", sort=False)))
@@ -22,12 +23,15 @@ def plot(frame: pd.DataFrame) -> Figure:
     ends = [min(0, *saved.get_xlim()), max(saved.get_xlim())]
     saved.plot(ends, ends, **plotting.NULL, label="time saved = FLOPs saved")
     exits.axhline(0.5, **plotting.NULL, label="AUROC of chance")
-    accuracy.set(xlabel="GFLOPs per image", ylabel="accuracy", title="threshold from 0 to 1")
-    saved.set(xlabel="share of FLOPs saved", ylabel="share of time saved", title="measured time")
-    exits.set(ylabel="share", title="each classifier on all images", ylim=(None, 1.02))
+    accuracy.set(xlabel="GFLOPs per image", ylabel="accuracy")
+    saved.set(xlabel="share of FLOPs saved", ylabel="share of time saved")
+    exits.set(ylabel="share", ylim=(None, 1.02))
+    titles = ("threshold from 0 to 1", "measured time", "each classifier on all images")
+    for ax, title in zip(axes[0], titles, strict=True):
+        plotting.title(ax, title)
     plotting.step_axis(exits, frame["exit"].dropna())
     for ax in axes[0]:
-        plotting.legend(ax)
+        plotting.legend(ax, below=True)
     return figure
 
 

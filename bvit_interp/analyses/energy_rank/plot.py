@@ -11,6 +11,7 @@ from bvit_interp import plotting
 _TITLES = {"fc1": "FFN in-projection", "fc2": "FFN out-projection", "cls": "CLS token"}
 
 
+@plotting.house_style()
 def plot(frame: pd.DataFrame) -> Figure:
     """Fig. 6: rank against step, one panel per matrix, with the ranks of random matrices.
 
@@ -33,10 +34,10 @@ def plot(frame: pd.DataFrame) -> Figure:
         plotting.step_axis(ax, rows["step"])
     measured = "rank" if one_width else "rank / full rank"
     axes[0, 0].set_ylabel(f"{measured} at {frame['energy'].iloc[0]:.0%} energy")
-    lines = axes[0, 0].get_legend_handles_labels()
-    figure.legend(
-        *lines, loc="outside lower center", ncols=min(len(names) + 1, 5), frameon=False, fontsize=8
-    )
+    highest = max(ax.get_ylim()[1] for ax in axes[0])
+    for ax in axes[0]:  # one scale
+        ax.set_ylim(0, highest)
+    plotting.legend_below(figure, axes[0])
     return figure
 
 

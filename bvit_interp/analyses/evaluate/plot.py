@@ -9,11 +9,12 @@ from matplotlib.figure import Figure
 from bvit_interp import plotting
 
 
+@plotting.house_style()
 def plot(frame: pd.DataFrame) -> Figure:
     """Top-1 and top-5 accuracy of every model with chance, and the reliability diagram."""
     frame = frame.assign(bin=frame["bin"].astype(str))
     overall = frame[frame["bin"] == "all"]
-    height = max(3.6, 1.6 + 0.35 * len(overall))
+    height = max(3.9, 2.0 + 0.35 * len(overall))
     figure, axes = plotting.canvas(columns=2, width=5.2, height=height)
     _plot_accuracy(axes[0, 0], overall)
     _plot_reliability(axes[0, 1], overall, frame[frame["bin"] != "all"])
@@ -33,15 +34,12 @@ def _plot_accuracy(ax: Axes, overall: pd.DataFrame) -> None:
         ax.axvline(chance, **plotting.NULL, label=None if i else "chance, top-1")
     for i, chance in enumerate(sorted(set(overall["top5_chance"].dropna()))):
         ax.axvline(chance, **plotting.NULL, linestyle="--", label=None if i else "chance, top-5")
-    ax.set_yticks(rows, overall["model"])
-    ax.invert_yaxis()
+    ax.set_yticks(rows, [plotting.shortened(name) for name in overall["model"]])
     ax.grid(axis="x", color="0.9", linewidth=0.8)
     ax.set(xlim=(0, 1.02), xlabel="share of images")
-    ax.set_title("accuracy", fontsize=10)
-    plotting.legend(ax)
-    legend = ax.get_legend()
-    if legend is not None:
-        legend.set_frame_on(True)  # it may lie on a null
+    plotting.title(ax, "accuracy (bars: 95 % interval)")
+    ax.set_ylim(len(overall) - 0.5, -0.5)
+    plotting.legend(ax, below=True)
 
 
 def _plot_reliability(ax: Axes, overall: pd.DataFrame, bins: pd.DataFrame) -> None:
@@ -63,5 +61,5 @@ def _plot_reliability(ax: Axes, overall: pd.DataFrame, bins: pd.DataFrame) -> No
         xlabel="mean confidence of the bin",
         ylabel="accuracy of the bin",
     )
-    ax.set_title("reliability (marker area: root of the number of images)", fontsize=10)
-    plotting.legend(ax)
+    plotting.title(ax, "reliability (marker area: root of the number of images)")
+    plotting.legend(ax, below=True)

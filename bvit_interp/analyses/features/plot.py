@@ -18,14 +18,15 @@ Part = tuple[str, pd.DataFrame]
 """A model's name and its rows."""
 
 
+@plotting.house_style()
 def plot(frame: pd.DataFrame) -> Figure:
     """Images of each neuron and step over the best real images (Fig. 3); centroids per step."""
     by_model = frame.sort_values("step", kind="stable").groupby("model", sort=False)
     models = [(str(name), part) for name, part in by_model]
     columns = max(part["step"].nunique() for _, part in models)
-    heights = [0.35 + 2 * 0.98 * part["neuron"].nunique() for _, part in models] + [3.0]
+    heights = [0.35 + 2 * 0.98 * part["neuron"].nunique() for _, part in models] + [3.5]
     width = max(0.86 * columns + 1.1, 4.2 * len(models))
-    figure = Figure(figsize=(width, sum(heights)), layout="constrained")
+    figure = plotting.blank(width, sum(heights))
     panels = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     for panel, (name, part) in zip(panels[:-1], models, strict=True):
         _plot_pictures(panel, name, part, columns)
@@ -81,7 +82,7 @@ def _plot_pair(above: Axes, below: Axes, row: Any) -> None:
 def _plot_missing(ax: Axes) -> None:
     ax.set_facecolor("0.93")
     place: dict[str, Any] = {"transform": ax.transAxes, "ha": "center", "va": "center"}
-    ax.text(0.5, 0.5, "no file", **place, fontsize=6, color="0.4")
+    ax.text(0.5, 0.5, "no file", **place, fontsize=7, color="0.4")
 
 
 def _plot_centroids(panel: SubFigure, models: list[Part]) -> None:
@@ -111,6 +112,7 @@ def _plot_centroids(panel: SubFigure, models: list[Part]) -> None:
             style={"color": "black", "linewidth": 2},
             label="mean (band: steps shuffled)",
             interval=("centroid_null_low", "centroid_null_high"),
+            interval_label=None,
         )
         start = first["start_spectral_centroid"]
         ax.axhline(start, **plotting.NULL, linestyle=":", label="start image")
@@ -122,5 +124,5 @@ def _plot_centroids(panel: SubFigure, models: list[Part]) -> None:
         ax.set_ylim(bottom=0)
         ax.set_xlim(part["step"].min() - 0.5, part["step"].max() + 0.5)  # also without any line
         plotting.step_axis(ax, part["step"])
-        plotting.legend(ax)  # each model has neurons of its own
+        plotting.legend(ax, below=True)  # each model has neurons of its own
     axes[0].set_ylabel("spectral centroid, cycles/pixel")

@@ -22,7 +22,7 @@ _PANELS = {
     ),
     ("calibration_error", "cls"): ("calibration error", "15 bins", "sampling alone"),
     ("exit_accuracy", "cls"): (
-        "early exit, tau from 0 to 1",
+        "early exit, thresholds from 0 to 1",
         "accuracy",
         "leaving at random",
     ),
@@ -43,6 +43,7 @@ _NAMES = {"cls": "CLS"}
 _SHOWN_STEPS = 7  # of an example
 
 
+@plotting.house_style()
 def plot(frame: pd.DataFrame) -> Figure:
     """Accuracy, divergence, calibration and early exit on CLS, accuracy and maps of patches; below,
     example maps."""
@@ -50,7 +51,7 @@ def plot(frame: pd.DataFrame) -> Figure:
     left_out = "map_correlation" if masks else "pointing"
     examples = _examples(frame)
     heights = [6.4, *(0.5 + 2.1 * len(arrays["images"]) for arrays in examples.values())]
-    figure = Figure(figsize=(12.5, sum(heights)), layout="constrained")
+    figure = plotting.blank(12.5, sum(heights))
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     panels = {}
     for (metric, tokens), (title, unit, null) in _PANELS.items():
@@ -64,7 +65,7 @@ def plot(frame: pd.DataFrame) -> Figure:
         _panel(ax, rows, title, unit, null)
     for ax in axes.flat[len(panels) :]:
         ax.set_axis_off()
-    _shared_legend(parts[0], axes[0, 0])
+    plotting.legend_below(parts[0], [axes[0, 0]])
     for part, (name, arrays) in zip(parts[1:], examples.items(), strict=True):
         _example_maps(part, name, arrays)
     return figure
@@ -82,7 +83,7 @@ def _examples(frame: pd.DataFrame) -> dict[str, dict[str, np.ndarray]]:
 
 
 def _panel(ax: Axes, frame: pd.DataFrame, title: str, unit: str, null: str) -> None:
-    """One metric of each model, raw dashed and hollow, tuned solid; grey: its null, and the
+    """One metric of each model, raw dashed and hollow, tuned solid; thin: its null, and in grey the
     shuffled lens."""
     exits = frame["threshold"].notna().any()
     x = "mean_step" if exits else "step"
@@ -97,25 +98,15 @@ def _panel(ax: Axes, frame: pd.DataFrame, title: str, unit: str, null: str) -> N
             if lens == "raw":
                 style |= {"linestyle": "--", "markerfacecolor": "white"}
             label = f"{name}, {lens}"
-            plotting.line(ax, part, x, style=style, label=label, null="null", null_label="_null")
+            is_first = i == 0 and lens != "raw"
+            named = "null: see the title of the panel" if is_first else None
+            plotting.line(ax, part, x, style=style, label=label, null="null", null_label=named)
     if not exits:
         plotting.step_axis(ax, frame["step"])
     ax.set(xlabel="mean step at which images leave" if exits else "step", ylabel=unit)
-    ax.set_ylim(bottom=None if exits or frame["value"].min() < 0 else 0)
-    ax.set_title(f"{title}\ngrey: {null}", fontsize=10)
-
-
-def _shared_legend(panel: SubFigure, ax: Axes) -> None:
-    """One legend above all panels, the null last."""
-    lines = [line for line in ax.lines if not str(line.get_label()).startswith("_")]
-    lines.sort(key=lambda line: line.get_linestyle() == ":")
-    panel.legend(
-        handles=lines,
-        loc="outside upper center",
-        ncols=min(len(lines), 5),
-        frameon=False,
-        fontsize=9,
-    )
+    if frame["value"].min() >= 0:
+        ax.set_ylim(bottom=0)
+    plotting.title(ax, f"{title}\nnull: {null}")
 
 
 def _example_maps(panel: SubFigure, name: str, arrays: Mapping[str, np.ndarray]) -> None:

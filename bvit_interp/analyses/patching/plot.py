@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -17,6 +18,7 @@ _SOURCES = {
 }
 
 
+@plotting.house_style()
 def plot(frame: pd.DataFrame) -> Figure:
     """A column per mode and token set: the cells of each model as a heat map, then the mean by
     shift.
@@ -41,10 +43,13 @@ def plot(frame: pd.DataFrame) -> Figure:
         for ax, model in zip(column, models, strict=False):
             cells = part[(part["model"] == model) & part["step_from"].notna()]
             _draw_cells(figure, ax, cells)
-            ax.set_title(f"{model}\n{title}", fontsize=9)
+            plotting.title(ax, f"{model}\n{title}", 9)
         _draw_shifts(column[-1], part[part["step_from"].isna()], models)
-        column[-1].set_title(f"mean over the cells of a shift\n{title}", fontsize=9)
-    plotting.legend(axes[-1, 0])
+        plotting.title(column[-1], f"mean over the cells of a shift\n{title}", 9)
+    ends = np.array([ax.get_ylim() for ax in axes[-1]])
+    for ax in axes[-1]:  # one scale
+        ax.set_ylim(ends.min(), ends.max())
+    plotting.legend_below(figure, axes[-1])
     return figure
 
 
@@ -63,22 +68,21 @@ def _draw_cells(figure: Figure, ax: Axes, cells: pd.DataFrame) -> None:
     values = table.to_numpy()
     plotting.heat_map(figure, ax, values, columns, rows, "share recovered", limits=(0, 1))
     ax.set(xlabel="put into step t", ylabel="taken from step s")
-    ax.tick_params(labelsize=7)
 
 
 def _draw_shifts(ax: Axes, frame: pd.DataFrame, models: Sequence[str]) -> None:
-    """The share recovered over the shift, a line per model, and its null in the model's dash."""
+    """The share recovered over the shift, a line per model, and its null."""
     for i, model in enumerate(models):
         rows, style = frame[frame["model"] == model], plotting.line_style(i) | {"markersize": 3}
-        plotting.line(ax, rows, "shift", style=style, label=model)
         plotting.line(
             ax,
             rows,
             "shift",
-            "null",
-            style=plotting.NULL | {"linestyle": style["linestyle"]},
-            label="null: one more image" if i == len(models) - 1 else None,
-            interval=("null_low", "null_high"),
+            style=style,
+            label=model,
+            null="null",
+            null_label=None if i else "null: one more image",
+            null_interval=("null_low", "null_high"),
         )
     ax.axvline(0, color="0.8", linewidth=0.8)
     ax.set(xlabel="shift t - s, steps", ylabel="share recovered")

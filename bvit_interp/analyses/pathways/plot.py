@@ -97,6 +97,7 @@ _PANELS: dict[str, tuple[_Line, ...]] = {
 }
 
 
+@plotting.house_style()
 def plot(frame: pd.DataFrame) -> Figure:
     """Fig. 14A-D in the first row; Figs. 5a, 14F, 14E and Table 7 in the second; swaps below.
 
@@ -116,7 +117,7 @@ def plot(frame: pd.DataFrame) -> Figure:
     if not swapped.empty:
         for ax, name in zip(axes[2], dict.fromkeys(swapped["model"]), strict=False):
             _draw_swaps(figure, ax, swapped[swapped["model"] == name])
-            ax.set_title(name, fontsize=10)
+            plotting.title(ax, name)
     for ax in axes.flat:
         ax.set_visible(ax.has_data())
     return figure
@@ -140,8 +141,8 @@ def _draw_specialization(figure: Figure, axes: Sequence[Axes], frame: pd.DataFra
         top = min(top, 1.15 * max(float(drawn[["value", "null"]].max().max()), 0.01))
     for i, (ax, (layer, title)) in enumerate(zip(axes, _LAYERS.items(), strict=True)):
         _draw_layer(ax, frame[frame["layer"] == layer], shades, in_legend=i == 0)
-        ax.set(title=f"$S_t$ of {title}", ylim=(0, top))
-        ax.title.set_fontsize(10)
+        ax.set(ylim=(0, top))
+        plotting.title(ax, f"Sₜ of {title}")
         plotting.legend(ax)
     axes[0].set_ylabel("share of a step's weights\nthat no other step uses")
     colours = ScalarMappable(Normalize(0.5, steps + 0.5), shades)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,10 +13,11 @@ from matplotlib.figure import Figure, SubFigure
 from bvit_interp import plotting
 
 _MOST_MAPS = 3  # models whose heads and maps are drawn; the lines are of all
-_SPLIT = "best head chosen on one half, scored on the other"
+_SPLIT = "best head of one half, scored on the other"
 _NULLS = {"chance": "area of the object", "centre_hit_ratio": "image centre"}
 
 
+@plotting.house_style()
 def plot(frame: pd.DataFrame) -> Figure:
     """Hit ratios of all models (Fig. 4); heads (Fig. 10) and maps (Fig. 13) of the first three."""
     frame = frame.assign(head=frame["head"].astype(str))
@@ -26,20 +26,26 @@ def plot(frame: pd.DataFrame) -> Figure:
     panels: list[tuple[float, Callable[[SubFigure], None]]] = [
         (3.5 + 0.2 * (len(models) // 3), partial(_plot_lines, models=models))
     ]
-    for name, _, part in models[:_MOST_MAPS]:
-        if (part["head"] == "mean").any():
-            panels.append((2.6, partial(_plot_heads, name=name, part=part)))
+    with_heads = [(name, part) for name, _, part in models[:_MOST_MAPS] if _has_heads(part)]
+    ratios = [part.loc[part["head"].str.isdigit(), "hit_ratio"] for _, part in with_heads]
+    limits = (min(map(min, ratios), default=0.0), max(map(max, ratios), default=1.0))
+    for name, part in with_heads:
+        panels.append((2.6, partial(_plot_heads, name=name, part=part, limits=limits)))
     for name, saliency, part in models[:_MOST_MAPS]:
         examples = _read_examples(part)
         if examples is not None:
             strip = partial(_plot_maps, name=name, saliency=saliency, part=part, examples=examples)
             panels.append((0.5 + 0.85 * len(examples["image"]), strip))
     heights = [height for height, _ in panels]
-    figure = Figure(figsize=(11, sum(heights)), layout="constrained")
+    figure = plotting.blank(11, sum(heights))
     subfigures = figure.subfigures(len(panels), 1, height_ratios=heights, squeeze=False)[:, 0]
     for subfigure, (_, draw) in zip(subfigures, panels, strict=True):
         draw(subfigure)
     return figure
+
+
+def _has_heads(part: pd.DataFrame) -> bool:
+    return bool(part["head"].str.isdigit().any() and (part["head"] == "mean").any())
 
 
 def _read_examples(part: pd.DataFrame) -> dict[str, np.ndarray] | None:
@@ -53,7 +59,9 @@ def _read_examples(part: pd.DataFrame) -> dict[str, np.ndarray] | None:
 
 def _plot_lines(panel: SubFigure, models: list[tuple[str, str, pd.DataFrame]]) -> None:
     """Mean over heads on the left, best head on the right, with the nulls."""
-    left, right = plotting.subcanvas(panel, columns=2, sharey=True)[0]
+    parts = [part for *_, part in models]
+    axes = plotting.subcanvas(panel, columns=1 + any(map(_has_heads, parts)), sharey=True)[0]
+    left, right = axes[0], axes[-1]  # the same if no model has heads
     for i, (name, saliency, part) in enumerate(models):
         style = plotting.line_style(i)
         label = name if saliency == "attention" else f"{name}, {saliency}"
@@ -67,32 +75,27 @@ def _plot_lines(panel: SubFigure, models: list[tuple[str, str, pd.DataFrame]]) -
             plotting.line(
                 right, split, "step", "hit_ratio", style=thin, label=split_label, interval=None
             )
-    for ax, title in ((left, "mean over heads"), (right, "best head")):
+    for ax, title in zip(axes, ("mean over heads", "best head"), strict=False):
         for (column, label), dash in zip(_NULLS.items(), ("-", "--"), strict=True):
             for i, null in enumerate(sorted({part[column].iloc[0] for *_, part in models})):
                 ax.axhline(null, **plotting.NULL, linestyle=dash, label=None if i else label)
-        ax.set_title(title, fontsize=10)
+        plotting.title(ax, title)
         plotting.step_axis(ax, [step for *_, part in models for step in part["step"]])
     left.set_ylabel("hit ratio")
-    handles: dict[str, Any] = {}
-    for ax in (left, right):
-        handles |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
-    # the models first, then the nulls
-    labels = sorted(handles, key=lambda label: label in (*_NULLS.values(), _SPLIT))
-    lines = [handles[label] for label in labels]
-    panel.legend(lines, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    plotting.legend_below(panel, axes)
 
 
-def _plot_heads(panel: SubFigure, name: str, part: pd.DataFrame) -> None:
-    """Hit ratio of every head and step."""
+def _plot_heads(
+    panel: SubFigure, name: str, part: pd.DataFrame, limits: tuple[float, float]
+) -> None:
+    """Hit ratio of every head and step; all models share the colours."""
     heads = part[part["head"].str.isdigit()]
     table = heads.assign(head=heads["head"].astype(int)).pivot(
         index="head", columns="step", values="hit_ratio"
     )
     ax = plotting.subcanvas(panel)[0, 0]
-    plotting.heat_map(
-        panel, ax, table.to_numpy(), list(table.columns), list(table.index), "hit ratio"
-    )
+    steps, names = list(table.columns), list(table.index)
+    plotting.heat_map(panel, ax, table.to_numpy(), steps, names, "hit ratio", limits=limits)
     ax.set(xlabel="step", ylabel="head")
     ax.set_title(name, fontsize=10)
 

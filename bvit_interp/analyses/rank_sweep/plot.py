@@ -19,6 +19,7 @@ _TITLES = {
 }
 
 
+@plotting.house_style()
 def plot(frame: pd.DataFrame) -> Figure:
     """Fig. 7: accuracy against rank, one panel per method, with chance and random directions.
 
@@ -44,14 +45,12 @@ def plot(frame: pd.DataFrame) -> Figure:
         _draw_curves(ax, together, method)
     if curves:
         axes[0, 0].set_ylabel("accuracy")
-        lines = axes[0, 0].get_legend_handles_labels()
-        figure.legend(*lines, loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+        plotting.legend_below(figure, axes[0])
     limits = (single["accuracy"].min(), single["accuracy"].max())
     for ax, (name, method) in zip(axes[curve_rows:].flat, maps, strict=False):
         _draw_map(figure, ax, tables[name, method], limits)
-        ax.set_title(f"{name}: {_TITLES[method]}", fontsize=10)
-    for ax in axes.flat:
-        ax.set_visible(ax.has_data())
+        plotting.title(ax, f"{name}: {_TITLES[method]}")
+    plotting.leave_out_empty(figure, axes)
     return figure
 
 
@@ -67,13 +66,14 @@ def _draw_curves(ax: Axes, frame: pd.DataFrame, method: str) -> None:
         plotting.line(ax, chosen, x, "accuracy", style=style, label=name)
         random = rows[rows["method"] == "random"]
         if method != "random" and len(random):
-            label = "random directions, dashed like the model" if i == len(names) - 1 else None
-            grey = {**style, **plotting.NULL, "marker": ""}
-            plotting.line(ax, random, x, "accuracy", style=grey, label=label, interval=None)
+            pale = plotting.null_style(style) | {"gid": plotting.NULL_MARK}
+            label = None if i else "null: random directions"
+            plotting.line(ax, random, x, "accuracy", style=pale, label=label, interval=None)
     chance = frame["chance"].iloc[0]
     ax.axhline(chance, **plotting.NULL)
     ax.text(1, chance + 0.01, "chance", transform=ax.get_yaxis_transform(), ha="right", fontsize=8)
-    ax.set(xlabel="rank k" if x == "rank" else "rank k / width", ylim=(0, 1))
+    ax.set(xlabel="rank k" if x == "rank" else "rank k / width")
+    plotting.share_axis(ax)
     ax.set_title(_TITLES[method], fontsize=10)
 
 

@@ -20,8 +20,10 @@ _DECODED = {
     "mean": "without mean",
 }
 """What the step is decoded from, and its label."""
+_NULL_DASHES = {"most frequent class": ":", "a guess": "--"}
 
 
+@plotting.house_style()
 def plot(frame: pd.DataFrame) -> Figure:
     """Accuracy under changed schedules; the decoded step; runs without the step; replaced steps."""
     accuracy = frame[frame["metric"] == "accuracy"]
@@ -44,10 +46,13 @@ def plot(frame: pd.DataFrame) -> Figure:
     axes[1, 0].set_ylabel("change of true log-probability")
     variants = {"mean": "", "random_shift": random}
     _lines(axes[1, 1], removal, variants, "step mean removed after step t")
+    values = log_prob.loc[log_prob["variant"] == "replace", "value"]
+    limits = (float(values.min()), float(values.max()))
     for ax, (name, rows) in zip(axes[1, 2:], matrices, strict=False):
-        _matrix(figure, ax, name, rows)
-    for ax in axes.flat:
-        ax.set_visible(ax.has_data())
+        _matrix(figure, ax, name, rows, limits)
+    shown = [ax for ax in (*axes[0], *axes[1, :2]) if ax.has_data()]
+    plotting.leave_out_empty(figure, axes)
+    plotting.legend_below(figure, shown)
     return figure
 
 
@@ -62,14 +67,14 @@ def _lines(ax: Axes, frame: pd.DataFrame, variants: Mapping[str, str], title: st
                 style |= {"linestyle": "--", "markerfacecolor": "white"}
                 label = "" if i else second  # once for all models
             if variant.startswith("random"):
-                style |= plotting.NULL | {"marker": ""}
+                style = plotting.null_style(plotting.line_style(i))
+                style |= {"gid": plotting.NULL_MARK}
             own = rows[rows["variant"] == variant]
             plotting.line(ax, own, "step", style=style, label=label or None)
     if chosen["null"].notna().any():
         _null(ax, chosen, "most frequent class")
     plotting.step_axis(ax, chosen["step"])
-    ax.set_title(title, fontsize=10)
-    plotting.legend(ax)
+    plotting.title(ax, title)
 
 
 def _whole_schedules(ax: Axes, schedule: pd.DataFrame) -> None:
@@ -80,8 +85,7 @@ def _whole_schedules(ax: Axes, schedule: pd.DataFrame) -> None:
     order = rows["variant"].map(list(_WHOLE).index)
     _points(ax, rows.assign(label=labels).iloc[order.argsort(kind="stable")])
     _null(ax, rows, "most frequent class")
-    ax.set_title("other schedules and numbers of steps", fontsize=10)
-    plotting.legend(ax)
+    plotting.title(ax, "other schedules and numbers of steps")
 
 
 def _decoding(ax: Axes, decoding: pd.DataFrame) -> None:
@@ -91,9 +95,8 @@ def _decoding(ax: Axes, decoding: pd.DataFrame) -> None:
     rows = rows.assign(label=rows["tokens"] + ": " + rows["variant"].map(_DECODED), order=order)
     _points(ax, rows.sort_values(["tokens", "order"], kind="stable"))
     _null(ax, rows, "a guess")
-    ax.set_title("step decoded from held-out tokens", fontsize=10)
+    plotting.title(ax, "step decoded from held-out tokens")
     ax.set_ylabel("accuracy of the step")
-    plotting.legend(ax)
 
 
 def _points(ax: Axes, frame: pd.DataFrame) -> None:
@@ -104,20 +107,22 @@ def _points(ax: Axes, frame: pd.DataFrame) -> None:
         shift = 0.2 * (i - (len(models) - 1) / 2)
         at = [labels.index(label) + shift for label in rows["label"]]
         plotting.points(ax, at, rows, style=plotting.line_style(i))
-    ax.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7)
+    ax.set_xticks(range(len(labels)), labels, rotation=90, fontsize=8)
 
 
 def _null(ax: Axes, frame: pd.DataFrame, label: str) -> None:
-    ax.axhline(frame["null"].max(), **plotting.NULL, linestyle=":", label=label)
-    ax.set_ylim(0, 1)
+    ax.axhline(frame["null"].max(), **plotting.NULL, linestyle=_NULL_DASHES[label], label=label)
+    plotting.share_axis(ax)
 
 
-def _matrix(figure: Figure, ax: Axes, name: object, rows: pd.DataFrame) -> None:
-    """Change of the true log-probability with step s in place of step t."""
+def _matrix(
+    figure: Figure, ax: Axes, name: object, rows: pd.DataFrame, limits: tuple[float, float]
+) -> None:
+    """Change of the true log-probability with step s in place of step t; models share colours."""
     whole = rows.astype({"step": int, "other_step": int})
     table = whole.pivot(index="other_step", columns="step", values="value")
     steps, values = list(table.columns), table.to_numpy(dtype=float)
     label = "change of true log-probability"
-    plotting.heat_map(figure, ax, values, steps, steps, label, numbers=False)
+    plotting.heat_map(figure, ax, values, steps, steps, label, numbers=False, limits=limits)
     ax.set(xlabel="step t", ylabel="step s")
-    ax.set_title(f"{name}: step s in place of step t", fontsize=10)
+    plotting.title(ax, f"{name}: step s in place of step t")

@@ -23,11 +23,12 @@ Models = list[tuple[Any, pd.DataFrame]]
 """Name of each model, and its rows."""
 
 
+@plotting.house_style()
 def plot(frame: pd.DataFrame) -> Figure:
     """Neurons only: selectivity, onset and offset, changes of profile, and some neurons in full."""
     typed = frame.astype({"unit": "Int64", "step": "Int64"})
     models = list(typed[typed["site"] == "mlp_post"].groupby("model", sort=False))
-    figure, axes = plotting.canvas(columns=3, rows=2, width=4.6, height=3.6)
+    figure, axes = plotting.canvas(columns=3, rows=2, width=4.6, height=3.8)
     _all_neurons(figure, axes[0, 0], models)
     _selective_share(axes[0, 1], models)
     _distribution(axes[0, 2], models, "profile_change_ends", thin="profile_change")
@@ -40,12 +41,14 @@ def plot(frame: pd.DataFrame) -> Figure:
     labels = _labels_of_described(first)
     _described(axes[1, 1], first[first["metric"] == "selectivity"], labels)
     axes[1, 1].axhline(0, **plotting.NULL, linestyle="--", label="permuted labels")
-    axes[1, 1].set_title(f"selectivity of described neurons\n{name}", fontsize=10)
+    plotting.title(axes[1, 1], f"selectivity of described neurons\n{name}")
     one_step = first[(first["metric"] == "ablation_logit") & first["step"].notna()]
     _described(axes[1, 2], one_step, labels, null_label="random neurons")
-    axes[1, 2].set_title("change of the true logit, ablated at one step", fontsize=10)
-    for ax in axes.flat[1:]:
-        plotting.legend(ax)
+    plotting.title(axes[1, 2], f"change of the true logit, ablated at one step\n{name}")
+    for ax in (axes[1, 1], axes[1, 2]):
+        plotting.legend(ax, below=True)
+    plotting.legend_below(figure, [axes[0, 1], axes[0, 2], axes[1, 0]])
+    plotting.leave_out_empty(figure, axes)
     return figure
 
 
@@ -62,7 +65,8 @@ def _all_neurons(figure: Figure, ax: Axes, models: Models) -> None:
         ticks |= {start + t - 1: str(t) for t in range(1, steps + 1) if t % 4 == 0 or t == 1}
         ticks[start + steps - 1] = str(steps)
         middle = start + (steps - 1) / 2
-        ax.text(middle, -0.01 * len(table), name, ha="center", va="bottom", fontsize=7)
+        above = plotting.wrapped(str(name), 50 // min(len(models), _MOST_MODELS))
+        ax.text(middle, -0.01 * len(table), above, ha="center", va="bottom", fontsize=8)
         start += steps + 1
     matrix = pd.concat(shown[:-1], axis=1).to_numpy(float)
     image = ax.imshow(
@@ -71,7 +75,7 @@ def _all_neurons(figure: Figure, ax: Axes, models: Models) -> None:
     ax.set_xticks(list(ticks), list(ticks.values()))
     ax.set(xlabel="step", ylabel="neurons, by onset and offset")
     ax.set_title("selectivity of every neuron\n", fontsize=10)
-    figure.colorbar(image, ax=ax, label="debiased $\\eta^2$", shrink=0.9)
+    figure.colorbar(image, ax=ax, label="debiased η²", shrink=0.9)
 
 
 def _by_onset(rows: pd.DataFrame) -> pd.DataFrame:
@@ -114,9 +118,10 @@ def _distribution(ax: Axes, models: Models, metric: str, thin: str | None = None
         style = plotting.line_style(i) | {"marker": ""}
         if thin is not None:
             _cumulative(ax, rows, thin, "value", style | {"linewidth": 0.8})
-        _cumulative(ax, rows, metric, "null", style | plotting.NULL)
-        _cumulative(ax, rows, metric, "value", style | {"label": name})
-    ax.plot([], [], **plotting.NULL, label="profile of the next neuron")
+        null = plotting.null_style(style) | {"gid": plotting.NULL_MARK}
+        label = None if i else "profile of the next neuron"
+        _cumulative(ax, rows, metric, "null", null | {"label": label})
+        _cumulative(ax, rows, metric, "value", style | {"label": plotting.label_of(name)})
     ax.set(ylabel="share of neurons", ylim=(0, 1.02))
 
 

@@ -19,6 +19,7 @@ _LOOKS: tuple[dict[str, Any], ...] = (
 """Of the first and the second series of a panel."""
 
 
+@plotting.house_style()
 def plot(frame: pd.DataFrame) -> Figure:
     """Amplification by step, along the run and by kind of token; how far perturbed runs get.
 
@@ -50,7 +51,6 @@ def plot(frame: pd.DataFrame) -> Figure:
         neutral=0,
     )
     axes[0, 1].set_xlabel("exponent")
-    axes[0, 1].set_ylim(top=1.7 * axes[0, 1].get_ylim()[1])  # room for the legend
     _series(
         axes[0, 2],
         {
@@ -62,9 +62,10 @@ def plot(frame: pd.DataFrame) -> Figure:
         neutral=0,
     )
     _perturbed_runs(axes[1, 0], axes[1, 1], frame)
+    plotting.share_axis(axes[1, 1])
     _gains(axes[1, 2], _metric(at_horizon, "gain"))
     for ax in (axes[0, 0], axes[1, 0], axes[1, 2]):
-        ax.set_yscale("log")
+        plotting.log_axis(ax)
     return figure
 
 
@@ -121,15 +122,16 @@ def _series(
         ax.plot([], [], color="0.1", marker="o", markersize=4, label=series_name, **look)
         for i, name in enumerate(names):
             style = plotting.line_style(i) | look
-            plotting.line(ax, part[part["model"] == name], x, style=style, null="null")
+            rows = part[part["model"] == name]
+            plotting.line(ax, rows, x, style=style, null="null", null_label=None if i else null)
     for i, name in enumerate(names):
-        ax.plot([], [], color=plotting.line_style(i)["color"], linewidth=4, label=name)
-    ax.plot([], [], **plotting.NULL, label=null)
+        colour = plotting.line_style(i)["color"]
+        ax.plot([], [], color=colour, linewidth=4, label=plotting.label_of(name))
     if neutral is not None:
         ax.axhline(neutral, **plotting.NULL, linestyle=":")
     plotting.step_axis(ax, [step for part in series.values() for step in part[x]])
-    plotting.legend(ax)
-    ax.set_title(title, fontsize=10)
+    plotting.legend(ax, below=True)
+    plotting.title(ax, title)
     ax.set_ylabel(label)
 
 
@@ -153,5 +155,5 @@ def _gains(ax: Axes, gain: pd.DataFrame) -> None:
     labels = [f"{_NAMES[source]}\nto {_NAMES[read]}" for source, read in pairs]
     ax.set_xticks(range(len(pairs)), labels, fontsize=8)
     ax.set_ylabel("ratio of norms")
-    ax.set_title("gain from kind to kind of token, step T", fontsize=10)
-    plotting.legend(ax)
+    plotting.title(ax, "gain from kind to kind of token, step T")
+    plotting.legend(ax, below=True)

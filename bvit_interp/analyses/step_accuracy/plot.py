@@ -13,22 +13,29 @@ _PANELS = {
     "accuracy": (
         "top-1 accuracy of the head after the step",
         "chance",
-        "chance: most frequent class",
+        "null: most frequent class",
     ),
     "agreement": ("same prediction as after step T", None, None),
-    "true_rank": ("mean rank of the true class", "true_rank_null", "logits in random order"),
-    "flips": ("prediction differs from the previous step", "flips_null", "independent predictions"),
+    "true_rank": ("mean rank of the true class", "true_rank_null", "null: logits in random order"),
+    "flips": (
+        "prediction differs from the previous step",
+        "flips_null",
+        "null: independent predictions",
+    ),
 }
 
 
+@plotting.house_style()
 def plot(frame: pd.DataFrame) -> Figure:
     """Fig. 8: accuracy against step; then agreement with step T, rank of the true class, and flips
     between steps."""
     figure, axes = plotting.canvas(columns=2, rows=2, width=5.0, height=3.2)
-    for ax, column in zip(axes.flat, _PANELS, strict=True):
+    shown = [column for column in _PANELS if frame[column].notna().any()]
+    for ax, column in zip(axes.flat, shown, strict=False):
         _plot_column(ax, frame, column)
-    for ax, label in zip(axes[:, 0], ("share of images", "rank, 1 = first"), strict=True):
-        ax.set_ylabel(label)
+        ax.set_ylabel("rank, 1 = first" if column == "true_rank" else "share of images")
+    plotting.leave_out_empty(figure, axes)
+    plotting.legend_below(figure, axes.flat[: len(shown)])
     return figure
 
 
@@ -47,13 +54,12 @@ def _plot_column(ax: Axes, frame: pd.DataFrame, column: str) -> None:
             label=name if first else None,
             interval=("low", "high") if first else None,
             null=null,
-            null_label=null_label if name == names[-1] else None,
+            null_label=null_label if name == names[0] else None,
         )
     for trained in sorted(set(frame["trained_steps"])):
         label = f"trained for T = {trained}" if first else None
         ax.axvline(trained, **plotting.NULL, linestyle="--", label=label)
-    ax.set_title(title, fontsize=10)
+    plotting.title(ax, title)
     ax.set_ylim(*((1, None) if column == "true_rank" else (0, 1.02)))
-    ax.set_xlim(0, frame["step"].max() + 1)
+    ax.set_xlim(0.5, frame["step"].max() + 0.5)
     plotting.step_axis(ax, frame["step"])
-    plotting.legend(ax)

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -14,11 +13,11 @@ from matplotlib.figure import Figure
 from bvit_interp import plotting
 
 _METHODS = {
-    "magnitude": "$|w|$",
-    "taylor": r"$|w\,\Sigma_t g_t|$",
-    "stepwise": r"$\Sigma_t |w g_t|$",
-    "step_max": r"$\max_t |w g_t|$",
-    "own_masks": r"a mask per step: $|w g_t|$",
+    "magnitude": "|w|",
+    "taylor": "|w Σₜ gₜ|",
+    "stepwise": "Σₜ |w gₜ|",
+    "step_max": "maxₜ |w gₜ|",
+    "own_masks": "a mask per step: |w gₜ|",
     "random": "random weights",
     "shifted_masks": "masks of the next step",
 }
@@ -37,13 +36,14 @@ class _Line:
     """Without it the null is not drawn."""
 
 
+@plotting.house_style()
 def plot(frame: pd.DataFrame) -> Figure:
     """Shares by step, cosines and owners of the first model whose steps share weights; norms and
     pruning of all models."""
     names = list(dict.fromkeys(frame["model"]))
     sharing = next(iter(frame.loc[frame["metric"] == "cosine", "model"]), names[0])
     figure, axes = plotting.canvas(
-        columns=3, rows=math.ceil((4 + len(names)) / 3), width=4.6, height=3.7
+        columns=3, rows=math.ceil((4 + len(names)) / 3), width=4.6, height=4.2
     )
     share, cosine, owner, norm, *pruning = axes.flat
     by_layer = frame[frame["layer"] != "head"]
@@ -56,10 +56,8 @@ def plot(frame: pd.DataFrame) -> Figure:
     accuracy = frame[frame["metric"] == "accuracy"]
     for ax, name in zip(pruning, names, strict=False):
         _draw_pruning(ax, accuracy[accuracy["model"] == name])
-        ax.set_title(f"pruned, not retrained: {name}")
-    for ax in axes.flat:
-        ax.title.set_fontsize(10)
-        ax.set_visible(ax.has_data())
+        plotting.title(ax, f"pruned, not retrained: {name}")
+    plotting.leave_out_empty(figure, axes)
     return figure
 
 
@@ -71,7 +69,9 @@ def _draw_shares(ax: Axes, frame: pd.DataFrame, sharing: str) -> None:
     others = [name for name in dict.fromkeys(frame["model"]) if name != sharing]
     lines += [_Line(name, "all", f"{name}: all") for name in others]
     _draw_by_step(ax, frame, lines)
-    ax.set(title=f"share of squared gradient: {sharing}", yscale="log", ylim=(None, 20))
+    plotting.title(ax, f"share of squared gradient: {sharing}")
+    plotting.log_axis(ax)
+    ax.set_ylim(top=1)
 
 
 def _draw_owners(ax: Axes, frame: pd.DataFrame, name: str) -> None:
@@ -80,14 +80,16 @@ def _draw_owners(ax: Axes, frame: pd.DataFrame, name: str) -> None:
         _Line(name, "neuron", "neurons", "neurons, terms shuffled"),
     ]
     _draw_by_step(ax, frame, lines)
-    ax.set(title="owner: share with the largest $g_t^2$ at the step", ylim=(0, None))
+    plotting.title(ax, "owner: share with the largest gₜ² at the step")
+    plotting.share_axis(ax)
 
 
 def _draw_norms(ax: Axes, frame: pd.DataFrame) -> None:
-    names = dict.fromkeys(frame["model"])
-    lines = [_Line(name, "all", name, f"{name}: by choice of images") for name in names]
+    names = list(dict.fromkeys(frame["model"]))
+    lines = [_Line(name, "all", name, "null: by choice of images") for name in names]
     _draw_by_step(ax, frame, lines)
-    ax.set(title="norm of the gradient of the block", yscale="log")
+    plotting.title(ax, "norm of the gradient of the block")
+    plotting.log_axis(ax)
 
 
 def _draw_by_step(ax: Axes, frame: pd.DataFrame, lines: list[_Line]) -> None:
@@ -103,7 +105,7 @@ def _draw_by_step(ax: Axes, frame: pd.DataFrame, lines: list[_Line]) -> None:
             null_label=line.null_label,
         )
     plotting.step_axis(ax, frame["step"])
-    ax.legend(frameon=False, fontsize=8, ncols=2 if len(lines) > 4 else 1)
+    plotting.legend(ax, below=True)
 
 
 def _draw_cosines(figure: Figure, ax: Axes, frame: pd.DataFrame) -> None:
@@ -122,7 +124,7 @@ def _draw_cosines(figure: Figure, ax: Axes, frame: pd.DataFrame) -> None:
     steps = [int(step) for step in table.columns]
     plotting.heat_map(figure, ax, values, steps, steps, "cosine")
     title = f"cosine of two steps' terms (null within {largest_null:.2g})"
-    ax.set_title(f"{title}\nlower left: from different images")
+    plotting.title(ax, f"{title}\nlower left: from different images")
     ax.set(xlabel="step", ylabel="step")
 
 
@@ -140,5 +142,5 @@ def _draw_pruning(ax: Axes, frame: pd.DataFrame) -> None:
     chance = whole["null"].iloc[0]
     ax.axhline(chance, **plotting.NULL, linestyle=":", label="most frequent class")
     ax.set(xlabel="share of matrix weights set to zero", ylabel="accuracy on the other half")
-    ax.set(ylim=(0, 1.4), yticks=np.linspace(0, 1, 6))
-    ax.legend(frameon=False, fontsize=8, ncols=2, loc="upper left")
+    plotting.share_axis(ax)
+    plotting.legend(ax, below=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from typing import Any
 
 import pandas as pd
@@ -18,6 +17,7 @@ _MOST_CLASSES = 10
 _MOST_MODELS = 3
 
 
+@plotting.house_style()
 def plot(frame: pd.DataFrame) -> Figure:
     """Fig. 9: one panel per class, with the step as the colour and the mean path of the class.
 
@@ -42,11 +42,11 @@ def plot(frame: pd.DataFrame) -> Figure:
         points = frame[frame["model"] == name]
         for ax, label in zip(axes[m * rows : (m + 1) * rows].flat, classes, strict=False):
             _panel(ax, points, points[points["label"] == label], shades, norm)
-            ax.set_title(str(label), fontsize=9)
+            plotting.title(ax, str(label), 9)
         for ax in list(axes[m * rows : (m + 1) * rows].flat)[len(classes) :]:
             ax.set_axis_off()
         if len(models) > 1:
-            axes[m * rows, 0].set_ylabel(name[-plotting.LONGEST_LABEL :], fontsize=9)
+            axes[m * rows, 0].set_ylabel(plotting.wrapped(str(name), 20 * rows), fontsize=9)
     bar = figure.colorbar(
         ScalarMappable(norm, shades), ax=axes, label="step", aspect=30, shrink=0.8
     )
@@ -57,7 +57,7 @@ def plot(frame: pd.DataFrame) -> Figure:
         f"{title}. Share of the nearest neighbours in 2-D (in CLS space, null):",
         *(_caption(frame, name) for name in models),
     ]
-    figure.suptitle("\n".join(textwrap.fill(line, 38 * columns) for line in lines), fontsize=8)
+    figure.suptitle("\n".join(plotting.wrapped(line, 38 * columns) for line in lines), fontsize=8)
     return figure
 
 

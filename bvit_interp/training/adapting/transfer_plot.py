@@ -20,6 +20,7 @@ _EXACT_LABEL = "probe, exact solver"
 _APART = 0.14  # between two series at one mode, in modes
 
 
+@plotting.house_style()
 def plot(frame: pd.DataFrame) -> Figure:
     """One row per data set: modes beside each other, and adapters at single steps if there are any.
 
@@ -35,10 +36,10 @@ def plot(frame: pd.DataFrame) -> Figure:
     for row, data in zip(axes, datasets, strict=True):
         rows = frame[frame["data"] == data]
         _draw_modes(row[0], rows)
-        row[0].set_title(data)
+        plotting.title(row[0], data, 11)
         if has_steps:
             _draw_steps(row[1], rows)
-            row[1].set_title(f"{data}: an adapter at one step")
+            plotting.title(row[1], f"{data}: an adapter at one step", 11)
     return figure
 
 
@@ -119,7 +120,8 @@ def _draw_steps(ax: Axes, frame: pd.DataFrame) -> None:
         rows = frame[(frame["mode"] == mode) & (frame["series"] == series)]
         means = _over_seeds(rows, "step").reset_index()
         label = f"{_MODES[mode]}, {series}, {_seeds(means['seeds'])}".replace("\n", " ")
-        plotting.line(ax, means, "step", style=plotting.line_style(i), label=label)
+        style, band = plotting.line_style(i), _spread(means["seeds"])
+        plotting.line(ax, means, "step", style=style, label=label, interval_label=band)
         ends = _over_seeds(rows, "steps").reindex(["none", "all"])
         positions = [last + 1.5 + 0.2 * i, last + 2.5 + 0.2 * i]
         plotting.points(ax, positions, ends, style=plotting.line_style(i))
@@ -139,7 +141,7 @@ def _draw_nulls(ax: Axes, frame: pd.DataFrame) -> None:
 
 def _legend(ax: Axes) -> None:
     """Below the axes, because lines may lie anywhere in them."""
-    ax.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.32), ncols=2)
+    plotting.legend(ax, below=True)
 
 
 def _over_seeds(frame: pd.DataFrame, key: str) -> pd.DataFrame:
@@ -165,6 +167,11 @@ def _seeds(counts: pd.Series) -> str:
     if most == 1:
         return "one seed"
     return f"{most} seeds" if least == most else f"{least} to {most} seeds"
+
+
+def _spread(counts: pd.Series) -> str:
+    """What bands are."""
+    return plotting.INTERVAL if counts.max() == 1 else "standard deviation over seeds"
 
 
 def _counts(trained: pd.DataFrame, mode: str) -> str:

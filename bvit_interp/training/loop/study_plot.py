@@ -10,6 +10,7 @@ from bvit_interp import plotting
 _LABELS = {"width": "width D", "steps": "steps", "heads": "heads", "blocks": "distinct blocks"}
 
 
+@plotting.house_style()
 def plot(frame: pd.DataFrame) -> Figure:
     """Accuracy of the averaged weights: one line per series, the mean over seeds.
 
@@ -23,7 +24,8 @@ def plot(frame: pd.DataFrame) -> Figure:
         means = _over_seeds(rows, varied)
         seeds = int(means["seeds"].max())
         label = f"{series}, {seeds} seeds" if seeds > 1 else f"{series}, one seed"
-        plotting.line(ax, means, varied, style=plotting.line_style(i), label=label)
+        style, band = plotting.line_style(i), "standard deviation over seeds"
+        plotting.line(ax, means, varied, style=style, label=label, interval_label=band)
     ax.axhline(frame["chance"].iloc[0], **plotting.NULL, label="chance")
     ax.set_xscale("log", base=2)
     ax.set_xticks(values, [str(value) for value in values])

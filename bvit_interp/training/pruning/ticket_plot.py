@@ -20,6 +20,7 @@ _TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 _SPARSITY = "pruned share of a mask"
 
 
+@plotting.house_style()
 def plot(frame: pd.DataFrame) -> Figure:
     """Balanced accuracy and stored weights of every method, and overlap of the masks by layer.
 
@@ -33,8 +34,7 @@ def plot(frame: pd.DataFrame) -> Figure:
     _size(size, scored, methods)
     _overlap(overlap, frame)
     plotting.legend(overlap)
-    handles = accuracy.get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    plotting.legend_below(figure, [accuracy])
     return figure
 
 

@@ -45,6 +45,8 @@ def test_the_figure_has_the_numbers_of_the_csv(make, digits):
         table = part.pivot_table(index=["site", "unit"], columns="step", values="value")
         table = table.loc[["z", "mlp_post"]].to_numpy()
         assert any(each.shape == (4, 3) and np.allclose(each, table) for each in maps)
+    limits = {ax.images[0].get_clim() for ax in figure.axes if ax.images and ax.get_ylabel() == ""}
+    assert len(limits) == 1  # one scale
 
 
 @pytest.mark.parametrize("scopes", [("all",), ("from",), ("each",), ("each", "all")])

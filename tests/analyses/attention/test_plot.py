@@ -40,7 +40,9 @@ def test_numbers_of_the_figure(tiny, tiny_reg4, digits, tmp_path):
         np.testing.assert_allclose(
             [bar.get_y() for bar in bars[1]], means.loc["cls_to_cls", "value"]
         )
-        shown = figure.subfigs[2].axes[0].images[0].get_array()
+        image = figure.subfigs[2].axes[0].images[0]
+        assert (image.get_clim(), image.cmap.name) == ((-1, 1), "RdBu_r")
+        shown = image.get_array()
         first = means.loc["step_correlation"].iloc[0]
         assert shown[0, 1] == pytest.approx(first["value"])
         assert shown[1, 0] == pytest.approx(first["null"])
@@ -57,7 +59,9 @@ def test_without_cls_or_with_one_image(make, tiny, digits):
     pooled = make(name="vit_tiny_patch16_224", depth=2, class_token=False, global_pool="avg")
     frame = measure({"a": pooled, "b": tiny}, digits, Config(limit=1))
     assert len(plot(read_back(frame)).subfigs) == 3
-    assert len(plot(read_back(frame[frame["model"] == "a"])).subfigs) == 1
+    alone = plot(read_back(frame[frame["model"] == "a"]))
+    assert len(alone.subfigs) == 1
+    assert all(ax.has_data() for ax in alone.axes)  # no panel of CLS
 
 
 def test_maps_that_correlate_with_nothing(tiny, digits):

@@ -23,6 +23,8 @@ def test_the_figure_has_the_numbers_of_the_csv(tiny, stacked, digits):
     assert any(each.shape == (12, 12) and np.allclose(each, matrix) for each in maps)
     shifts = rows[rows["step_from"].isna()]
     lines = [np.asarray(line.get_ydata()) for ax in figure.axes for line in ax.lines]
+    ends = {ax.get_ylim() for ax in figure.axes if ax.get_xlabel().startswith("shift")}
+    assert len(ends) == 1  # one scale
     for column in ("value", "null"):
         assert any(len(ys) == 23 and np.allclose(ys, shifts[column]) for ys in lines)
 

@@ -25,6 +25,9 @@ def test_numbers_of_the_figure(tiny, tiny_te, digits, tmp_path):
     assert constants == [frame["chance"].iloc[0], frame["centre_hit_ratio"].iloc[0]]
     shown = figure.subfigs[1].axes[0].images[0].get_array()
     np.testing.assert_allclose(shown, [by_head[str(head)] for head in range(4)])
+    limits = [panel.axes[0].images[0].get_clim() for panel in figure.subfigs[1:3]]
+    single = frame.loc[frame["head"].astype(str).str.isdigit(), "hit_ratio"]
+    assert limits == [(single.min(), single.max())] * 2  # one scale
     assert len(plot(read.assign(path=None)).subfigs) == 3
 
 
@@ -33,3 +36,4 @@ def test_one_map_per_step(tiny, digits, tmp_path):
     figure = plot(measure({"m": tiny}, digits, config, folder=tmp_path))
     assert len(figure.subfigs) == 2  # lines and maps, no heads
     assert len(figure.subfigs[1].axes) == 13
+    assert len(figure.subfigs[0].axes) == 1  # no best head

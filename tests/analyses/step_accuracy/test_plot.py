@@ -30,3 +30,11 @@ def test_each_panel_shows_its_column_and_its_null(tiny, stacked, digits):
         assert {3, 12} <= verticals
     band = axes[0].collections[0].get_paths()[0].vertices[:, 1]
     assert {*part["low"].round(9), *part["high"].round(9)} <= {*band.round(9)}
+
+
+def test_one_step_has_no_panel_of_changes(tiny, digits):
+    table = step_accuracy.measure({"a": tiny}, digits, step_accuracy.Config(limit=30))
+    figure = step_accuracy.plot(table[table["step"] == 1])
+    assert len(figure.axes) == 3  # nothing is known of flips
+    null = figure.axes[0].lines[1]
+    assert null.get_marker() == "_"  # a line of one point would not be seen

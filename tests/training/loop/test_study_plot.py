@@ -63,6 +63,7 @@ def test_chance_axis_and_ticks(frame):
         "bViT, 3 seeds",
         "ViT, one seed",
         "chance",
+        "standard deviation over seeds",
     }
 
 
