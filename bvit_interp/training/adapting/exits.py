@@ -9,6 +9,8 @@ mean over exits. The paper prints Adam and 50 epochs. Ours, where the paper is s
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bvit_interp import results
-from bvit_interp.data.samples import Samples
+from bvit_interp.data.samples import Samples, first_line
 from bvit_interp.data.stream import ModelBatch, stream
 from bvit_interp.errors import UserError
 from bvit_interp.metrics.streaming.statistics import PerImage
@@ -33,6 +35,7 @@ from bvit_interp.training.adapting.exit_plan import Plan
 from bvit_interp.training.loop.feed import fingerprint
 
 HISTORY = "exits_history.csv"
+_log = logging.getLogger(__name__)
 STATES = "exits_states.pt"
 COLUMNS = {
     "epoch": "passes over the cached states, from 1",
@@ -87,10 +90,8 @@ def cached_states(
         "resize": plan.resize,
     }
     path = out / STATES
-    if path.is_file():
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-        if stored["about"] == about:
-            return stored["states"], stored["labels"]
+    if path.is_file() and (stored := _stored(path, about, model)) is not None:
+        return stored
     view, per_image = unroll(model), PerImage()
 
     def record(batch: ModelBatch) -> tuple[Tensor, Tensor]:
@@ -112,6 +113,33 @@ def cached_states(
     if results.rank_and_world()[0] == 0:
         with results.replacing(path) as temporary:
             torch.save({"about": about, "states": cls_states, "labels": labels}, temporary)
+    return cls_states, labels
+
+
+def _stored(
+    path: Path, about: Mapping[str, Any], model: VisionTransformer
+) -> tuple[Tensor, Tensor] | None:
+    """States and labels of an earlier, interrupted call; None, to make them again, where the file
+    is damaged or of something else."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if content["about"] != about:
+            return None
+        cls_states, labels = content["states"], content["labels"]
+        fits = (
+            cls_states.dtype == torch.float32
+            and cls_states.shape == (len(labels), len(about["steps"]), model.embed_dim)
+            and labels.dtype == torch.int64
+            and labels.ndim == 1
+            and 0 <= int(labels.min()) <= int(labels.max()) < model.num_classes
+            and bool(cls_states.isfinite().all())
+        )
+    except Exception as error:  # torch raises one of many, depending on the damage
+        _log.warning("%s: not a file of states (%s); made again", path, first_line(error))
+        return None
+    if not fits:
+        _log.warning("%s: states of another model or of other classes; made again", path)
+        return None
     return cls_states, labels
 
 

@@ -23,7 +23,7 @@ from bvit_interp.data.samples import first_line
 from bvit_interp.errors import UserError
 from bvit_interp.models.adapters import Adapted
 from bvit_interp.models.stepping import device_of
-from bvit_interp.training.loop import build
+from bvit_interp.training.loop import build, saved_parts
 from bvit_interp.training.loop.feed import Share
 from bvit_interp.training.loop.recipe import Recipe
 
@@ -65,7 +65,7 @@ def fit(
     schedule = build.schedule(optimizer, recipe, steps)
     done, mean = 0, math.nan
     if path is not None and path.is_file():
-        done, mean = _resume(path, dict(keys or {}), adapted, optimizer)
+        done, mean = _resume(path, dict(keys or {}), adapted, optimizer, recipe.epochs)
     with tqdm(total=recipe.epochs, initial=done, desc=name, unit="epoch", disable=rank > 0) as bar:
         for epoch in range(done, recipe.epochs):
             total = torch.zeros((), device=device)
@@ -139,18 +139,22 @@ def _save(
 
 
 def _resume(
-    path: Path, keys: dict[str, Any], adapted: Adapted, optimizer: torch.optim.Optimizer
+    path: Path,
+    keys: dict[str, Any],
+    adapted: Adapted,
+    optimizer: torch.optim.Optimizer,
+    epochs: int,
 ) -> tuple[int, float]:
     """Load the trained tensors and the moments; the number of finished epochs and the last loss."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         found = dict(state["about"])
         if found == keys:
-            with torch.no_grad():
-                for name, tensor in adapted.trained.items():
-                    tensor.copy_(state["trained"][name])
-            optimizer.load_state_dict(state["optimizer"])
-            return int(state["done"]), float(state["loss"])
+            done = saved_parts.whole(state, "done", 1, epochs)
+            loss = saved_parts.number(state, "loss")
+            saved_parts.load_tensors(adapted.trained, state["trained"])
+            saved_parts.load_optimizer(optimizer, state["optimizer"])
+            return done, loss
     except (
         Exception
     ) as error:  # depends on the damage: UnpicklingError, RuntimeError, EOFError, ...

@@ -6,6 +6,8 @@ the epoch and the image alone.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from bvit_interp import results
 from bvit_interp.data.samples import first_line
 from bvit_interp.errors import UserError
 from bvit_interp.models.bvit import BViT
+from bvit_interp.training.loop import saved_parts
 from bvit_interp.training.loop.recipe import Recipe
 
 STATE = "state.pt"
@@ -90,8 +93,21 @@ class Run:
         except (OSError, RuntimeError) as error:  # RuntimeError is what torch raises on a full disk
             raise UserError(f"{path}: the state cannot be written ({first_line(error)})") from error
 
-    def resume(self, path: Path, recipe: Recipe, data: str, masks: str | None = None) -> None:
-        """Continue from a saved state; the parameters are those of `save`.
+    def resume(
+        self,
+        path: Path,
+        recipe: Recipe,
+        data: str,
+        masks: str | None = None,
+        columns: Collection[str] | None = None,
+        total: int = sys.maxsize,
+    ) -> None:
+        """Continue from a saved state; the first parameters are those of `save`.
+
+        Parameters
+        ----------
+        columns : those of the history; None takes any.
+        total : optimiser steps of the whole run.
 
         Raises
         ------
@@ -120,24 +136,26 @@ class Run:
                 f"{path} was trained under other masks than these; --overwrite starts again"
             )
         try:
-            self._load(state)
+            self._load(state, columns, total)
         except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{path}: {_INCOMPLETE} ({first_line(error)}); --overwrite starts again"
             ) from error
 
-    def _load(self, state: dict[str, Any]) -> None:
+    def _load(self, state: dict[str, Any], columns: Collection[str] | None, total: int) -> None:
+        done = saved_parts.whole(state, "done", 1, total)
+        sums = {key: saved_parts.number(state, key) for key in ("loss", "norm", "seconds")}
+        history = saved_parts.rows(state, columns)
+        precision = saved_parts.word(state, "precision", ("bf16", "off"))
         self.model.load_state_dict(state["model"])
         self.ema.module.load_state_dict(state["ema"])
         # `capturable` depends on the device of this process, not on that of the saved run
         capturable = [group["capturable"] for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state["optimizer"])
+        saved_parts.load_optimizer(self.optimizer, state["optimizer"])
         for group, value in zip(self.optimizer.param_groups, capturable, strict=True):
             group["capturable"] = value
-        for key in _PROGRESS:
-            setattr(self, key, state[key])
-        if not isinstance(self.history, list) or not isinstance(self.done, int):
-            raise ValueError("its parts have other types")
+        self.done, self.history, self.precision = done, history, precision
+        self.loss, self.norm, self.seconds = sums["loss"], sums["norm"], sums["seconds"]
 
 
 def _read(path: Path) -> dict[str, Any]:

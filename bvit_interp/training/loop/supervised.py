@@ -19,7 +19,7 @@ from bvit_interp.models.masks import FILE as MASKS
 from bvit_interp.models.masks import Masks
 from bvit_interp.training.loop.recipe import Recipe
 from bvit_interp.training.loop.state import STATE
-from bvit_interp.training.loop.trainer import WRITTEN, Trainer
+from bvit_interp.training.loop.trainer import COLUMNS, WRITTEN, Trainer
 
 _LONGEST_TITLE = 40  # characters of a progress bar
 
@@ -160,7 +160,12 @@ class _RunInFolder:
             self.trainer = trainer = Trainer(recipe, out, device, save_minutes, masks)
             if STATE in existing and not overwrite:
                 trainer.run.resume(
-                    out / STATE, recipe, trainer.data_fingerprint, trainer.masks_fingerprint
+                    out / STATE,
+                    recipe,
+                    trainer.data_fingerprint,
+                    trainer.masks_fingerprint,
+                    tuple(COLUMNS),
+                    trainer.total,
                 )
         self.writer = _tensorboard(out) if tensorboard and trainer.is_first else None
 

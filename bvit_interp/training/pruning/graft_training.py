@@ -25,7 +25,7 @@ from bvit_interp.data.samples import Samples, first_line
 from bvit_interp.errors import UserError
 from bvit_interp.models.bvit import BViT
 from bvit_interp.models.masks import Masks
-from bvit_interp.training.loop import build, feed
+from bvit_interp.training.loop import build, feed, saved_parts
 from bvit_interp.training.loop.distill import objective
 from bvit_interp.training.loop.draws import seeded
 from bvit_interp.training.loop.recipe import Recipe
@@ -261,12 +261,17 @@ class _Training:
                 f"{self.state} is of other grafts (other {', '.join(differing)});"
                 " --overwrite starts again"
             )
-        self.grafts.load_state_dict(content["grafts"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.losses.copy_(content["losses"])
-        self.done = content["done"]
-        self.history = content["history"]
-        self.precision = content["precision"]
+        try:
+            self.done = saved_parts.whole(content, "done", 0, self.total)
+            self.history = saved_parts.rows(content, ("epoch", "step", "loss"))
+            self.precision = saved_parts.word(content, "precision", ("bf16", "off"))
+            saved_parts.load_tensors({"losses": self.losses}, {"losses": content["losses"]})
+            self.grafts.load_state_dict(content["grafts"])
+            saved_parts.load_optimizer(self.optimizer, content["optimizer"])
+        except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            raise UserError(
+                f"{self.state}: not the whole state of grafts ({first_line(error)}); remove it"
+            ) from error
         self._choose_attention()
 
 

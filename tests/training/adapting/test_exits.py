@@ -88,6 +88,32 @@ def test_states_are_the_probes_and_are_kept(any_model, tmp_path, monkeypatch):
     assert len(other) == 3
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: [1, 2],
+        lambda content: {"states": content["states"]},
+        lambda content: content | {"states": content["states"][:, :1]},
+        lambda content: content | {"states": content["states"] * torch.nan},
+        lambda content: content | {"labels": content["labels"] + 99},
+        lambda content: content | {"labels": "abc"},
+        lambda content: content | {"labels": content["labels"][:3]},
+    ],
+)
+def test_states_that_cannot_be_are_made_again(tiny, tmp_path, damage, caplog):
+    data, given = DigitScenes("train", length=5), (tiny, (6, 8), Plan(), tmp_path)
+    made = cached_states(given[0], data, *given[1:])
+    content = damage(torch.load(tmp_path / STATES, weights_only=True))
+    if content == b"":
+        (tmp_path / STATES).write_bytes(content)
+    else:
+        torch.save(content, tmp_path / STATES)
+    again = cached_states(given[0], data, *given[1:])
+    assert all(torch.equal(one, other) for one, other in zip(made, again, strict=True))
+    assert "made again" in caplog.text
+
+
 def test_exits_learn_what_can_be_told_and_do_not_disturb_each_other():
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(3, (600,), generator=generator)

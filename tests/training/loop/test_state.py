@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 
 import pytest
@@ -61,6 +62,42 @@ def test_another_recipe_is_refused_by_what_differs(recipe, saved, change, named)
     assert saved.read_bytes() == before
 
 
+def moments(content, change):
+    """The optimizer's part of a state, its first moments changed."""
+    state = dict(content["optimizer"]["state"])
+    return {"optimizer": {**content["optimizer"], "state": {**state, 0: change(state[0])}}}
+
+
+def settings(content, **changes):
+    """The optimizer's part of a state, with other settings of its first group."""
+    first, *rest = content["optimizer"]["param_groups"]
+    return {"optimizer": {**content["optimizer"], "param_groups": [{**first, **changes}, *rest]}}
+
+
+WRONG_PARTS = {
+    "done before the start": lambda content: {"done": -5},
+    "done after the end": lambda content: {"done": 10**6},
+    "done a float": lambda content: {"done": 2.0},
+    "loss a word": lambda content: {"loss": "x"},
+    "loss nan": lambda content: {"loss": math.nan},
+    "seconds a list": lambda content: {"seconds": [1]},
+    "precision unknown": lambda content: {"precision": "int4"},
+    "history of words": lambda content: {"history": ["a"]},
+    "history a word": lambda content: {"history": "epoch"},
+    "history lacks columns": lambda content: {"history": [{"epoch": 1}]},
+    "history with words": lambda content: {
+        "history": [{**row, "loss": "x"} for row in content["history"]] or [{"loss": "x"}]
+    },
+    "moments of another shape": lambda content: moments(
+        content, lambda old: {**old, "exp_avg": torch.zeros(3, 3, 3)}
+    ),
+    "moments of words": lambda content: moments(content, lambda old: {**old, "exp_avg": "x"}),
+    "decay a word": lambda content: settings(content, weight_decay="x"),
+    "betas of one": lambda content: settings(content, betas=(0.9,)),
+    "weights of words": lambda content: {"model": dict.fromkeys(content["model"], "x")},
+}
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -76,8 +113,22 @@ def test_another_recipe_is_refused_by_what_differs(recipe, saved, change, named)
             {**content, "optimizer": {"state": {}, "param_groups": []}}, file
         ),
         lambda content, file: torch.save({**content, "recipe": None}, file),
+        *(
+            lambda content, file, part=part: torch.save({**content, **part(content)}, file)
+            for part in WRONG_PARTS.values()
+        ),
     ],
-    ids=["cut", "empty", "text", "list", "no ema", "no weights", "no moments", "no recipe"],
+    ids=[
+        "cut",
+        "empty",
+        "text",
+        "list",
+        "no ema",
+        "no weights",
+        "no moments",
+        "no recipe",
+        *WRONG_PARTS,
+    ],
 )
 def test_a_damaged_state_is_one_line_and_overwrite_starts_again(recipe, saved, damage):
     damage(torch.load(saved, weights_only=True), saved)

@@ -202,6 +202,14 @@ def test_the_state_of_other_grafts_is_refused(trained, samples, tmp_path):
         UserError, match=r"grafts.pt is of other grafts \(other epochs\); --overwrite starts again"
     ):
         graft_training.train(plan, 2, init, main, masks, samples, state)
+    whole = torch.load(state, weights_only=True)
+    losses = torch.zeros(99)
+    wrong = [{"done": -5}, {"done": 10**6}, {"history": ["a"]}, {"history": [{"epoch": 1}]}]
+    for change in (*wrong, {"losses": losses}, {"grafts": {}}, {"precision": 3}, {"optimizer": 1}):
+        torch.save({**whole, **change}, state)
+        with pytest.raises(UserError, match=r"not the whole state of grafts \(.+\); remove it"):
+            graft_training.train(plan, 1, init, main, masks, samples, state)
+    torch.save(whole, state)
     with pytest.raises(UserError, match=r"\(other masks\)"):
         graft_training.train(plan, 1, init, main, full(init), samples, state)
     with torch.no_grad():
