@@ -1,4 +1,4 @@
-"""File names that can be printed, files that can be read, and lines that are said once."""
+"""Names to print, files to read, lines that are said once."""
 
 from __future__ import annotations
 

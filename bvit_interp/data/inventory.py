@@ -1,4 +1,4 @@
-"""What a data set holds, what was left out and why: said before any pass, kept for the result."""
+"""What a data set holds, and what was left out and why."""
 
 from __future__ import annotations
 

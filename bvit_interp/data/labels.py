@@ -1,6 +1,6 @@
-"""Match a data set's classes to a model's, by evidence and never by position alone.
+"""Match a data set's classes to a model's, by evidence.
 
-The evidence, in this order:
+Position alone is no evidence. What is, in this order:
 
 1. **names**, where the model's checkpoint names its classes: the same name; else the same name in
    any case, with "_", "-" and runs of spaces read as one space; else the same name before its first
