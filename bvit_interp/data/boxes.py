@@ -28,6 +28,7 @@ from xml.etree import ElementTree
 import numpy as np
 from timm.data import ImageNetInfo
 
+from bvit_interp.data.files import escaped
 from bvit_interp.data.folders import image_files, subfolders
 from bvit_interp.data.samples import first_line, read_image
 from bvit_interp.errors import DataError, choices
@@ -137,11 +138,11 @@ class ImageNetBoxes:
 
     def name(self, i: int) -> str:
         label, file = self.files[i]
-        return f"{self.classes[label]}/{file}"
+        return f"{self.classes[label]}/{escaped(file)}"
 
     def read(self, i: int) -> tuple[np.ndarray, int, np.ndarray]:
         label, file = self.files[i]
-        path = self.image_root / (file if self._flat else self.name(i))
+        path = self.image_root / (file if self._flat else f"{self.classes[label]}/{file}")
         image = read_image(path, str(path))
         height, width = image.shape[:2]
         return image, label, self._boxes[i].mask(self.classes[label], label + 1, height, width)

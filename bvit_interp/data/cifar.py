@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 from torchvision import datasets
 
+from bvit_interp.data.files import check_regular
 from bvit_interp.data.parquet import ParquetSamples, split_files
 from bvit_interp.data.samples import Samples, first_line
 from bvit_interp.errors import DataError
@@ -32,6 +33,10 @@ class CifarBinaries:
 
     def __init__(self, name: Name, root: Path, split: str, download: bool = False) -> None:
         kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+        folder = root / BINARIES[name]
+        for file in folder.iterdir() if folder.is_dir() else ():
+            if file.exists() and not file.is_dir():
+                check_regular(file)
         try:
             source = kind(str(root), train=split == "train", download=download)
         except (OSError, RuntimeError) as error:  # a failed download or a wrong checksum

@@ -36,7 +36,7 @@ from bvit_interp.models.checkpoint import class_names
 from bvit_interp.models.looped import Model
 
 By = Literal["auto", "index", "position"]
-HELP = (
+HELP = (  # in Python the option is Config(classes="position")
     "--classes position if class i of the data, in the order of its sorted names, is the model's"
     " class i, or --classes index if its names are the model's class indices"
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 
 import numpy as np
@@ -103,3 +104,19 @@ def test_the_real_set(real):
         image, label, _ = samples.read(i)
         assert image.shape == (32, 32, 3)
         assert f"/{samples.classes[label]}/" in f"/{row['img']['path']}"
+
+
+def test_a_pipe_among_the_binaries_is_never_opened(tmp_path, put_binaries):
+    put_binaries()
+    assert len(open_cifar("cifar10", tmp_path, "test")) == 2
+    (tmp_path / "cifar-10-batches-py" / "test_batch").unlink()
+    os.mkfifo(tmp_path / "cifar-10-batches-py" / "test_batch")
+    with pytest.raises(DataError, match="test_batch: not a regular file"):
+        open_cifar("cifar10", tmp_path, "test")
+
+
+def test_the_official_order_is_told_by_the_names(tmp_path, put_parquet):
+    put_parquet(tmp_path / "test.parquet", PICTURES, [3, 9], list(CIFAR10))
+    assert open_cifar("cifar10", tmp_path, "test").official
+    put_parquet(tmp_path / "test.parquet", PICTURES, [3, 9], list(CIFAR10)[::-1])
+    assert not open_cifar("cifar10", tmp_path, "test").official
