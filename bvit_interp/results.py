@@ -6,7 +6,9 @@ hashes, versions and the command that made them. Under torchrun only the first p
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import os
 import platform
@@ -64,7 +66,15 @@ def write_table(frame: pd.DataFrame, path: Path) -> None:
 
 def read_table(path: Path) -> pd.DataFrame:
     """Read a CSV of `write_table`: floats exactly, models by name also where that is 007 or
-    null."""
+    null.
+
+    Raises
+    ------
+    UserError
+        For what is no such table: lines that are cut off or of another number of values, a column
+        twice, and text where numbers stand (`value`, `low`, `n`, ...); it names line and column.
+    """
+    lines = _checked_lines(path)
     exact: dict[str, Any] = {"float_precision": "round_trip"}
     # there the default is exact, the option deprecated
     if tuple(map(int, pd.__version__.split(".")[:2])) >= (
@@ -73,11 +83,55 @@ def read_table(path: Path) -> pd.DataFrame:
     ):
         exact = {}
     try:
-        return pd.read_csv(
+        frame = pd.read_csv(
             path, dtype={"model": str}, keep_default_na=False, na_values=[""], **exact
         )
     except ValueError as error:  # pandas' ParserError and EmptyDataError are ones
         raise UserError(f"{path}: not a table ({' '.join(str(error).split())})") from error
+    for place, column in enumerate(frame):
+        numeric = pd.api.types.is_numeric_dtype(frame[column])
+        if _NUMBERS.fullmatch(str(column)) and len(frame) and not numeric:
+            line, text = next((n, row[place]) for n, row in lines if not _is_number(row[place]))
+            raise UserError(f"{path}: line {line}, column {column}: {text[:40]!r} is no number")
+    return frame
+
+
+_NUMBERS = re.compile(
+    r"n|n_.*|value|x|y|(.*_)?(low|high|null|accuracy|loss|chance|ratio|rank|share|gflops)"
+)
+"""Columns that hold numbers, or nothing, in every table."""
+
+
+def _checked_lines(path: Path) -> list[tuple[int, list[str]]]:
+    """The rows of a CSV, each with the number of the line that it ends on."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            text = file.read()
+        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+        header = next(reader, [])
+        rows = [(reader.line_num, row) for row in reader if row]
+    except (ValueError, csv.Error) as error:
+        raise UserError(f"{path}: not a table ({' '.join(str(error).split())})") from error
+    if not header:
+        raise UserError(f"{path}: not a table (it is empty)")
+    if twice := sorted({name for name in header if header.count(name) > 1}):
+        raise UserError(f"{path}: not a table (column {twice[0]} is there twice)")
+    for line, row in rows:
+        if len(row) != len(header):
+            many = f"{len(row)} values for {len(header)} columns"
+            raise UserError(f"{path}: not a table (line {line} has {many})")
+    if not text.endswith("\n"):
+        last = rows[-1][0] if rows else 1
+        raise UserError(f"{path}: not a table (line {last} is cut off)")
+    return rows
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text or "nan")
+    except ValueError:
+        return False
+    return True
 
 
 def write_arrays(path: Path, **arrays: np.ndarray) -> None:

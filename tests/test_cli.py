@@ -340,6 +340,39 @@ def test_a_table_of_other_options_is_replaced_only_when_asked(ckpt, tmp_path, ca
     assert json.loads((tmp_path / "evaluate.json").read_text())["options"]["config"]["limit"] == 6
 
 
+def test_a_damaged_table_is_one_line(ckpt, tmp_path, capfd):
+    arguments = [
+        "rank-sweep",
+        "--ckpt",
+        ckpt,
+        "--limit",
+        "6",
+        "--out",
+        tmp_path,
+        "--ranks",
+        "4",
+        "8",
+    ]
+    assert main([*map(str, arguments)]) == 0
+    path = tmp_path / "rank_sweep.csv"
+    frame = pd.read_csv(path)
+    whole = path.read_text()
+    damages = {
+        whole[:-9]: r"line 3 ",
+        whole.replace(",8,", ",eight,"): "line 3, column rank: 'eight' is no number",
+        frame.drop(columns="rank").to_csv(index=False): "lacks rank",
+        frame.drop(columns="accuracy").to_csv(index=False): "lacks the columns accuracy",
+    }
+    for content, message in damages.items():
+        path.write_text(content)
+        assert message in error_of(capfd, arguments)
+        assert path.read_text() == content
+    for content in (*[*damages][:2], "model,rank\n"):
+        path.write_text(content)
+        assert "rank_sweep.csv" in error_of(capfd, ["report", tmp_path])
+    assert not (tmp_path / "report.html").exists()
+
+
 def test_an_early_error_leaves_nothing(ckpt, tmp_path, capfd):
     out = tmp_path / "new"
     error_of(capfd, ["rank-sweep", "--ckpt", ckpt, "--ranks", "999", "--out", out])
@@ -629,6 +662,17 @@ def test_broken_checkpoints(tiny, ckpt, tmp_path, capfd):
     assert "head.bias holds NaN" in error_of(capfd, ["energy-rank", "--ckpt", tmp_path / "nan"])
 
 
+def test_a_model_of_one_channel_is_one_line(make, tmp_path, capfd):
+    spec = str(save(make(in_chans=1), tmp_path / "grey"))
+    assert load(spec)(torch.zeros(1, 1, 32, 32)).shape == (1, 10)  # in Python it opens
+    out = ["--out", tmp_path / "out"]
+    for word in ("evaluate", "pointing-game", "early-exit train", "transfer"):
+        data = ["--data", "digits-s", "--ckpt", spec, "--limit", "4"]
+        message = error_of(capfd, [*word.split(), *data, *out])
+        assert f"{spec}: the model takes images of 1 channels, the data sets have 3" in message
+    assert not (tmp_path / "out").exists()
+
+
 class Trap:
     def __reduce__(self):
         return Path.touch, (Path("sprung"),)
@@ -645,6 +689,7 @@ def test_a_pickle_with_code_is_never_run(tmp_path, capfd, monkeypatch):
 
 def test_masks_and_images_that_do_not_belong_together(ckpt, pictures, tmp_path, capfd):
     arguments = ["pointing-game", "--ckpt", ckpt, "--data", pictures, "--out", tmp_path / "out"]
+    arguments.append("--overwrite")
     image, other, *_ = sorted(pictures.glob("validation/*/*"))
     mask = pictures / "validation-segmentation" / image.parent.name / f"{image.stem}.png"
     content = image.read_bytes()

@@ -255,6 +255,37 @@ def test_a_table_that_cannot_be_read_is_named(tmp_path, content):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("content", "wrong"),
+    [
+        ("model,value\nm,0.5\nm\n", r"not a table \(line 3 has 1 values for 2 columns\)"),
+        ("model,value\nm,0.5,3\n", r"not a table \(line 2 has 3 values for 2 columns\)"),
+        ("model,value\nm,0.5\nm,0.", r"not a table \(line 3 is cut off\)"),
+        ("model,val", r"not a table \(line 1 is cut off\)"),
+        ("model,value,value\nm,1,2\n", r"not a table \(column value is there twice\)"),
+        ('model,value\nm,0.5\n"m\nx",high\n', r"line 4, column value: 'high' is no number"),
+        ("model,n_fit\nm,3\nm,3\nm,many\n", r"line 4, column n_fit: 'many' is no number"),
+        ("model,hit_low\nm,\nm,-\n", r"line 3, column hit_low: '-' is no number"),
+        ('model,value\nm,"0.5\n', r"not a table \("),
+        ("model,value\n\xff,1\n", r"not a table \("),
+    ],
+)
+def test_a_wrong_line_is_named(tmp_path, content, wrong):
+    path = tmp_path / "a.csv"
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError, match=r"a\.csv: " + wrong) as error:
+        results.read_table(path)
+    assert "\n" not in str(error.value)
+
+
+def test_separators_of_lines_within_a_name_are_no_lines(tmp_path):
+    frame = pd.DataFrame(
+        {"model": ["a\u2028b", "c\x0bd", "e\r\nf"], "value": [1.0, math.inf, -0.5]}
+    )
+    results.write_table(frame, tmp_path / "a.csv")
+    pd.testing.assert_frame_equal(results.read_table(tmp_path / "a.csv"), frame, check_dtype=False)
+
+
 @pytest.mark.parametrize("content", ["a,b\n1,2\n", "a,b\n"])
 def test_a_table_without_the_keys_is_refused_at_the_first_look(tmp_path, content):
     path = tmp_path / "a.csv"

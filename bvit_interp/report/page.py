@@ -74,6 +74,8 @@ def _section(path: Path, word: str) -> dict[str, Any]:
     analysis = importlib.import_module(f"bvit_interp.analyses.{word}")
     question, *summary = _paragraphs(analysis.__doc__ or "")
     frame = read_table(path)
+    if frame.empty:
+        raise UserError(f"{path} has no rows")
     figure, about = path.with_suffix(".png"), path.with_suffix(".json")
     return {
         "word": word,
@@ -104,7 +106,7 @@ def _paragraphs(text: str) -> list[str]:
 def _options(path: Path) -> str:
     try:
         return json.dumps(json.loads(path.read_text()), indent=2)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error})") from error
 
 

@@ -13,10 +13,11 @@ import pandas as pd
 
 from bvit_interp import results
 from bvit_interp.cli.options.analysis import Inputs
+from bvit_interp.cli.run.channels import check_channels
 from bvit_interp.cli.run.output import draw, show
 from bvit_interp.cli.run.processes import processes
 from bvit_interp.data.catalog import open_samples
-from bvit_interp.errors import UserError
+from bvit_interp.errors import UserError, choices
 from bvit_interp.models import checkpoint
 from bvit_interp.models.looped import Model
 
@@ -49,7 +50,16 @@ def run_analysis(word: str, inputs: Inputs, config: Any, device: str = "cpu") ->
         further["table"] = results.Table(path, options, inputs.overwrite)
     elif not inputs.overwrite:
         results.refuse_other_options(path, options, whole="weights")
-    frame = question.measure(models, data, config, **further)
+    try:
+        frame = question.measure(models, data, config, **further)
+    except KeyError as error:
+        there = further["table"].columns if "table" in further else None
+        if there is not None and (
+            lacking := [name for name in question.COLUMNS if name not in there]
+        ):
+            lost = choices(lacking)
+            raise UserError(f"{path} lacks the columns {lost}; --overwrite replaces it") from error
+        raise
     if results.rank_and_world()[0] == 0:
         about = results.provenance({**options, "config": asdict(config)})
         results.write_result(frame, about, path)
@@ -79,4 +89,7 @@ def _load(specs: Sequence[str], device: str) -> dict[str, Model]:
     if len(set(names)) < len(names):
         names = ["/".join(Path(spec).parts[-2:]) for spec in specs]
     labels = names if len(set(names)) == len(names) else list(specs)
-    return {label: checkpoint.load(spec, device) for label, spec in zip(labels, specs, strict=True)}
+    return {
+        label: check_channels(checkpoint.load(spec, device), spec)
+        for label, spec in zip(labels, specs, strict=True)
+    }

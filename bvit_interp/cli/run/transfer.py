@@ -7,6 +7,7 @@ from pathlib import Path
 from bvit_interp import results
 from bvit_interp.cli.options.shared import Machine
 from bvit_interp.cli.options.transfer import Target
+from bvit_interp.cli.run.channels import check_channels
 from bvit_interp.cli.run.output import draw, show
 from bvit_interp.cli.run.processes import processes
 from bvit_interp.data.catalog import open_samples
@@ -38,7 +39,7 @@ def run(target: Target, plan: Plan, machine: Machine) -> None:
         test = open_samples(target.data, target.test_split)
         if _origin(train) == _origin(test):
             raise UserError(f"--data {target.data}: nothing to score on beside the training images")
-        model = checkpoint.load_vit(target.ckpt, device)
+        model = check_channels(checkpoint.load_vit(target.ckpt, device), target.ckpt)
         results.check_folder(target.out)
         transfer = transfers.Transfer(
             checkpoint.display_name(target.ckpt),
