@@ -186,8 +186,7 @@ def _refusal(classes: list[str], names: list[str], model: Model) -> str:
     if len(classes) == model.num_classes or numbers:
         return f"{said}: say {HELP}"
     return (
-        f"{said}: take a model that names these classes, one with as many, or one of ImageNet's"
-        " 1000 for wnid folders"
+        f"{said}: take a model that names these classes, or one of ImageNet's 1000 for wnid folders"
     )
 
 
