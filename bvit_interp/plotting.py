@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -73,6 +73,10 @@ def house_style() -> Iterator[None]:
 
 class HouseFigure(Figure):
     """A figure that is drawn and saved in `house_style`, also when the user does it."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.legend_rows: dict[int, int] = {}  # row of panels -> lines of the legends below it
 
     @house_style()
     def draw(self, renderer: RendererBase) -> None:
@@ -341,13 +345,15 @@ def leave_out_empty(figure: Figure, axes: np.ndarray) -> None:
 
 
 @house_style()
-def legend(ax: Axes, below: bool = False, **options: Any) -> None:
+def legend(
+    ax: Axes, below: bool = False, only: Collection[str] | None = None, **options: Any
+) -> None:
     """Add a legend if there are labels; only the end of a long label is shown.
 
     Nulls and bands are in it once, after the lines. `below` places it under the label of the x
-    axis, for panels without room.
+    axis, for panels without room; `only` are the labels that it has, by default all.
     """
-    entries = _entries([ax])
+    entries = _entries([ax], only)
     if entries:
         look: dict[str, Any] = {"facecolor": "white", "edgecolor": "none", "framealpha": 0.8}
         if below:
@@ -355,12 +361,14 @@ def legend(ax: Axes, below: bool = False, **options: Any) -> None:
                 (t.get_text().count("\n") for t in ax.get_xticklabels()), default=0
             )
             drop = ScaledTranslation(0, -0.36 - 0.15 * lines_of_label, ax.figure.dpi_scale_trans)
+            columns = _columns(list(entries), _inches(ax)[0] - 1.0)
+            _make_room(ax, math.ceil(len(entries) / columns))
             look |= {
                 "loc": "upper center",
                 "bbox_to_anchor": (0.5, 0),
                 "bbox_transform": ax.transAxes + drop,
                 "borderaxespad": 0,
-                "ncols": _columns(list(entries), _inches(ax)[0] - 0.7),
+                "ncols": columns,
             }
         handles, labels = _legend_arguments(entries)
         drawn = ax.legend(handles, labels, **{**_LEGEND, **look, **options})
@@ -368,9 +376,11 @@ def legend(ax: Axes, below: bool = False, **options: Any) -> None:
 
 
 @house_style()
-def legend_below(panel: Figure | SubFigure, axes: Iterable[Axes]) -> None:
-    """One legend of all `axes` under them, each label once."""
-    entries = _entries(axes)
+def legend_below(
+    panel: Figure | SubFigure, axes: Iterable[Axes], without: Collection[str] = ()
+) -> None:
+    """One legend of all `axes` under them, each label once, `without` some."""
+    entries = {key: handle for key, handle in _entries(axes).items() if key not in without}
     if not entries:
         return
     columns = _columns(list(entries), panel.bbox.width / panel.dpi)
@@ -391,7 +401,7 @@ _LEGEND: dict[str, Any] = {
 }
 
 
-def _entries(axes: Iterable[Axes]) -> dict[str, Any]:
+def _entries(axes: Iterable[Axes], only: Collection[str] | None = None) -> dict[str, Any]:
     """Label -> handle: lines first, then nulls in all their colours, then bands in grey."""
     lines: dict[str, Any] = {}
     nulls: dict[str, Any] = {}
@@ -406,7 +416,8 @@ def _entries(axes: Iterable[Axes]) -> dict[str, Any]:
             of_ax = dict.fromkeys(of_ax, _in_all_colours(ax))
         nulls = {**of_ax, **nulls}
     bands = dict.fromkeys(bands, Patch(facecolor="0.45", alpha=0.25, linewidth=0))
-    return {**lines, **nulls, **bands}
+    entries = {**lines, **nulls, **bands}
+    return entries if only is None else {key: entries[key] for key in entries if key in only}
 
 
 def _in_all_colours(ax: Axes) -> tuple[Line2D, ...]:
@@ -415,9 +426,20 @@ def _in_all_colours(ax: Axes) -> tuple[Line2D, ...]:
     return tuple({to_rgb(each.get_color()): each for each in drawn}.values())[:4]
 
 
+def _make_room(ax: Axes, rows: int) -> None:
+    """Make the figure higher by what a legend of more than three lines under `ax` takes."""
+    figure, spec = ax.figure, ax.get_subplotspec()
+    if not isinstance(figure, HouseFigure) or spec is None:
+        return
+    had = figure.legend_rows.setdefault(spec.rowspan.start, 3)
+    if rows > had:
+        figure.legend_rows[spec.rowspan.start] = rows
+        figure.set_figheight(figure.get_figheight() + 0.18 * (rows - had))
+
+
 def _columns(labels: Sequence[str], room: float) -> int:
     """How many columns of a legend fit beside each other in `room` inches, about."""
-    widths = [(0.54 * 8 * len(shortened(label)) + 42) / 72 for label in labels]
+    widths = [(0.56 * 8 * len(shortened(label)) + 46) / 72 for label in labels]
     for columns in range(len(widths), 1, -1):
         rows = math.ceil(len(widths) / columns)
         of_columns = [widths[i : i + rows] for i in range(0, len(widths), rows)]

@@ -247,6 +247,25 @@ def test_a_legend_below_hides_nothing():
     assert box.x0 >= 0 and box.y0 >= 0
 
 
+def test_many_models_leave_a_panel_its_size():
+    heights = []
+    for count in (2, 20):
+        figure, axes = plotting.canvas(columns=2, rows=2, width=3, height=3)
+        frame = pd.DataFrame({"step": [1, 2], "value": [0.5, 0.6]})
+        for i in range(count):
+            for ax in axes.flat:
+                style, name = plotting.line_style(i), f"the model with the number {i}"
+                plotting.line(ax, frame, "step", style=style, label=name, interval=None)
+        plotting.legend(axes[0, 0], below=True)
+        plotting.legend(axes[0, 1], below=True, only=["the model with the number 1"])
+        assert len(axes[0, 1].get_legend().get_texts()) == 1
+        plotting.legend_below(figure, axes.flat, without=["the model with the number 0"])
+        assert len(figure.legends[0].get_texts()) == count - 1
+        drawn(figure)
+        heights.append(axes[0, 0].get_window_extent().height)
+    assert heights[1] > 0.75 * heights[0]
+
+
 def test_a_logarithmic_axis_has_plain_numbers():
     figure, axes = plotting.canvas()
     ax = axes[0, 0]

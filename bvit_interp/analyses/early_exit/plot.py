@@ -13,7 +13,7 @@ from bvit_interp import plotting
 def plot(frame: pd.DataFrame) -> Figure:
     """Accuracy against FLOPs with the random-exit null, time saved against FLOPs saved, and the
     accuracy and AUROC of each exit."""
-    figure, axes = plotting.canvas(columns=3, width=4.4, height=4.0)
+    figure, axes = plotting.canvas(columns=3, width=4.4, height=3.4)
     accuracy, saved, exits = axes[0]
     for i, name in enumerate(dict.fromkeys(frame["model"])):
         tables = dict(tuple(frame[frame["model"] == name].groupby("table", sort=False)))
@@ -30,8 +30,7 @@ def plot(frame: pd.DataFrame) -> Figure:
     for ax, title in zip(axes[0], titles, strict=True):
         plotting.title(ax, title)
     plotting.step_axis(exits, frame["exit"].dropna())
-    for ax in axes[0]:
-        plotting.legend(ax, below=True)
+    plotting.legend_below(figure, axes[0])
     return figure
 
 

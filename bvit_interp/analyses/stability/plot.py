@@ -66,6 +66,13 @@ def plot(frame: pd.DataFrame) -> Figure:
     _gains(axes[1, 2], _metric(at_horizon, "gain"))
     for ax in (axes[0, 0], axes[1, 0], axes[1, 2]):
         plotting.log_axis(ax)
+    of_series = [
+        text.get_text()
+        for ax in axes.flat
+        if ax.get_legend()
+        for text in ax.get_legend().get_texts()
+    ]
+    plotting.legend_below(figure, axes.flat, without=of_series)
     return figure
 
 
@@ -130,7 +137,7 @@ def _series(
     if neutral is not None:
         ax.axhline(neutral, **plotting.NULL, linestyle=":")
     plotting.step_axis(ax, [step for part in series.values() for step in part[x]])
-    plotting.legend(ax, below=True)
+    plotting.legend(ax, below=True, only=list(series))
     plotting.title(ax, title)
     ax.set_ylabel(label)
 
@@ -156,4 +163,3 @@ def _gains(ax: Axes, gain: pd.DataFrame) -> None:
     ax.set_xticks(range(len(pairs)), labels, fontsize=8)
     ax.set_ylabel("ratio of norms")
     plotting.title(ax, "gain from kind to kind of token, step T")
-    plotting.legend(ax, below=True)

@@ -45,4 +45,14 @@ def test_figure_from_the_csv_alone(tiny, tiny_distilled, stacked, digits):
 
 def test_a_stack_alone_has_no_returns(stacked, digits):
     figure = plot(measure({"b": stacked}, digits, Config(limit=5)))
-    assert not figure.axes[10].axison
+    assert len(figure.axes) == 2 * 4 + 3 + 1  # the last is a colour bar
+    assert all(ax.has_data() for ax in figure.axes)
+    assert not any(ax.get_xlabel() == "lag p, steps" for ax in figure.axes)
+
+
+def test_a_part_of_a_table_can_be_drawn(tiny, stacked, digits):
+    frame = measure({"a": tiny, "b": stacked}, digits, Config(limit=5))
+    for part in (frame[frame["model"] == "a"], frame[frame["tokens"] != "cls"]):
+        figure = plot(part.reset_index(drop=True))
+        figure.draw_without_rendering()
+        assert all(ax.has_data() for ax in figure.axes)
