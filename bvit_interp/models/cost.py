@@ -111,7 +111,7 @@ def _watched(view: CalledSteps, steps: int, count_attention: bool) -> int:
     if steps > total:
         raise UserError(f"this model has {total} steps and cannot take {steps}")
     counter = FlopCounterMode(display=False)
-    image = example_images(view, view.layout.image_size)[:1]
+    image = example_images(view, view.layout.image_size, view.layout.channels)[:1]
     with dry(view), unfused(), sdpa_kernel(SDPBackend.MATH), counter:
         view(image)
     counts = counter.get_flop_counts()

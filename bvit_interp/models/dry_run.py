@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bvit_interp.errors import UserError
+from bvit_interp.models.attention import unfused
 from bvit_interp.models.nested import first_tensor
 from bvit_interp.models.tied import tensors_of
 
@@ -26,12 +27,18 @@ IMAGES = 2
 
 @dataclass(frozen=True)
 class Ran:
-    """One run of a module: the shapes of its first input and output tensor."""
+    """One run of a module: the shapes of the tokens that it got and gave.
+
+    Attributes
+    ----------
+    fixed : of each token ``(B, N, D)`` that it got, whether it is the same for both images.
+    """
 
     path: str
     module: nn.Module
-    given: tuple[int, ...]
-    returned: tuple[int, ...]
+    given: tuple[int, ...] = ()
+    returned: tuple[int, ...] = ()
+    fixed: tuple[bool, ...] = ()
 
     @property
     def keeps_tokens(self) -> bool:
@@ -39,84 +46,122 @@ class Ran:
         return len(self.given) == 3 and self.given == self.returned
 
 
-def example_images(model: nn.Module, image_size: Any = None) -> Tensor:
+def example_images(model: nn.Module, image_size: Any = None, channels: int | None = None) -> Tensor:
     """Two images of fixed noise, of the size and on the device of the model.
 
     Raises
     ------
     UserError
-        For a model that does not say its image size.
+        For a model that does not say its image size, or an image size that is none.
     """
     rows, columns = _pair(_image_size(model) if image_size is None else image_size)
     parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
-    shape = (IMAGES, _channels(model), rows, columns)
+    shape = (IMAGES, _channels(model) if channels is None else channels, rows, columns)
     noise = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
     return noise.to(device=parameter.device, dtype=parameter.dtype)
 
 
 @contextmanager
 def dry(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, and random numbers and modes put back at the end."""
+    """Eval mode, no gradients; random numbers, modes and buffers are put back at the end."""
     modes = {module: module.training for module in model.modules()}
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     model.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), unfused():
             yield
     finally:
         for module, training in modes.items():
             module.training = training
+        with torch.no_grad():
+            for buffer, before in buffers:
+                if not buffer.is_meta and not torch.equal(buffer, before):
+                    buffer.copy_(before)
 
 
-def dry_run(model: nn.Module, images: Tensor) -> list[Ran]:
-    """The runs of all modules that have parameters and parts, in the order in which they start.
+def dry_run(model: nn.Module, images: Tensor) -> tuple[list[Ran], Any]:
+    """The runs of all modules that have parameters, in the order in which they start; and what the
+    model returns.
 
     Parameters
     ----------
     model : stays as it is: a copy runs, around the same tensors.
     images : as of `example_images`.
+
+    Raises
+    ------
+    UserError
+        For a model that cannot be copied, whose forward fails on the images, or that calls modules
+        of which a copy knows nothing.
     """
-    view = copy.deepcopy(model, tensors_of(model))
-    started: list[Ran | None] = []
-    open_runs: list[tuple[int, tuple[int, ...]]] = []
+    name = type(model).__name__
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UserError(f"{name} is compiled by torch.jit, and its modules have no hooks")
+    try:
+        view = copy.deepcopy(model, tensors_of(model))
+    except Exception as error:
+        raise UserError(f"{name} cannot be copied: {said(error)}") from error
+    started: list[Ran] = []
     for path, module in view.named_modules():
-        if not path or not any(True for _ in module.children()):
-            continue
-        if not any(True for _ in module.parameters()):
-            continue
-        module.register_forward_pre_hook(_start(started, open_runs), with_kwargs=True)
-        module.register_forward_hook(_end(path, module, started, open_runs))
-    with dry(view):
-        view(images)
-    return [run for run in started if run is not None]
+        if path and any(True for _ in module.parameters()):
+            _watch(path, module, started)
+    outside: list[str] = []
+    handles = [
+        module.register_forward_pre_hook(lambda *_, path=path: outside.append(path))
+        for path, module in model.named_modules()
+    ]
+    try:
+        with dry(view):
+            output = view(images)
+    except UserError:
+        raise
+    except Exception as error:
+        shape = " x ".join(map(str, images.shape[1:]))
+        raise UserError(f"{name} fails on two images of {shape}: {said(error)}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    if outside:
+        raise UserError(
+            f"{name} calls {outside[0] or 'itself'} through a function that was made for this very"
+            " model (a lambda, or a forward that was replaced on the instance): a copy cannot be"
+            " told which call is which; write it as a method of the class"
+        )
+    return started, output
 
 
-def counts_of(runs: list[Ran]) -> Counter[str]:
+def counts_of(runs: Iterable[Ran]) -> Counter[str]:
     """How often each module ran, by path."""
     return Counter(run.path for run in runs)
 
 
-def _start(started: list[Ran | None], open_runs: list[tuple[int, tuple[int, ...]]]) -> Any:
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tensor = first_tensor((args, kwargs))
-        open_runs.append((len(started), () if tensor is None else tuple(tensor.shape)))
-        started.append(None)
+def _watch(path: str, module: nn.Module, started: list[Ran]) -> None:
+    """Add an entry for each run of a module."""
+    open_runs: list[int] = []
 
-    return hook
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        open_runs.append(len(started))
+        tokens = first_tensor([args, kwargs])
+        given = () if tokens is None else tuple(tokens.shape)
+        fixed: tuple[bool, ...] = ()
+        if tokens is not None and len(given) == 3 and given[0] == IMAGES and not tokens.is_meta:
+            fixed = tuple((tokens[0] == tokens[1]).all(-1).tolist())
+        started.append(Ran(path, module, given, (), fixed))
+
+    def after(_: nn.Module, __: Any, output: Any) -> None:
+        place = open_runs.pop()
+        tokens = first_tensor(output)
+        if tokens is not None:
+            started[place] = replace(started[place], returned=tuple(tokens.shape))
+
+    module.register_forward_pre_hook(before, with_kwargs=True)
+    module.register_forward_hook(after)
 
 
-def _end(
-    path: str,
-    module: nn.Module,
-    started: list[Ran | None],
-    open_runs: list[tuple[int, tuple[int, ...]]],
-) -> Any:
-    def hook(_: nn.Module, __: Any, output: Any) -> None:
-        place, given = open_runs.pop()
-        tensor = first_tensor(output)
-        returned = () if tensor is None else tuple(tensor.shape)
-        started[place] = Ran(path, module, given, returned)
-
-    return hook
+def said(error: Exception) -> str:
+    """The first line of an error, or its kind."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _image_size(model: Any) -> Any:
@@ -140,10 +185,15 @@ def _image_size(model: Any) -> Any:
 
 
 def _pair(size: Any) -> tuple[int, int]:
-    if isinstance(size, int):
-        return size, size
-    rows, columns = size
-    return int(rows), int(columns)
+    """Rows and columns, of a number or of the last two of several."""
+    pair = [size, size] if isinstance(size, int) else list(size)[-2:] if _is_list(size) else []
+    if len(pair) != 2 or not all(isinstance(each, int) and each > 0 for each in pair):
+        raise UserError(f"image_size must be a whole number or (rows, columns), got {size!r}")
+    return pair[0], pair[1]
+
+
+def _is_list(size: Any) -> bool:
+    return isinstance(size, (tuple, list))
 
 
 def _channels(model: nn.Module) -> int:

@@ -19,8 +19,8 @@ from jaxtyping import Float
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from bvit_interp.errors import UserError, choices
-from bvit_interp.models.dry_run import Ran, counts_of, dry
+from bvit_interp.errors import UserError
+from bvit_interp.models.dry_run import dry, said
 from bvit_interp.models.layout import Layout
 from bvit_interp.models.nested import first_tensor, is_tensor, map_tensors, with_first
 from bvit_interp.models.prefix import find_layout
@@ -41,6 +41,8 @@ class CalledSteps(nn.Module):
     model : the model; stays unchanged.
     calls : path of the block of each call, in order.
     images : two images for a dry run.
+    output : what the model makes of them.
+    fixed : of each token that enters the first block, whether it is the same for both.
     prefix, grid : of the `Layout`, where the model does not tell.
 
     Attributes
@@ -55,6 +57,8 @@ class CalledSteps(nn.Module):
         model: nn.Module,
         calls: Sequence[str],
         images: Images,
+        output: Any,
+        fixed: Sequence[bool] = (),
         prefix: Sequence[str] | None = None,
         grid: tuple[int, int] | None = None,
     ) -> None:
@@ -73,11 +77,36 @@ class CalledSteps(nn.Module):
         self.layout: Layout = Layout((0, 0), 0, (0, 0), (), 0, 0)
         self.needs_history, self.gives_tokens = False, True
         with dry(self):
-            seen = self._run(images, Run(self, keep=True))
-            classes = _num_classes(model, seen.output)
-            self.layout = find_layout(model, images, seen.inputs, classes, prefix, grid)
+            try:
+                self._check_same(type(model).__name__, answer_of(output), images)
+                seen = self._run(images, Run(self, keep=True))
+            except UserError:
+                raise
+            except Exception as error:
+                name = type(model).__name__
+                raise UserError(f"unrolled by call, {name} fails: {said(error)}") from error
+            self.layout = find_layout(
+                model, images, seen.inputs, _num_classes(model, output), prefix, grid, fixed
+            )
             self.gives_tokens = isinstance(seen.outputs[-1], Tensor)
-            self.needs_history = len(calls) > 2 and self._depends_on_earlier(images, seen)
+            self.needs_history = self._depends_on_earlier(images, seen)
+
+    def _check_same(self, name: str, wanted: Tensor, images: Images) -> None:
+        """Refuse a model that the view does not stand for; twice, for a block that counts calls."""
+        for _ in range(2):
+            answer = self(images)
+            same = answer.shape == wanted.shape and (
+                wanted.is_meta
+                or torch.allclose(
+                    answer.float(), wanted.float(), rtol=1e-3, atol=1e-4, equal_nan=True
+                )
+            )
+            if not same:
+                raise UserError(
+                    f"unrolled by call, {name} answers otherwise than before: its"
+                    f" {' and '.join(self.loop)} keeps something from call to call, or is used"
+                    " otherwise than by calling it; hand what changes to the block as an argument"
+                )
 
     def cut(self, steps: int) -> CalledSteps:
         """The same model up to a step: its read-out gets the state after that step."""
@@ -124,6 +153,7 @@ class CalledSteps(nn.Module):
     def _run(self, images: Images, run: Run) -> Run:
         before = getattr(_local, "run", None)
         _local.run = run
+        run.batch = len(images) if isinstance(images, Tensor) else 0
         try:
             run.output = self.model(images)
         except _Stopped:
@@ -134,13 +164,19 @@ class CalledSteps(nn.Module):
         return run
 
     def _depends_on_earlier(self, images: Images, seen: Run) -> bool:
-        """Whether the last call reads more than the images and the output before it."""
-        *earlier, last = seen.outputs[:-1]
+        """Whether a call, or the answer, reads more than the images and the output before it."""
         if images.is_meta:
             return True  # nothing can be compared
-        zeros = [map_tensors(each, torch.zeros_like) for each in earlier]
-        again = self.resume(images, [*zeros, last])
-        return not torch.equal(answer_of(again.output), answer_of(seen.output))
+        for i in range(2, len(self._order) + 1):
+            *earlier, last = seen.outputs[:i]
+            noise = [map_tensors(each, torch.zeros_like) for each in earlier]
+            stop = i + 1 if i < len(self._order) else None
+            again = self.resume(images, [*noise, last], stop=stop)
+            now = answer_of(again.output) if stop is None else first_tensor(again.outputs[i])
+            then = answer_of(seen.output) if stop is None else first_tensor(seen.outputs[i])
+            if not torch.equal(now, then):  # type: ignore[arg-type]
+                return True
+        return False
 
     # ---- names of timm ---------------------------------------------------------------------------
 
@@ -194,7 +230,20 @@ class Switch(nn.Module):
         except AttributeError:
             if "like" not in self.__dict__:
                 raise
-            return getattr(self.like[0], name)
+            return getattr(self._next(), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """What the model's forward sets on its block is set on the module of the next call."""
+        if getattr(_local, "run", None) is None or "like" not in self.__dict__:
+            super().__setattr__(name, value)
+        else:
+            setattr(self._next(), name, value)
+
+    def _next(self) -> nn.Module:
+        """The module that the next call of this block goes to."""
+        run: Run | None = getattr(_local, "run", None)
+        module: nn.Module = self.like[0] if run is None else run.next_of(self)
+        return module
 
 
 class _Stopped(Exception):
@@ -215,7 +264,7 @@ class Run:
         self.view, self.entry, self.stop, self.keep = view, entry, stop, keep
         self.outputs: list[Any] = list(given)
         self.given = len(self.outputs)
-        self.done = 0
+        self.done, self.batch = 0, 0
         self.inputs = torch.empty(0)
         self.last: Any = self.outputs[-1] if self.outputs else None
         self.output: Any = None
@@ -224,37 +273,55 @@ class Run:
         """The output of the next call: as given, or of its step's module."""
         i, order = self.done, self.view._order
         self.done += 1
+        self.check_batch(args, kwargs)
         if i >= len(order) or order[i] is not switch:
             raise UserError(
                 f"call {i + 1} is of {switch.path}, unlike in the dry run, which made {len(order)}"
-                " calls: the number of steps depends on the input, so a step has no module"
+                " calls: the steps are not the same in each forward (they depend on the input, on"
+                " chance or on the mode), so a step has no module"
             )
-        if i < self.given:
-            return self.outputs[i]
+        if i < self.given:  # what the next block reads may be changed in place there
+            output = self.outputs[i]
+            return map_tensors(output, torch.clone) if i == self.given - 1 else output
         if i >= len(self.view.blocks):  # cut off
             return self.last
         if i == 0:
             if self.entry is not None:
-                args, kwargs = with_first([args, kwargs], self.entry)
+                args, kwargs = with_first([args, kwargs], self.entry.clone())
             tokens = first_tensor([args, kwargs])
             assert tokens is not None  # a block is called with its tokens
-            self.inputs = tokens
+            self.inputs = tokens.clone()
         if self.stop == i:
             raise _Stopped
         output = self.last = self.view.blocks[i](*args, **kwargs)
-        if self.keep:
-            self.outputs.append(output)
+        if self.keep:  # a later block may change it in place
+            self.outputs.append(map_tensors(output, torch.clone))
         if self.stop == i + 1:
             raise _Stopped
         return output
+
+    def next_of(self, switch: Switch) -> nn.Module:
+        """The module of the next call of a block; of its first, where none follows."""
+        order, blocks = self.view._order, self.view.blocks
+        following = (i for i in range(self.done, len(blocks)) if order[i] is switch)
+        return blocks[next(following, order.index(switch))]
+
+    def check_batch(self, args: Any, kwargs: Any) -> None:
+        """Refuse a call of other images than all."""
+        tokens = first_tensor([args, kwargs])
+        if isinstance(tokens, Tensor) and tokens.ndim and len(tokens) != self.batch:
+            raise UserError(
+                f"call {self.done} is of {len(tokens)} states for {self.batch} images: images leave"
+                " the loop, so that a recording could not tell which is which"
+            )
 
     def check_complete(self) -> None:
         """Refuse a forward that made fewer calls than the dry run."""
         if self.done < len(self.view._order):
             raise UserError(
                 f"{' and '.join(self.view.loop)} ran {self.done} times, not {len(self.view._order)}"
-                " as in the dry run: the number of steps depends on the input, so a step has no"
-                " module"
+                " as in the dry run: the number of steps depends on the input, on chance or on the"
+                " mode, so a step has no module"
             )
 
 
@@ -277,89 +344,9 @@ def answer_of(output: Any) -> Tensor:
 
 def _num_classes(model: nn.Module, output: Any) -> int:
     """Classes of what a model returns; 0 if these are features."""
-    is_logits = isinstance(output, Tensor) or getattr(output, "logits", None) is not None
+    named = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
+    is_logits = isinstance(output, (Tensor, tuple, list)) or named is not None
     answer = answer_of(output)
     if answer.ndim != 2 or not is_logits or getattr(model, "num_classes", None) == 0:
         return 0
     return answer.shape[-1]
-
-
-# ---- which modules are the steps -----------------------------------------------------------------
-
-
-def find_calls(model: nn.Module, runs: Sequence[Ran], loop: str | None) -> list[str]:
-    """Path of the block of each call, in order.
-
-    Parameters
-    ----------
-    model : what ran.
-    runs : of its `dry_run`.
-    loop : path of the block, or of the list of blocks, that the steps are; by default the blocks
-        that run more than once, or else the longest list of blocks.
-
-    Raises
-    ------
-    UserError
-        Where that is not clear, with the modules that may be meant.
-    """
-    counts = counts_of(list(runs))
-    paths = _looped(runs) if loop is None else _named(model, loop)
-    if not paths:
-        paths = _longest_stack(model, runs)
-    never = [path for path in paths if not counts[path]]
-    if never:
-        often = ", ".join(f"{path} ({count})" for path, count in counts.most_common(6))
-        raise UserError(f"{choices(never)} never ran in a forward; what ran how often: {often}")
-    inside = {path for path in paths if any(path.startswith(f"{other}.") for other in paths)}
-    return [run.path for run in runs if run.path in paths and run.path not in inside]
-
-
-def _named(model: nn.Module, loop: str) -> list[str]:
-    try:
-        named = model.get_submodule(loop)
-    except AttributeError:
-        lists = [path for path, module in model.named_modules() if isinstance(module, _LISTS)]
-        raise UserError(f"no module {loop!r}; lists of modules: {choices(lists)}") from None
-    return [f"{loop}.{name}" for name, _ in named.named_children()] if _is_list(named) else [loop]
-
-
-_LISTS = (nn.ModuleList, nn.Sequential)
-
-
-def _is_list(module: nn.Module) -> bool:
-    """Whether a module is no more than its children, one after the other."""
-    return isinstance(module, _LISTS) and type(module).forward in {each.forward for each in _LISTS}
-
-
-def _looped(runs: Sequence[Ran]) -> list[str]:
-    """The outermost modules that keep the tokens' shape and run more than once."""
-    counts = counts_of(list(runs))
-    often = {run.path: run.module for run in runs if counts[run.path] > 1 and run.keeps_tokens}
-    inner = {path for path, module in often.items() if _is_list(module)}
-    often = {path: module for path, module in often.items() if path not in inner}
-    outer = [path for path in often if not any(path.startswith(f"{other}.") for other in often)]
-    if len({path.rpartition(".")[0] for path in outer}) > 1 or (
-        len(outer) > 1 and len({type(often[path]) for path in outer}) > 1
-    ):
-        listed = ", ".join(f"{path} ({counts[path]} times)" for path in outer)
-        raise UserError(
-            f"more than one module runs again and again: {listed}; say which is the block with"
-            " loop=PATH, or put what belongs to a step into one module"
-        )
-    return outer
-
-
-def _longest_stack(model: nn.Module, runs: Sequence[Ran]) -> list[str]:
-    """The children of the longest list whose children keep the tokens' shape and run once each."""
-    kept = {run.path for run in runs if run.keeps_tokens}
-    stacks = []
-    for path, module in model.named_modules():
-        children = [f"{path}.{name}".lstrip(".") for name, _ in module.named_children()]
-        if isinstance(module, _LISTS) and children and kept.issuperset(children):
-            stacks.append(children)
-    if not stacks:
-        raise UserError(
-            f"no block of {type(model).__name__} takes and gives tokens (batch, tokens, width); say"
-            " which module is the block with loop=PATH"
-        )
-    return max(stacks, key=len)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+
+Path = tuple[Any, ...]
+"""Keys and positions that lead to a tensor."""
 
 
 def is_tensor(value: Any) -> bool:
@@ -15,20 +18,15 @@ def is_tensor(value: Any) -> bool:
 
 
 def first_tensor(values: Any) -> Tensor | None:
-    """The first tensor in there, or None."""
-    if is_tensor(values):
-        return values  # type: ignore[no-any-return]
-    found = (first_tensor(each) for each in _items(values).values())
-    return next((tensor for tensor in found if tensor is not None), None)
+    """The tokens in there: the first tensor of three axes or more, else the first; or None."""
+    path = _path(values)
+    return None if path is None else _at(values, path)
 
 
 def with_first(values: Any, tensor: Any) -> Any:
-    """The same with another first tensor."""
-    if is_tensor(values):
-        return tensor
-    items = _items(values)
-    first = next(key for key, each in items.items() if first_tensor(each) is not None)
-    return _like(values, {**items, first: with_first(items[first], tensor)})
+    """The same with another tensor in the place of `first_tensor`."""
+    path = _path(values)
+    return values if path is None else _put(values, path, tensor)
 
 
 def map_tensors(values: Any, change: Callable[[Any], Any]) -> Any:
@@ -37,6 +35,38 @@ def map_tensors(values: Any, change: Callable[[Any], Any]) -> Any:
         return change(values)
     items = _items(values)
     return _like(values, {key: map_tensors(each, change) for key, each in items.items()})
+
+
+def _path(values: Any) -> Path | None:
+    paths = list(_paths(values, ()))
+    of_tokens = (path for path in paths if _has_tokens(_at(values, path)))
+    return next(of_tokens, paths[0] if paths else None)
+
+
+def _paths(values: Any, before: Path) -> Iterator[Path]:
+    """The paths to all tensors, in order."""
+    if is_tensor(values):
+        yield before
+    else:
+        for key, each in _items(values).items():
+            yield from _paths(each, (*before, key))
+
+
+def _has_tokens(tensor: Any) -> bool:
+    return isinstance(tensor, torch.fx.Proxy) or tensor.ndim >= 3
+
+
+def _at(values: Any, path: Path) -> Any:
+    for key in path:
+        values = _items(values)[key]
+    return values
+
+
+def _put(values: Any, path: Path, tensor: Any) -> Any:
+    if not path:
+        return tensor
+    items = _items(values)
+    return _like(values, {**items, path[0]: _put(items[path[0]], path[1:], tensor)})
 
 
 def _items(values: Any) -> dict[Any, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from bvit_interp.errors import UserError
+from bvit_interp.errors import UserError, choices
 from bvit_interp.models.layout import KINDS, Layout
 
 _NAMES = {
@@ -25,6 +25,7 @@ def find_layout(
     num_classes: int,
     prefix: Sequence[str] | None,
     grid: tuple[int, int] | None,
+    fixed: Sequence[bool] = (),
 ) -> Layout:
     """The layout of a model, from what a dry run of two images showed.
 
@@ -34,25 +35,22 @@ def find_layout(
     num_classes : classes of the logits, 0 for features.
     prefix : kinds of the tokens before the patches, where they are known.
     grid : rows and columns of patches, where they are known.
+    fixed : of each token, at the first module that gets so many, whether it is the same for both
+        images.
 
     Raises
     ------
     UserError
         For another kind of state, or where the number of patches stays unclear.
     """
-    if tokens.ndim != 3 or len(tokens) != len(images):
-        turned = tokens.ndim == 3 and tokens.shape[1] == len(images)
-        raise UserError(
-            f"the block reads a state of shape {tuple(tokens.shape)} for {len(images)} images, not"
-            " (batch, tokens, width)" + (": build it with batch_first=True" if turned else "")
-        )
+    check_state(tuple(tokens.shape), len(images))
     count, width = tokens.shape[1:]
     grid = grid or _patch_grid(model, images)
     named = _named_prefix(model, width)
     if prefix is None:
         number = count - math.prod(grid) if grid and math.prod(grid) <= count else len(named)
         prefix = named if len(named) == number else ("reg",) * number
-    prefix = tuple(prefix)
+    prefix = (prefix,) if isinstance(prefix, str) else tuple(prefix)
     if unknown := [kind for kind in prefix if kind not in KINDS]:
         raise UserError(f"prefix: no kind {unknown[0]!r}; kinds: {', '.join(KINDS)}")
     patches = count - len(prefix)
@@ -63,21 +61,31 @@ def find_layout(
             f"the state has {count} tokens, {len(prefix)} of them before the patches, and the"
             f" patches are not {grid[0]} x {grid[1]}: give grid=(rows, columns) and prefix=(kinds)"
         )
-    _check_first(tokens, len(prefix))
+    _check_first(fixed, len(prefix))
     size = (images.shape[-2], images.shape[-1])
     return Layout(size, images.shape[1], grid, prefix, width, num_classes)
 
 
-def _check_first(tokens: Tensor, count: int) -> None:
-    """Refuse prefix tokens that stand elsewhere: they are the same for every image."""
-    if tokens.is_meta:
-        return
-    fixed = (tokens[0] == tokens[1]).all(-1)
-    if fixed[count:].any() and not fixed.all():
-        where = fixed.nonzero().flatten().tolist()
+def check_state(shape: tuple[int, ...], images: int) -> None:
+    """Refuse a state that is not ``(batch, tokens, width)``."""
+    if len(shape) != 3 or shape[0] != images:
+        turned = len(shape) == 3 and shape[1] == images
         raise UserError(
-            f"tokens {where} do not depend on the image, so that patches do not begin at token"
-            f" {count}: prefix tokens have to come first, and prefix=(kinds) names them"
+            f"the block reads a state of shape {shape} for {images} images, not"
+            " (batch, tokens, width)" + (": build it with batch_first=True" if turned else "")
+        )
+
+
+def _check_first(fixed: Sequence[bool], count: int) -> None:
+    """Refuse prefix tokens that stand elsewhere: they are the same for every image."""
+    if not any(fixed) or all(fixed):
+        return  # mixed already, or nothing of the image is in there yet
+    where = [i for i, same in enumerate(fixed) if same]
+    if where != list(range(count)):
+        raise UserError(
+            f"the tokens that do not depend on the image are {choices(map(str, where), 8)}, so the"
+            f" first {count} are not all of the prefix: prefix tokens have to come first, and"
+            " prefix=(kinds) names them"
         )
 
 

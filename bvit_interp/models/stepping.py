@@ -30,8 +30,7 @@ class State:
     tokens : z_t ``(B, N, D)``.
     step : t; 0 for the embedded tokens.
     memory : m_t ``(B, N, D)`` of a model with a memory, from its first step on.
-    images, outputs : of a `CalledSteps`, the images, and what its calls so far gave: the last of
-        them, or all where the later steps depend on all.
+    images, outputs : of a `CalledSteps`, the images, and what each of its calls so far gave.
     """
 
     tokens: Tensor
@@ -117,7 +116,7 @@ def answer(model: nn.Module, state: State) -> Float[Tensor, "batch classes"]:
     In a `CalledSteps`: what its forward makes of this state in place of the last call's output.
     """
     if isinstance(model, CalledSteps):
-        return model.read(_images_of(state), _calls_of(model, state), state.tokens)
+        return model.read(_images_of(state), _calls_of(state), state.tokens)
     vit: Any = model
     return vit.forward_head(vit.norm(state.tokens))
 
@@ -136,20 +135,20 @@ def device_of(model: nn.Module) -> torch.device:
 def _call_on(view: CalledSteps, state: State, until: int) -> State:
     """The state after step `until`, by the model's own forward."""
     entry = state.tokens if state.step == 0 else None
-    run = view.resume(_images_of(state), _calls_of(view, state), entry=entry, stop=until)
-    kept = run.outputs if view.needs_history else run.outputs[-1:]
-    tokens = first_tensor(kept[-1])
+    run = view.resume(_images_of(state), _calls_of(state), entry=entry, stop=until)
+    tokens = first_tensor(run.outputs[-1])
     assert tokens is not None  # a block gives tokens
-    return replace(state, tokens=tokens, step=until, outputs=tuple(kept))
+    return replace(state, tokens=tokens, step=until, outputs=tuple(run.outputs))
 
 
-def _calls_of(view: CalledSteps, state: State) -> list[Any]:
-    """What each call so far gave, with the tokens of the state as the last."""
+def _calls_of(state: State) -> list[Any]:
+    """What each call so far gave, with the tokens of the state as the last; calls that a schedule
+    has skipped give them too."""
     if state.step == 0:
         return []
-    *earlier, last = state.outputs
+    *earlier, last = state.outputs[: state.step]
     last = with_first(last, state.tokens)
-    return [*earlier, last] if view.needs_history else [last] * state.step
+    return [*earlier, *[last] * (state.step - len(earlier))]
 
 
 def _images_of(state: State) -> Tensor:

@@ -18,9 +18,13 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 from bvit_interp.errors import UserError
-from bvit_interp.models.dry_run import counts_of, dry_run, example_images
-from bvit_interp.models.looped import CalledSteps, Model, find_calls
+from bvit_interp.models import stepping
+from bvit_interp.models.bvit import BViT
+from bvit_interp.models.dry_run import counts_of, dry, dry_run, example_images
+from bvit_interp.models.looped import CalledSteps, Model, answer_of
+from bvit_interp.models.loops import find_calls
 from bvit_interp.models.memory import MemoryBlock, MemorySteps, UnrolledSteps, as_plain
+from bvit_interp.models.prefix import check_state
 from bvit_interp.models.steps import Steps, TimedBlock
 from bvit_interp.models.tied import clone, tensors_of
 
@@ -74,6 +78,10 @@ def unroll(
             f"the forward of this {type(model).__name__} was replaced on the instance, where it"
             " still calls the modules of the model it was taken from: replace it in a subclass"
         )
+    told = {"loop": loop, "image_size": image_size, "prefix": prefix, "grid": grid}
+    told = {name: value for name, value in told.items() if value is not None}
+    if is_unrolled(model) and told:
+        raise UserError(f"this is an unroll: give {', '.join(told)} where the model is unrolled")
     if isinstance(model, CalledSteps):
         return _cut(copy.deepcopy(model, tensors_of(model)), steps)
     if is_unrolled(model) and steps not in (None, len(model.blocks)):  # type: ignore[arg-type]
@@ -81,13 +89,18 @@ def unroll(
             f"this is an unroll of {len(model.blocks)} steps:"  # type: ignore[arg-type]
             " unroll the model it came from instead"
         )
-    if loop is None and isinstance(model, VisionTransformer):
+    if isinstance(model, VisionTransformer) and not told:
         view = _unroll_vit(model, None)
-        if _runs_each_step_once(view):
+        if _is_its_own_unroll(view):
             return view if steps in (None, len(view.blocks)) else _unroll_vit(model, steps)
     images = example_images(model, image_size)
-    calls = find_calls(model, dry_run(model, images), loop)
-    called = CalledSteps(model, calls, images, prefix, grid)
+    runs, output = dry_run(model, images)
+    calls = find_calls(model, runs, loop)
+    first = next(run.given for run in runs if run.path == calls[0])
+    check_state(first, len(images))
+    count = first[1]
+    entered = (run.fixed for run in runs if len(run.given) == 3 and run.given[1] == count)
+    called = CalledSteps(model, calls, images, output, next(entered, ()), prefix, grid)
     setattr(called, _TIED, True)
     return _cut(called, steps)
 
@@ -171,12 +184,26 @@ def _unroll_vit(model: VisionTransformer, steps: int | None) -> VisionTransforme
     return view
 
 
-def _runs_each_step_once(view: VisionTransformer) -> bool:
-    """Whether a dry run calls the blocks in turn, each once, and nothing like a block twice."""
-    runs = [run for run in dry_run(view, example_images(view)) if run.keeps_tokens]
+def _is_its_own_unroll(view: VisionTransformer) -> bool:
+    """Whether a dry run calls the blocks in turn, each once, and nothing like a block twice; and
+    whether the model answers as embedding, blocks and head of timm's would, one after the other."""
+    images = example_images(view)
+    runs, output = dry_run(view, images)
+    kept = [run for run in runs if run.keeps_tokens and any(True for _ in run.module.children())]
     steps = [f"blocks.{i}" for i in range(len(view.blocks))]
-    in_turn = [run.path for run in runs if run.path in steps] == steps
-    return in_turn and set(counts_of(runs).values()) == {1}
+    if [run.path for run in kept if run.path in steps] != steps:
+        return False
+    if set(counts_of(kept).values()) != {1}:
+        return False
+    if type(view).forward_features in _STOCK or images.is_meta:
+        return True
+    with dry(view):
+        answer = stepping.answer(view, stepping.proceed(view, stepping.embed(view, images)))
+    return torch.allclose(answer, answer_of(output), rtol=1e-3, atol=1e-4)
+
+
+_STOCK = (VisionTransformer.forward_features, BViT.forward_features)
+"""Forwards that do nothing between the blocks."""
 
 
 def _step(container: Steps, i: int, shared: dict[int, torch.Tensor]) -> nn.Module:

@@ -1,4 +1,4 @@
-"""The steps of a model, and what addresses of sites, units and tokens mean there."""
+"""The steps of a model, and what addresses mean there."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class StepSites:
             shapes.append(tuple(activation.shape))
             raise Enough
 
-        image = example_images(self.view, self.layout.image_size)[:1]
+        image = example_images(self.view, self.layout.image_size, self.layout.channels)[:1]
         try:
             handle = self.steps[0].record(site, slice(None), keep)
             try:

@@ -301,7 +301,7 @@ class Probe:
                 def keep(tensor: Tensor, site: str = site, step: int = step) -> None:
                     if (site, step) in cache:
                         raise UserError(f"{site}[{step}] was reached twice in one forward")
-                    cache[site, step] = tensor if grad else _own(tensor.detach())
+                    cache[site, step] = tensor if grad else _own(tensor.detach(), site)
                     if stop and len(cache) == len(targets):
                         raise Enough
 
@@ -412,10 +412,12 @@ def _through(keep: Callable[[Tensor], None], rows: slice, axis: int, single: boo
     return change
 
 
-def _own(tensor: Tensor) -> Tensor:
-    """The tensor, and never a view that keeps a larger one alive."""
+def _own(tensor: Tensor, site: str) -> Tensor:
+    """A copy that nothing changes in place, and no view that keeps a larger tensor alive."""
+    made_here = place_of(site)[1] in ("scores", "pattern")
     kept = tensor.untyped_storage().nbytes()
-    return tensor.clone() if kept > tensor.numel() * tensor.element_size() else tensor
+    is_whole = kept == tensor.numel() * tensor.element_size()
+    return tensor if made_here and is_whole else tensor.clone()
 
 
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
