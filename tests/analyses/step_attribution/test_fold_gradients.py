@@ -60,6 +60,13 @@ def test_the_sampling_norm_is_the_norm_of_a_mean_of_noise():
     assert np.mean(sampled) == pytest.approx(np.mean(norms), rel=0.05)
 
 
+def test_sums_of_16_gib_are_kept_and_no_more():
+    with torch.device("meta"):  # takes no memory
+        assert FoldGradients(4, 2, 2**28).total.numel() * 8 == 16 * 2**30
+        with pytest.raises(UserError, match="would take 16 GiB"):
+            FoldGradients(1, 1, 2**31 + 1)
+
+
 def test_wrong_shapes_are_refused():
     metric = FoldGradients(4, 5, 28)
     with pytest.raises(TypeCheckError):

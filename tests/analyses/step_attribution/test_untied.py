@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from jaxtyping import TypeCheckError
+from torch import nn
 from torch.nn.utils import prune
 
 from bvit_interp.analyses.step_attribution.untied import Untied
@@ -131,6 +132,10 @@ def test_what_cannot_be_split_is_refused(tiny, stacked, make, images):
     uneven.blocks[2] = make(name="vit_tiny_patch16_224", depth=3, mlp_ratio=2.0).blocks[2]
     with pytest.raises(UserError, match="the model's blocks differ in shape"):
         Untied(uneven)
+    wider = copy.deepcopy(stacked)
+    wider.blocks[1].extra = nn.Linear(3, 2)  # a matrix that belongs to no place
+    with pytest.raises(UserError, match=r"step 2: .* this also has extra\.weight"):
+        Untied(wider)
     broken = copy.deepcopy(tiny)
     with torch.no_grad():
         broken.blocks[0].mlp.fc1.weight[0, 0] = torch.nan
