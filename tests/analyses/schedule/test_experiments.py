@@ -61,6 +61,13 @@ def test_the_state_that_is_decoded_is_of_its_own_step(stacked, images):
         wanted = torch.cat([moved[:, None], patches], dim=1).mean(1)
         position = 2 * 5 + 3  # third step, `mean` of five removals
         torch.testing.assert_close(found.distance[:, position], wanted.double(), rtol=1e-4, atol=0)
+        # every step has random directions of its own
+        far = []
+        for kind, rows in (("cls", slice(0, 1)), ("patches", slice(1, None))):
+            tokens, removal = last.tokens[:, rows].double(), fitted.removals[2][kind]
+            far.append(removal["random_subspace"].change(tokens, 3).norm(dim=-1))
+        wanted = (torch.cat(far, dim=1) / norm).mean(1)
+        torch.testing.assert_close(found.distance[:, 2 * 5 + 1], wanted, rtol=1e-4, atol=0)
         with pytest.raises(TypeCheckError):
             subject.test(images, labels[:-1], fitted)
 

@@ -163,6 +163,8 @@ def test_steps_of_a_loop_that_is_not_ours_stay_in_their_places(tiny, images):
         assert can_run(unroll(tiny), steps)
     with pytest.raises(UserError, match=r"swap: .*steps \(1, 3, 2\): a step of a loop"):
         Plan(view, {Run("swap", 2, 3): (1, 3, 2)})
+    with pytest.raises(UserError, match=r"swap: .*steps \(1, 6, 5\): a step of a loop"):
+        Plan(view, {Run("swap", 5, 6): (1, 6, 5)})  # the last step is one of its six
     with pytest.raises(UserError, match="run: .*it has 6 steps"):
         Plan(view, {Run("run", 7): (1, 2, 3, 4, 5, 6, 7)})
     run = states_by_hand(model := foreign("prelude"), images)
