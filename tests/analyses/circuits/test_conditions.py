@@ -77,3 +77,19 @@ def test_learned_gates_have_scores_of_their_own_for_all_steps(make, images):
         mask, totals = found["all-steps"][0][:, units], scores[:, units].sum(0)
         assert mask[0].tolist() == mask[1].tolist()
         assert totals[mask[0]].min() >= totals[~mask[0]].max()
+
+
+def test_each_condition_is_chosen_by_the_scores_that_are_learned_for_it(make, images, monkeypatch):
+    """Half of the gates, where the learned scores are random numbers."""
+    fit = Fit(Gates(make(num_steps=2), 2), images, mean=True)
+    generator = torch.Generator().manual_seed(0)
+    own, shared = torch.rand(2, *fit.slopes.shape, generator=generator, dtype=torch.float64)
+    monkeypatch.setattr(fit, "learned", lambda _, same, epochs: (own, shared)[same])
+    found = conditions(fit, "learned", 0.5, 3, 1, seed=0)
+    for units in fit.gates.sites.values():
+        assert torch.equal(found["per-step"][0][:, units], own[:, units] > own[:, units].median())
+        totals = shared[:, units].sum(0)
+        wanted = (totals > totals.median()).expand(2, -1)
+        assert torch.equal(found["all-steps"][0][:, units], wanted)
+        best = own[:, units] > own[:, units].median(1, keepdim=True).values
+        assert torch.equal(found["even"][0][:, units], best)

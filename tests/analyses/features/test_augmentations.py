@@ -51,7 +51,9 @@ def test_noise_a_pixel_and_a_given_jitter():
     assert draw.noise.shape == (8, 3, 6, 5)
     assert draw.noise[0, 0].unique().numel() == 30
     assert draw.shift == (0, 0)
-    assert AugmentationSequence(Recipe(), (224, 224)).jitter == 32
+    # 32 px at 224 px, in proportion to the shorter side
+    for size, jitter in (((224, 224), 32), ((448, 112), 16), ((2240, 4480), 320)):
+        assert AugmentationSequence(Recipe(), size).jitter == jitter
 
 
 def test_the_first_draw_of_the_seed():
