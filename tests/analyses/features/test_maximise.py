@@ -219,6 +219,17 @@ def test_out_of_memory_halves_the_images(tiny, monkeypatch):
         maximise(activations, neurons[:1], steps[:1], recipe)
 
 
+def test_the_fourier_start_is_lucents_image_of_small_random_numbers(make):
+    param = pytest.importorskip("lucent.optvis.param")
+    activations = NeuronActivations(make(num_steps=1), *PLAIN)
+    recipe = Recipe(iterations=1, n_copies=1, parametrisation="fourier", seed=3)
+    start, _ = maximise(activations, torch.tensor([0]), torch.tensor([1]), recipe)
+    (spectrum,), render = param.image(32, 32, batch=1)
+    generator = torch.Generator().manual_seed(3)
+    spectrum.data[0] = 0.01 * torch.randn(3, 32, 17, 2, generator=generator)
+    torch.testing.assert_close(start, render().detach().cpu()[0])
+
+
 def test_without_lucent(tiny, monkeypatch):
     monkeypatch.setitem(sys.modules, "lucent", None)
     monkeypatch.setitem(sys.modules, "lucent.optvis", None)
