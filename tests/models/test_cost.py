@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+from foreign import foreign
 from torch.utils.flop_counter import FlopCounterMode
 
 from bvit_interp.errors import UserError
@@ -99,6 +100,26 @@ def test_other_numbers_of_steps_equal_what_torch_counts(tiny_hybrid, images):
         flops(tiny_hybrid, count_attention=False, steps=9)
         == counted["aten.addmm"] + counted["aten.convolution"]
     )
+
+
+def test_a_loop_that_is_not_ours_written_out_on_paper():
+    """16 patches of 8 x 8 px, width 32, an FFN of 64, five steps; the head reads one row."""
+    view = unroll(foreign("encoder"))
+    step, rest = 2 * 16 * (4 * 32 * 32 + 2 * 32 * 64), 2 * 16 * 3 * 8 * 8 * 32 + 2 * 32 * 10
+    products = 2 * 2 * 16 * 16 * 32
+    for steps, count in ((None, 5), (5, 5), (2, 2)):
+        assert flops(view, count_attention=False, steps=steps) == rest + count * step
+        assert flops(view, count_attention=True, steps=steps) == rest + count * (step + products)
+
+
+def test_every_step_costs_what_its_own_block_costs(make):
+    """Three blocks in turn, of which the second gets an FFN of 8 neurons."""
+    model = make(num_blocks=3, num_steps=2)
+    narrow = list(model.blocks.children())[1]
+    narrow.mlp.fc1, narrow.mlp.fc2 = torch.nn.Linear(32, 8), torch.nn.Linear(8, 32)
+    costs = [flops_per_step(model, count_attention=False, step=t) for t in range(1, 7)]
+    wide = 2 * 17 * (4 * 32 * 32 + 2 * 32 * 128)
+    assert costs == [wide, wide - 2 * 17 * 2 * 32 * 120, wide] * 2
 
 
 def test_the_unroll_costs_what_the_model_costs(any_model):
