@@ -1,4 +1,4 @@
-"""Ranges of numbers on the command line: one check for the options of all commands."""
+"""Ranges of numbers on the command line, checked in one place."""
 
 from __future__ import annotations
 

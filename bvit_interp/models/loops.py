@@ -1,4 +1,4 @@
-"""Which modules of a model are its steps, told from a dry run."""
+"""The steps of a model, told from a dry run."""
 
 from __future__ import annotations
 

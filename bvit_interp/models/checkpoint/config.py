@@ -1,4 +1,4 @@
-"""The `config.json` of a checkpoint: read as timm reads it, and checked before a model is built.
+"""The `config.json` of a checkpoint: read, and checked first.
 
 timm and the Hub write three layouts: ours and timm's with `pretrained_cfg`; the same with
 `label_names` and `num_classes` beside it, which then hold; and one flat mapping (Hub models of
