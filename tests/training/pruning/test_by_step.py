@@ -266,7 +266,7 @@ def test_the_command(settings, tmp_path, capsys):
     for wrong, line in (
         (["--rate", "1.5"], "rate must be between 0 and 1, got 1.5"),
         (["--epochs", "0"], "--epochs takes 1 to 1,000,000, got 0"),
-        (["--rounds", "0"], "--rounds takes 1 to 1,000, got 0"),
+        (["--rounds", "0"], "rounds must be >= 1, got 0"),
         (["--set", "model.num_blocks=2"], "this has 2 blocks"),
         (["--graft-epochs", "3"], "graft_epochs: 1 there, 3 now"),
     ):
