@@ -26,10 +26,10 @@ class OwnBlock(nn.Module):
 
 class OwnViT(nn.Module):
     image_size = 32
-    pretrained_cfg = {"label_names": [str(digit) for digit in range(10)]}
 
     def __init__(self, width=128, heads=8, steps=12, classes=10):
         super().__init__()
+        self.pretrained_cfg = {"label_names": [str(digit) for digit in range(classes)]}
         self.patches = nn.Conv2d(3, width, 4, 4)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.position = nn.Parameter(torch.zeros(1, 65, width))
