@@ -101,9 +101,9 @@ def _stack(model: nn.Module, runs: Sequence[Ran]) -> list[str]:
     outer = _outermost(lists)
     if not outer:
         raise UserError(
-            f"no block of {type(model).__name__} takes and gives tokens (batch, tokens, width): none"
-            " of its modules that do runs more than once or stands in a list; say which module is"
-            " the block with loop=PATH"
+            f"no block of {type(model).__name__} takes and gives tokens (batch, tokens, width):"
+            " none of its modules that do runs more than once or stands in a list; say which module"
+            " is the block with loop=PATH"
         )
     if len(outer) > 1:
         listed = ", ".join(f"{path} ({len(lists[path])} blocks)" for path in outer[:6])

@@ -60,7 +60,7 @@ def unroll(
         applying its blocks in the same order (a time embedding stays at its last row); a stacked
         ViT and a loop of another model can only be cut.
     loop : path of the block that is called again and again, or of the list of blocks. By default
-        what runs more than once, else the longest list of blocks.
+        what runs more than once, else the one list of blocks.
     image_size : size of the images of the dry run, if the model does not say it.
     prefix : kinds of the tokens before the patches ("cls", "dist", "reg"), if the names of the
         model's parameters do not tell them.

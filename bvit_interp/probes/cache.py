@@ -63,6 +63,8 @@ class Cache(Mapping[tuple[str, int], Tensor]):
         if at is not None:
             return _unit(self._at(check_site(site), at), site, unit, str(key))
         of_steps = [self._tensors[site, step] for step in self.steps(site)]
+        if len({tensor.shape for tensor in of_steps}) > 1:
+            raise UserError(f"{site} has another shape at other steps: ask for one, as {site}[1]")
         return torch.stack([_unit(tensor, site, unit, str(key)) for tensor in of_steps], dim=1)
 
     def _at(self, site: str, step: int) -> Tensor:
