@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from foreign import foreign
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from bvit_interp.analyses import ANALYSES
@@ -123,3 +124,9 @@ def test_a_looped_subclass_of_timm_is_unrolled_by_its_calls():
     assert isinstance(
         importlib.import_module("bvit_interp").unroll(foreign("encoder")), CalledSteps
     )
+
+
+def test_a_timm_model_that_its_class_made_has_no_config_and_runs():
+    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "num_heads": 4}
+    frame = measured("step_accuracy", VisionTransformer(**shape, depth=2, num_classes=10).eval(), 2)
+    assert frame["step"].tolist() == [1, 2]

@@ -114,7 +114,7 @@ def load_vit(
 
 def class_names(model: Model) -> list[str] | None:
     """The names of the model's classes as its checkpoint tells them, or None."""
-    cfg: Any = model.pretrained_cfg or {}
+    cfg: Any = getattr(model, "pretrained_cfg", None) or {}
     names = cfg.get("label_names") or None
     return list(names) if names else None
 
