@@ -26,6 +26,7 @@ from torch.nn.modules.conv import _ConvNd
 from bvit_interp.data.samples import Samples
 from bvit_interp.errors import UserError
 from bvit_interp.models.bvit import BViT
+from bvit_interp.models.layout import Layout
 from bvit_interp.models.masks import PLACES, Masks
 from bvit_interp.models.unroll import unroll
 from bvit_interp.training.loop.build import make_model
@@ -86,7 +87,11 @@ def input_settings(model: nn.Module, samples: Samples) -> Any:
         return model
     cfg = cast("dict[str, Any]", model.pretrained_cfg)
     side = samples.native_size or cfg["input_size"][-1]
-    return SimpleNamespace(patch_embed=SimpleNamespace(img_size=(side, side)), pretrained_cfg=cfg)
+    return SimpleNamespace(
+        patch_embed=SimpleNamespace(img_size=(side, side)),
+        pretrained_cfg=cfg,
+        layout=Layout((side, side), 3, (1, 1), (), 0, cast("Any", model).num_classes),
+    )
 
 
 class Subnets:

@@ -128,7 +128,7 @@ def test_a_cluster_of_one_image_is_refused(pools, blobs):
 
 
 def test_features_are_the_last_cls(pools, tiny, monkeypatch):
-    monkeypatch.setattr(subsets, "checkpoint", SimpleNamespace(load=lambda spec, device: tiny))
+    monkeypatch.setattr(subsets, "checkpoint", SimpleNamespace(load_vit=lambda spec, device: tiny))
     found = subsets._features(pools[1], "x", "cpu")
     mean, std = (np.array(tiny.pretrained_cfg[key]) for key in ("mean", "std"))
     pixels = torch.tensor((pools[1].read(4) / 255 - mean) / std).float().permute(2, 0, 1)[None]
