@@ -128,7 +128,7 @@ def test_blocks_without_heads_or_neurons_are_refused(digits):
 
     model = LoopedEncoder()
     model.block = Mixer()
-    with pytest.raises(UserError, match="z"):
+    with pytest.raises(UserError, match="without pattern"):
         measure({"m": model.eval()}, digits, Config(**SMALL, limit=8))
 
 
