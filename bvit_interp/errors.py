@@ -24,6 +24,23 @@ class MissingExtra(UserError):
         super().__init__(f"{library} is not installed: pip install 'bvit-interp[{extra}]'")
 
 
+REFUSALS = (
+    TypeError,
+    ValueError,
+    AssertionError,
+    RuntimeError,
+    LookupError,
+    ArithmeticError,
+)
+"""What constructors of other libraries raise for arguments that do not fit."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error, or its kind where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def choices(values: Iterable[object], most: int = 12) -> str:
     """The valid choices as one string, at most `most` of them and then their number."""
     listed = [str(value) for value in values]

@@ -22,8 +22,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from bvit_interp.data.catalog import open_samples
-from bvit_interp.data.samples import Samples, first_line, picture_pixels, read_image
-from bvit_interp.errors import DataError, UserError, choices
+from bvit_interp.data.samples import Samples, picture_pixels, read_image
+from bvit_interp.errors import DataError, UserError, choices, first_line
 
 Channels = Sequence[float]
 TAKEN = (

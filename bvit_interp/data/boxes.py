@@ -30,8 +30,8 @@ from timm.data import ImageNetInfo
 
 from bvit_interp.data.files import escaped
 from bvit_interp.data.folders import image_files, subfolders
-from bvit_interp.data.samples import first_line, read_image
-from bvit_interp.errors import DataError, choices
+from bvit_interp.data.samples import read_image
+from bvit_interp.errors import DataError, choices, first_line
 
 CSV = "LOC_val_solution.csv"
 HEADER = ["ImageId", "PredictionString"]

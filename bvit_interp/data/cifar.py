@@ -13,8 +13,8 @@ from torchvision import datasets
 
 from bvit_interp.data.files import check_regular
 from bvit_interp.data.parquet import ParquetSamples, split_files
-from bvit_interp.data.samples import Samples, first_line
-from bvit_interp.errors import DataError
+from bvit_interp.data.samples import Samples
+from bvit_interp.errors import DataError, first_line
 
 Name = Literal["cifar10", "cifar100"]
 SIZE = 32  # pixels

@@ -20,8 +20,8 @@ import numpy as np
 
 from bvit_interp.data.files import check_regular
 from bvit_interp.data.inventory import Notes, unique
-from bvit_interp.data.samples import first_line, read_image
-from bvit_interp.errors import DataError, MissingExtra, choices
+from bvit_interp.data.samples import read_image
+from bvit_interp.errors import DataError, MissingExtra, choices, first_line
 
 IMAGES, LABELS = ("img", "image"), ("label", "fine_label")  # known column names
 MOST_CLASSES = 1_000_000  # of a set without class names

@@ -28,7 +28,7 @@ import numpy as np
 from PIL import Image
 
 from bvit_interp.data.files import check_regular, escaped, say
-from bvit_interp.errors import DataError, UserError
+from bvit_interp.errors import DataError, UserError, first_line
 
 _ORIENTATION = 274  # EXIF tag
 _UNREADABLE = (  # errors of PIL; they depend on the format and the damage
@@ -212,8 +212,3 @@ def _unreadable(name: str, what: str, error: BaseException) -> DataError:
         "no image file" if isinstance(error, Image.UnidentifiedImageError) else first_line(error)
     )
     return DataError(f"{name}: the {what} cannot be read ({reason})")
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or the name of its class if the message is empty."""
-    return str(error).partition("\n")[0] or type(error).__name__

@@ -10,7 +10,6 @@ beyond the paper: an update that is active at chosen steps only.
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,17 +19,16 @@ from typing import Any, get_args
 import timm
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from bvit_interp.errors import CheckpointError, UserError
+from bvit_interp.models import tensor_file
 from bvit_interp.models.bvit import BViT
 from bvit_interp.models.stepping import device_of
 from bvit_interp.models.unroll import is_unrolled, unroll
-from bvit_interp.results import replacing, weights_hash
+from bvit_interp.results import weights_hash
 from bvit_interp.vocabulary import AdapterMode
 
 FILE = "adapter.safetensors"
@@ -261,12 +259,7 @@ class Adapted:
             "weights": weights_hash(self.base),
             **(about or {}),
         }
-        tensors = {
-            name: tensor.detach().cpu().contiguous() for name, tensor in self.trained.items()
-        }
-        with replacing(path) as temporary:
-            save_file(tensors, str(temporary), metadata={"adapter": json.dumps(kept)})
-            temporary.chmod(0o644)  # safetensors leaves it to its owner alone
+        tensor_file.write(path, "adapter", kept, self.trained)
 
     @classmethod
     def load(cls, path: Path, model: VisionTransformer) -> Adapted:
@@ -275,13 +268,11 @@ class Adapted:
         if not path.is_file():
             raise CheckpointError(f"no adapter at {path}: make one with `bvit-interp transfer`")
         try:
-            with safe_open(str(path), "pt") as file:
-                about = json.loads((file.metadata() or {})["adapter"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+            about, tensors = tensor_file.read(path, "adapter")
             steps = about["spec"]["steps"]
             spec = Spec(**{**about["spec"], "steps": None if steps is None else tuple(steps)})
             weights, classes = about["weights"], [str(name) for name in about["classes"]]
-        except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+        except tensor_file.UNREADABLE as error:
             raise CheckpointError(f"{path}: truncated or not an adapter ({error})") from error
         if weights != weights_hash(model):
             raise CheckpointError(f"{path}: an adapter of another base model (weights {weights})")

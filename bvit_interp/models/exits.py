@@ -9,7 +9,6 @@ because the residual grows with t).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,26 +16,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from bvit_interp.errors import CheckpointError, UserError, choices
 from bvit_interp.metrics.exits import is_confident
+from bvit_interp.models import tensor_file
 from bvit_interp.models.stepping import advance, answer, device_of, embed, states
-from bvit_interp.results import replacing, weights_hash
+from bvit_interp.results import weights_hash
 
 FILE = "exits.safetensors"
-_DAMAGES = (
-    SafetensorError,
-    OSError,
-    LookupError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    RuntimeError,  # RecursionError is one
-)
 
 
 class Exits(nn.Module):
@@ -75,13 +64,7 @@ class Exits(nn.Module):
     def save(self, path: Path, model: nn.Module, about: Mapping[str, Any]) -> None:
         """Write the exits of `model`'s weights, with facts `about` their training."""
         kept = {"steps": self.steps, "weights": weights_hash(model), **about}
-        with replacing(path) as temporary:
-            tensors = {
-                name: tensor.detach().cpu().contiguous()
-                for name, tensor in self.state_dict().items()
-            }
-            save_file(tensors, str(temporary), metadata={"exits": json.dumps(kept)})
-            temporary.chmod(0o644)  # safetensors lets only the owner read it
+        tensor_file.write(path, "exits", kept, self.state_dict())
 
     @classmethod
     def load(cls, path: Path, model: VisionTransformer) -> Exits:
@@ -98,11 +81,9 @@ class Exits(nn.Module):
                 f"no exits at {path}: make them with `bvit-interp early-exit train`"
             )
         try:
-            with safe_open(str(path), "pt") as file:
-                about = json.loads((file.metadata() or {})["exits"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+            about, tensors = tensor_file.read(path, "exits")
             steps, weights = about["steps"], about.get("weights")
-        except _DAMAGES as error:
+        except tensor_file.UNREADABLE as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(f"{path}: truncated or not a file of exits ({reason})") from error
         if weights != weights_hash(model):

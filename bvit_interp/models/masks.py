@@ -9,7 +9,6 @@ checkpoint's weights; ``FOLDER@masked`` opens both.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,26 +17,16 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from bvit_interp.errors import CheckpointError, UserError, choices
+from bvit_interp.models import tensor_file
 from bvit_interp.models.unroll import unroll
-from bvit_interp.results import replacing, weights_hash
+from bvit_interp.results import weights_hash
 
 FILE = "masks.safetensors"
-_DAMAGES = (
-    SafetensorError,
-    OSError,
-    LookupError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    RuntimeError,  # RecursionError is one
-)
 PLACES = {"qkv": "attn.qkv", "proj": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
 """Component of a step's masks -> the module of the block whose weight it masks; biases and norms
 are not masked."""
@@ -122,10 +111,7 @@ class Masks(Mapping[str, Tensor]):
         packed = self._packed()
         shapes = {name: tuple(mask.shape) for name, mask in self.of.items()}
         about = {"shapes": shapes, "blocks": self.blocks, "weights": weights_hash(model)}
-        with replacing(path) as temporary:
-            # of two keys the order is random
-            save_file(packed, str(temporary), metadata={"masks": json.dumps(about)})
-            temporary.chmod(0o644)  # safetensors leaves it to its owner alone
+        tensor_file.write(path, "masks", about, packed)
 
     @classmethod
     def load(cls, path: Path, model: nn.Module | None = None) -> Masks:
@@ -133,12 +119,10 @@ class Masks(Mapping[str, Tensor]):
         if not path.is_file():
             raise CheckpointError(f"no masks at {path}")
         try:
-            with safe_open(str(path), "pt") as file:
-                about = json.loads((file.metadata() or {})["masks"])
-                packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+            about, packed = tensor_file.read(path, "masks")
             of = _read(about, packed)
             masks, weights = cls(of, tuple(about["blocks"])), about.get("weights")
-        except _DAMAGES as error:
+        except tensor_file.UNREADABLE as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(f"{path}: truncated or not a file of masks ({reason})") from error
         if model is not None and (found := _foreign(masks, weights, model)):

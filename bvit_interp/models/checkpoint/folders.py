@@ -9,7 +9,7 @@ import timm
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from bvit_interp.errors import CheckpointError, UserError, choices
+from bvit_interp.errors import REFUSALS, CheckpointError, UserError, choices
 from bvit_interp.models import masks
 from bvit_interp.models.checkpoint.config import ModelConfig, check_names, read_config
 from bvit_interp.models.checkpoint.resizing import resize
@@ -73,17 +73,7 @@ def _built(config: ModelConfig) -> nn.Module:
         model: Any = timm.create_model(
             name, pretrained=False, pretrained_cfg_overlay=config.cfg, **config.model_args
         )
-    except (
-        TypeError,
-        ValueError,
-        AssertionError,
-        RuntimeError,
-        LookupError,
-        ArithmeticError,
-        AttributeError,
-        MemoryError,
-        NotImplementedError,
-    ) as error:
+    except (*REFUSALS, AttributeError, MemoryError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise CheckpointError(
             f"{config.file}: {name} cannot be built from its model_args ({reason})"

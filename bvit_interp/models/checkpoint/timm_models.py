@@ -11,7 +11,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from bvit_interp.errors import CheckpointError, choices
+from bvit_interp.errors import CheckpointError, choices, first_line
 from bvit_interp.models.checkpoint.resizing import resize
 from bvit_interp.models.checkpoint.specs import AVERAGED, MASKED, Spec
 from bvit_interp.models.checkpoint.weights import classes_in, fill, read
@@ -31,7 +31,7 @@ def open_timm(spec: Spec) -> nn.Module:
     except CheckpointError:
         raise
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise CheckpointError(
             f"timm:{name}: weights could not be had ({reason}); timm:{name}@random or"
             f" timm:{name}@FILE work offline"

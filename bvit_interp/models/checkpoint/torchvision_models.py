@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchvision import models
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
-from bvit_interp.errors import CheckpointError, choices
+from bvit_interp.errors import CheckpointError, choices, first_line
 from bvit_interp.models.checkpoint.resizing import check_patches
 from bvit_interp.models.checkpoint.specs import AVERAGED, MASKED, Spec
 from bvit_interp.models.checkpoint.weights import classes_in, fill, read
@@ -53,7 +53,7 @@ def _created(spec: Spec, weights: Any, **options: Any) -> Any:
             torch.default_generator.manual_seed(0)  # torch.manual_seed would reseed the GPUs too
             return models.get_model(spec.name, weights=weights, **options)
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise CheckpointError(
             f"torchvision:{spec.name}: weights could not be had ({reason});"
             f" torchvision:{spec.name}@random or torchvision:{spec.name}@FILE work offline"

@@ -24,9 +24,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bvit_interp import results
-from bvit_interp.data.samples import Samples, first_line
+from bvit_interp.data.samples import Samples
 from bvit_interp.data.stream import ModelBatch, stream
-from bvit_interp.errors import UserError
+from bvit_interp.errors import UserError, first_line
 from bvit_interp.metrics.streaming.statistics import PerImage
 from bvit_interp.models.exits import FILE, Exits, check_exits
 from bvit_interp.models.stepping import device_of, states

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bvit_interp import results
-from bvit_interp.data.samples import first_line
-from bvit_interp.errors import UserError
+from bvit_interp.errors import UserError, first_line
 from bvit_interp.models.adapters import Adapted
 from bvit_interp.models.stepping import device_of
 from bvit_interp.training.loop import build, saved_parts

@@ -19,8 +19,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torchvision import models
 
-from bvit_interp.data.samples import first_line
-from bvit_interp.errors import CheckpointError, UserError, choices
+from bvit_interp.errors import CheckpointError, UserError, choices, first_line
 from bvit_interp.models import checkpoint
 from bvit_interp.models.bvit import BViT
 from bvit_interp.training.loop.recipe import Recipe

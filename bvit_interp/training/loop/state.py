@@ -17,8 +17,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from bvit_interp import results
-from bvit_interp.data.samples import first_line
-from bvit_interp.errors import UserError
+from bvit_interp.errors import UserError, first_line
 from bvit_interp.models.bvit import BViT
 from bvit_interp.training.loop import saved_parts
 from bvit_interp.training.loop.recipe import Recipe

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bvit_interp import results
-from bvit_interp.data.samples import Samples, first_line
-from bvit_interp.errors import UserError
+from bvit_interp.data.samples import Samples
+from bvit_interp.errors import UserError, first_line
 from bvit_interp.models.bvit import BViT
 from bvit_interp.models.masks import Masks
 from bvit_interp.training.loop import build, feed, saved_parts

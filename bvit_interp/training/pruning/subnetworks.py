@@ -24,7 +24,7 @@ from torch.func import functional_call
 from torch.nn.modules.conv import _ConvNd
 
 from bvit_interp.data.samples import Samples
-from bvit_interp.errors import UserError
+from bvit_interp.errors import REFUSALS, UserError
 from bvit_interp.models.bvit import BViT
 from bvit_interp.models.layout import Layout
 from bvit_interp.models.masks import PLACES, Masks
@@ -39,15 +39,6 @@ from bvit_interp.training.pruning.subsets import Pool
 WeightNames = Mapping[str, tuple[str, ...]]
 """Masked weight of the model -> its names in the module that computes, one per mask of a subset:
 one, or one per step."""
-
-_REFUSALS_OF_TIMM = (
-    TypeError,
-    ValueError,
-    AssertionError,
-    RuntimeError,
-    LookupError,
-    ArithmeticError,
-)
 
 
 def build_model(recipe: Recipe, pool: Pool, device: str = "cpu") -> nn.Module:
@@ -73,7 +64,7 @@ def _build(recipe: Recipe, pool: Pool) -> nn.Module:
         arguments = {key: value for key, value in recipe.model.items() if key != "name"}
         try:
             return timm.create_model(name, **arguments)
-        except _REFUSALS_OF_TIMM as error:
+        except REFUSALS as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"recipe: cannot make the model {name}: {reason}") from error
 
