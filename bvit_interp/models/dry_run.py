@@ -7,7 +7,7 @@ images of the model's size, without gradients, in eval mode, on a copy that shar
 from __future__ import annotations
 
 import copy
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bvit_interp.errors import UserError
+from bvit_interp.errors import UserError, first_line
 from bvit_interp.models.attention import unfused
 from bvit_interp.models.nested import first_tensor
 from bvit_interp.models.tied import tensors_of
@@ -63,14 +63,25 @@ def example_images(model: nn.Module, image_size: Any = None, channels: int | Non
 
 @contextmanager
 def dry(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients; random numbers, modes and buffers are put back at the end."""
-    modes = {module: module.training for module in model.modules()}
+    """Eval mode, no gradients and no hooks that are there already; random numbers, modes, buffers
+    and hooks are put back at the end.
+
+    A recorder of the user's must not see noise. Weights that a hook computes (pruning) stay those
+    of its last run.
+    """
+    modules = list(model.modules())
+    modes = {module: module.training for module in modules}
+    hooks = [(module, module._forward_pre_hooks, module._forward_hooks) for module in modules]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     model.eval()
+    for module in modules:
+        module._forward_pre_hooks, module._forward_hooks = OrderedDict(), OrderedDict()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), unfused():
             yield
     finally:
+        for module, before_it, after_it in hooks:
+            module._forward_pre_hooks, module._forward_hooks = before_it, after_it
         for module, training in modes.items():
             module.training = training
         with torch.no_grad():
@@ -100,11 +111,8 @@ def dry_run(model: nn.Module, images: Tensor) -> tuple[list[Ran], Any]:
     try:
         view = copy.deepcopy(model, tensors_of(model))
     except Exception as error:
-        raise UserError(f"{name} cannot be copied: {said(error)}") from error
+        raise UserError(f"{name} cannot be copied: {first_line(error)}") from error
     started: list[Ran] = []
-    for path, module in view.named_modules():
-        if path and any(True for _ in module.parameters()):
-            _watch(path, module, started)
     outside: list[str] = []
     handles = [
         module.register_forward_pre_hook(lambda *_, path=path: outside.append(path))
@@ -112,12 +120,15 @@ def dry_run(model: nn.Module, images: Tensor) -> tuple[list[Ran], Any]:
     ]
     try:
         with dry(view):
+            for path, module in view.named_modules():
+                if path and any(True for _ in module.parameters()):
+                    _watch(path, module, started)
             output = view(images)
     except UserError:
         raise
     except Exception as error:
         shape = " x ".join(map(str, images.shape[1:]))
-        raise UserError(f"{name} fails on two images of {shape}: {said(error)}") from error
+        raise UserError(f"{name} fails on two images of {shape}: {first_line(error)}") from error
     finally:
         for handle in handles:
             handle.remove()
@@ -156,12 +167,6 @@ def _watch(path: str, module: nn.Module, started: list[Ran]) -> None:
 
     module.register_forward_pre_hook(before, with_kwargs=True)
     module.register_forward_hook(after)
-
-
-def said(error: Exception) -> str:
-    """The first line of an error, or its kind."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def _image_size(model: Any) -> Any:

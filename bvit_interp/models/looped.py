@@ -19,8 +19,8 @@ from jaxtyping import Float
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from bvit_interp.errors import UserError
-from bvit_interp.models.dry_run import dry, said
+from bvit_interp.errors import UserError, first_line
+from bvit_interp.models.dry_run import dry
 from bvit_interp.models.layout import Layout
 from bvit_interp.models.nested import first_tensor, is_tensor, map_tensors, with_first
 from bvit_interp.models.prefix import find_layout
@@ -84,7 +84,7 @@ class CalledSteps(nn.Module):
                 raise
             except Exception as error:
                 name = type(model).__name__
-                raise UserError(f"unrolled by call, {name} fails: {said(error)}") from error
+                raise UserError(f"unrolled by call, {name} fails: {first_line(error)}") from error
             self.layout = find_layout(
                 model, images, seen.inputs, _num_classes(model, output), prefix, grid, fixed
             )

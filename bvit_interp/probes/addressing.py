@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from bvit_interp.errors import UserError, choices
 from bvit_interp.models.attention import watching
@@ -26,12 +27,24 @@ from bvit_interp.vocabulary import (
     unit_axis,
 )
 
-Key = str | tuple[str, int] | Address
+Key = str | tuple[str, int] | tuple[str, int, int] | Address
 """A site name, or an address in any of its forms."""
 
 
 class Enough(Exception):
     """What was asked for is there: the forward need not go on."""
+
+
+_known: weakref.WeakKeyDictionary[nn.Module, StepSites] = weakref.WeakKeyDictionary()
+
+
+def sites_of(view: nn.Module) -> StepSites:
+    """The one `StepSites` of a tied unroll, as long as its blocks stay the same modules."""
+    blocks: Any = view.blocks
+    known = _known.get(view)
+    if known is None or [step.block for step in known.steps] != list(blocks):
+        known = _known[view] = StepSites(view)
+    return known
 
 
 class StepSites:
@@ -48,11 +61,11 @@ class StepSites:
     """
 
     def __init__(self, view: Any) -> None:
-        self.view, self.layout = view, layout_of(view)
+        self.layout = layout_of(view)
         self.steps = [Step(block) for block in view.blocks]
-        self._shapes = {site: self._dry_shape(site) for site in ("z", "k", "mlp_post")}
+        self._shapes = {site: self._dry_shape(view, site) for site in ("z", "k", "mlp_post")}
         if isinstance(self._shapes["z"], str):  # the pattern alone may be seen
-            self._shapes["pattern"] = self._dry_shape("pattern")
+            self._shapes["pattern"] = self._dry_shape(view, "pattern")
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -72,7 +85,7 @@ class StepSites:
         """Neurons of a step: what the FFN's last projection reads."""
         return self._size("mlp_post", 2)
 
-    def _dry_shape(self, site: str) -> tuple[int, ...] | str:
+    def _dry_shape(self, view: nn.Module, site: str) -> tuple[int, ...] | str:
         """Shape of the site at step 1 for an image of noise, or why there is none."""
         shapes: list[tuple[int, ...]] = []
 
@@ -80,14 +93,14 @@ class StepSites:
             shapes.append(tuple(activation.shape))
             raise Enough
 
-        image = example_images(self.view, self.layout.image_size, self.layout.channels)[:1]
+        image = example_images(view, self.layout.image_size, self.layout.channels)[:1]
         try:
-            handle = self.steps[0].record(site, slice(None), keep)
-            try:
-                with dry(self.view), watching(), contextlib.suppress(Enough):
-                    self.view(image)
-            finally:
-                handle.remove()
+            with dry(view), watching(), contextlib.suppress(Enough):
+                handle = self.steps[0].record(site, slice(None), keep)
+                try:
+                    view(image)
+                finally:
+                    handle.remove()
         except UserError as error:
             return str(error)
         return shapes[0] if shapes else unseen(site)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from bvit_interp.errors import UserError, choices
+from bvit_interp.errors import UserError, choices, first_line
+from bvit_interp.models import tensor_file
 from bvit_interp.vocabulary import (
     SITES,
     Address,
@@ -55,11 +53,9 @@ class Cache(Mapping[tuple[str, int], Tensor]):
     def __setitem__(self, key: tuple[str, int], tensor: Tensor) -> None:
         self._tensors[key] = tensor
 
-    def __getitem__(self, key: str | tuple[str, int] | Address) -> Tensor:
-        if isinstance(key, tuple):
-            site, step = key
-            return self._at(check_site(site), step)
-        site, at, unit = split_address(str(key))
+    def __getitem__(self, key: str | tuple[str, int] | tuple[str, int, int] | Address) -> Tensor:
+        address = Address(*key) if isinstance(key, tuple) else key
+        site, at, unit = split_address(str(address))
         if at is not None:
             return _unit(self._at(check_site(site), at), site, unit, str(key))
         of_steps = [self._tensors[site, step] for step in self.steps(site)]
@@ -110,9 +106,9 @@ class Cache(Mapping[tuple[str, int], Tensor]):
 
     def save(self, path: str | Path) -> None:
         """Write a `.safetensors` file with a tensor ``site[step]`` for each."""
-        tensors = {_text(key): tensor.detach().contiguous() for key, tensor in self.items()}
-        about = {"grid": json.dumps(self.grid), "num_steps": str(self.num_steps)}
-        safetensors.torch.save_file(tensors, str(path), metadata=about)
+        tensors = {_text(key): tensor for key, tensor in self.items()}
+        about = {"grid": self.grid, "num_steps": self.num_steps}
+        tensor_file.write(Path(path), "cache", about, tensors)
 
     @classmethod
     def load(cls, path: str | Path) -> Cache:
@@ -124,14 +120,13 @@ class Cache(Mapping[tuple[str, int], Tensor]):
             For another file.
         """
         try:
-            with safetensors.safe_open(str(path), "pt") as file:
-                about = file.metadata() or {}
-                cache = cls(tuple(json.loads(about["grid"])), int(about["num_steps"]))
-                for name in file.keys():  # noqa: SIM118  it is no dict
-                    address = Address.parse(name)
-                    cache[address.site, address.step] = file.get_tensor(name)
-        except (OSError, KeyError, ValueError, TypeError, safetensors.SafetensorError) as error:
-            raise UserError(f"{path} is no saved cache ({error})") from error
+            about, tensors = tensor_file.read(Path(path), "cache")
+            cache = cls(tuple(about["grid"]), int(about["num_steps"]))
+            for name, tensor in tensors.items():
+                address = Address.parse(name)
+                cache[address.site, address.step] = tensor
+        except tensor_file.UNREADABLE as error:
+            raise UserError(f"{path} is no saved cache ({first_line(error)})") from error
         return cache
 
     @property

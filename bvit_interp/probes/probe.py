@@ -29,7 +29,7 @@ from bvit_interp.models.attention import Change, unfused, watching
 from bvit_interp.models.looped import CalledSteps
 from bvit_interp.models.stepping import device_of
 from bvit_interp.models.unroll import is_unrolled, unroll
-from bvit_interp.probes.addressing import Enough, Key, StepSites, unseen
+from bvit_interp.probes.addressing import Enough, Key, sites_of, unseen
 from bvit_interp.probes.cache import Cache, unit_index
 from bvit_interp.probes.sites import Step
 from bvit_interp.results import rank_and_world
@@ -81,7 +81,7 @@ class Probe:
         self.max_bytes = max_bytes
         self._lock = _lock_of(self.model)
         with self._lock:  # another thread's forward would be seen too
-            self._steps = StepSites(self.model)
+            self._steps = sites_of(self.model)
         self.layout = self._steps.layout
         self.num_steps = len(self._steps)
         self.num_prefix_tokens = self.layout.num_prefix_tokens

@@ -250,3 +250,24 @@ def test_a_cache_is_a_mapping_that_moves_and_is_saved(tiny, images, tmp_path):
     (tmp_path / "other").write_text("no tensors")
     with pytest.raises(UserError, match="other is no saved cache"):
         Cache.load(tmp_path / "other")
+
+
+def test_a_probe_made_while_another_edits_knows_its_heads_and_fires_nothing(tiny, images):
+    view = unroll(tiny)
+    with torch.no_grad(), Probe(view).edit({"z[2]": lambda z, _: 0 * z}) as fired:
+        second = Probe(view)
+        assert second.num_heads == 4
+        assert fired == {"z[2]": 0}
+        second(images)
+    assert fired == {"z[2]": 1}
+
+
+def test_a_dry_run_calls_no_hook_of_the_users(tiny):
+    seen = []
+    tiny.register_forward_hook(lambda *_: seen.append(1))
+    tiny.blocks[0].register_forward_pre_hook(lambda *_: seen.append(2))
+    Probe(tiny)
+    assert not seen
+    for module in tiny.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()

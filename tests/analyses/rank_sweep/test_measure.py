@@ -185,22 +185,15 @@ def test_a_stack_of_copies_is_the_recurrent_model(make, digits, blocks):
     pd.testing.assert_frame_equal(one, three, rtol=1e-5)
 
 
-def test_full_rank_is_the_untouched_model_exactly_and_run_once(any_model, digits, monkeypatch):
+def test_full_rank_is_the_untouched_model_exactly_and_run_once(any_model, digits):
     full = any_model.embed_dim
     seen = []
-    original = type(any_model).forward
-
-    def remember(self, *args, **kwargs):
-        logits = original(self, *args, **kwargs)
-        seen.append(logits.clone())
-        return logits
-
-    monkeypatch.setattr(type(any_model), "forward", remember)
+    handle = any_model.register_forward_hook(lambda _, __, logits: seen.append(logits.clone()))
     methods = ("svd", "whitened", "random")
     frame = measure(
         {"m": any_model}, digits, Config(ranks=(full,), methods=methods, n_calibration=8)
     )
-    monkeypatch.undo()
+    handle.remove()
     assert frame["method"].tolist() == list(methods)
     assert (frame["accuracy"] == accuracy_by_hand(any_model, digits)).all()
     assert frame["energy_fc1"].to_numpy() == pytest.approx(1.0)
@@ -210,9 +203,7 @@ def test_full_rank_is_the_untouched_model_exactly_and_run_once(any_model, digits
         assert torch.equal(seen[1], any_model(batch_of(any_model, digits)[0]))
 
 
-def test_the_model_comes_back_as_it_went_also_after_an_error(
-    tiny, stacked, digits, monkeypatch, watched_models
-):
+def test_the_model_comes_back_as_it_went_also_after_an_error(tiny, stacked, digits, watched_models):
     before = {name: tensor.clone() for name, tensor in tiny.state_dict().items()}
     pointers = {name: (id(p), p.data_ptr(), p._version) for name, p in tiny.named_parameters()}
     view = unroll(tiny)  # an unroll may be given too, and keeps its modules
@@ -230,9 +221,10 @@ def test_the_model_comes_back_as_it_went_also_after_an_error(
     def fail(*_):
         raise RuntimeError("on purpose")
 
-    monkeypatch.setattr(type(tiny), "forward", fail)
+    handle = tiny.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="on purpose"):
         measure({"m": tiny}, digits, Config(ranks=(2,), limit=4))
+    handle.remove()
     assert all(torch.equal(tensor, before[name]) for name, tensor in tiny.state_dict().items())
     assert {
         name: (id(p), p.data_ptr(), p._version) for name, p in tiny.named_parameters()
