@@ -7,26 +7,18 @@ from typing import Any, cast
 import timm
 import torch
 from timm.layers import build_sincos2d_pos_embed
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 
 from bvit_interp.data.samples import Samples
-from bvit_interp.errors import UserError, choices
+from bvit_interp.errors import REFUSALS, UserError, choices
 from bvit_interp.models import checkpoint
 from bvit_interp.models.bvit import BViT
 from bvit_interp.training.loop.draws import seeded
 from bvit_interp.training.loop.recipe import Recipe
 
 _EMA_HORIZON = 0.053  # share of the steps: 20,000 of the paper's 375,300
-_TIMM_ERRORS = (  # what timm raises for arguments that do not fit
-    TypeError,
-    ValueError,
-    AssertionError,
-    RuntimeError,
-    LookupError,
-    ArithmeticError,
-)
 
 
 def make_model(recipe: Recipe, samples: Samples) -> BViT:
@@ -51,7 +43,7 @@ def make_model(recipe: Recipe, samples: Samples) -> BViT:
     if any(pixels % side for pixels, side in zip(size, patch, strict=True)):
         raise UserError(f"recipe: patches of {patch} do not tile {size} pixels")
     if recipe.init is not None:
-        _load_weights(recipe.init, model)
+        _load_weights(recipe.init, model, list(samples.classes))
     cfg = cast("dict[str, Any]", model.pretrained_cfg) | {"label_names": list(samples.classes)}
     if samples.native_size is not None or recipe.crop != "random-resized":
         cfg["crop_pct"] = 1.0  # training shows whole images
@@ -68,20 +60,26 @@ def _created(recipe: Recipe) -> VisionTransformer:
             if recipe.positions == "sincos":
                 grid = build_sincos2d_pos_embed(list(model.patch_embed.grid_size), model.embed_dim)
                 model.pos_embed.data[0, -len(grid) :] = grid
-        except _TIMM_ERRORS as error:
+        except REFUSALS as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             given = ", ".join(f"{key}={value}" for key, value in arguments.items())
             raise UserError(f"recipe: cannot make the model {name} ({given}): {reason}") from error
     return model
 
 
-def _load_weights(init: str, model: BViT) -> None:
-    """Start from a checkpoint; weights that it lacks keep their initial values."""
+def _load_weights(init: str, model: BViT, classes: list[str]) -> None:
+    """Start from a checkpoint; weights that it lacks keep their initial values.
+
+    Patch embedding and positions are resampled (Beyer et al. 2023, "FlexiViT"; timm), and the head
+    of other classes is left out.
+    """
     source = checkpoint.load_vit(init, own_code=False)
     found, wanted = heads(source), heads(model)
     if found != wanted:
         raise UserError(f"recipe: {init} has {found} heads, the model {wanted}")
-    weights, initial = source.state_dict(), model.state_dict()
+    weights, initial = checkpoint_filter_fn(source.state_dict(), model), model.state_dict()
+    if checkpoint.class_names(source) not in (None, classes):
+        weights = {key: weight for key, weight in weights.items() if not key.startswith("head")}
     misfits = [
         key for key in weights if key not in initial or initial[key].shape != weights[key].shape
     ]

@@ -57,7 +57,8 @@ class Recipe:
     data: str
     """Data set of the catalog: NAME or NAME:PATH."""
     init: str | None = None
-    """Checkpoint to start from. Weights that it lacks (a time embedding, registers) start at their
+    """Checkpoint to start from. Patch embedding and positions are resampled to the model's sizes.
+    Weights that it lacks (a time embedding, registers, the head of other classes) start at their
     initial values."""
     teacher: str | None = None
     """Teacher for distillation (DeiT, hard labels): a checkpoint, timm:NAME or torchvision:NAME. It

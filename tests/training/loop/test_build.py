@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 from bvit_interp.data.digits import DigitScenes
@@ -54,6 +55,34 @@ def test_starting_from_a_checkpoint(make, recipe, tmp_path, name, new):
         assert torch.equal(model(images), base(images))
     with pytest.raises(UserError, match="base does not fit the model: cls_token"):
         build.make_model(recipe(model={**arguments, "embed_dim": 64}, init=str(folder)), SAMPLES)
+
+
+def test_starting_from_other_sizes_and_classes(make, recipe, tmp_path):
+    base = make(img_size=24, patch_size=6)
+    base.pretrained_cfg = {**base.pretrained_cfg, "label_names": [f"n{i}" for i in range(10)]}
+    init = str(save(base, tmp_path / "base"))
+    arguments = {"embed_dim": 32, "num_heads": 4, "img_size": 96, "patch_size": 12}
+    fresh = build.make_model(recipe(model=arguments), SAMPLES).state_dict()
+    own, old = (
+        build.make_model(recipe(model=arguments, init=init), SAMPLES).state_dict(),
+        base.state_dict(),
+    )
+    for key, weight in own.items():
+        if key.startswith("head"):  # of other classes
+            assert torch.equal(weight, fresh[key])
+        elif key not in ("pos_embed", "patch_embed.proj.weight"):
+            assert torch.equal(weight, old[key])
+    # an enlarged patch is embedded as the patch was
+    patch = torch.randn(1, 3, 6, 6)
+    larger = F.interpolate(patch, size=(12, 12), mode="bicubic", antialias=True)
+    before = F.conv2d(patch, old["patch_embed.proj.weight"])
+    assert torch.allclose(F.conv2d(larger, own["patch_embed.proj.weight"]), before, atol=1e-5)
+    # positions: CLS stays, the grid of 4 x 4 becomes one of 8 x 8
+    assert torch.equal(own["pos_embed"][:, 0], old["pos_embed"][:, 0])
+    grid = own["pos_embed"][0, 1:].T.reshape(1, 32, 8, 8)
+    expected = old["pos_embed"][0, 1:].T.reshape(1, 32, 4, 4)
+    expected = F.interpolate(expected, size=(8, 8), mode="bicubic", antialias=True)
+    assert torch.allclose(grid, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["", "reg4_", "distilled_"])
