@@ -31,7 +31,7 @@ FLOORS = (  # from the top
     "analyses",
     "training",
     "probes",
-    "plotting.py",
+    "plotting",
     "data",
     "models",
     "metrics",

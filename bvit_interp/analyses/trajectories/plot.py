@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pandas as pd
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, LinearSegmentedColormap
@@ -35,7 +36,7 @@ def plot(frame: pd.DataFrame) -> Figure:
     last = int(frame["step"].max())
     # up to 0.92: the palette's end is too light on white
     shades = LinearSegmentedColormap.from_list(
-        "steps", plotting.colormaps[plotting.SEQUENTIAL]([i / 99 * 0.92 for i in range(100)])
+        "steps", colormaps[plotting.SEQUENTIAL]([i / 99 * 0.92 for i in range(100)])
     )
     norm = BoundaryNorm([t + 0.5 for t in range(last + 1)], shades.N)
     for m, name in enumerate(models):
