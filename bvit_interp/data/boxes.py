@@ -5,15 +5,15 @@ XML files of the official archive, or else ``LOC_val_solution.csv``. XML files a
 they state the size of the annotated picture. In the mask the id of the image's class is inside all
 boxes of that class, and 0 is everywhere else (coding as in `samples`).
 
-A box is given by its first and last pixel, **counted from 0, both inside**. The published boxes are
-like this: in images 500 pixels wide many go from 0 to 499. Pascal VOC counts from 1, so the last
-pixel of such a box may equal the width. This one extra pixel is cut off. A box that goes further is
-refused.
+A box is given by its first and last pixel, **counted from 0, both inside**. The published boxes
+follow this rule: in images 500 pixels wide, many go from 0 to 499. Pascal VOC counts from 1, so the
+last pixel of such a box may equal the width. This one extra pixel is cut off. A box that goes
+further is refused.
 
 If an image has another size than its XML file states, its boxes are scaled, each axis
 independently. A pixel is in a box if its centre is, as if the mask had been resized to the nearest
-pixel. A box too thin to contain a centre keeps one pixel. This is right for resized or squashed
-copies, not for cropped ones.
+pixel. A box too thin to contain a centre keeps one pixel. Scaling is right for resized or squashed
+copies, but not for cropped ones.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Boxes:
 
     Parameters
     ----------
-    source : their file, or the line in it; for errors.
+    source : the file of the boxes, or the line in it, for error messages.
     boxes : the boxes, in pixels of the annotated picture.
     size : width and height of that picture in pixels, if the source states them.
     """
@@ -247,13 +247,13 @@ def _whole(texts: Iterable[str | None]) -> list[int] | None:
 
 
 def _check_inside(box: Box, width: int, height: int, source: str) -> None:
-    """Refuse a box outside its picture; one extra pixel, from counting from 1, is allowed."""
+    """Refuse a box outside its picture; one extra pixel is allowed, for boxes that count from 1."""
     if box.left >= width or box.right > width or box.top >= height or box.bottom > height:
         raise DataError(f"{source}: box {box} lies beyond its image of {width} x {height} pixels")
 
 
 def _pixels(first: int, last: int, stated: int, stored: int) -> slice:
-    """Those of `stored` pixels whose centre is in first..last of `stated` pixels; at least one."""
+    """The `stored` pixels whose centre lies in first..last of the `stated` pixels; at least one."""
     edges = (first, min(last + 1, stated))
     start, stop = (-((stated - 2 * edge * stored) // (2 * stated)) for edge in edges)  # rounded up
     if start < stop:

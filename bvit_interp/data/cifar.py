@@ -58,7 +58,7 @@ class CifarBinaries:
 
 
 def open_cifar(name: Name, root: Path, split: str, download: bool = False) -> Samples:
-    """CIFAR from the parquet or binary files in root; `download` gets them if there are none."""
+    """CIFAR from the parquet or binary files in root; `download` fetches them if there are none."""
     if split_files(root, split):
         official = CIFAR10 if name == "cifar10" else None
         samples = ParquetSamples(root, split, classes=official, native_size=SIZE)

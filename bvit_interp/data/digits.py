@@ -48,9 +48,9 @@ class DigitScenes:
     ----------
     split : "train" or "test".
     length : number of scenes; by default 50,000 for train and 2,000 for test.
-    start : index of the first scene; there are scenes beyond the default length too, for training.
-    hardness : 0 = digits on a plain background, 1 = full photographs and distractors (the data
-        set); values between mix the two. For curricula.
+    start : index of the first scene. Training uses scenes beyond the default length too.
+    hardness : 0 for digits on a plain background, 1 for full photographs and distractors (the data
+        set); values in between mix the two, for curricula.
     """
 
     classes = CLASSES

@@ -29,9 +29,9 @@ ANNOTATIONS = "val_annotations.txt"  # of Tiny ImageNet
 class ImageFolderSamples:
     """The images ``root/<class>/*``, sorted by class and file name.
 
-    As in torchvision's `ImageFolder`, images in folders of a class folder are of that class. Hidden
-    files, files of other suffixes and what is not a regular file are left out; `notes` says how
-    many.
+    As in torchvision's `ImageFolder`, images in subfolders of a class folder belong to that class.
+    Hidden files, files with other suffixes and anything that is not a regular file are left out;
+    `notes` says how many.
 
     Parameters
     ----------
@@ -42,8 +42,8 @@ class ImageFolderSamples:
     Raises
     ------
     DataError
-        If there are no images, or none in the class folders themselves but in several of theirs,
-        so that another folder must be meant.
+        If there are no images, or if they lie only in subfolders of the class folders, so that
+        another folder must be meant.
     """
 
     native_size: int | None = None
@@ -85,12 +85,12 @@ class ImageFolderSamples:
         return read_image(path, str(path)), self.files[i][0], None
 
     def _place(self, i: int) -> str:
-        """The file of image i, from root."""
+        """The file of image i, relative to root."""
         label, file = self.files[i]
         return f"{self._folders[label]}/{file}"
 
     def _check_depth(self, listings: Mapping[str, Listing]) -> None:
-        """Refuse folders of class folders; ``<class>/images/*`` (Tiny ImageNet) is one layout."""
+        """Refuse folders of class folders; ``<class>/images/*`` (Tiny ImageNet) is accepted."""
         inner = {
             file.partition("/")[0] if "/" in file else ""
             for found in listings.values()
@@ -130,7 +130,7 @@ class ImageFolderSamples:
 
 
 class AnnotatedFolder(ImageFolderSamples):
-    """The validation images of Tiny ImageNet: ``root/images/*``, classes in a list beside it.
+    """The validation images of Tiny ImageNet: ``root/images/*``, with their classes in a list.
 
     Each line of ``root/val_annotations.txt`` is a file name, its class and a box, between tabs.
     """
@@ -165,8 +165,8 @@ class ImageNetS(ImageFolderSamples):
 
     The id of a class is its line number (from 1) in ``root/categories.txt`` or in
     ``ImageNetS_categories_im*.txt`` in root or ``root/data/categories``. Without such a file it is
-    its rank among the sorted folder names; a folder without images is then refused, as it may be no
-    class.
+    its rank among the sorted folder names; a folder without images is then refused, because it may
+    not be a class.
     """
 
     has_masks = True
@@ -205,7 +205,7 @@ class ImageNetS(ImageFolderSamples):
         return image, label, mask
 
     def _pairs(self) -> dict[str, str]:
-        """The mask of each image, both from their roots, the image without its suffix."""
+        """Image -> mask, both relative to their roots; the image without its suffix."""
         if not self.mask_root.is_dir():
             raise DataError(f"no folder {self.mask_root} with the masks of {self.root}")
         files = [
@@ -231,11 +231,11 @@ class ImageNetS(ImageFolderSamples):
 
 @dataclass(frozen=True)
 class Listing:
-    """What is in a folder and its folders, sorted names from it; hidden files are not looked at.
+    """Files in a folder and its subfolders: sorted names relative to it, without hidden ones.
 
     Parameters
     ----------
-    images : files with the suffix of an image, in any case.
+    images : files with an image suffix, in upper or lower case.
     other : files with another suffix.
     special : pipes, devices and sockets.
     """
@@ -246,7 +246,7 @@ class Listing:
 
 
 def listing(folder: Path) -> Listing:
-    """What is in a folder and in the folders in it; links to folders are followed in it alone."""
+    """List a folder and its subfolders; links to folders are followed only at the top."""
     found = Listing([], [], [])
     waiting = [("", folder)]
     while waiting:
@@ -260,7 +260,7 @@ def listing(folder: Path) -> Listing:
                     waiting.append((f"{name}/", Path(entry.path)))
                 elif not entry.name.lower().endswith(SUFFIXES):
                     found.other.append(name)
-                elif entry.is_file() or entry.is_symlink():  # a broken link is an image to miss
+                elif entry.is_file() or entry.is_symlink():  # reading a broken link fails later
                     found.images.append(name)
                 else:
                     found.special.append(name)
@@ -296,7 +296,7 @@ def subfolders(root: Path) -> list[str]:
 
 
 def image_files(folder: Path) -> list[str]:
-    """Sorted names of the regular files in a folder with the suffix of an image."""
+    """Sorted names of the regular files in a folder that have an image suffix."""
     with os.scandir(folder) as entries:
         names = [
             entry.name

@@ -43,7 +43,7 @@ class ImagenetteParquet(ParquetSamples):
     Parameters
     ----------
     root : the folder of the files.
-    split : start of the files' names.
+    split : prefix of the file names.
 
     Raises
     ------

@@ -109,7 +109,7 @@ class Loader:
         )
 
     def __len__(self) -> int:
-        """The most batches there can be; a batch whose images are all skipped is left out."""
+        """Largest possible number of batches; a batch whose images are all skipped is left out."""
         return len(self._batches)
 
     def __iter__(self) -> Iterator[Batch]:

@@ -19,14 +19,15 @@ class LoaderOptions:
     workers: int = 0
     """Number of additional processes that decode images."""
     resize: int | None = None
-    """Shorter side in pixels before the centre crop. Default: the checkpoint's value, or else 256
-    for a 224-pixel model and in proportion for others; no resizing for data sets of the
-    model's own size."""
+    """Shorter side in pixels before the centre crop. By default the checkpoint's value, or 256 for
+    a 224-pixel model and in proportion for others; images of a data set whose size is the
+    model's are not resized."""
     skip_corrupt: bool = False
     """Report images that cannot be read and continue, instead of stopping."""
     classes: Literal["auto", "index", "position"] = "auto"
-    """How the data's classes match the model's: by names, wnids or numbers where they say it;
-    `index` if their names are the model's class indices, `position` if class i is class i."""
+    """How the data's classes are matched with the model's: `auto` compares names, wnids or numbers;
+    `index` takes the data's class names as the model's class indices; `position` takes class i of
+    the data as class i of the model."""
 
     def __post_init__(self) -> None:
         for name in ("limit", "batch_size", "resize"):

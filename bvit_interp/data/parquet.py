@@ -24,7 +24,7 @@ from bvit_interp.data.samples import read_image
 from bvit_interp.errors import DataError, MissingExtra, choices, first_line
 
 IMAGES, LABELS = ("img", "image"), ("label", "fine_label")  # known column names
-MOST_CLASSES = 1_000_000  # of a set without class names
+MOST_CLASSES = 1_000_000  # in a set without class names
 ROWS = 256  # read at a time
 _SHARD = re.compile(r"-(?P<number>\d+)-of-(?P<of>\d+)(?=[.-])")
 _PART = re.compile(r"\d+\.parquet")  # of the Hub's converted layout
@@ -36,15 +36,15 @@ class ParquetSamples:
     Parameters
     ----------
     root : the folder.
-    split : start of the files' names.
+    split : prefix of the file names.
     classes : class names if the files have none; by default "0", "1", ...
-    native_size : side of the images in pixels if all have the same.
+    native_size : side in pixels if all images are square and have one size.
 
     Raises
     ------
     DataError
-        If files are missing or double, a file has other columns or class names, or the images need
-        more memory than there is.
+        If files are missing or duplicated, a file has other columns or class names, or the images
+        need more memory than there is.
     """
 
     has_masks = False
@@ -98,7 +98,7 @@ class ParquetSamples:
     def _common_names(
         self, files: Sequence[Path], named: Sequence[list[str] | None]
     ) -> tuple[list[str] | None, list[np.ndarray | None]]:
-        """The class names of the first file, and for others of another order the places in it."""
+        """The class names of the first file, and their positions for files in another order."""
         first, places = named[0], list[np.ndarray | None]()
         for file, names in zip(files, named, strict=True):
             if names == first:
@@ -119,7 +119,7 @@ class ParquetSamples:
 
 
 class Columns(NamedTuple):
-    """The columns of a file: that of the images, that of the labels, and the class names if any."""
+    """The columns of images and labels in a file, and the class names if it has any."""
 
     image: str
     label: str
@@ -176,7 +176,7 @@ def columns_of(file: Path) -> Columns:
 
 
 def _check_shards(root: Path, files: list[Path]) -> None:
-    """Refuse missing and double shards, and files of several folders or sets."""
+    """Refuse missing and duplicate shards, and files from several folders or sets."""
     if len(folders := sorted({file.parent.relative_to(root).as_posix() for file in files})) > 1:
         some = " or ".join(folders)
         raise DataError(f"{root}: {files[0].name} and others in several folders: give {some}")
@@ -200,7 +200,7 @@ def _check_shards(root: Path, files: list[Path]) -> None:
 
 
 def _check_numbers(root: Path, files: list[Path], numbers: list[int], of: int | None) -> None:
-    """Refuse numbers that come twice and those that are missing up to `of` or the highest."""
+    """Refuse duplicate numbers, and gaps below `of` or up to the highest number."""
     if twice := [n for n in sorted(set(numbers)) if numbers.count(n) > 1]:
         raise DataError(f"{root}: two files are shard {twice[0]}, {files[0].name} and others")
     expected = range(max(numbers) + 1 if of is None else min(of, 100_000))
@@ -236,7 +236,7 @@ def _refuse_size(root: Path, size: int) -> None:
 
 
 def memory() -> int:
-    """Bytes of memory that are free for this process, as far as the system tells."""
+    """Bytes of memory that are free for this process, as far as the system reports."""
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with suppress(OSError):
         if told := re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text()):
@@ -257,7 +257,7 @@ def _joined(
     for file, (image, label, names), place in zip(files, columns, places, strict=True):
         for batch in _batches(file, [image, label]):
             size += batch.column(image).nbytes
-            _refuse_size(root, size)  # a dictionary in the file may stand for far more
+            _refuse_size(root, size)  # a dictionary in the file may expand to far more
             images.append(_contents(batch.column(image)))
             labels.append(_labels(file, label, batch.column(label), names, place))
     if not sum(map(len, labels)):
@@ -302,7 +302,7 @@ def _labels(
 
 
 def _batches(file: Path, columns: list[str]) -> Iterator[Any]:
-    """Some rows of a file at a time, with errors of pyarrow as one line."""
+    """Batches of rows of a file; an error of pyarrow becomes one line."""
     reader = _parquet("ParquetFile", file)
     try:
         with reader:
@@ -316,7 +316,7 @@ def _batches(file: Path, columns: list[str]) -> Iterator[Any]:
 
 
 def _parquet(function: str, file: Path) -> Any:
-    """Call a function of pyarrow.parquet, with its errors as one line."""
+    """Call a function of pyarrow.parquet; its errors become one line."""
     try:
         import pyarrow.parquet as pq
     except ImportError:
@@ -354,7 +354,7 @@ def _class_names(file: Path, schema: Any, column: str) -> list[str] | None:
 
 
 def _holds_bytes(kind: Any) -> bool:
-    """Whether a type is bytes or a struct with a field `bytes` of them."""
+    """Whether a type is bytes, or a struct with a field `bytes` of that type."""
     import pyarrow as pa
 
     if pa.types.is_struct(kind):

@@ -4,14 +4,14 @@ Labels and masks are coded as in ImageNet-S (Gao et al. 2022, https://arxiv.org/
 label is an index into `classes`, from 0. In a mask the pixels of that class have the id label + 1,
 pixels to ignore 1000, and all others 0. A mask is stored as an RGB PNG with id = R + 256 G.
 
-Pixels become 8-bit RGB by one rule for all sets, that of torchvision's and timm's loaders but for
-depth:
+Pixels become 8-bit RGB by one rule for all sets. It is that of torchvision's and timm's loaders,
+except for deep images:
 
 - 16 bits per channel are scaled to 8; floats in 0..1 are scaled to 0..255. Floats beyond 0..1 and
   32-bit integers have no stated range and are refused.
 - Alpha is dropped: the stored colour is kept, whatever its opacity.
-- An EXIF orientation is not applied, as masks fit the stored pixels; which is said on stderr at the
-  first image that has one.
+- EXIF orientations are not applied, because masks fit the stored pixels. A line on stderr says so
+  at the first image that has one.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Samples(Protocol):
     """A data set, read one image at a time.
 
     A set may have an attribute ``official = True``: its classes are those of a published set, in
-    the order that models of it have.
+    the order that models trained on that set use.
     """
 
     @property
@@ -102,7 +102,7 @@ class Subset:
 
     @property
     def official(self) -> bool:
-        """Whether the classes are a published set's in its order."""
+        """Whether the classes are those of a published set, in its order."""
         return getattr(self.data, "official", False)
 
     def __len__(self) -> int:
@@ -184,7 +184,7 @@ def _opened(source: Path | bytes) -> Path | BytesIO:
 
 
 def _rgb(image: Image.Image, name: str) -> np.ndarray:
-    """Pixels ``(H, W, 3)`` uint8; deep images have one channel (PIL makes 8 bits of deep RGB)."""
+    """Pixels ``(H, W, 3)`` uint8; deep images have one channel (PIL reduces deep RGB to 8 bits)."""
     deep_integers = image.mode == "I" and image.format in ("PNG", "PPM")  # PIL's mode for 16 bits
     if image.mode.startswith("I;16") or deep_integers:
         grey = np.rint(np.array(image).astype(np.float64) / 257)

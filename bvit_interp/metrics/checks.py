@@ -9,7 +9,7 @@ from bvit_interp.errors import UserError
 
 
 def check_finite(values: Tensor, what: str = "activations") -> Tensor:
-    """The same values.
+    """Return the values unchanged if all of them are finite.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""How far one predicted distribution is from another."""
+"""Divergence of one predicted distribution from another."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def kl_divergence(
 
     Parameters
     ----------
-    reference : logits of the distribution that the expectation is over.
-    logits : logits of the other; leading dimensions broadcast.
+    reference : logits of the distribution over which the expectation is taken.
+    logits : logits of the other distribution; leading dimensions broadcast.
     """
     log_p, log_q = reference.log_softmax(-1), logits.log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)

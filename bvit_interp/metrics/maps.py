@@ -37,7 +37,7 @@ def unit_maps(maps: Float[Tensor, "*batch patches"]) -> Float64[Tensor, "*batch 
 def correlations(
     maps: Float[Tensor, "*batch maps patches"],
 ) -> Float[Tensor, "*batch maps maps"]:
-    """Correlations of every two of `unit_maps`; nan with a map of zeros."""
+    """Correlations of every pair of `unit_maps`; nan if one of the two is zero."""
     varied = maps.any(-1)
     both = varied[..., :, None] & varied[..., None, :]
     return torch.where(both, maps @ maps.mT, torch.nan)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def jaccard(masks: Bool[Tensor, "masks weights"]) -> Float[Tensor, "masks masks"]:
-    """``|M_i and M_j| / |M_i or M_j|`` of every two masks (bViT, eq. 11), float64.
+    """``|M_i and M_j| / |M_i or M_j|`` of every pair of masks (bViT, eq. 11), float64.
 
     nan for two empty masks.
     """

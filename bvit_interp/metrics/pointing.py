@@ -1,4 +1,4 @@
-"""Points and masks: does the maximum lie on an object?"""
+"""The pointing game: does a map's maximum lie on the object?"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which of many scores are kept."""
+"""Masks that keep the largest scores or drop the smallest."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ def keep_largest(
 
     Parameters
     ----------
-    scores : the larger, the more it is worth keeping.
+    scores : larger scores are kept first.
     count : how many to keep, at least 0.
     dim : keep that many in each slice along this dimension; by default in the whole tensor.
 
     Returns
     -------
-    True where a score is kept. Of equal scores the first are kept.
+    True where a score is kept. Among equal scores, the first are kept.
     """
     return _ranks(-scores, dim) < count
 
@@ -28,12 +28,12 @@ def keep_largest(
 def drop_smallest(
     scores: Shaped[Tensor, "*shape"], count: int, dim: int | None = None
 ) -> Bool[Tensor, "*shape"]:
-    """Mask without the `count` smallest scores; of equal scores the first are dropped."""
+    """Mask without the `count` smallest scores; among equal scores, the first are dropped."""
     return _ranks(scores, dim) >= count
 
 
 def _ranks(scores: Tensor, dim: int | None) -> Tensor:
-    """Rank of each score, 0 for the smallest; equal ones in order."""
+    """Rank of each score, 0 for the smallest; equal scores by position."""
     if dim is not None:
         return scores.argsort(dim=dim, stable=True).argsort(dim=dim)
     flat = scores.flatten()

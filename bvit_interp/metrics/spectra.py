@@ -116,7 +116,7 @@ def spectral_centroid(
     Returns
     -------
     float64, in cycles per pixel, 0 to 0.71. White noise has about 0.38; an image of a single grey
-    has nan.
+    gives nan.
     """
     grey = images.double().mean(-3)
     grey = grey - grey.mean((-2, -1), keepdim=True)

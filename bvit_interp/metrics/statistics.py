@@ -1,4 +1,4 @@
-"""Confidence intervals and permutation nulls of numbers over images."""
+"""Confidence intervals and permutation nulls for numbers per image."""
 
 from __future__ import annotations
 
@@ -101,8 +101,8 @@ def wilson_interval(hits: float, n: int) -> tuple[float, float]:
 
     Parameters
     ----------
-    hits : 0..n. It is not whole where ties count by expectation, which scipy's `proportion_ci`
-        does not allow.
+    hits : 0..n. It need not be a whole number, because ties count by expectation; scipy's
+        `proportion_ci` does not allow that.
     n : number of trials.
     """
     if n == 0:
@@ -132,16 +132,16 @@ def jackknife_half_width(
 def pairing_p_value(
     agreement: Float[np.ndarray, "count count"], seed: int = 0, draws: int = 5000
 ) -> float:
-    """Share of one-to-one pairings of rows with columns that agree as well as equal numbers do.
+    """Share of pairings of rows with columns that agree at least as well as row i with column i.
 
-    The null is that numbers mean nothing (Fisher's permutation test).
+    The null is that the numbers of rows and columns mean nothing (Fisher's permutation test).
 
     Parameters
     ----------
     agreement : agreement of each row with each column.
     seed : random seed for pairings.
-    draws : number of random pairings; all pairings are taken where there are no more. The observed
-        pairing counts as one.
+    draws : number of random pairings; if there are no more than that, all pairings are used. The
+        observed pairing counts as one of them.
 
     Returns
     -------
@@ -185,7 +185,7 @@ def rank_trend(values: Float[np.ndarray, "*rows columns"]) -> Float[np.ndarray, 
 def shuffled_rows(
     values: Float[np.ndarray, "rows columns"], seed: int = 0, draws: int = 2000
 ) -> Float[np.ndarray, "draws rows columns"]:
-    """Each row in random orders of its own: the null of a trend over the columns.
+    """Each row shuffled on its own, `draws` times: the null of a trend over the columns.
 
     nan stays where it is.
     """

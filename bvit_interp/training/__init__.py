@@ -1,1 +1,1 @@
-"""Ways to obtain weights."""
+"""Training, pruning and adapting of models."""

@@ -1,1 +1,1 @@
-"""Measures over a data set, as torchmetrics: any number of processes."""
+"""Measures over a data set, as torchmetrics, in any number of processes."""

@@ -1,6 +1,7 @@
 """Streamed means with confidence intervals, and mean correlations of maps.
 
-Each is a `torchmetrics.Metric` of sums in float64: constant memory, any number of processes.
+Each is a `torchmetrics.Metric` that keeps sums in float64, so memory is constant and any number of
+processes can take part.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class MeanCI(Metric):
 
 
 class MapCorrelations(Metric):
-    """Mean correlation of the maps of every two (step, head): within an image, and between images.
+    """Mean correlation of the maps of every pair of (step, head), within and between images.
 
     The second mean is over all ordered pairs of different images, exactly and in constant memory:
     the sum of all inner products is the inner product of the sums.

@@ -1,7 +1,7 @@
 """How the predicted class changes from step to step.
 
 The logit lens of a transformer (nostalgebraist, 2020, "interpreting GPT: the logit lens") reads
-every step with the model's own norm and head; this metric streams what it shows over the images.
+every step with the model's own norm and head; this metric summarises the readings of many images.
 """
 
 from __future__ import annotations

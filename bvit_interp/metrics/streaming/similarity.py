@@ -24,7 +24,7 @@ from bvit_interp.metrics.checks import check_finite
 
 
 class StatePairs(Metric):
-    """Moments of several sets of states of the same images, and the similarity of every two sets.
+    """Moments of several sets of states of the same images, and the similarity of all pairs.
 
     Parameters
     ----------
@@ -73,8 +73,8 @@ class StatePairs(Metric):
         self.count += len(flat)
 
     def compute(self) -> dict[str, Float[np.ndarray, "sets sets"]]:
-        """`similarity` of every two sets; in numpy, because torchmetrics squeezes tensors of one
-        number."""
+        """`similarity` of every pair of sets; in numpy, because torchmetrics squeezes tensors of
+        one number."""
         n = int(self.count)
         if not n:
             raise UserError("no image was measured")
@@ -84,7 +84,7 @@ class StatePairs(Metric):
         return {name: values.cpu().numpy() for name, values in measures.items()}
 
     def _square_products(self, mean: Tensor) -> Tensor:
-        """``sum_i ||x_i - mean||^2 ||y_i - mean||^2`` of every two sets ``(P, P)``."""
+        """``sum_i ||x_i - mean||^2 ||y_i - mean||^2`` of every pair of sets ``(P, P)``."""
         n, parts = self.count, mean.split(self.widths)
         means = torch.block_diag(*[part[None] for part in parts])  # (P, F)
         constant = means.square().sum(1)
@@ -108,7 +108,7 @@ def similarity(
     n: int,
     seed: int = 0,
 ) -> dict[str, Float[Tensor, "sets sets"]]:
-    """Measures of every two sets, from their moments about the mean.
+    """Measures of every pair of sets, from their moments about the mean.
 
     Parameters
     ----------

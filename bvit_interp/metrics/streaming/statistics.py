@@ -1,8 +1,8 @@
-"""Streamed statistics of activations: Gram matrices, a row per image.
+"""Streamed statistics of activations: Gram matrices, one row per image.
 
-Each is a `torchmetrics.Metric` whose `update` takes activations ``(B, T, ...)`` (and labels where
-named), so that `Probe.collect` and torchmetrics' own metrics mix. Sums are kept in float64: the
-memory is constant, with any number of processes.
+Each is a `torchmetrics.Metric`, so any number of processes can take part. `Gram` takes activations
+``(B, T, D)``, as `Probe.collect` gives them to this and to torchmetrics' own metrics; it keeps sums
+in float64, in constant memory.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Gram(Metric):
 
 
 class PerImage(Metric):
-    """One row of numbers per image, in the order of the data set whatever process saw the image.
+    """One row of numbers per image, in the order of the data set, whichever process saw the image.
 
     Returns
     -------

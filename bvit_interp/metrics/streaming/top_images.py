@@ -26,8 +26,8 @@ class TopImages(Metric):
     Returns
     -------
     ``compute``: `values` ``(T, F, k)`` float64, largest first; `images` and `patches` ``(T, F, k)``
-    int64. Where fewer than k images were seen: -inf, -1 and -1. Of equal values the image of the
-    lower number comes first, whichever process saw it.
+    int64. Where fewer than k images were seen: -inf, -1 and -1. Among equal values, the image with
+    the lower number comes first, whichever process saw it.
 
     Raises
     ------

@@ -21,8 +21,8 @@ class Plan(LoaderOptions):
     """ce for cross-entropy alone, or ce-auroc to add the pairwise AUROC loss, which separates the
     confidences of correct and wrong predictions (eq. 10)."""
     temperature: float = 1.0
-    """Temperature tau of the pairwise AUROC loss; the paper has none (1). A smaller value makes its
-    gradient sharper."""
+    """Temperature tau of the pairwise AUROC loss; the paper has none, which is 1. A smaller value
+    makes its gradient sharper."""
     epochs: int = 50
     """Number of passes over the states."""
     images_at_once: int = 256

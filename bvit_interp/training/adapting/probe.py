@@ -52,7 +52,7 @@ def exact_accuracy(train: Features, test: Features) -> float:
 
 
 def with_random_weights(model: VisionTransformer, seed: int) -> VisionTransformer:
-    """A copy of the model with random weights, drawn as when such a model is made.
+    """A copy of the model with random weights, drawn as for a new model.
 
     A probe of its features is a null for the trained weights.
     """

@@ -1,11 +1,11 @@
-"""Adapt a model to another data set; one table with nulls.
+"""Adapt a model to another data set, and score it beside nulls.
 
 It trains a probe, a time embedding, a low-rank update or all weights. Section 4.3, Table 4 and
 appendix H of bViT (arXiv 2605.10661). The paper gives: AdamW, cross-entropy, 40 epochs, batches of
 128 for CIFAR and 64 otherwise, linear warm-up over 5 epochs and a cosine, a new linear head, rank
-8, three runs. The paper does not give, so these are our choice: learning rates and weight decays
-(`transfer_plan.DEFAULTS`), alpha 16, a warm-up of an eighth of shorter runs, no augmentation, no
-clipping. An adapter that is active at chosen steps only is our addition.
+8, three runs. The rest is our choice, because the paper does not give it: learning rates and weight
+decays (`transfer_plan.DEFAULTS`), alpha 16, a warm-up of an eighth of shorter runs, no
+augmentation, no clipping. An adapter that is active at chosen steps only is our addition.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ class Transfer:
         }
 
     def folder(self, keys: dict[str, Any]) -> Path:
-        """Folder of a run; its hash distinguishes runs whose names do not differ."""
+        """Folder of a run; a hash distinguishes runs whose other words are equal."""
         shown = "-".join(str(keys[key]) for key in ("model", "data", "mode", "steps", "seed"))
         digest = hashlib.sha256(repr(sorted(keys.items())).encode()).hexdigest()[:6]
         return self.out / re.sub(r"[^\w.]+", "-", f"{shown}-{digest}").lower()
@@ -196,7 +196,7 @@ class Transfer:
     def _probe(
         self, adapted: Adapted, recipe: Recipe, random_seed: int | None
     ) -> tuple[float, dict[str, Any], float]:
-        """A head trained on features that are computed once.
+        """Train a head on features that are computed once.
 
         Returns
         -------
@@ -221,7 +221,7 @@ class Transfer:
     def _tune(
         self, adapted: Adapted, recipe: Recipe, keys: dict[str, Any]
     ) -> tuple[float, dict[str, Any]]:
-        """The model trained on images, or continued from its state; the loss and the scores."""
+        """Train the model on images, or continue from its state; returns loss and scores."""
 
         def batches(number: int) -> Iterator[Share]:
             epoch = feed.Epoch(recipe, self.train, lambda image, _: self.geometry(image)[0], number)
@@ -293,7 +293,7 @@ class Transfer:
             yield share
 
     def _reading(self, limit: int | None) -> LoaderOptions:
-        """How images are read: test images as the training images are."""
+        """Options for reading images: test images are resized like the training images."""
         options = {name: getattr(self.plan, name) for name in asdict(LoaderOptions())}
         return LoaderOptions(**options | {"limit": limit, "resize": self.geometry.resize})
 
@@ -365,7 +365,7 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _steps_text(spec: Spec) -> str:
-    """The column `steps`; it has a word in it, so that a CSV gives it back as text."""
+    """The column `steps`; it contains a word, so that it is read back from a CSV as text."""
     if spec.mode not in LOW_RANK:
         return "none" if spec.mode == "probe" else "all"
     if spec.steps is None:

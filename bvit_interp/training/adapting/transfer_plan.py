@@ -44,7 +44,7 @@ class Plan(LoaderOptions):
     """What to train, one or several: probe (a new head), te (a head and a time embedding), full
     (all weights), lora-qv, lora-ffn."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Random seeds; each mode is run with each."""
+    """Random seeds; each mode is run once per seed."""
     epochs: int = 40
     """Number of training epochs; an eighth of them is warm-up."""
     train_batch: int | None = None

@@ -140,7 +140,7 @@ def _draw_nulls(ax: Axes, frame: pd.DataFrame) -> None:
 
 
 def _legend(ax: Axes) -> None:
-    """Below the axes, because lines may lie anywhere in them."""
+    """Draw the legend below the axes, because lines may lie anywhere in them."""
     plotting.legend(ax, below=True)
 
 
@@ -170,7 +170,7 @@ def _seeds(counts: pd.Series) -> str:
 
 
 def _spread(counts: pd.Series) -> str:
-    """What bands are."""
+    """The label of the bands."""
     return plotting.INTERVAL if counts.max() == 1 else "standard deviation over seeds"
 
 

@@ -1,6 +1,6 @@
-"""Train what an adapter trains, with AdamW; a killed run continues.
+"""Train the parameters of an adapter with AdamW; a killed run continues.
 
-The state of a run is written after every epoch, completely or not at all. Whatever is drawn depends
+The state of a run is written after every epoch, completely or not at all. All random draws depend
 on (seed, epoch) alone. A run that is killed at any moment therefore ends with the same weights, as
 in `bvit_interp.training.loop.supervised`.
 """
@@ -46,7 +46,7 @@ def fit(
     batches : number of an epoch (from 0) -> this process's share of its batches.
     images : number of images per epoch, those of an incomplete last batch included.
     path : file of the state; by default no state is written.
-    keys : what a state to continue from must agree with.
+    keys : what a saved state must agree with.
 
     Returns
     -------
@@ -144,7 +144,7 @@ def _resume(
     optimizer: torch.optim.Optimizer,
     epochs: int,
 ) -> tuple[int, float]:
-    """Load the trained tensors and the moments; the number of finished epochs and the last loss."""
+    """Load the trained tensors and the moments; returns the finished epochs and the last loss."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         found = dict(state["about"])

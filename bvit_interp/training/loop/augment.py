@@ -35,8 +35,8 @@ class Augmentation:
 
     Parameters
     ----------
-    recipe : its crop, flip, randaugment and erase.
-    model : its input size, mean and standard deviation.
+    recipe : its crop, flip, randaugment and erase are used.
+    model : its input size, mean and standard deviation are used.
 
     Attributes
     ----------
@@ -132,7 +132,7 @@ def erased_boxes(
     Parameters
     ----------
     draws : uniform numbers, at least `ERASING_WIDTH` per image.
-    probability : share of the images of which a box is erased, 0..1.
+    probability : probability that a box of an image is erased, 0..1.
     size : height and width of the images, pixels.
     """
     image_height, image_width = size

@@ -1,4 +1,4 @@
-"""The training loss: cross-entropy, and with a teacher hard distillation.
+"""The training loss: cross-entropy, with hard distillation if there is a teacher.
 
 DeiT (Touvron et al. 2021, https://arxiv.org/abs/2012.12877; appendix C of the paper): half of the
 loss compares the class head with the label, and half the distillation head with the teacher's

@@ -17,8 +17,8 @@ import torch
 class Draws:
     """A table of uniform random numbers; any row can be computed without the others.
 
-    Row r of a key's table is the same number for number whether it is computed alone, in a worker,
-    or together with all other rows.
+    Row r of a key's table is exactly the same whether it is computed alone, in a worker, or
+    together with all other rows.
 
     Parameters
     ----------

@@ -1,9 +1,9 @@
 """The order of an epoch's images, and its batches.
 
-The order of epoch e is a permutation drawn for (seed, e). An image is augmented for (seed, e,
-image, number of times it was shown in e). Neither the number of processes, nor that of workers, nor
-the batch at which a run resumes changes what the model is shown. Only Mixup and CutMix depend on
-the number of processes: they mix images within a process's share of a batch.
+The order of epoch e is a permutation drawn for (seed, e). The augmentation of an image is drawn for
+(seed, e, image, number of times it was shown in e). What the model is shown does not depend on the
+number of processes or workers, or on the batch at which a run resumes. Only Mixup and CutMix depend
+on the number of processes: they mix images within a process's share of a batch.
 """
 
 from __future__ import annotations

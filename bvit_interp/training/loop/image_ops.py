@@ -47,7 +47,7 @@ def apply(
     Parameters
     ----------
     names : an operation for each image; all of one of the `GROUPS`.
-    magnitudes : what Pillow is given: degrees, pixels, a slope, a factor, bits or a threshold.
+    magnitudes : arguments of Pillow: degrees, pixels, a slope, a factor, bits or a threshold.
     fill : colour of pixels from outside the image, per channel 0..255.
     """
     if names[0] in MOVES:

@@ -2,7 +2,7 @@
 
 Zhang et al. 2018 (arXiv 1710.09412) and Yun et al. 2019 (arXiv 1905.04899), with the arithmetic of
 timm's ``Mixup(mode="elem")``. If the recipe has both, each of the two is used for half of the
-images. A CutMix box is clipped at the border, and its share is that of its pixels.
+images. A CutMix box is clipped at the border; its weight in the target is its share of the pixels.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Mixing:
         share = self._shares(draws[:, 1], cuts)
         boxes, box_share = _boxes(draws[:, 2:4], share, (height, width))
         share = np.where(cuts, 1 - box_share, share)
-        # CutMix keeps an image but for its box; Mixup keeps a share of every pixel
+        # CutMix keeps an image except for its box; Mixup keeps a share of every pixel
         boxes = boxes * cuts[:, None]
         pixel_share = to_device(np.where(cuts, 1.0, share).astype(np.float32), device)
         inside = inside_boxes(boxes, (height, width), device)
@@ -104,7 +104,7 @@ def _boxes(
     sides = np.stack([(height * side).astype(np.int64), (width * side).astype(np.int64)], 1)
     centre = (centres * size).astype(np.int64)
     begin = np.clip(centre - sides // 2, 0, size)
-    end = np.clip(centre + (sides + 1) // 2, 0, size)  # rounds up for a box of an odd side
+    end = np.clip(centre + (sides + 1) // 2, 0, size)  # rounds up for a box with an odd side
     return np.concatenate([begin, end - begin], 1), (end - begin).prod(1) / (height * width)
 
 

@@ -27,7 +27,7 @@ _GPU_READERS = 12
 
 
 class ImagesOnDevice:
-    """All images of a data set, as they are, and their labels, on one device."""
+    """All images of a data set, without augmentation, and their labels, on one device."""
 
     def __init__(
         self, images: UInt8[Tensor, "images 3 height width"], labels: Int[Tensor, " images"]
@@ -52,7 +52,7 @@ def images_on_device(
 
     Parameters
     ----------
-    skip_corrupt : put the next image in the place of one that cannot be read.
+    skip_corrupt : use the next image in place of one that cannot be read.
     workers : processes that read the images; 0 reads them in this one.
     required_size : refuse images of another height and width.
 
@@ -134,7 +134,7 @@ def reader_processes(recipe: Recipe, device: str) -> int:
 def fingerprint(samples: Samples) -> str:
     """16 hex digits of the classes, the number of images, and 32 of the images.
 
-    Data sets of one name are not always the same.
+    Data sets with the same name are not always the same.
     """
     digest = hashlib.sha256(repr((list(samples.classes), len(samples))).encode())
     for i in evenly_spaced(len(samples), 32):

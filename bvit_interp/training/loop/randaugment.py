@@ -25,8 +25,8 @@ NUMBERS = 4  # random numbers per operation: which, whether, its strength, its s
 _SPEC = re.compile(r"rand(-((m|n|mmax|inc)\d+|(p|mstd)\d+(\.\d+)?))*")
 _LEVELS = 10.0  # timm's scale of strengths
 Magnitude = Callable[[np.ndarray, np.ndarray, tuple[int, int]], np.ndarray]
-"""Strengths ``(n,)``, signs ``(n,)`` of 1 or -1, and the images' height and width -> what Pillow is
-given, ``(n,)``."""
+"""Strengths ``(n,)``, signs ``(n,)`` of 1 or -1, and the images' height and width -> the argument
+of Pillow, ``(n,)``."""
 
 
 def _whole(values: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Parts of a saved training state, checked while they are read.
 
-Each function raises a ValueError, TypeError, KeyError or RuntimeError for what cannot be; who reads
-the file makes one line of it.
+Each function raises a ValueError, TypeError, KeyError or RuntimeError for a value that cannot be
+right. The caller, who knows the file, turns it into a message of one line.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def number(state: Mapping[str, Any], key: str) -> float:
 
 
 def word(state: Mapping[str, Any], key: str, words: Collection[str]) -> str:
-    """One of some words."""
+    """One of the given words."""
     value = state[key]
     if not isinstance(value, str) or value not in words:
         raise ValueError(f"{key} must be {' or '.join(words)}, got {_shown(value)}")
@@ -57,7 +57,7 @@ def rows(state: Mapping[str, Any], columns: Collection[str] | None) -> list[dict
 
 
 def load_tensors(into: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
-    """Copy tensors by name, of the same names and shapes."""
+    """Copy tensors by name; names and shapes must agree."""
     if set(into) != set(saved):
         raise ValueError("it has the tensors of another model")
     for name, tensor in into.items():
@@ -70,7 +70,7 @@ def load_tensors(into: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> Non
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """As `optimizer.load_state_dict`, which checks neither shapes nor types."""
+    """Call `optimizer.load_state_dict`, and check shapes and types, which it does not."""
     before = [dict(group) for group in optimizer.param_groups]
     optimizer.load_state_dict(saved)
     for group, old in zip(optimizer.param_groups, before, strict=True):
@@ -85,7 +85,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> N
 
 
 def _kind(value: Any) -> object:
-    """What a setting of an optimizer is; its flags may be unset."""
+    """The kind of an optimizer's setting; a flag may be unset."""
     if value is None or isinstance(value, bool):
         return "flag"
     if isinstance(value, (tuple, list)):

@@ -39,7 +39,7 @@ class ScoringImages:
     geometry : how the model sees it.
     model_class : the model's class of each class of the data set, ``(classes,)``.
     workers : processes that read the images.
-    device : where the images are given.
+    device : device of the images.
 
     Attributes
     ----------

@@ -1,6 +1,6 @@
 """One optimiser step, captured in a CUDA graph on a GPU.
 
-A replayed step needs almost no time of the host, which would otherwise slow down small models.
+A replayed step takes almost no time on the host, which would otherwise slow down small models.
 """
 
 from __future__ import annotations
@@ -66,11 +66,11 @@ class Stepper:
     On one GPU the fourth step is captured with all its kernels, at fixed addresses; later steps
     replay it. Inputs that change between steps are copied in: images, targets, the learning rate,
     and the noise that chooses which patches to leave out. On a CPU, or with several processes,
-    every step is computed call by call.
+    every step is computed eagerly.
 
     Parameters
     ----------
-    recipe : its accumulate and clip.
+    recipe : its `accumulate` and `clip` are used.
     model : its parameters are trained.
     optimizer : its groups must be `capturable` if steps are captured.
     loss : loss of a part of a batch.

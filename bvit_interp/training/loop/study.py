@@ -184,7 +184,7 @@ def _last_scores(path: Path) -> dict[str, float]:
 def _shared(plans: list[tuple[str, int, recipes.Recipe]]) -> dict[str, Any]:
     """The settings that all runs have in common.
 
-    Those of the model are one text, so that an added or removed setting counts as a change.
+    The model's settings become one text, so that an added or removed setting counts as a change.
     """
     settings = [plan.resume_key() | plan.model for _, _, plan in plans]
     common = {

@@ -54,7 +54,7 @@ def train(
 
     Returns
     -------
-    The model with its raw weights, in eval mode, as the checkpoint opens; without its masks.
+    The model with its raw weights, in eval mode and without its masks, as the checkpoint opens.
 
     Raises
     ------
@@ -103,7 +103,7 @@ def train_all(
         _RunInFolder(recipe, out, device, overwrite, tensorboard, save_minutes, masks)
         for recipe, out in plans
     ]
-    for run in runs:  # only now, when every run could be made, is anything written or removed
+    for run in runs:  # nothing is written or removed until every run could be made
         run.begin(overwrite)
     # the time it takes to read the images does not count
     deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes

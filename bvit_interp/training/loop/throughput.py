@@ -80,8 +80,8 @@ def prefers_fused_attention(
 ) -> bool:
     """Whether training is faster with torch's fused attention than with written-out products.
 
-    On a CPU its bf16 backward pass is several times slower. On a GPU both are tried, because short
-    sequences use it badly.
+    On a CPU its bf16 backward pass is several times slower. On a GPU both are tried, because it
+    may be slower for short sequences.
 
     Parameters
     ----------

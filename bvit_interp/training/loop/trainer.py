@@ -1,7 +1,7 @@
 """One training run from step to step: data, model, loss, schedule, scores.
 
-The state of a run is in `state.pt`, which is written completely or not at all. Whatever will be
-drawn depends on (seed, epoch, image) alone. A run that is killed at any moment and started again
+The state of a run is in `state.pt`, which is written completely or not at all. All random draws
+depend on (seed, epoch, image) alone. A run that is killed at any moment and started again
 therefore ends with the very same weights. The recipe is that of section 3.3 of the paper (arXiv
 2605.10661); the optimiser, the schedule and the averaging are torch's and timm's.
 """
@@ -85,7 +85,7 @@ class Trainer:
     ----------
     run : the state of the run.
     steps, total : optimiser steps per epoch, and of the whole run.
-    data_fingerprint, masks_fingerprint : what a state to continue from must agree with.
+    data_fingerprint, masks_fingerprint : what a saved state must agree with.
     is_first : whether this is the first process, which writes the files.
     """
 
@@ -103,7 +103,7 @@ class Trainer:
         self.rank, self.world = results.rank_and_world()
         self.is_first = self.rank == 0
         if self.is_first:
-            for partial in out.glob(f".{STATE}.*.partial"):  # of a process killed while it wrote
+            for partial in out.glob(f".{STATE}.*.partial"):  # of a process killed while writing
                 partial.unlink(missing_ok=True)
         self.samples = open_samples(recipe.data, "train")
         self.data_fingerprint = feed.fingerprint(self.samples)
@@ -124,7 +124,7 @@ class Trainer:
         self.began = self.last_saved = time.monotonic()
 
     def _new_run(self, model: BViT) -> Run:
-        # neither compiled nor its attention changed
+        # a copy that is not compiled and keeps its attention
         self.scored = copy.deepcopy(model).requires_grad_(False).eval()
         ema = ModelEmaV3(
             model,
@@ -221,7 +221,7 @@ class Trainer:
         return result
 
     def _loss(self, images: Tensor, target: Tensor) -> Tensor:
-        with self._autocast():  # of the teacher too
+        with self._autocast():  # the teacher uses it too
             return self.objective(self.forward(images), target, images)
 
     def _set_patch_drop(self, rate: float) -> None:

@@ -1,12 +1,12 @@
 """Which weights of the one block does each step need?
 
-Appendix G of the paper (arXiv 2605.10661) after Routing the Lottery (arXiv 2601.22141). A round
+Appendix G of the paper (arXiv 2605.10661) follows Routing the Lottery (arXiv 2601.22141). A round
 trains the model from its first weights under the masks so far, and trains a graft for every step
 (`grafts.py`). Then it removes from each step's mask the share `rate` of its active weights that are
 smallest in its graft, and resets the weights to the first ones. After p prunings a mask keeps
-0.8^p of the block's weights (Table 7). Ours: ranking over the four matrices of a step together
-(only then can a layer be emptied, as the paper reports); one more training after the last pruning,
-so that every mask has its accuracy; and two baselines from the same first weights:
+0.8^p of the block's weights (Table 7). Our choices: ranking over the four matrices of a step
+together (only then can a layer be emptied, as the paper reports); one more training after the last
+pruning, so that every mask is scored; and two baselines from the same first weights:
 
 - ``magnitude``: one mask for all steps, by the trained weights themselves (Frankle & Carbin 2019,
   arXiv 1803.03635);
@@ -139,7 +139,7 @@ def run(
                 scores = {**_scores(folder), "n": n, "epochs": recipe.epochs, "seed": recipe.seed}
                 table.append({"method": method, "round": number, **about, **scores})
             if results.rank_and_world()[0] == 0 and number > 1:
-                # it takes four times the space of the weights, and is not needed any more
+                # it takes four times the space of the weights, and is no longer needed
                 (folder / STATE).unlink(missing_ok=True)
             if number <= plan.rounds:
                 masks = _next(
@@ -169,7 +169,7 @@ def _next(
     device: str,
     save_minutes: float,
 ) -> Masks:
-    """The masks of the next round, read from the folder of round `number`, or made and kept."""
+    """The masks of the next round, read from the folder of round `number`, or made and saved."""
     first = results.rank_and_world()[0] == 0
     if not (folder / PRUNED).is_file():
         if method == "rtl":
@@ -211,7 +211,7 @@ def _trained(model: VisionTransformer, masks: Masks) -> dict[str, Tensor]:
 
 
 def _drawn(seed: int, number: int, masks: Masks) -> dict[str, Tensor]:
-    """Random numbers for a round, which rank the weights at random."""
+    """Random numbers by which a round ranks the weights."""
     with seeded(seed, number, 2):
         return {name: torch.rand(mask.shape) for name, mask in masks.items()}
 

@@ -9,11 +9,11 @@ each for all images. The paper's baselines are trained on as many images: ``imp`
 model for all (Frankle & Carbin 2019, arXiv 1803.03635), and ``multi``, a model per subset. The
 masks of multi are those of rtl, whose extraction is the same for each subset.
 
-Ours: ``random``, which is rtl with random masks; subsets (class, step) of a bViT, for which the
-steps are untied while masks are sought, so that each step's weights show what that step needs;
-pruning in equal ratios, of at most `rate` per round, so that every target is met; and, if asked
-for, first weights that have been trained a little (`rewind`), from which a run of minutes finds
-masks that differ.
+Our additions: ``random``, which is rtl with random masks; subsets (class, step) of a bViT, for
+which the steps are untied while masks are sought, so that each step's weights show what that step
+needs; pruning in equal ratios, of at most `rate` per round, so that every target is met; and, if
+asked for, first weights that have been trained a little (`rewind`), from which even a run of
+a few minutes finds masks that differ.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def run(
     Parameters
     ----------
     recipe : model, data (`images_per_epoch` of its training images take part), optimiser and
-        augmentation. Any timm model with one classifier will do.
+        augmentation. The model may be any timm model with one classifier.
     plan : subsets, sparsities and methods.
     out : folder of ``tickets.csv`` (rows of `COLUMNS`), ``trainings.csv`` (a row per finished
         training), ``subsets.csv`` (the subset of each image), ``extraction/`` (masks of each subset

@@ -1,7 +1,7 @@
 """Magnitude pruning: the smallest active weights of each mask are removed.
 
-One rule for all methods: what ranks a mask's entries differs (a graft, trained weights, random
-numbers), and `metrics.selection` decides which of them go.
+All methods share one rule. They differ in what ranks the entries of a mask: a graft, trained
+weights or random numbers. `metrics.selection` decides which entries are removed.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ def prune_smallest(
     rate: float,
     ranking: str = "global",
 ) -> Masks:
-    """The masks without the share `rate` of each one's active weights that is smallest.
+    """Masks without the share `rate` of their active weights that are smallest.
 
     Parameters
     ----------
     masks : K masks.
     weights : component -> ``(K, *shape)``; the absolute values of row k rank the entries of mask k.
-    rate : of n active weights ``n - round(n (1 - rate))`` are removed. Of equal ones the first go.
+    rate : of n active weights ``n - round(n (1 - rate))`` are removed, the first of equal ones.
     ranking : "global" ranks all components of a mask together, "layer" ranks each on its own.
     """
     groups = [list(masks)] if ranking == "global" else [[name] for name in masks]

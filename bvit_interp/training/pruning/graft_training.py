@@ -59,7 +59,7 @@ def train(
         `epochs`, its schedule.
     epochs : passes over the training images, G.
     init, main, masks : as in `Grafts`; `main` is frozen here.
-    samples : the training images. The epochs that are drawn follow the recipe's own.
+    samples : the training images. Their epochs are numbered after those of the recipe.
     state : file to resume from. The caller removes it.
     device : device of this process; under torchrun every process takes its share of each batch.
     save_minutes : minutes between two saved states.
@@ -221,7 +221,7 @@ class _Training:
         self.losses.zero_()
 
     def save(self) -> None:
-        """Write the state, whole or not at all."""
+        """Write the state, completely or not at all."""
         if not self.first:
             return
         content = {
@@ -244,7 +244,7 @@ class _Training:
     def resume(self) -> None:
         """Load the state, if there is one; the state of other grafts is refused."""
         for left in self.state.parent.glob(f".{self.state.name}.*.partial") if self.first else ():
-            left.unlink(missing_ok=True)  # by a process killed while it wrote
+            left.unlink(missing_ok=True)  # left by a process killed while writing
         if not self.state.is_file():
             return
         try:
@@ -276,7 +276,7 @@ class _Training:
 
 
 def shortened_recipe(recipe: Recipe, epochs: int) -> Recipe:
-    """The recipe over `epochs` epochs: the same share of warm-up, images as hard as at its end."""
+    """The recipe over `epochs` epochs: its share of warm-up, and images as hard as at its end."""
     warmup = recipe.warmup_epochs * epochs / recipe.epochs
     if recipe.schedule == "epoch":
         warmup = float(int(warmup))

@@ -2,11 +2,11 @@
 
 The inner loop of the pruning of appendix G.3 (arXiv 2605.10661): graft t starts from the first
 weights under the masks of step t, and learns step t while the trained model does all other steps.
-The T grafts do not see each other, so they are one computation. The model runs once up to every
-step. What the grafts make of it goes through the later steps together, as one batch that grows by a
-graft per step. This takes T (T - 1) / 2 frozen steps, where T runs one after the other take
-T (T - 1). Biases and norms of a graft learn too; embeddings, head and a time embedding are those of
-the frozen model (our reading).
+The T grafts are independent of each other, so they are one computation. The model runs once up to
+every step. The outputs of the grafts go through the later steps together, as one batch that grows
+by one graft per step. This takes T (T - 1) / 2 frozen steps; T separate runs take T (T - 1). Biases
+and norms of a graft learn too; embeddings, head and a time embedding are those of the frozen model
+(our reading).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Grafts(nn.ModuleList):
         return set()
 
     def weights(self) -> dict[str, Float[Tensor, "steps ..."]]:
-        """The matrices of all grafts, component -> ``(T, *shape)``, with what their masks hide."""
+        """The matrices of all grafts, component -> ``(T, *shape)``, masked entries included."""
         return {
             name: torch.stack([_unmasked(graft.get_submodule(place)) for graft in self])
             for name, place in PLACES.items()
@@ -70,7 +70,7 @@ def graft_logits(
     main : an unroll with frozen parameters.
     grafts : a block per step.
     images : normalised.
-    recompute : hold no activation of the main model's steps for the backward pass.
+    recompute : recompute the main model's activations in the backward pass, to save memory.
     """
     with torch.no_grad():
         path = [stepping.embed(main, images)]
@@ -88,7 +88,7 @@ def graft_logits(
 
 
 def check_model(model: BViT) -> None:
-    """Refuse models without grafts: several blocks, a memory, or a distillation token."""
+    """Refuse models that cannot have grafts: several blocks, a memory, a distillation token."""
     stored = list(model.blocks.children())
     if hasattr(stored[0], "memory"):
         reason = "a memory"

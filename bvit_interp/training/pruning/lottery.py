@@ -1,8 +1,8 @@
 """The lottery: masks from the first weights, models trained under them.
 
 Algorithms 1 and 2 of Routing the Lottery (arXiv 2601.22141), for the methods of `by_subset.py`.
-Every draw is a function of the seed, the subset, the round and the batch. A training leaves its
-file whole or not at all: one that was killed runs again and gives the same.
+Every random draw is a function of the seed, the subset, the round and the batch. A training writes
+its file completely or not at all: one that was killed runs again, with the same result.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class Lottery:
     def _rewind(self) -> None:
         """Train the first weights for some steps, or read them.
 
-        Masks are sought from these weights, and subnetworks trained from them.
+        The search for masks and the training of subnetworks both start from these weights.
         """
         path, steps = self.out / EXTRACTED / FIRST, self.plan.rewind
         keys = {"method": "all", "purpose": "rewind", "round": 0, "subset_index": 0}
@@ -194,7 +194,7 @@ class Lottery:
     def subnets(self, method: str, number: int) -> list[Subnets]:
         """Algorithm 2: the models of a method, trained under its masks of round `number`.
 
-        It is one model, but for multi: there it is one per subset.
+        This is one model, or one per subset for multi.
         """
         masks, parts = self.masks(method, number), self.parts(method)
         rows = self.masks_per_part(method)
@@ -291,7 +291,7 @@ def _partition(
 
 
 def _check(recipe: Recipe) -> None:
-    """Refuse settings that these trainings do not have."""
+    """Refuse settings that these trainings do not support."""
     asked = [
         name
         for name in ("mixup", "cutmix", "teacher", "compile", "grad_checkpointing")

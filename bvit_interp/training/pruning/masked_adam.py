@@ -20,8 +20,8 @@ from torch import Tensor, nn
 class MaskedAdam(torch.optim.Optimizer):
     """AdamW (Loshchilov & Hutter 2019) that moves only the weights that are kept.
 
-    A weight that is not kept at a step does not change by a single bit. It is not decayed either;
-    its moments wait, and so does its own count of steps, which corrects their bias.
+    A weight that is not kept at a step does not change by a single bit. It is not decayed either.
+    Its moments, and its own count of steps for their bias correction, stay as they are.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Training and prediction of subnetworks, each routed by its known subset.
 
 Algorithm 2 of Routing the Lottery (arXiv 2601.22141): on a batch of subset k, ``theta <- theta -
-eta (grad * m_k)``. Pruned weights do not move; `masked_adam.py` says what that is with Adam.
+eta (grad * m_k)``. Pruned weights do not move; `masked_adam.py` describes this rule for Adam.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from bvit_interp.training.pruning.subset_batches import Batches
 from bvit_interp.training.pruning.subsets import Pool
 
 Route = tuple[Subnets, int, int]
-"""Subnetworks, the subset that is asked for, and the subset whose mask answers."""
+"""Subnetworks, the subset to predict for, and the subset whose mask is used."""
 
 
 def train(
@@ -41,8 +41,8 @@ def train(
 ) -> float:
     """Train in place over all batches, and return the mean loss of the last quarter of them.
 
-    Warm-up and cosine have the recipe's shares of the steps. Weight decay, clipping, label
-    smoothing and bf16 are the recipe's.
+    Warm-up and cosine take the same shares of the steps as in the recipe. Weight decay, clipping,
+    label smoothing and bf16 are the recipe's.
 
     Parameters
     ----------

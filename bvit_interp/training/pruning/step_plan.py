@@ -1,4 +1,4 @@
-"""How a block is pruned for each of its steps: the options."""
+"""Options of pruning one block for each of its steps."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class StepPlan:
     """Number of prunings. One more training follows, so that every mask has its accuracy
     (paper: 30)."""
     graft_epochs: int = 1
-    """Epochs of the grafts in each round. One of them costs about five epochs of the training
-    (paper: 100)."""
+    """Training epochs of the grafts in each round. One of them costs about as much as five epochs
+    of the model (paper: 100)."""
     rate: float = 0.2
     """Share of a step's active weights that each pruning removes, between 0 and 1."""
     ranking: Ranking = "global"
-    """Where the smallest weights of a step are sought: in its four matrices together (global), or
-    in each matrix (layer)."""
+    """How the weights of a step are ranked: over its four matrices together (global), or within
+    each matrix (layer)."""
     methods: tuple[Method, ...] = METHODS
     """rtl (a graft for each step), magnitude (one mask for all steps), random (the null)."""
 

@@ -3,8 +3,8 @@
 On a batch of subset k the model computes with ``theta * m_k`` (Algorithm 2 of Routing the Lottery,
 arXiv 2601.22141). Norms, biases, tokens, the classifier and the running statistics of batch norms
 are not masked: they are dense and shared, as in the paper. In a one-vs-rest subset k, output k of
-the classifier is the binary prediction, and moves on the batches of that subset only (ours: so all
-methods train one architecture).
+the classifier is the binary prediction, and is trained on the batches of that subset only. That is
+our choice, so that all methods train one architecture.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class Subnets:
                 for r, name in enumerate(listed)
             }
             kept: dict[nn.Parameter, Tensor] = {}
-            for name, mask in masked.items():  # of tied steps, what any of them keeps may move
+            for name, mask in masked.items():  # a tied weight may move if any step keeps it
                 parameter = parameters[name]
                 kept[parameter] = kept[parameter] | mask if parameter in kept else mask
             if output is not None:

@@ -17,14 +17,14 @@ from bvit_interp.training.pruning.subsets import Part, Pool
 
 
 class Batches(Dataset[feed.Share | str]):
-    """Batch j is of part ``j mod K``; each pass over the images of a part has a new order.
+    """Batch j belongs to part ``j mod K``; each pass over the images of a part has a new order.
 
-    In the batches of a class, one half are images of the class and the other half are not. Every
+    In the batches of a class, half of the images are of the class and half are not. Every random
     draw is a function of the seed, `key`, the part and the number of passes over its images.
 
     Parameters
     ----------
-    recipe : it gives the batch size and the seed.
+    recipe : its batch size and seed are used.
     pool : the training images.
     parts : the subsets.
     view : the augmentation.

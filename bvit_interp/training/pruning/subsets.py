@@ -28,12 +28,12 @@ COLUMNS = {
 
 
 class Pool:
-    """The images of a split that take part.
+    """The images of a split that are used.
 
     Parameters
     ----------
     samples : the split.
-    classes : classes that take part; a label is a position in them.
+    classes : classes that are used; a label is a position in them.
     limit : number of images, evenly spaced over the split, before those of other classes are left
         out; None for all.
 
@@ -59,7 +59,7 @@ class Pool:
         return len(self.index)
 
     def read(self, i: int) -> np.ndarray:
-        """Image i of those that take part, ``(H, W, 3)`` uint8."""
+        """Image i of those that are used, ``(H, W, 3)`` uint8."""
         position = int(self.index[i])
         cached = self._cache.get(position)
         return self.samples.read(position)[0] if cached is None else cached
@@ -101,7 +101,7 @@ class Part:
 class Partition:
     """All parts, and the part of each image ``(n,)``.
 
-    Of the test images -1 where the parts are classes: then every part answers for every image.
+    It is -1 for test images if the parts are classes: every part then predicts for every image.
     """
 
     parts: tuple[Part, ...]
@@ -209,7 +209,7 @@ def by_cluster(
 
 
 def membership(partition: Partition, train: Pool, test: Pool) -> pd.DataFrame:
-    """Which image is in which part, a row of `COLUMNS` per image; `by_column` reads it back."""
+    """The part of each image, one row of `COLUMNS` per image; `by_column` reads it back."""
     names = [part.name for part in partition.parts]
     rows = []
     for split, pool, parts in (

@@ -28,11 +28,11 @@ class TicketPlan:
     features: str | None = None
     """Checkpoint whose CLS token after the last step is clustered, for --by cluster."""
     algorithm: Clustering = "kmeans"
-    """Algorithm of the clustering."""
+    """Clustering algorithm."""
     clusters: int = 4
     """Number of clusters; for hdbscan, roughly the largest number."""
     classes: tuple[str, ...] = ()
-    """Names of the classes that take part; by default all."""
+    """Names of the classes to use; by default all."""
     sparsity: tuple[float, ...] = (0.25, 0.5, 0.75)
     """Shares of the masked weights to prune. At each of them the subnetworks are retrained and
     scored; 0 trains the dense networks."""
