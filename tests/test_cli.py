@@ -17,6 +17,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import get_type_hints
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -28,6 +29,8 @@ from bvit_interp.cli import main
 from bvit_interp.cli.commands import MADE, find
 from bvit_interp.cli.parsing import gathered, parse
 from bvit_interp.cli.run.processes import processes
+from bvit_interp.data.catalog import open_samples
+from bvit_interp.data.samples import evenly_spaced
 from bvit_interp.errors import UserError
 from bvit_interp.models.checkpoint import load, save
 from bvit_interp.models.masks import FILE, full
@@ -196,6 +199,30 @@ def test_every_analysis_writes_table_figure_and_provenance(word, ckpt, pictures,
     assert "torch" in about["versions"]
     assert f"wrote {out / word}.csv" in capsys.readouterr().out
     assert not list(out.glob("*.partial"))
+
+
+def test_provenance_says_what_was_brought_and_how_it_was_matched(ckpt, tmp_path):
+    folder, out = tmp_path / "brought", tmp_path / "out"
+    for digit in "3210987654":
+        (folder / digit).mkdir(parents=True)
+        Image.new("RGB", (32, 32), "red").save(folder / digit / "a.png")
+    Image.new("RGB", (32, 32), "red").save(folder / "7" / "b.png")
+    (folder / "7" / "list.txt").write_text("")
+
+    def intake(word, *options):
+        given = ["--ckpt", ckpt, "--data", str(folder), "--out", str(out), "--overwrite"]
+        assert main([word, *given, *options]) == 0
+        return json.loads((out / f"{word.replace('-', '_')}.json").read_text())["intake"]
+
+    found = intake("evaluate")
+    assert (found["images"], found["classes"]) == (11, 10)
+    assert found["images_per_class"] == {"least": 1, "most": 2}
+    assert ["7/list.txt" in note for note in found["notes"]] == [True]
+    assert found["matched"].keys() == {"tiny"}
+    assert "numbers" in found["matched"]["tiny"]
+    assert "position" in intake("evaluate", "--classes", "position")["matched"]["tiny"]
+    (folder / "7").rename(folder / "seven")
+    assert intake("energy-rank")["matched"] == {"tiny": None}  # which needs no labels
 
 
 def test_two_checkpoints_of_one_name_are_told_apart(tiny, tmp_path):
@@ -666,11 +693,33 @@ def test_a_model_of_one_channel_is_one_line(make, tmp_path, capfd):
     spec = str(save(make(in_chans=1), tmp_path / "grey"))
     assert load(spec)(torch.zeros(1, 1, 32, 32)).shape == (1, 10)  # in Python it opens
     out = ["--out", tmp_path / "out"]
-    for word in ("evaluate", "pointing-game", "early-exit train", "transfer"):
+    for word in ("early-exit train", "transfer"):
         data = ["--data", "digits-s", "--ckpt", spec, "--limit", "4"]
         message = error_of(capfd, [*word.split(), *data, *out])
         assert f"{spec}: the model takes images of 1 channels, the data sets have 3" in message
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_of_one_channel_classifies_images_in_grey(make, tmp_path):
+    model = make(in_chans=1)
+    model.pretrained_cfg |= {"mean": (0.4,), "std": (0.2,)}
+    spec, out = str(save(model, tmp_path / "grey")), tmp_path / "out"
+    arguments = ["--ckpt", spec, "--data", "digits-s", "--limit", "40", "--out", str(out)]
+    assert main(["evaluate", *arguments]) == 0
+    scenes, chosen = open_samples("digits-s"), evenly_spaced(len(open_samples("digits-s")), 40)
+    read = [scenes.read(i) for i in chosen]
+    grey = np.stack([np.array(Image.fromarray(image).convert("L")) for image, _, _ in read])
+    with torch.no_grad():
+        logits = model(torch.from_numpy((grey[:, None] / 255 - 0.4) / 0.2).float())
+    labels = torch.tensor([label for _, label, _ in read])
+    right = (logits.argmax(-1) == labels).float().mean().item()
+    assert pd.read_csv(out / "evaluate.csv")["accuracy"][0] == pytest.approx(right)
+
+
+def test_a_model_of_two_channels_is_one_line(make, tmp_path, capfd):
+    spec, out = save(make(in_chans=2), tmp_path / "two"), tmp_path / "out"
+    assert "2 channels" in error_of(capfd, ["evaluate", "--ckpt", spec, "--out", out])
+    assert not out.exists()
 
 
 class Trap:

@@ -13,17 +13,19 @@ Each folder holds
     frame = ablation.measure(models, data, ablation.Config(limit=1000))
     figure = ablation.plot(frame)
 
-`measure`, `summary` and `plot` are loaded on first use. `plot` names the
-columns that a table lacks.
+`measure`, `summary` and `plot` are loaded on first use. `measure` takes as data
+what `bvit_interp.data.adapters.as_samples` takes. `plot` names the columns that
+a table lacks.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import sys
 from collections.abc import Callable
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from types import ModuleType, NoneType
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import lazy_loader
 
@@ -65,10 +67,22 @@ class _Question(ModuleType):
     """A folder whose `measure` and `plot` are the functions, also once their modules are loaded."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("measure", "plot") and isinstance(value, ModuleType):
-            value = getattr(value, name)
-            value = _checked(self, value) if name == "plot" else value
+        if name in _WRAPPERS and isinstance(value, ModuleType):
+            value = _WRAPPERS[name](self, getattr(value, name))
         super().__setattr__(name, value)
+
+
+def _of_any_data(question: ModuleType, measure: Callable[..., Any]) -> Callable[..., Any]:
+    """The `measure` of a question, which gets its data as `Samples`, or as None where it may."""
+    adapters = importlib.import_module("bvit_interp.data.adapters")
+    may_be_none = NoneType in get_args(get_type_hints(measure)["data"])
+
+    @functools.wraps(measure)
+    def of_any(models: Any, data: Any, *args: Any, **kwargs: Any) -> Any:
+        samples = None if data is None and may_be_none else adapters.as_samples(data)
+        return measure(models, samples, *args, **kwargs)
+
+    return of_any
 
 
 def _checked(question: ModuleType, plot: Callable[..., Any]) -> Callable[..., Any]:
@@ -91,6 +105,9 @@ def _checked(question: ModuleType, plot: Callable[..., Any]) -> Callable[..., An
     return checked
 
 
+_WRAPPERS = {"measure": _of_any_data, "plot": _checked}
+
+
 def attach(
     package: str,
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
@@ -103,8 +120,8 @@ def attach(
 
     def get(name: str) -> Any:
         value = getattribute(name)
-        if name == "plot":  # lazy_loader has put the function itself in its place
-            module.plot = sys.modules[f"{package}.plot"]
+        if name in _WRAPPERS:  # lazy_loader has put the function itself in its place
+            setattr(module, name, sys.modules[f"{package}.{name}"])
             return vars(module)[name]
         return value
 

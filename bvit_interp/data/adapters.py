@@ -4,6 +4,7 @@
     data = from_tensors(images, labels, classes=["cat", "dog"])
     frame = evaluate.measure(models, data, evaluate.Config())
 
+The `measure` of every question calls `as_samples` itself, which is needed only to say more.
 Each model resizes, crops and normalises images itself. So images are given before that: PIL
 pictures, or arrays ``(3, H, W)`` or ``(1, H, W)``, uint8 or floats in 0..1. For normalised floats
 the `mean` and `std` of their normalisation are given too, and undone. Arrays that are square and of

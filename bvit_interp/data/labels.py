@@ -104,6 +104,14 @@ def match(samples: Samples, model: Model, by: By = "auto") -> Match:
     raise DataError(_refusal(classes, names, model))
 
 
+def evidence(samples: Samples, model: Model, by: By = "auto") -> str | None:
+    """How the classes match, in words, as of `match`; None if they do not."""
+    try:
+        return match(samples, model, by).how
+    except DataError:
+        return None
+
+
 def _by_position(classes: list[str], model: Model) -> Match:
     if len(classes) != model.num_classes:
         raise DataError(

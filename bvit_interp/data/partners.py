@@ -46,7 +46,7 @@ class Partners:
             )
 
     def __call__(self, index: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
-        """Images ``(B, 3, H, W)`` and labels ``(B,)`` of the partners of the images `index`
+        """Images ``(B, C, H, W)`` and labels ``(B,)`` of the partners of the images `index`
         ``(B,)``."""
         found = [self._read(int(image), geometry) for image in index]
         return torch.stack([image for image, _ in found]), torch.tensor(

@@ -136,3 +136,40 @@ def test_equal_geometries_are_one_key(tiny, tiny_te):
 def test_resize_below_the_size_is_refused(tiny):
     with pytest.raises(UserError, match="at least the model's 32 pixels, got 31"):
         Geometry.of(tiny, DigitScenes(), resize=31)
+
+
+# ---- models of one channel -----------------------------------------------------------------------
+
+
+def test_a_model_of_one_channel_sees_luma(make):
+    colours = [[(255, 0, 0), (0, 255, 0)], [(0, 0, 255), (10, 10, 10)]]
+    luma = np.array([[76, 150], [29, 10]])  # 0.299 R + 0.587 G + 0.114 B, to the nearest
+    mask = np.array([[0, 1], [1, 0]], np.int32)
+    geometry = Geometry((2, 2), 2, (0.5,), (0.25,), "bilinear")
+    view, ids = geometry(np.array(colours, np.uint8), mask)
+    assert view.shape == (1, 2, 2)
+    np.testing.assert_allclose(view[0].numpy(), (luma / 255 - 0.5) / 0.25, atol=1e-6)
+    np.testing.assert_array_equal(ids.numpy(), mask)
+    shown = geometry.to_pixels(view[None]).numpy()
+    np.testing.assert_array_equal(shown, np.repeat(luma[None, ..., None], 3, axis=-1))
+
+
+def test_normalisation_has_a_number_per_channel(make):
+    grey, scenes = make(in_chans=1), DigitScenes()
+    geometry = Geometry.of(grey, scenes)  # the checkpoint has those of three colours
+    assert geometry.mean == pytest.approx((0.299 * 0.485 + 0.587 * 0.456 + 0.114 * 0.406,))
+    assert geometry.std == pytest.approx((0.299 * 0.229 + 0.587 * 0.224 + 0.114 * 0.225,))
+    for model, channels in ((grey, 1), (make(), 3)):
+        model.pretrained_cfg |= {"mean": [0.1307], "std": [0.3081]}
+        geometry = Geometry.of(model, scenes)
+        assert (geometry.mean, geometry.std) == ((0.1307,) * channels, (0.3081,) * channels)
+        pixels = scenes.read(0)[0]
+        shown = geometry.to_pixels(geometry(pixels)[0])
+        assert shown.shape == (32, 32, 3)
+        assert channels == 1 or np.array_equal(shown.numpy(), pixels)
+
+
+def test_other_numbers_of_channels_are_refused(make):
+    with pytest.raises(UserError, match="2 channels") as refused:
+        Geometry.of(make(in_chans=2), DigitScenes())
+    assert "\n" not in str(refused.value)

@@ -10,7 +10,7 @@ from timm.data import ImageNetInfo
 
 from bvit_interp.data.catalog import open_samples
 from bvit_interp.data.files import say
-from bvit_interp.data.labels import label_map, match
+from bvit_interp.data.labels import evidence, label_map, match
 from bvit_interp.data.options import LoaderOptions
 from bvit_interp.data.samples import Subset
 from bvit_interp.errors import DataError
@@ -205,3 +205,11 @@ def test_what_is_not_plain_is_said_once(named, make, caplog):
 def test_the_default_leaves_older_tables_their_options():
     assert "classes" not in LoaderOptions().resume_key()
     assert LoaderOptions(classes="position").resume_key()["classes"] == "position"
+
+
+def test_evidence_is_that_of_the_match_or_none(make, named):
+    assert evidence(data("cat"), named(["cat", "dog"])) == "by name"
+    model = make(num_classes=3)
+    assert "numbers" in evidence(data("2", "0", "1"), model)
+    assert "position" in evidence(data("u", "v", "w"), model, "position")
+    assert evidence(data("u", "v", "w"), model) is None

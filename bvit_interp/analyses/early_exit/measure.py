@@ -65,7 +65,7 @@ def measure(models: Mapping[str, Model], data: Samples, config: Config) -> pd.Da
 
     def classify(batch: ModelBatch) -> tuple[ModelBatch, Tensor]:
         logits = exit_logits(unrolled[batch.model], exits[batch.model], batch.images)
-        return batch, _per_image(logits, batch.labels)
+        return batch, _per_image(logits, batch)
 
     per_image = {name: PerImage() for name in models}
     timed: dict[str, list[Tensor]] = {name: [] for name in models}
@@ -80,8 +80,7 @@ def measure(models: Mapping[str, Model], data: Samples, config: Config) -> pd.Da
     for name, model in models.items():
         times = _measure_times(unrolled[name], exits[name], timed[name], config)
         runs = _Runs.of(model, exits[name], per_image[name].compute()[1], times)
-        names = data.classes if len(data.classes) == model.num_classes else None
-        rows += [{"model": name, **row} for row in _rows(runs, config, names)]
+        rows += [{"model": name, **row} for row in _rows(runs, config, data.classes)]
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
@@ -107,12 +106,12 @@ def _load_exits(models: Mapping[str, Model], config: Config) -> dict[str, Exits]
     return exits
 
 
-def _per_image(logits: Tensor, labels: Tensor) -> Tensor:
-    """Label, then the confidence after each exit and the head, then whether the prediction is
-    correct, ``(B, 1 + 2 (E + 1))``, from logits ``(B, E + 1, C)``."""
+def _per_image(logits: Tensor, batch: ModelBatch) -> Tensor:
+    """Label in the data's classes, then the confidence after each exit and the head, then whether
+    the prediction is correct, ``(B, 1 + 2 (E + 1))``, from logits ``(B, E + 1, C)``."""
     confidence, predicted = logits.double().softmax(-1).max(-1)
-    correct = predicted == labels[:, None]
-    return torch.cat([labels[:, None], confidence, correct], 1).cpu()
+    correct = predicted == batch.labels[:, None]
+    return torch.cat([batch.data_labels[:, None], confidence, correct], 1).cpu()
 
 
 def _measure_times(
@@ -142,7 +141,7 @@ class _Runs:
 
     Parameters
     ----------
-    labels : ``(n,)``.
+    labels : ``(n,)``, in the data's classes.
     confidence, correct : ``(n, E + 1)``, after each exit and after the model's own head.
     steps : ``(E + 1,)``, the step that each of them reads.
     gflops, gflops_attention : of `_gflops`, without and with attention.
@@ -209,8 +208,8 @@ class _Runs:
         }
 
 
-def _rows(runs: _Runs, config: Config, class_names: Sequence[str] | None) -> list[dict[str, Any]]:
-    """The rows of one model: thresholds, curve, exits and classes."""
+def _rows(runs: _Runs, config: Config, class_names: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of one model: thresholds, curve, exits and classes of the data."""
     middle = sorted(config.thresholds)[len(config.thresholds) // 2]
     rows = [_threshold_row(runs, "threshold", tau) for tau in config.thresholds]
     rows += [_threshold_row(runs, "curve", tau) for tau in CURVE]
@@ -218,8 +217,7 @@ def _rows(runs: _Runs, config: Config, class_names: Sequence[str] | None) -> lis
     for label in np.unique(runs.labels).tolist():
         members = runs.of_class(label)
         row = members.columns(exit_positions(members.confidence, middle))
-        name = str(label) if class_names is None else class_names[label]
-        rows.append({"table": "class", "threshold": middle, "class": name} | row)
+        rows.append({"table": "class", "threshold": middle, "class": class_names[label]} | row)
     return rows
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,11 @@ import pandas as pd
 
 from bvit_interp import results
 from bvit_interp.cli.options.analysis import Inputs
-from bvit_interp.cli.run.channels import check_channels
 from bvit_interp.cli.run.output import draw, show
 from bvit_interp.cli.run.processes import processes
+from bvit_interp.data import inventory, labels
 from bvit_interp.data.catalog import open_samples
+from bvit_interp.data.samples import Samples
 from bvit_interp.errors import UserError, choices
 from bvit_interp.models import checkpoint
 from bvit_interp.models.looped import Model
@@ -62,11 +63,18 @@ def run_analysis(word: str, inputs: Inputs, config: Any, device: str = "cpu") ->
         raise
     if results.rank_and_world()[0] == 0:
         about = results.provenance({**options, "config": asdict(config)})
+        about["intake"] = _intake(data, models, config)
         results.write_result(frame, about, path)
         show(question.summary(frame))
         print(f"\nwrote {path}")
         draw(f"bvit_interp.analyses.{word}.plot", frame, path.with_suffix(".png"))
     return frame
+
+
+def _intake(data: Samples, models: Mapping[str, Model], config: Any) -> dict[str, Any]:
+    """What the data set holds, and how its classes match each model's; null where they do not."""
+    matched = {name: labels.evidence(data, model, config.classes) for name, model in models.items()}
+    return {**inventory.about(data), "matched": matched}
 
 
 def _with_averaged(specs: Sequence[str]) -> list[str]:
@@ -88,8 +96,5 @@ def _load(specs: Sequence[str], device: str) -> dict[str, Model]:
     names = [checkpoint.display_name(spec) for spec in specs]
     if len(set(names)) < len(names):
         names = ["/".join(Path(spec).parts[-2:]) for spec in specs]
-    labels = names if len(set(names)) == len(names) else list(specs)
-    return {
-        label: check_channels(checkpoint.load(spec, device), spec)
-        for label, spec in zip(labels, specs, strict=True)
-    }
+    unique = names if len(set(names)) == len(names) else list(specs)
+    return {name: checkpoint.load(spec, device) for name, spec in zip(unique, specs, strict=True)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,7 @@ from bvit_interp.analyses import evaluate
 from bvit_interp.analyses.early_exit import COLUMNS, Config, measure, summary
 from bvit_interp.analyses.early_exit.measure import CURVE
 from bvit_interp.data.geometry import Geometry
+from bvit_interp.data.samples import Subset
 from bvit_interp.errors import CheckpointError, UserError
 from bvit_interp.metrics import wilson_interval
 from bvit_interp.models.cost import flops
@@ -132,6 +134,18 @@ def test_auroc_and_calibration_error_against_loops(tiny, digits, exits_of):
         assert row["calibration_error"] == pytest.approx(error, rel=1e-4)
         assert row["accuracy"] == correct.mean()
         assert (row["low"], row["high"]) == wilson_interval(int(correct.sum()), 60)
+
+
+def test_rows_of_classes_have_the_names_of_the_data(tiny, digits, exits_of):
+    """Ten classes each, which the model has in another order."""
+    tiny.pretrained_cfg["label_names"] = list(digits.classes[::-1])
+    some = Subset(digits, [i for i in range(60) if digits.read(i)[1] < 3 or i % 3 == 0])
+    frame = measure({"m": tiny}, some, Config(exits=(exits_of(tiny),), n_timed=0))
+    rows = frame[frame["table"] == "class"]
+    labels = [some.read(i)[1] for i in range(len(some))]
+    assert rows.set_index("class")["n"].to_dict() == {
+        digits.classes[label]: count for label, count in Counter(labels).items()
+    }
 
 
 @pytest.mark.parametrize("kind", ["encoder", "prelude", "looped_timm", "dinov3"])
