@@ -1,0 +1,1 @@
+"""Models in which it is known what happens."""
