@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bvit_interp.errors import UserError
-from bvit_interp.models.nested import first_tensor
+from bvit_interp.models.arguments import tokens_of
 
 SITES = ("q", "k", "v", "scores", "pattern", "z")
 """The sites of attention, in the order in which they are computed."""
@@ -133,8 +133,8 @@ class Attention:
 
         return Handle(remove)
 
-    def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tokens = first_tensor([args, kwargs])
+    def _enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tokens = tokens_of(block, args, kwargs)
         batch, count = (0, 0) if tokens is None or tokens.ndim < 2 else tokens.shape[:2]
         _runs().append(_Run(self, batch, count))
 

@@ -18,20 +18,34 @@ from torch import Tensor, nn
 
 from bvit_interp.errors import UserError, first_line
 from bvit_interp.models.attention import unfused
-from bvit_interp.models.nested import first_tensor
+from bvit_interp.models.layout import channels_of
+from bvit_interp.models.nested import Path, at_path, first_tensor, token_paths
 from bvit_interp.models.tied import tensors_of
 
 IMAGES = 2
 """Images of a dry run: what differs between them comes from the image."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Argument:
+    """A tensor among the arguments of a module: its path in ``[args, kwargs]``, and a copy."""
+
+    path: Path
+    value: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Ran:
     """One run of a module: the shapes of the tokens that it got and gave.
 
     Attributes
     ----------
+    given : of the tensor that may be its tokens: the first of the shape that it gave, else the
+        first.
     fixed : of each token ``(B, N, D)`` that it got, whether it is the same for both images.
+    arguments : of a module that got several tensors of three axes or more, those of the shape that
+        it gave.
+    output : what it gave, where `arguments` are several.
     """
 
     path: str
@@ -39,6 +53,8 @@ class Ran:
     given: tuple[int, ...] = ()
     returned: tuple[int, ...] = ()
     fixed: tuple[bool, ...] = ()
+    arguments: tuple[Argument, ...] = ()
+    output: Tensor | None = None
 
     @property
     def keeps_tokens(self) -> bool:
@@ -56,7 +72,7 @@ def example_images(model: nn.Module, image_size: Any = None, channels: int | Non
     """
     rows, columns = _pair(_image_size(model) if image_size is None else image_size)
     parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
-    shape = (IMAGES, _channels(model) if channels is None else channels, rows, columns)
+    shape = (IMAGES, channels_of(model) if channels is None else channels, rows, columns)
     noise = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
     return noise.to(device=parameter.device, dtype=parameter.dtype)
 
@@ -152,21 +168,38 @@ def _watch(path: str, module: nn.Module, started: list[Ran]) -> None:
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         open_runs.append(len(started))
-        tokens = first_tensor([args, kwargs])
-        given = () if tokens is None else tuple(tokens.shape)
-        fixed: tuple[bool, ...] = ()
-        if tokens is not None and len(given) == 3 and given[0] == IMAGES and not tokens.is_meta:
-            fixed = tuple((tokens[0] == tokens[1]).all(-1).tolist())
-        started.append(Ran(path, module, given, (), fixed))
+        values = [args, kwargs]
+        tokens, paths = first_tensor(values), token_paths(values)
+        several = paths if len(paths) > 1 else []
+        arguments = [Argument(each, at_path(values, each).clone()) for each in several]
+        started.append(
+            Ran(path, module, _shape(tokens), (), _fixed(tokens), arguments=tuple(arguments))
+        )
 
     def after(_: nn.Module, __: Any, output: Any) -> None:
         place = open_runs.pop()
-        tokens = first_tensor(output)
-        if tokens is not None:
-            started[place] = replace(started[place], returned=tuple(tokens.shape))
+        ran, tokens = started[place], first_tensor(output)
+        fit = tuple(each for each in ran.arguments if _shape(each.value) == _shape(tokens))
+        ran = replace(ran, returned=_shape(tokens), arguments=fit)
+        if fit:
+            ran = replace(ran, given=ran.returned, fixed=_fixed(fit[0].value))
+        if tokens is not None and len(fit) > 1:
+            ran = replace(ran, output=tokens.clone())
+        started[place] = ran
 
     module.register_forward_pre_hook(before, with_kwargs=True)
     module.register_forward_hook(after)
+
+
+def _shape(tensor: Tensor | None) -> tuple[int, ...]:
+    return () if tensor is None else tuple(tensor.shape)
+
+
+def _fixed(tokens: Tensor | None) -> tuple[bool, ...]:
+    """Of each token of two images, whether it is the same for both."""
+    if tokens is None or tokens.is_meta or tokens.ndim != 3 or len(tokens) != IMAGES:
+        return ()
+    return tuple((tokens[0] == tokens[1]).all(-1).tolist())
 
 
 def _image_size(model: Any) -> Any:
@@ -177,6 +210,7 @@ def _image_size(model: Any) -> Any:
         (model, "image_size"),
         (model, "img_size"),
         (config, "image_size"),
+        (getattr(config, "vision_config", None), "image_size"),
     ):
         if (size := getattr(owner, name, None)) is not None:
             return size
@@ -199,10 +233,3 @@ def _pair(size: Any) -> tuple[int, int]:
 
 def _is_list(size: Any) -> bool:
     return isinstance(size, (tuple, list))
-
-
-def _channels(model: nn.Module) -> int:
-    """Channels of an image: those that the first convolution reads, else three."""
-    convolutions = (module for module in model.modules() if isinstance(module, nn.Conv2d))
-    first = next(convolutions, None)
-    return 3 if first is None else first.in_channels

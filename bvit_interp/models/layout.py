@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from bvit_interp.errors import UserError
+
 KINDS = ("cls", "dist", "reg")
 """Kinds of prefix tokens: CLS, a distillation token, registers."""
 
@@ -51,7 +53,13 @@ class Layout:
 
 
 def layout_of(model: nn.Module) -> Layout:
-    """The layout of a `BViT`, a timm `VisionTransformer` or an unroll."""
+    """The layout of a `BViT`, a timm `VisionTransformer` or an unroll.
+
+    Raises
+    ------
+    UserError
+        For a `VisionTransformer` that does not say its image size or its grid of patches.
+    """
     known = getattr(model, "layout", None)
     if isinstance(known, Layout):
         return known
@@ -60,11 +68,24 @@ def layout_of(model: nn.Module) -> Layout:
     dist = int(getattr(vit, "dist_token", None) is not None)
     registers = vit.num_prefix_tokens - cls - dist
     prefix = ("cls",) * cls + ("dist",) * dist + ("reg",) * registers
+    names = ("img_size", "grid_size")
+    if lacking := [name for name in names if getattr(vit.patch_embed, name, None) is None]:
+        raise UserError(
+            f"the {type(vit.patch_embed).__name__} of this {type(vit).__name__} has no"
+            f" {' and no '.join(lacking)}: give image_size=, grid= and prefix= to unroll or Probe"
+        )
     return Layout(
         image_size=tuple(vit.patch_embed.img_size),
-        channels=vit.patch_embed.proj.in_channels,
+        channels=channels_of(vit),
         grid=tuple(vit.patch_embed.grid_size),
         prefix=prefix,
         width=vit.embed_dim,
         num_classes=vit.num_classes,
     )
+
+
+def channels_of(model: nn.Module) -> int:
+    """Channels of an image: those that the first convolution reads, else three."""
+    convolutions = (module for module in model.modules() if isinstance(module, nn.Conv2d))
+    first = next(convolutions, None)
+    return 3 if first is None else first.in_channels

@@ -20,14 +20,15 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from bvit_interp.errors import UserError, first_line
+from bvit_interp.models import arguments
 from bvit_interp.models.dry_run import dry
 from bvit_interp.models.layout import Layout
-from bvit_interp.models.nested import first_tensor, is_tensor, map_tensors, with_first
+from bvit_interp.models.nested import Path, first_tensor, is_tensor, map_tensors, with_first
 from bvit_interp.models.prefix import find_layout
 from bvit_interp.models.tied import clone, tensors_of
 
 Images = Float[Tensor, "batch channels height width"]
-_ANSWERS = ("logits", "pooler_output", "last_hidden_state")
+_ANSWERS = ("logits", "image_embeds", "pooler_output", "last_hidden_state")
 """Where the answer is in what a model returns, the first that is there."""
 
 
@@ -44,6 +45,7 @@ class CalledSteps(nn.Module):
     output : what the model makes of them.
     fixed : of each token that enters the first block, whether it is the same for both.
     prefix, grid : of the `Layout`, where the model does not tell.
+    tokens : path to the tokens in the arguments of each call, as of `find_tokens`.
 
     Attributes
     ----------
@@ -61,11 +63,13 @@ class CalledSteps(nn.Module):
         fixed: Sequence[bool] = (),
         prefix: Sequence[str] | None = None,
         grid: tuple[int, int] | None = None,
+        tokens: Sequence[Path | None] | None = None,
     ) -> None:
         super().__init__()
         shared = tensors_of(model)
         by_path = {path: model.get_submodule(path) for path in dict.fromkeys(calls)}
         self.blocks = nn.ModuleList([clone(by_path[path], shared) for path in calls])
+        arguments.tell(self.blocks, tokens or [None] * len(calls))
         switches = {
             path: Switch(path, self.blocks[calls.index(path)]) for path in dict.fromkeys(calls)
         }
@@ -273,27 +277,29 @@ class Run:
         """The output of the next call: as given, or of its step's module."""
         i, order = self.done, self.view._order
         self.done += 1
-        self.check_batch(args, kwargs)
         if i >= len(order) or order[i] is not switch:
             raise UserError(
                 f"call {i + 1} is of {switch.path}, unlike in the dry run, which made {len(order)}"
                 " calls: the steps are not the same in each forward (they depend on the input, on"
                 " chance or on the mode), so a step has no module"
             )
+        module = self.view.blocks[i] if i < len(self.view.blocks) else None
+        if module is not None:
+            self.check_batch(arguments.tokens_of(module, args, kwargs))
         if i < self.given:  # what the next block reads may be changed in place there
             output = self.outputs[i]
             return map_tensors(output, torch.clone) if i == self.given - 1 else output
-        if i >= len(self.view.blocks):  # cut off
+        if module is None:  # cut off
             return self.last
         if i == 0:
             if self.entry is not None:
-                args, kwargs = with_first([args, kwargs], self.entry.clone())
-            tokens = first_tensor([args, kwargs])
+                args, kwargs = arguments.with_tokens(module, args, kwargs, self.entry.clone())
+            tokens = arguments.tokens_of(module, args, kwargs)
             assert tokens is not None  # a block is called with its tokens
             self.inputs = tokens.clone()
         if self.stop == i:
             raise _Stopped
-        output = self.last = self.view.blocks[i](*args, **kwargs)
+        output = self.last = module(*args, **kwargs)
         if self.keep:  # a later block may change it in place
             self.outputs.append(map_tensors(output, torch.clone))
         if self.stop == i + 1:
@@ -306,9 +312,8 @@ class Run:
         following = (i for i in range(self.done, len(blocks)) if order[i] is switch)
         return blocks[next(following, order.index(switch))]
 
-    def check_batch(self, args: Any, kwargs: Any) -> None:
+    def check_batch(self, tokens: Any) -> None:
         """Refuse a call of other images than all."""
-        tokens = first_tensor([args, kwargs])
         if isinstance(tokens, Tensor) and tokens.ndim and len(tokens) != self.batch:
             raise UserError(
                 f"call {self.done} is of {len(tokens)} states for {self.batch} images: images leave"

@@ -20,13 +20,18 @@ def is_tensor(value: Any) -> bool:
 def first_tensor(values: Any) -> Tensor | None:
     """The tokens in there: the first tensor of three axes or more, else the first; or None."""
     path = _path(values)
-    return None if path is None else _at(values, path)
+    return None if path is None else at_path(values, path)
 
 
 def with_first(values: Any, tensor: Any) -> Any:
     """The same with another tensor in the place of `first_tensor`."""
     path = _path(values)
-    return values if path is None else _put(values, path, tensor)
+    return values if path is None else put(values, path, tensor)
+
+
+def token_paths(values: Any) -> list[Path]:
+    """The paths to the tensors of three axes or more, in order."""
+    return [path for path in _paths(values, ()) if _has_tokens(at_path(values, path))]
 
 
 def map_tensors(values: Any, change: Callable[[Any], Any]) -> Any:
@@ -38,9 +43,7 @@ def map_tensors(values: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def _path(values: Any) -> Path | None:
-    paths = list(_paths(values, ()))
-    of_tokens = (path for path in paths if _has_tokens(_at(values, path)))
-    return next(of_tokens, paths[0] if paths else None)
+    return next(iter(token_paths(values)), next(_paths(values, ()), None))
 
 
 def _paths(values: Any, before: Path) -> Iterator[Path]:
@@ -56,17 +59,19 @@ def _has_tokens(tensor: Any) -> bool:
     return isinstance(tensor, torch.fx.Proxy) or tensor.ndim >= 3
 
 
-def _at(values: Any, path: Path) -> Any:
+def at_path(values: Any, path: Path) -> Any:
+    """What a path leads to; a KeyError where there is no such path."""
     for key in path:
         values = _items(values)[key]
     return values
 
 
-def _put(values: Any, path: Path, tensor: Any) -> Any:
+def put(values: Any, path: Path, tensor: Any) -> Any:
+    """The same with another tensor at the end of a path."""
     if not path:
         return tensor
     items = _items(values)
-    return _like(values, {**items, path[0]: _put(items[path[0]], path[1:], tensor)})
+    return _like(values, {**items, path[0]: put(items[path[0]], path[1:], tensor)})
 
 
 def _items(values: Any) -> dict[Any, Any]:

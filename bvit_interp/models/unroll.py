@@ -27,6 +27,7 @@ from bvit_interp.models.memory import MemoryBlock, MemorySteps, UnrolledSteps, a
 from bvit_interp.models.prefix import check_state
 from bvit_interp.models.steps import Steps, TimedBlock
 from bvit_interp.models.tied import clone, tensors_of
+from bvit_interp.models.token_state import find_tokens
 
 _TIED = "tied_to_a_model"
 Rest = ParamSpec("Rest")
@@ -96,13 +97,14 @@ def unroll(
     images = example_images(model, image_size)
     runs, output = dry_run(model, images)
     calls = find_calls(model, runs, loop)
-    first = next(run.given for run in runs if run.path == calls[0])
-    check_state(first, len(images))
-    count = first[1]
+    called = [run for run in runs if run.path in set(calls)]
+    check_state(called[0].given, len(images))
+    count = called[0].given[1]
     entered = (run.fixed for run in runs if len(run.given) == 3 and run.given[1] == count)
-    called = CalledSteps(model, calls, images, output, next(entered, ()), prefix, grid)
-    setattr(called, _TIED, True)
-    return _cut(called, steps)
+    fixed, tokens = next(entered, ()), find_tokens(called)
+    by_call = CalledSteps(model, calls, images, output, fixed, prefix, grid, tokens)
+    setattr(by_call, _TIED, True)
+    return _cut(by_call, steps)
 
 
 def with_steps(model: nn.Module) -> Model:

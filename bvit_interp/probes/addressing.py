@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from bvit_interp.errors import UserError, choices
 from bvit_interp.models.attention import watching
 from bvit_interp.models.dry_run import dry, example_images
+from bvit_interp.models.families import OF_MODULES
 from bvit_interp.models.layout import layout_of
 from bvit_interp.probes.sites import Step
 from bvit_interp.vocabulary import (
@@ -29,6 +32,14 @@ from bvit_interp.vocabulary import (
 
 Key = str | tuple[str, int] | tuple[str, int, int] | Address
 """A site name, or an address in any of its forms."""
+Shapes = dict[tuple[str, int], tuple[int, ...] | str]
+"""Shape of an activation by site and step, or why there is none."""
+_SIZES = {
+    "H": ("z", 2, "numbers of heads"),
+    "E": ("z", 3, "widths of heads"),
+    "F": ("mlp_post", 2, "numbers of neurons"),
+}
+"""Axis -> the site that has it, where, and what it counts."""
 
 
 class Enough(Exception):
@@ -52,7 +63,8 @@ class StepSites:
 
     Parameters
     ----------
-    view : of `unroll`. A dry run of one image tells how many heads and neurons a step has.
+    view : of `unroll`. A dry run of one image tells how many heads and neurons each step has, and
+        which modules run more than once per step.
 
     Attributes
     ----------
@@ -63,9 +75,7 @@ class StepSites:
     def __init__(self, view: Any) -> None:
         self.layout = layout_of(view)
         self.steps = [Step(block) for block in view.blocks]
-        self._shapes = {site: self._dry_shape(view, site) for site in ("z", "k", "mlp_post")}
-        if isinstance(self._shapes["z"], str):  # the pattern alone may be seen
-            self._shapes["pattern"] = self._dry_shape(view, "pattern")
+        self._shapes = self._dry_shapes(view)
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -73,43 +83,87 @@ class StepSites:
     @property
     def num_heads(self) -> int:
         """Heads of a step."""
-        return self._size("z", 2) if "pattern" not in self._shapes else self._size("pattern", 1)
+        return self._common("H")
 
     @property
     def head_width(self) -> int:
         """Width of a head."""
-        return self._size("z", 3)
+        return self._common("E")
 
     @property
     def num_neurons(self) -> int:
         """Neurons of a step: what the FFN's last projection reads."""
-        return self._size("mlp_post", 2)
+        return self._common("F")
 
-    def _dry_shape(self, view: nn.Module, site: str) -> tuple[int, ...] | str:
-        """Shape of the site at step 1 for an image of noise, or why there is none."""
-        shapes: list[tuple[int, ...]] = []
+    def size(self, axis: str, step: int) -> int:
+        """Heads (axis H), width of a head (E) or neurons (F) of a step.
 
-        def keep(activation: Tensor) -> None:
-            shapes.append(tuple(activation.shape))
-            raise Enough
-
-        image = example_images(view, self.layout.image_size, self.layout.channels)[:1]
-        try:
-            with dry(view), watching(), contextlib.suppress(Enough):
-                handle = self.steps[0].record(site, slice(None), keep)
-                try:
-                    view(image)
-                finally:
-                    handle.remove()
-        except UserError as error:
-            return str(error)
-        return shapes[0] if shapes else unseen(site)
-
-    def _size(self, site: str, axis: int) -> int:
-        shape = self._shapes[site]
+        Raises
+        ------
+        UserError
+            That says why the step has none.
+        """
+        site, place, _ = _SIZES[axis]
+        shape = self._shapes[site, step]
+        if isinstance(shape, str) and axis == "H":  # the pattern alone may be seen
+            shape, place = self._shapes["pattern", step], 1
         if isinstance(shape, str):
             raise UserError(shape)
-        return shape[axis]
+        return shape[place]
+
+    def _common(self, axis: str) -> int:
+        """The size that all steps have."""
+        sizes = [self.size(axis, step) for step in range(1, len(self) + 1)]
+        if len(set(sizes)) > 1:
+            raise UserError(f"the steps differ in their {_SIZES[axis][2]}: {choices(sizes, 24)}")
+        return sizes[0]
+
+    def _dry_shapes(self, view: nn.Module) -> Shapes:
+        """Shape of each site whose size is asked for, by site and step, or why there is none."""
+        image = example_images(view, self.layout.image_size, self.layout.channels)[:1]
+        shapes, is_whole = self._dry_pass(view, image, ("z", "k", *OF_MODULES))
+        if not is_whole:  # because of one of these sites
+            for sites in (("z",), ("k",), OF_MODULES):
+                shapes |= self._dry_pass(view, image, sites)[0]
+        if any(isinstance(shapes["z", step], str) for step in range(1, len(self) + 1)):
+            shapes |= self._dry_pass(view, image, ("pattern",))[0]
+        return shapes
+
+    def _dry_pass(
+        self, view: nn.Module, image: Tensor, sites: Sequence[str]
+    ) -> tuple[Shapes, bool]:
+        """The shapes of `sites` in one forward, and whether it came to its end.
+
+        A site whose module runs more than once per step is refused from now on.
+        """
+        shapes: Shapes = {}
+        repeated: set[tuple[str, int]] = set()
+
+        def keep(activation: Tensor, key: tuple[str, int]) -> None:
+            if key in shapes:
+                repeated.add(key)
+            shapes[key] = tuple(activation.shape)
+
+        reason = ""
+        with dry(view), watching(), contextlib.ExitStack() as hooks:
+            refused: Shapes = {}
+            for t, site in itertools.product(range(1, len(self) + 1), sites):
+                try:
+                    taken = functools.partial(keep, key=(site, t))
+                    handle = self.steps[t - 1].record(site, slice(None), taken)
+                except UserError as error:
+                    refused[site, t] = str(error)
+                else:
+                    hooks.callback(handle.remove)
+            try:
+                view(image)
+            except UserError as error:
+                reason = str(error)
+        for t, site in itertools.product(range(1, len(self) + 1), sites):
+            shapes.setdefault((site, t), refused.get((site, t)) or reason or unseen(site))
+        for site, t in repeated:
+            shapes[site, t] = self.steps[t - 1].refuse_repeated(site)
+        return shapes, not reason
 
     def address(self, key: Key) -> Address:
         """The address with its step counted from 1, checked against this model."""
@@ -118,9 +172,11 @@ class StepSites:
         step = check_step(address.step, len(self))
         self.block(address.site, step)
         if address.unit is not None:
-            word, units = self._units(address.site)
+            word, units = self._units(address.site, step)
             if not 0 <= address.unit < units:
-                raise UserError(f"{address}: no {word} {address.unit}; {word}s: 0..{units - 1}")
+                raise UserError(
+                    f"{address}: no {word} {address.unit}; {word}s: 0..{units - 1} at step {step}"
+                )
         return Address(address.site, step, address.unit)
 
     def everywhere(self, key: Key) -> list[Address]:
@@ -132,15 +188,15 @@ class StepSites:
                 return [self.address(Address(site, each, unit)) for _, each in having]
         return [self.address(key)]
 
-    def _units(self, site: str) -> tuple[str, int]:
-        """What a unit of the site is called, and how many there are."""
+    def _units(self, site: str, step: int) -> tuple[str, int]:
+        """What a unit of the site is called, and how many a step has."""
         axis = unit_axis(site)
-        keys = self._shapes["k"]
+        keys = self._shapes["k", step]
         if place_of(site)[1] in ("k", "v") and not isinstance(keys, str):
             return "head", keys[2]  # fewer than of queries, if these come in groups
         if axis == "H":
-            return "head", self.num_heads
-        return ("neuron", self.num_neurons) if axis == "F" else ("channel", self.layout.width)
+            return "head", self.size("H", step)
+        return ("neuron", self.size("F", step)) if axis == "F" else ("channel", self.layout.width)
 
     def rows(self, tokens: Tokens, count: int) -> tuple[slice, bool]:
         """The slice of `count` tokens that `tokens` means, and whether it is one token whose axis

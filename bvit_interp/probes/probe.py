@@ -67,8 +67,8 @@ class Probe:
     model : the tied unroll that is watched; step t is ``model.blocks[t - 1]``.
     layout : image size, patch grid, kinds of prefix tokens, width and classes.
     num_steps : steps T.
-    num_heads, num_neurons : heads, and neurons of the FFN, of a step. A block without them raises
-        a UserError that says why.
+    num_heads, num_neurons : heads, and neurons of the FFN, of a step. Blocks without them, or with
+        different numbers of them, raise a UserError that says so.
     """
 
     def __init__(self, model: nn.Module, max_bytes: int = 8 * 2**30, **options: Any) -> None:
@@ -198,7 +198,8 @@ class Probe:
             step again without the edit. Also for what the model does not have.
         """
         self._refuse_compiled()
-        self._refuse_checkpointing()
+        if torch.is_grad_enabled():
+            refuse_checkpointing(self.model)
         fired: Fired = {}
         added = []
         for key, fn in edits.items():
@@ -285,8 +286,8 @@ class Probe:
         grad: bool = False,
     ) -> tuple[Cache, ExitStack, list[tuple[str, int]]]:
         self._refuse_compiled()
-        if grad:
-            self._refuse_checkpointing()
+        if grad and torch.is_grad_enabled():
+            refuse_checkpointing(self.model)
         if images.ndim != 4:
             raise UserError(f"images must be (B, C, H, W), got shape {tuple(images.shape)}")
         grid = self._grid_of(images)
@@ -336,15 +337,14 @@ class Probe:
     def _announce(self, batch: int, targets: list[tuple[str, int]], rows: int, count: int) -> None:
         """Refuse a cache beyond `max_bytes`, warn of a large one; 4 or the parameters' bytes a
         number."""
-        axes = {axis for site, _ in targets for axis in axes_of(site)}
         sizes = {"B": batch, "N": rows, "Q": rows, "K": count, "D": self.layout.width}
-        if "H" in axes:
-            sizes["H"] = self.num_heads
-        if "E" in axes:
-            sizes["E"] = self.head_width
-        if "F" in axes:
-            sizes["F"] = self.num_neurons
-        numbers = sum(math.prod(sizes[axis] for axis in axes_of(site)) for site, _ in targets)
+        numbers = sum(
+            math.prod(
+                sizes[axis] if axis in sizes else self._steps.size(axis, step)
+                for axis in axes_of(site)
+            )
+            for site, step in targets
+        )
         total = numbers * next(self.model.parameters()).element_size()
         if total > self.max_bytes:
             raise UserError(
@@ -355,18 +355,6 @@ class Probe:
         if total > ANNOUNCED_BYTES:
             warnings.warn(f"Probe: a cache of {total / 2**30:.1f} GiB is being built", stacklevel=4)
 
-    def _refuse_checkpointing(self) -> None:
-        """Refuse what a backward pass would compute again without hooks."""
-        names = ("grad_checkpointing", "gradient_checkpointing")
-        checkpoints = (
-            module for module in self.model.modules() for name in names if getattr(module, name, 0)
-        )
-        if torch.is_grad_enabled() and next(checkpoints, None) is not None:
-            raise UserError(
-                "under gradient checkpointing the backward pass computes steps again, without what"
-                " a probe changes there: turn checkpointing off, or gradients"
-            )
-
     def _refuse_compiled(self) -> None:
         for name, module in self.model.named_modules():
             if module._compiled_call_impl is not None:
@@ -374,6 +362,22 @@ class Probe:
                     f"{name or 'the model'} is compiled and its hooks would not run; probe"
                     " before compiling"
                 )
+
+
+def refuse_checkpointing(model: nn.Module) -> None:
+    """Refuse a model whose backward pass would compute steps again without hooks.
+
+    Raises
+    ------
+    UserError
+        Where gradient checkpointing is on.
+    """
+    names = ("grad_checkpointing", "gradient_checkpointing")
+    if any(getattr(module, name, False) for module in model.modules() for name in names):
+        raise UserError(
+            "under gradient checkpointing the backward pass computes steps again, without what a"
+            " probe changes there: turn checkpointing off, or gradients"
+        )
 
 
 def _check_seen(cache: Cache, targets: list[tuple[str, int]]) -> None:

@@ -8,6 +8,7 @@ the kernel (`bvit_interp.models.attention`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from bvit_interp.errors import UserError
 from bvit_interp.models import attention
+from bvit_interp.models.arguments import tokens_of, with_tokens
 from bvit_interp.models.attention import Change, attention_of
 from bvit_interp.models.families import map_of
 from bvit_interp.models.memory import MemoryBlock
@@ -44,6 +46,15 @@ class Step:
         self._map = map_of(block)
         inner = [update.block for update in self.inner]
         self._attention = attention_of(block, self._map.combine, inner)
+
+    def refuse_repeated(self, site: str) -> str:
+        """From now on, refuse a site whose module runs more than once per step; returns why."""
+        reason = (
+            f"a {type(self.block).__name__} runs its {self._place(site)[0]!r} more than once per"
+            " step, so its block map has to name another module"
+        )
+        self._map = replace(self._map, missing={**self._map.missing, site: reason})
+        return reason
 
     def require(self, site: str) -> None:
         """Refuse a site that this block does not have.
@@ -138,11 +149,12 @@ class Step:
 
 
 def _before(change: Change) -> Callable[..., Any]:
-    """A pre-hook that changes a module's first tensor, given by position or by name."""
+    """A pre-hook that changes the tokens that a module reads, given by position or by name."""
 
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        new = _changed([args, kwargs], change)
-        return None if new is None else tuple(new)
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        tokens = tokens_of(module, args, kwargs)
+        new = None if tokens is None else change(tokens)
+        return None if new is None else tuple(with_tokens(module, args, kwargs, new))
 
     return hook
 
@@ -151,13 +163,8 @@ def _after(change: Change) -> Callable[..., Any]:
     """A hook that changes a module's output, or the first tensor in it."""
 
     def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-        return _changed(output, change)
+        tensor = first_tensor(output)
+        new = None if tensor is None else change(tensor)
+        return None if new is None else with_first(output, new)
 
     return hook
-
-
-def _changed(values: Any, change: Change) -> Any:
-    """The values with their first tensor changed, or None if `change` leaves it."""
-    tensor = first_tensor(values)
-    new = None if tensor is None else change(tensor)
-    return None if new is None else with_first(values, new)

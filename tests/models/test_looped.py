@@ -474,6 +474,10 @@ def test_a_block_with_names_and_a_dict(images):
         assert torch.equal(edited, torch.zeros_like(edited))
         state = proceed(probe.model, embed(probe.model, images), 3)
         assert torch.equal(answer(probe.model, proceed(probe.model, state)), logits)
+        state = embed(probe.model, images)  # before all steps, with the loss of the first
+        loss = by_hand[0].square().mean()
+        expected = model.head(state.tokens.mean(1)) + 5 * loss
+        torch.testing.assert_close(answer(probe.model, state), expected)
 
 
 # ---- what a view does not stand for --------------------------------------------------------------
@@ -539,6 +543,50 @@ def test_a_block_that_counts_its_calls_is_refused():
         unroll(TimedLoop(Counting(), "itself").eval())
 
 
+class Alternating(Timed):
+    """A block that counts its calls in a buffer: a forward of five begins where the last ended."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.tensor(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.step = int(self.calls) % 3
+        self.calls += 1
+        return super().forward(x)
+
+
+def test_a_block_that_differs_from_forward_to_forward_is_refused():
+    torch.manual_seed(0)
+    with pytest.raises(UserError, match="answers otherwise than before"):
+        unroll(TimedLoop(Alternating(), "itself").eval())
+
+
+class TwoTimed(LoopedEncoder):
+    """Rounds of two blocks, each told its step before the round begins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.core = nn.ModuleList([Timed(), Timed()])
+        del self.block
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.patches(images).flatten(2).mT
+        for round_ in range(2):
+            self.core[0].step, self.core[1].step = round_, round_ + 2
+            tokens = self.core[1](self.core[0](tokens))
+        return self.head(tokens.mean(1))
+
+
+def test_what_the_forward_tells_a_block_reaches_the_next_call_of_that_block(images):
+    torch.manual_seed(0)
+    model = TwoTimed().eval()
+    view = unroll(model)
+    with torch.no_grad():
+        assert torch.equal(view(images), model(images))
+    assert [block.step for block in view.blocks] == [0, 2, 1, 3]
+
+
 class Between(VisionTransformer):
     """A subclass of timm's that adds something between its blocks."""
 
@@ -585,6 +633,24 @@ def test_a_history_that_the_last_call_does_not_need_is_kept(images):
     with torch.no_grad():
         for state in list(states(view, images))[1:]:
             assert torch.equal(state.tokens, cache["resid_post", state.step])
+
+
+class EarlyReader(LoopedEncoder):
+    """The third and last call reads the output of the first beside that of the second."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        first = self.block(self.patches(images).flatten(2).mT)
+        return self.head(self.block(self.block(first) + first).mean(1))
+
+
+def test_a_history_that_the_third_call_alone_needs_is_kept(images):
+    torch.manual_seed(0)
+    model = EarlyReader().eval()
+    view = unroll(model)
+    assert view.needs_history
+    with torch.no_grad():
+        state = proceed(view, embed(view, images), 2)
+        assert torch.equal(answer(view, advance(view, state)), model(images))
 
 
 class InPlace(nn.Module):

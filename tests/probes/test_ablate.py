@@ -10,6 +10,7 @@ from bvit_interp.errors import UserError
 from bvit_interp.models.stepping import advance, answer, embed, proceed
 from bvit_interp.probes.ablate import SiteMeans, ablate, neuron_groups, site_sums
 from bvit_interp.probes.probe import Probe
+from bvit_interp.vocabulary import Address
 
 
 @pytest.mark.parametrize("kind", ["zero", "mean", "resample"])
@@ -44,6 +45,16 @@ def test_variants_of_a_restarted_batch_are_runs_of_their_own(any_model, images, 
                 expected = probe(images)
             assert torch.allclose(logits[variant], expected, atol=1e-4)
         assert not torch.allclose(logits[0], logits[1], atol=1e-4)
+
+
+def test_shares_between_0_and_1_interpolate():
+    """Two variants of two images, one token, two neurons: 0.25 of 8 and 0.75 of 4 are 5."""
+    keep = torch.tensor([[0.25, 1.0], [0.0, 0.5]])
+    activation = torch.tensor([8.0, 2.0]).expand(4, 1, 2)
+    filled = ablate(keep, torch.tensor([[4.0, 6.0]]))(activation, Address("mlp_post", 1))
+    assert filled[:, 0].tolist() == [[5.0, 2.0], [5.0, 2.0], [4.0, 4.0], [4.0, 4.0]]
+    zeroed = ablate(keep)(activation, Address("mlp_post", 1))
+    assert zeroed[:, 0].tolist() == [[2.0, 2.0], [2.0, 2.0], [0.0, 1.0], [0.0, 1.0]]
 
 
 def test_keeping_all_changes_nothing(tiny, images):

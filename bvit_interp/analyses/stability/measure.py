@@ -76,7 +76,7 @@ from bvit_interp.models.looped import CalledSteps, Model
 from bvit_interp.models.memory import MemoryBlock
 from bvit_interp.models.stepping import device_of, embed
 from bvit_interp.models.unroll import for_any_model, run_on
-from bvit_interp.probes.probe import Probe
+from bvit_interp.probes.probe import Probe, refuse_checkpointing
 
 Axis = Sequence[dict[str, Any]]
 """For each entry along an axis of a tensor, its cells in the table."""
@@ -125,6 +125,8 @@ class _Plan:
                 f"{name}: its steps read the output of more than one earlier step, so none is a map"
                 " of the state before it: stability is not defined"
             )
+        if isinstance(model, CalledSteps):  # its own forward runs around each step
+            refuse_checkpointing(model)
         self.view = run_on(model, config.steps)
         self.device = device_of(model)
         last = len(self.view.blocks)

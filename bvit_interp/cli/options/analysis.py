@@ -14,7 +14,8 @@ class Inputs:
     """Checkpoints, one or more: a folder, FOLDER@ema (averaged weights), FOLDER@masked (masks of
     the steps), timm:NAME or torchvision:NAME (with @random: seeded random weights, or @FILE),
     hf:FOLDER, FILE.py:factory or module:package.module.factory (the named code is run). Add
-    @loop=PATH to name the block of the loop, and @size=N for another image size."""
+    @loop=PATH to name the block of the loop, @size=N for another image size, @prefix=cls,reg for
+    the tokens before the patches, and @grid=14x14 for the rows and columns of patches."""
     data: str = "digits-s"
     """Data set: a NAME of `bvit-interp data list`, NAME:PATH, or a PATH."""
     split: str | None = None

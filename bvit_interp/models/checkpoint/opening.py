@@ -60,8 +60,9 @@ def load(
         - ``FILE.py:factory`` or ``module:package.module.factory``: what that function returns. The
           file or module is run.
 
-        Behind any of them ``@loop=PATH`` names the block that the steps are, and ``@size=N`` the
-        size of the images.
+        Behind any of them ``@loop=PATH`` names the block that the steps are, ``@size=N`` the size
+        of the images, ``@prefix=cls,reg`` the kinds of the tokens before the patches, and
+        ``@grid=14x14`` rows and columns of patches.
     device : where the model goes.
     loop : as ``@loop=PATH``; see `bvit_interp.unroll`.
     image_size : as ``@size=N``, pixels. Position embeddings are resampled, bicubic as timm does it.
@@ -122,13 +123,16 @@ def class_names(model: Model) -> list[str] | None:
 def _with_steps(model: nn.Module, spec: Spec) -> Any:
     """The model as analyses take it: itself where its own blocks are its steps, else its unroll."""
     known = type(model).__module__.partition(".")[0] in _KNOWN
-    if isinstance(model, CalledSteps) and spec.loop is None:
+    told: dict[str, Any] = {"loop": spec.loop, "prefix": spec.prefix, "grid": spec.grid}
+    told = {name: value for name, value in told.items() if value is not None}
+    if isinstance(model, CalledSteps) and not told:
         return model
-    if spec.loop is None and known and isinstance(model, VisionTransformer):
+    if not told and known and isinstance(model, VisionTransformer):
         return model
     own = spec.kind in ("module", "python")
+    size = spec.size if own else None
     try:
-        view = unroll(model, loop=spec.loop, image_size=spec.size if own else None)
+        view = unroll(model, image_size=size, **told)
     except UserError as error:
         raise CheckpointError(f"{spec.text}: {error}") from error
     except Exception as error:  # the model's own forward may raise anything

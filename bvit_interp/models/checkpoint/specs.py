@@ -1,8 +1,9 @@
-"""How a checkpoint is written: ``SOURCE[@VERSION][@loop=PATH][@size=N]``.
+"""How a checkpoint is written: ``SOURCE[@VERSION][@loop=PATH][@size=N]...``.
 
 The source is a path, or begins with a word: ``timm:NAME``, ``torchvision:NAME``, ``hf:FOLDER``,
 ``module:package.module.factory``, ``FILE.py:factory``. What follows an ``@`` says which weights of
-it are meant, which module is the block of the loop, and for what size of images.
+it are meant, which module is the block of the loop, for what size of images, and which tokens are
+patches: ``@prefix=KIND,...`` and ``@grid=ROWSxCOLUMNS``.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from bvit_interp.errors import CheckpointError
 
@@ -19,6 +20,13 @@ AVERAGED, MASKED, RANDOM = "@ema", "@masked", "random"
 Kind = Literal["path", "timm", "torchvision", "hf", "module", "python"]
 _WORDS: tuple[Kind, ...] = ("timm", "torchvision", "hf", "module")
 _PYTHON = re.compile(r"(?P<file>.+\.py)(?::(?P<factory>[^:]*))?")
+_OPTIONS = {
+    "loop": "PATH",
+    "size": "N",
+    "prefix": "KIND,...",
+    "grid": "ROWSxCOLUMNS",
+}
+"""Option behind the source -> how its value is written."""
 _OPTION = re.compile(r"(?P<before>.+)@(?P<key>\w+)=(?P<value>[^@]*)", re.DOTALL)
 
 
@@ -38,6 +46,8 @@ class Spec:
     version : "@ema" or "@masked", or "".
     loop : path of the block of the loop, or None.
     size : rows and columns of the images, or None for the model's own.
+    prefix : kinds of the tokens before the patches, or None for what the model tells.
+    grid : rows and columns of patches, or None for what the model tells.
     """
 
     text: str
@@ -49,6 +59,8 @@ class Spec:
     version: str = ""
     loop: str | None = None
     size: tuple[int, int] | None = None
+    prefix: tuple[str, ...] | None = None
+    grid: tuple[int, int] | None = None
 
 
 def parse(text: str) -> Spec:
@@ -63,12 +75,16 @@ def parse(text: str) -> Spec:
     while not Path(source).exists() and (found := _OPTION.fullmatch(source)):
         source = found["before"]
         options[found["key"]] = found["value"]
-    if unknown := [key for key in options if key not in ("loop", "size")]:
-        raise CheckpointError(f"{text}: no option @{unknown[0]}=; options: @loop=PATH, @size=N")
+    if unknown := [key for key in options if key not in _OPTIONS]:
+        listed = ", ".join(f"@{key}={value}" for key, value in _OPTIONS.items())
+        raise CheckpointError(f"{text}: no option @{unknown[0]}=; options: {listed}")
     if options.get("loop") == "":
         raise CheckpointError(f"{text}: @loop= needs the path of a module")
-    loop = options.get("loop")
-    size = _size(text, options["size"]) if "size" in options else None
+    given: dict[str, Any] = dict(options)
+    for key in {"size", "grid"}.intersection(options):
+        given[key] = _pair(text, key, options[key])
+    if "prefix" in options:
+        given["prefix"] = tuple(filter(None, options["prefix"].split(",")))
 
     word, _, rest = source.partition(":")
     kind = next((known for known in _WORDS if word == known), None)
@@ -76,31 +92,33 @@ def parse(text: str) -> Spec:
         name, _, weights = rest.partition("@")
         random = weights == RANDOM
         file, version = ("", "") if random else _split(weights)
-        return Spec(text, kind, name, "", file, random, version, loop, size)
+        return Spec(text, kind, name, "", file, random, version, **given)
     if kind == "module":
         module, _, factory = rest.rpartition(":" if ":" in rest else ".")
         if not module or not factory:
             raise CheckpointError(f"{text}: say module:package.module.factory")
-        return Spec(text, kind, module, factory, loop=loop, size=size)
+        return Spec(text, kind, module, factory, **given)
     if kind == "hf":
-        return Spec(text, kind, rest, loop=loop, size=size)
+        return Spec(text, kind, rest, **given)
     if (python := _PYTHON.fullmatch(source)) and not Path(source).is_dir():
         if not python["factory"]:
             raise CheckpointError(f"{text}: say which function makes the model: FILE.py:factory")
-        return Spec(text, "python", python["file"], python["factory"], loop=loop, size=size)
+        return Spec(text, "python", python["file"], python["factory"], **given)
     name, version = _split(source)
-    return Spec(text, "path", name, version=version, loop=loop, size=size)
+    return Spec(text, "path", name, version=version, **given)
 
 
 def display_name(spec: str | Path) -> str:
     """Short name of a checkpoint for tables and figures.
 
     The folder's (with @ema or @masked), timm's, torchvision's, or that of the file and its factory.
-    A size that was asked for is part of it, a loop is not.
+    A size that was asked for is part of it; other options are not.
     """
     found = parse(str(spec))
     if found.kind in ("timm", "torchvision"):
-        name = found.text.partition(":")[2].partition("@loop=")[0].partition("@size=")[0]
+        name = found.text.partition(":")[2]
+        for key in _OPTIONS:
+            name = name.partition(f"@{key}=")[0]
     elif found.kind in ("module", "python"):
         last = found.name.rpartition(".")[2] if found.kind == "module" else Path(found.name).stem
         name = f"{last}.{found.factory}"
@@ -140,9 +158,10 @@ def _split(text: str) -> tuple[str, str]:
     return text, ""
 
 
-def _size(text: str, value: str) -> tuple[int, int]:
+def _pair(text: str, key: str, value: str) -> tuple[int, int]:
     """Rows and columns of N or NxM."""
     numbers = value.split("x")
     if len(numbers) > 2 or not all(each.isdecimal() and int(each) for each in numbers):
-        raise CheckpointError(f"{text}: @size= is N or ROWSxCOLUMNS in pixels, got {value!r}")
+        unit = "pixels" if key == "size" else "patches"
+        raise CheckpointError(f"{text}: @{key}= is N or ROWSxCOLUMNS in {unit}, got {value!r}")
     return int(numbers[0]), int(numbers[-1])

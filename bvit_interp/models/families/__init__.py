@@ -42,6 +42,8 @@ class BlockMap:
         is the state behind which the residual skips the FFN. A site may be left out.
     missing : site -> why the block does not have it, as it is said to the user.
     combine : how the attentions of a block with several become one, see `Attention`.
+    tokens : name of the argument of the block's forward that is the token state, where several have
+        its shape.
 
     Raises
     ------
@@ -52,6 +54,7 @@ class BlockMap:
     sites: Mapping[str, str]
     missing: Mapping[str, str] = field(default_factory=dict)
     combine: Combine | None = None
+    tokens: str | None = None
 
     def __post_init__(self) -> None:
         for site, place in self.sites.items():
@@ -66,7 +69,12 @@ Mapper = Callable[[nn.Module], BlockMap]
 _mappers: dict[type[nn.Module] | str, Mapper] = {}
 
 
-def register_block(block: type[nn.Module] | str, sites: Mapping[str, str] | Mapper) -> None:
+def register_block(
+    block: type[nn.Module] | str,
+    sites: Mapping[str, str] | Mapper,
+    *,
+    tokens: str | None = None,
+) -> None:
     """Tell where the sites of a class of blocks are.
 
     Parameters
@@ -74,11 +82,12 @@ def register_block(block: type[nn.Module] | str, sites: Mapping[str, str] | Mapp
     block : the class, or its full name ``"package.module.Class"``, which imports nothing. A
         subclass has the same map as long as it does not override `forward`.
     sites : as of `BlockMap`, or a function of a block that gives its `BlockMap`.
+    tokens : as of `BlockMap`; a function of a block gives it itself.
 
     Raises
     ------
     UserError
-        As `BlockMap`.
+        As `BlockMap`, and for `tokens` beside a function.
 
     Examples
     --------
@@ -88,9 +97,11 @@ def register_block(block: type[nn.Module] | str, sites: Mapping[str, str] | Mapp
     ... })
     """
     if callable(sites):
+        if tokens is not None:
+            raise UserError("tokens: the function of a block gives it, in its BlockMap")
         _mappers[block] = sites
     else:
-        known = BlockMap(dict(sites))
+        known = BlockMap(dict(sites), tokens=tokens)
         _mappers[block] = lambda _: known
 
 
@@ -125,7 +136,7 @@ def _completed(given: BlockMap, block: nn.Module) -> BlockMap:
             missing[site] = f"this {name} has no {module!r}, where its block map looks for it"
         else:
             missing.setdefault(site, f"the block map of {name} does not name it")
-    return BlockMap(sites, missing, given.combine)
+    return BlockMap(sites, missing, given.combine, given.tokens)
 
 
 def _load_families(block: type[nn.Module]) -> None:

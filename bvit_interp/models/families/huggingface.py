@@ -21,6 +21,10 @@ _WRITES = ("down_proj", "fc2", "weights_out")
 """Names of an FFN's last projection."""
 _GATES = ("gate_proj", "weights_in")
 """Names of the projection that makes an FFN gated."""
+_ADDED = ("attn_out", "mlp_out")
+"""What is added to the residual."""
+_SCALED = "the scale of this layer (lambda_1, lambda_2) is multiplied outside of its modules"
+"""Why a layer with such a scale lacks what it adds."""
 
 
 def _ffn(mlp: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
@@ -54,6 +58,22 @@ def _vit(block: Any) -> BlockMap:
     return BlockMap({**added, **sites}, missing)
 
 
+def _beit(block: Any) -> BlockMap:
+    """As `_vit`; a learned scale stands between attention or FFN and the residual."""
+    known = _vit(block)
+    if not isinstance(block.lambda_1, nn.Parameter):
+        return known
+    sites = {site: place for site, place in known.sites.items() if site not in _ADDED}
+    return BlockMap(sites, {**known.missing, **dict.fromkeys(_ADDED, _SCALED)})
+
+
+def _clip(block: Any) -> BlockMap:
+    """Pre-norm, attention that gives its pattern beside its output: CLIP and SigLIP."""
+    sites, missing = _ffn(block.mlp)
+    added = {"attn_out": "self_attn.out", "resid_mid": "layer_norm2.in", "mlp_out": "mlp.out"}
+    return BlockMap({**added, **sites}, missing)
+
+
 def _dinov2(block: Any) -> BlockMap:
     """Pre-norm with LayerScale: `Dinov2Layer` and its relatives."""
     sites, missing = _ffn(block.mlp)
@@ -68,6 +88,9 @@ def _dinov2(block: Any) -> BlockMap:
 for _model, _layer, _map in (
     ("vit", "ViTLayer", _vit),
     ("deit", "DeiTLayer", _vit),
+    ("beit", "BeitLayer", _beit),
+    ("clip", "CLIPEncoderLayer", _clip),
+    ("siglip", "SiglipEncoderLayer", _clip),
     ("dinov2", "Dinov2Layer", _dinov2),
     ("dinov2_with_registers", "Dinov2WithRegistersLayer", _dinov2),
     ("dinov3_vit", "DINOv3ViTLayer", _dinov2),

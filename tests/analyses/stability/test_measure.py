@@ -176,6 +176,16 @@ def test_steps_that_read_more_than_the_state_are_refused(digits):
         measure({"theirs": foreign("two_state")}, digits, small())
 
 
+def test_checkpointing_around_the_steps_is_refused_before_any_pass(digits, monkeypatch):
+    model = foreign("eva02")
+    model.set_grad_checkpointing(True)
+    read = []
+    monkeypatch.setattr(type(digits), "read", lambda *_: read.append(1))
+    with pytest.raises(UserError, match="under gradient checkpointing"):
+        measure({"theirs": model}, digits, small())
+    assert not read
+
+
 def test_curves_against_runs_by_hand(tiny, digits):
     """Mean, interval and null over images, with partners half the chosen images further on."""
     frame = measure({"m": tiny}, digits, small(limit=4, batch_size=3))

@@ -117,6 +117,15 @@ def test_loop_and_size_of_the_images(file):
     assert load(f"{file}:make", image_size=(24, 16)).layout.grid == (6, 4)
 
 
+def test_prefix_and_grid_of_the_tokens(file):
+    """Of its 16 tokens 4 are called registers, the others 2 rows of 6 patches."""
+    layout = load(f"{file}:make@prefix=reg,reg,reg,reg@grid=2x6").layout
+    assert (layout.prefix, layout.grid) == (("reg",) * 4, (2, 6))
+    with pytest.raises(CheckpointError, match="no kind 'nose'; kinds: cls") as refusal:
+        load(f"{file}:make@prefix=nose")
+    assert "\n" not in str(refusal.value)
+
+
 def test_weights_are_the_same_every_time_and_tell_loops_apart(file):
     state = torch.get_rng_state()
     first = load(f"{file}:make")

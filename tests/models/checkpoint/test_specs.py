@@ -24,6 +24,15 @@ READ = {
     "a/b.py:make@size=8@loop=core": Spec(
         "a/b.py:make@size=8@loop=core", "python", "a/b.py", "make", loop="core", size=(8, 8)
     ),
+    "timm:x@random@prefix=cls,reg@grid=4x8": Spec(
+        "timm:x@random@prefix=cls,reg@grid=4x8",
+        "timm",
+        "x",
+        random=True,
+        prefix=("cls", "reg"),
+        grid=(4, 8),
+    ),
+    "hf:a@prefix=@grid=7": Spec("hf:a@prefix=@grid=7", "hf", "a", prefix=(), grid=(7, 7)),
 }
 
 
@@ -35,11 +44,12 @@ def test_what_is_read(text):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("x@lop=a", "no option @lop=; options: @loop=PATH, @size=N"),
+        ("x@lop=a", "no option @lop=; options: @loop=PATH, @size=N, @prefix="),
         ("x@loop=", "@loop= needs the path"),
         ("x@size=0", "@size= is N or ROWSxCOLUMNS"),
         ("x@size=4x4x4", "@size= is N or ROWSxCOLUMNS"),
         ("x@size=-3", "@size= is N or ROWSxCOLUMNS"),
+        ("x@grid=4x", "@grid= is N or ROWSxCOLUMNS in patches"),
         ("module:make", "say module:package.module.factory"),
         ("module:a:", "say module:package.module.factory"),
         ("a.py", "say which function makes the model: FILE.py:factory"),
@@ -68,6 +78,7 @@ def test_a_path_that_is_there_is_meant_as_it_is(tmp_path):
         ("a/b/tiny@size=48", "tiny@size=48"),
         ("a/b/tiny@ema@size=48x32@loop=x", "tiny@ema@size=48x32"),
         ("timm:vit@random@loop=blocks", "vit@random"),
+        ("timm:vit@random@grid=4x4@prefix=cls", "vit@random"),
         ("torchvision:vit_b_16@random", "vit_b_16@random"),
         ("hf:a/google-vit", "google-vit"),
         ("a/mine.py:make", "mine.make"),

@@ -180,7 +180,7 @@ def exactly(model: nn.Module, images: Tensor) -> Tensor:
         torch.backends.mha.set_fastpath_enabled(fast)
     if isinstance(answer, Tensor):
         return answer
-    names = ("logits", "pooler_output", "last_hidden_state")
+    names = ("logits", "image_embeds", "pooler_output", "last_hidden_state")
     return next(answer[name] for name in names if answer.get(name) is not None)
 
 

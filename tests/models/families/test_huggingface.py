@@ -1,4 +1,4 @@
-"""Hugging Face's ViT, DeiT, DINOv2 (with registers) and DINOv3."""
+"""Hugging Face's ViT, DeiT, DINOv2 (with registers), DINOv3, CLIP, SigLIP and BEiT."""
 
 from __future__ import annotations
 
@@ -87,23 +87,24 @@ def dino_layer(layer, x, loop, turn=None):
     return mid + loop.at("mlp_out", layer.layer_scale2.lambda1 * mlp)
 
 
-def attended(attn, x, loop, turn=None):
+def attended(attn, x, loop, turn=None, bias=0.0):
     q, k, v = (
         loop.heads(loop.linear(one, x), 4) for one in (attn.q_proj, attn.k_proj, attn.v_proj)
     )
     if turn is not None:
         q, k = turn(q), turn(k)
-    return loop.linear(attn.o_proj, loop.attend(q, k, v))
+    out = attn.o_proj if hasattr(attn, "o_proj") else attn.out_proj
+    return loop.linear(out, loop.attend(q, k, v, bias))
 
 
-def fed(mlp, x, loop):
+def fed(mlp, x, loop, activation=None):
     if hasattr(mlp, "gate_proj"):
         gate = loop.linear(mlp.gate_proj, x)
         activation = loop.silu if "SiLU" in type(mlp.act_fn).__name__ else loop.gelu
         post = activation(gate) * loop.linear(mlp.up_proj, x)
     else:
         first = mlp.fc1 if hasattr(mlp, "fc1") else mlp.up_proj
-        post = loop.gelu(loop.at("mlp_pre", loop.linear(first, x)))
+        post = (activation or loop.gelu)(loop.at("mlp_pre", loop.linear(first, x)))
     last = mlp.fc2 if hasattr(mlp, "fc2") else mlp.down_proj
     return loop.linear(last, loop.at("mlp_post", post))
 
@@ -205,6 +206,134 @@ def rotate(x, theta=100.0, side=4):
     cos, sin = angles.cos(), angles.sin()
     turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
     return torch.cat([prefix, turned], dim=1)
+
+
+# ---- towers of CLIP and SigLIP ------------------------------------------------
+
+
+def clip_states(model, images, loop, activation):
+    """The states of a tower, behind a norm of its own where it has one."""
+    embeddings = model.embeddings
+    x = loop.patches(embeddings.patch_embedding, images)
+    if hasattr(embeddings, "class_embedding"):
+        x = torch.cat([embeddings.class_embedding.expand(len(x), 1, -1), x], dim=1)
+    x = x + embeddings.position_embedding.weight
+    if hasattr(model, "pre_layrnorm"):
+        x = loop.norm(model.pre_layrnorm, x)
+
+    def step(layer, x, loop):
+        attn = attended(layer.self_attn, loop.norm(layer.layer_norm1, x), loop)
+        mid = loop.at("resid_mid", x + loop.at("attn_out", attn))
+        mlp = fed(layer.mlp, loop.norm(layer.layer_norm2, mid), loop, activation)
+        return mid + loop.at("mlp_out", mlp)
+
+    return states(model.encoder.layers, x, loop, step)
+
+
+def quick_gelu(x):
+    return x / (1 + (-1.702 * x).exp())
+
+
+def tanh_gelu(x):
+    return x / 2 * (1 + ((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)).tanh())
+
+
+@pytest.mark.parametrize("projected", [False, True])
+def test_clip(hf, check, kernel, projected):
+    def by_hand(model, images, loop):
+        tower = model.vision_model if projected else model
+        x = clip_states(tower, images, loop, quick_gelu)
+        features = loop.norm(tower.post_layernorm, x[:, 0])
+        return loop.linear(model.visual_projection, features) if projected else features
+
+    suffix = "ModelWithProjection" if projected else "Model"
+    probe = check(hf("CLIPVision", suffix, kernel, projection_dim=24), by_hand, refused(kernel))
+    assert probe.layout.prefix == ("cls",)
+    assert probe.layout.num_classes == 0
+
+
+def pooled(head, x, loop):
+    """What a learned query reads from the tokens, and an FFN beside it."""
+    attn = head.attention
+    query = head.probe.expand(len(x), -1, -1)
+    parts = zip(
+        (query, x, x), attn.in_proj_weight.chunk(3), attn.in_proj_bias.chunk(3), strict=True
+    )
+    q, k, v = (loop.heads(part @ weight.T + bias, 4) for part, weight, bias in parts)
+    outside = type(loop)()  # attention between other tokens than those of a step
+    read = loop.linear(attn.out_proj, outside.attend(q, k, v))
+    mlp = fed(head.mlp, loop.norm(head.layernorm, read), outside, tanh_gelu)
+    return (read + mlp)[:, 0]
+
+
+def test_siglip(hf, check, kernel):
+    def by_hand(model, images, loop):
+        x = clip_states(model, images, loop, tanh_gelu)
+        return pooled(model.head, loop.norm(model.post_layernorm, x), loop)
+
+    probe = check(hf("SiglipVision", "Model", kernel), by_hand, refused(kernel))
+    assert probe.layout.prefix == ()
+    assert probe.layout.num_classes == 0
+
+
+def test_siglip_with_a_classifier_says_its_size_in_a_config_of_its_own(random_model, check):
+    def by_hand(model, images, loop):
+        x = clip_states(model.vision_model, images, loop, tanh_gelu)
+        x = loop.norm(model.vision_model.post_layernorm, x)
+        return loop.linear(model.classifier, x.mean(1))
+
+    config = transformers.SiglipConfig(
+        vision_config={**SIZE, "intermediate_size": 64}, num_labels=10
+    )
+    model = random_model(transformers.SiglipForImageClassification(config))
+    assert check(model, by_hand).layout.num_classes == 10
+
+
+# ---- BEiT -------------------------------------------------------------------
+
+
+def beit_bias(module, side=4):
+    """Position bias ``(H, N, N)``: a row of the table for each offset of two patches, then one
+    for CLS to others, one for others to CLS, and one for CLS to itself."""
+    if module is None:
+        return 0.0
+    table = module.relative_position_bias_table
+    cells = [(row, column) for row in range(side) for column in range(side)]
+    bias = torch.empty(table.shape[1], 1 + side**2, 1 + side**2)
+    bias[:, 0, :], bias[:, :, 0], bias[:, 0, 0] = table[-3, :, None], table[-2, :, None], table[-1]
+    for i, (row, column) in enumerate(cells, start=1):
+        for j, (other, across) in enumerate(cells, start=1):
+            offset = (row - other + side - 1) * (2 * side - 1) + column - across + side - 1
+            bias[:, i, j] = table[offset]
+    return bias
+
+
+@pytest.mark.parametrize("scale", [0.1, 0.0])
+@pytest.mark.parametrize("shared", [False, True])
+def test_beit(hf, check, kernel, scale, shared):
+    """With a bias per layer, or one for all; with a learned scale, or without."""
+
+    def step(layer, x, loop):
+        bias = beit_bias(layer.relative_position_bias) + every
+        attn = attended(layer.attention, loop.norm(layer.layernorm_before, x), loop, bias=bias)
+        mid = loop.at("resid_mid", x + loop.at("attn_out", layer.lambda_1 * attn))
+        mlp = fed(layer.mlp, loop.norm(layer.layernorm_after, mid), loop)
+        return mid + loop.at("mlp_out", layer.lambda_2 * mlp)
+
+    def by_hand(model, images, loop):
+        x = loop.patches(model.beit.embeddings.patch_embeddings.projection, images)
+        x = torch.cat([model.beit.embeddings.cls_token.expand(len(x), -1, -1), x], dim=1)
+        x = states(model.beit.layers, x, loop, step)
+        return loop.linear(
+            model.classifier, loop.norm(model.beit.pooler.layernorm, x[:, 1:].mean(1))
+        )
+
+    which = "use_shared_relative_position_bias" if shared else "use_relative_position_bias"
+    options = {which: True, "layer_scale_init_value": scale}
+    model = hf("Beit", "ForImageClassification", kernel, **options)
+    every = beit_bias(model.beit.shared_position_bias)
+    missing = dict.fromkeys(("attn_out", "mlp_out"), "lambda_1") if scale else {}
+    assert check(model, by_hand, refused(kernel) | missing).layout.prefix == ("cls",)
 
 
 # ---- one layer again and again ----------------------------------------------
