@@ -31,6 +31,14 @@ def test_unit_maps_correlate_as_in_numpy_and_constant_ones_with_nothing():
     assert int(ours.isnan().sum()) == 7
 
 
+def test_correlations_do_not_depend_on_scale_and_place():
+    """One value of the first map is its mean; a spread of 8e-6 of the length is no rounding."""
+    maps = torch.tensor([[1.0, 2.0, 3.0], [3.0, 1.0, 2.0]], dtype=torch.float64)
+    for changed in (maps, 1e-9 * maps, 1e5 + maps):
+        found = metrics.correlations(metrics.unit_maps(changed))
+        np.testing.assert_allclose(found, [[1, -0.5], [-0.5, 1]], atol=1e-6)
+
+
 def test_wrong_shapes_and_types_are_refused():
     with pytest.raises(jaxtyping.TypeCheckError):
         metrics.entropy(torch.ones(3, dtype=torch.int64))

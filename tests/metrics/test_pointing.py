@@ -30,6 +30,9 @@ def test_patch_centres_on_paper():
     assert metrics.at_patch_centres(mask, (4, 2)).tolist() == [[1, 4, 11, 14, 21, 24, 31, 34]]
     assert metrics.at_patch_centres(mask, (1, 1)).tolist() == [[23]]
     assert metrics.at_patch_centres(mask, (4, 6)).tolist() == [mask.flatten().tolist()]
+    # 3 x 4 patches of 1 px: the last row and the last two columns belong to none
+    rest = [[0, 1, 2, 3, 10, 11, 12, 13, 20, 21, 22, 23]]
+    assert metrics.at_patch_centres(mask, (3, 4)).tolist() == rest
 
 
 def test_patch_centres_at_224():

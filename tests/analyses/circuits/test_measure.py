@@ -18,6 +18,7 @@ from bvit_interp.analyses.circuits.measure import _fit_positions
 from bvit_interp.data.digits import DigitScenes
 from bvit_interp.data.geometry import Geometry
 from bvit_interp.errors import DataError, UserError
+from bvit_interp.metrics import wilson_interval
 from bvit_interp.models.unroll import with_steps
 from bvit_interp.probes.probe import Probe
 
@@ -174,8 +175,17 @@ def test_the_circuit_applied_by_hand(any_model, digits, ablation):
     assert row["kl_high"] == pytest.approx((kl.mean() + half).item(), rel=1e-3, abs=1e-5)
     assert row["accuracy"] == (gated.argmax(-1) == labels).double().mean().item()
     assert row["n"] == 8
+    assert row["kl_low"] == pytest.approx((kl.mean() - half).item(), rel=1e-3, abs=1e-5)
+    agrees = gated.argmax(-1) == whole.argmax(-1)
+    assert row["agreement"] == agrees.double().mean().item()
+    right = (gated.argmax(-1) == labels).double()
+    half = 1.959963984540054 * right.std() / 8**0.5
+    expected = [(right.mean() - half).item(), (right.mean() + half).item()]
+    assert row[["low", "high"]].tolist() == pytest.approx(expected)
     full = whole_rows(frame).loc["full"]
-    assert full["accuracy"] == (whole.argmax(-1) == labels).double().mean().item()
+    right = whole.argmax(-1) == labels
+    assert full["accuracy"] == right.double().mean().item()
+    assert (full["low"], full["high"]) == pytest.approx(wilson_interval(right.sum().item(), 8))
 
 
 def test_fractions_conditions_and_their_counts(tiny, stacked, digits):
@@ -209,6 +219,9 @@ def test_excess_is_the_difference_to_the_circuit(tiny, digits):
         others["excess"], others["kl"] - rows.loc["per-step", "kl"], atol=1e-9
     )
     assert rows.loc[["full", "per-step"], "excess"].isna().all()
+    bounds = others[["excess_low", "excess_high"]]
+    np.testing.assert_allclose(bounds.mean(axis=1), others["excess"], atol=1e-9)
+    assert (others["excess_low"] < others["excess"]).all()
     assert (others["kl_min"] <= others["kl"] + 1e-12).all()
     assert (others["kl_max"] >= others["kl"] - 1e-12).all()
     assert (

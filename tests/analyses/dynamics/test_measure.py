@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.linalg import orthogonal_procrustes
 
 from bvit_interp.analyses.dynamics import COLUMNS, Config, measure, summary
 from bvit_interp.data.geometry import Geometry
@@ -93,6 +94,36 @@ def test_against_the_states_themselves(any_model, digits):
             (np.linalg.norm(x.T @ y) ** 2) / np.linalg.norm(x.T @ x) / np.linalg.norm(y.T @ y)
         )
         assert value == pytest.approx(expected, rel=1e-4)
+
+
+def test_similarity_of_the_mean_patch(tiny_reg4, digits):
+    """Two steps of twelve images, every measure by its own formula."""
+    data, n = type(digits)("test", length=12), 12
+    frame = measure({"m": tiny_reg4}, data, Config(steps=2, state="patches"))
+    patches = states_by_forward(run_on(tiny_reg4, 2), data)[:, 1:, 5:].mean(2)
+    x, y = (patches[:, t] - patches[:, t].mean(0) for t in (0, 1))
+    pair = frame[(frame["step"] == 1) & (frame["other_step"] == 2)].set_index("metric")
+    lengths = np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y)
+    null = np.square(x).sum() * np.square(y).sum() / (n - 1) / lengths
+    assert pair.loc["cka", "value"] == pytest.approx(np.square(x.T @ y).sum() / lengths, rel=1e-4)
+    assert pair.loc["cka", "null"] == pytest.approx(null, rel=1e-4)
+
+    def unbiased(a, b):
+        k, m = (each @ each.T * (1 - np.eye(n)) for each in (a, b))
+        both = k.sum() * m.sum() / (n - 1) / (n - 2)
+        return (k * m).sum() + both - 2 / (n - 2) * k.sum(0) @ m.sum(0)
+
+    debiased = unbiased(x, y) / np.sqrt(unbiased(x, x) * unbiased(y, y))
+    assert pair.loc["cka_debiased", "value"] == pytest.approx(debiased, rel=1e-4)
+    assert pair.loc["cka_debiased", "null"] == 0
+    x, y = x / np.linalg.norm(x), y / np.linalg.norm(y)
+    turn, _ = orthogonal_procrustes(y, x)
+    distance = np.square(x - y @ turn).sum()
+    assert pair.loc["procrustes", "value"] == pytest.approx(distance, rel=1e-4)
+    assert pair.loc["procrustes", "null"] > distance
+    ratios = values_of(frame, "participation_ratio", "patches")
+    # of an isotropic Gaussian of 12 points in 32 dimensions
+    np.testing.assert_allclose(ratios["null"], (11 * 32 + 2) / (11 + 32 + 1))
 
 
 def moving(model, monkeypatch, rule):

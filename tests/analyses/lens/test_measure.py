@@ -57,6 +57,10 @@ def test_raw_on_cls_is_the_step_accuracy(any_model, digits):
     np.testing.assert_allclose(
         steps_of(frame, "raw", "cls", "accuracy")[["low", "high"]], known[["low", "high"]]
     )
+    for name in ("agreement", "flips"):  # shares of 12 images, as the accuracy
+        rows = steps_of(frame, "raw", "cls", name).dropna(subset=["value"])
+        expected = [wilson_interval(12 * share, 12) for share in rows["value"]]
+        np.testing.assert_allclose(rows[["low", "high"]], expected)
     assert steps_of(frame, "raw", "cls", "kl")["value"].iloc[-1] == pytest.approx(0, abs=1e-12)
     assert (frame["n"] <= 12).all()
     assert (frame["n_fit"] == 10).all()
@@ -109,6 +113,27 @@ def test_patches_by_hand(tiny, digits, by_hand):
             assert steps_of(frame, "raw", "patches", "object_share")["value"][t] == pytest.approx(
                 np.mean(covered)
             )
+
+
+def test_a_map_whose_maximum_is_on_ignored_ground_does_not_point(make, squares, tmp_path):
+    """By the maps that the analysis keeps; the uppermost row of patches is ignored."""
+    data, options = squares(27, ignore=True), {"limit": 9, "n_fit": 4, "n_examples": 9}
+    model = make(num_steps=3, num_classes=3)
+    frame = measure({"m": model}, data, change(**options), folder=tmp_path)
+    with np.load(tmp_path / "lens_m.npz") as kept:
+        maps = kept["maps"][:, 0].reshape(9, 3, 16)
+    masks = [data.read(i)[2][4::8, 4::8].ravel() for i in evenly_spaced(27, 9)]
+    objects = np.stack([(mask > 0) & (mask < 1000) for mask in masks])
+    points = maps.argmax(-1)
+    counted = points >= 4
+    hits = np.take_along_axis(objects, points, axis=1)
+    rows = steps_of(frame, "raw", "patches", "pointing")
+    assert rows["n"].tolist() == counted.sum(0).tolist()
+    assert not counted.all()
+    expected = [hits[counted[:, t], t].mean() for t in range(3)]
+    np.testing.assert_allclose(rows["value"], expected)
+    share = steps_of(frame, "raw", "patches", "object_share")["value"]
+    np.testing.assert_allclose(share, objects.sum(1).mean() / 12)
 
 
 def test_the_tuned_lens_reads_more_than_the_raw_and_than_its_null(make, digits):

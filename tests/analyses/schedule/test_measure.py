@@ -252,6 +252,10 @@ def test_the_roles_share_no_image():
     assert len(roles["test"] | roles["fit"] | roles["refit"]) == 100
     assert max(map(max, roles.values())) == 990
     assert len(_roles(20, Config())["test"]) == 10
+    # at random, since data sets are sorted by class
+    assert min(roles["fit"] | roles["refit"]) < max(roles["test"])
+    assert max(roles["test"]) > 500 > min(roles["test"])
+    assert roles["test"] != _roles(1000, Config(limit=100, n_scored=30, seed=1))["test"]
 
 
 def test_out_of_memory_halves_the_batch_and_counts_no_image_twice(tiny, digits, monkeypatch):

@@ -279,6 +279,24 @@ def test_intervals_are_a_jackknife_over_folds(stacked, digits):
     np.testing.assert_allclose(values(frame, "norm")["value"], norms(fold >= 0), rtol=1e-9)
 
 
+def test_the_null_of_a_norm_is_that_of_the_choice_of_images(stacked, digits):
+    """The standard error of the gradient over folds, by autograd on the model itself."""
+    frame = measure({"m": stacked}, digits, Config(**FEW, methods=()))
+    images, labels, _ = batch_of(stacked, digits)
+    fold = torch.from_numpy(np.random.default_rng(0).permutation(12) % 4)
+
+    def gradients(rows):
+        whole = copy.deepcopy(stacked).double()
+        F.cross_entropy(whole(images[rows].double()), labels[rows]).backward()
+        blocks = whole.blocks.children()
+        return [torch.cat([p.grad.flatten() for p in block.parameters()]) for block in blocks]
+
+    of_folds, of_all = [gradients(fold == f) for f in range(4)], gradients(fold >= 0)
+    for b, null in enumerate(values(frame, "norm")["null"]):
+        apart = sum((each[b] - of_all[b]).square().sum().item() for each in of_folds)
+        assert null == pytest.approx(math.sqrt(apart / (4 * 3)), rel=1e-6)
+
+
 def test_intervals_of_gains_and_accuracies():
     """Gains from two tables of hits: the interval of their mean difference."""
     settings = [_Setting("none", 0.0), _Setting("magnitude", 0.5), _Setting("taylor", 0.5)]
@@ -298,6 +316,27 @@ def test_intervals_of_gains_and_accuracies():
     accuracy = rows.loc[("accuracy", "taylor")]
     assert (accuracy["value"], accuracy["n"]) == (5 / 6, 6)
     assert (accuracy["low"], accuracy["high"]) == wilson_interval(5, 6)
+
+
+def test_nulls_of_gains_and_accuracies():
+    """Of random masks the most frequent class, of others what random masks give."""
+    settings = [
+        _Setting("none", 0.0),
+        *(_Setting(method, 0.5) for method in ("magnitude", "taylor", "random")),
+    ]
+    # hits of the four settings, and the class
+    scores = np.array([[1, 1, 1, 1, 0], [1, 0, 1, 0, 0], [1, 0, 1, 0, 0], [0, 0, 0, 0, 1]])
+    rows = pd.DataFrame(_pruning_rows(settings, scores.astype(float)))
+    accuracy = rows[rows["metric"] == "accuracy"].set_index("method")["null"]
+    assert accuracy.to_dict() == {"none": 0.75, "magnitude": 0.25, "taylor": 0.25, "random": 0.75}
+    gains = rows[rows["metric"] == "gain"].set_index(["method", "against"])
+    found = gains[["value", "null"]].T.to_dict("list")
+    assert found == {
+        ("magnitude", "taylor"): [-0.5, -0.5],
+        ("taylor", "magnitude"): [0.5, 0.0],
+        ("random", "magnitude"): [0.0, 0.0],
+        ("random", "taylor"): [-0.5, -0.5],
+    }
 
 
 @pytest.mark.parametrize(

@@ -154,6 +154,10 @@ def test_steps_on_request(tiny, stacked, digits):
     )
     assert frame.groupby("model")["step"].max().to_dict() == {"a": 14, "b": 3}
     assert frame.groupby("model")["n"].first().to_dict() == {"a": 9, "b": 9}
+    places = [i * 60 // 9 for i in range(9)]
+    first = frame[(frame["model"] == "b") & (frame["step"] == 1)]
+    assert first["image"].tolist() == [digits.name(i) for i in places]
+    assert first["label"].tolist() == [digits.classes[digits.read(i)[1]] for i in places]
 
 
 def test_columns_and_summary(tiny, stacked, digits):
@@ -169,7 +173,7 @@ def test_columns_and_summary(tiny, stacked, digits):
     assert means["neighbours_kept"].iloc[13] == pytest.approx(part["neighbours_kept"].mean())
 
 
-def test_bad_input(tiny, digits):
+def test_bad_input(tiny, stacked, digits):
     with pytest.raises(UserError, match="steps must be >= 1, got 0"):
         Config(steps=0)
     with pytest.raises(UserError, match=r"one or more of pacmap, pca, got \('tsne',\)"):
@@ -182,6 +186,8 @@ def test_bad_input(tiny, digits):
         Config(seed=-1)
     with pytest.raises(UserError, match="more points than 2 images at 12 steps: raise limit"):
         measure({"m": tiny}, digits, Config(limit=2, neighbours=13, methods=("pca",)))
+    with pytest.raises(UserError, match="more points than 3 images at 3 steps"):  # six others
+        measure({"m": stacked}, digits, Config(limit=3, neighbours=2, methods=("pca",)))
     with torch.no_grad():
         tiny.pos_embed[0, 0, 0] = torch.nan
     with pytest.raises(UserError, match="NaN or infinite"):
