@@ -1,4 +1,4 @@
-"""Output: atomic writes, provenance, and tables that continue after a kill.
+"""Output: atomic writes, locks, provenance, and tables that continue after a kill.
 
 A result is `<word>.csv` and `<word>.png` with `<word>.json` beside them: the options, the weights'
 hashes, versions and the command that made them. Under torchrun only the first process writes.
@@ -13,10 +13,13 @@ import json
 import os
 import platform
 import re
+import shutil
 import sys
 import tempfile
+import time
+import weakref
 from collections.abc import Iterator, Mapping, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,6 +32,9 @@ import torch.distributed as dist
 from torch import nn
 
 from bvit_interp.errors import UserError, choices
+
+if sys.platform != "win32":
+    import fcntl
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,15 +53,113 @@ def rank_and_world() -> tuple[int, int]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well, and vanishes
-    otherwise."""
+    """A temporary path beside `path`, for a file or a folder, that takes its place when the block
+    ends well, and vanishes otherwise. That of a killed process stays until `locked` finds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield temporary
         temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a whole folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+class Lock:
+    """A lock on a folder, held as long as something refers to this object."""
+
+    def __init__(self, handle: int) -> None:
+        self.release = weakref.finalize(self, os.close, handle)
+
+
+_LOCKS: weakref.WeakValueDictionary[tuple[int, int], Lock] = weakref.WeakValueDictionary()
+"""Device and inode of a folder -> its lock in this process."""
+
+
+def _release_all() -> None:
+    """Close the handles of a forked process, which would hold the locks after its parent's end."""
+    for lock in list(_LOCKS.values()):
+        lock.release()
+
+
+if sys.platform != "win32":
+    os.register_at_fork(after_in_child=_release_all)
+
+
+def locked(folder: Path) -> Lock | None:
+    """Keep the runs of other processes out of a folder while the result is kept.
+
+    It also removes what killed processes left in the folder. A process may lock a folder several
+    times. The lock of a process that ends, or is killed, ends with it, and leaves no file.
+
+    Returns
+    -------
+    The lock; None where nothing is locked: in other processes of torchrun than the first, in a
+    folder that does not exist yet, and on file systems without locks, as some of networks are.
+
+    Raises
+    ------
+    UserError
+        If another process has locked the folder.
+    """
+    if sys.platform == "win32" or rank_and_world()[0] > 0:
+        return None
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return None
+    about = os.fstat(handle)
+    held = _LOCKS.get((about.st_dev, about.st_ino))
+    if held is not None:
+        os.close(handle)
+        return held
+    lock = Lock(handle)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"{folder}: another run is writing to this folder; wait until it ends, or give another"
+            " --out"
+        ) from None
+    except OSError:
+        return None
+    _LOCKS[about.st_dev, about.st_ino] = lock
+    remove_leftovers(folder)
+    return lock
+
+
+_PARTIAL = re.compile(r"\..+\.(\d+)\.partial")
+_LEFTOVER_AGE = 300.0  # seconds; a process of another host may still be writing a younger file
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove old temporary files of `replacing` whose process has ended, here and one level
+    below."""
+    for path in (*folder.glob(".*.partial"), *folder.glob("*/.*.partial")):
+        match = _PARTIAL.fullmatch(path.name)
+        if match is None or _is_alive(int(match[1])):
+            continue
+        with suppress(OSError):  # gone, or of another user
+            if time.time() - path.stat().st_mtime > _LEFTOVER_AGE:
+                _remove(path)
+
+
+def _is_alive(process: int) -> bool:
+    """Whether a process of this number runs on this machine."""
+    try:
+        os.kill(process, 0)
+    except PermissionError:  # of another user
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
 
 
 def write_table(frame: pd.DataFrame, path: Path) -> None:
@@ -250,6 +354,12 @@ class Table:
         the `.json` has beside these do not matter. One with other columns than the new rows is
         refused when that is first seen.
     overwrite : start again instead; what is there stays until the first new row is finished.
+
+    Raises
+    ------
+    UserError
+        For a table of other options, and in a folder that another process has `locked`. The table
+        locks its folder, if that exists yet, else with the first row.
     """
 
     def __init__(self, path: Path, options: Mapping[str, Any], overwrite: bool = False) -> None:
@@ -257,6 +367,7 @@ class Table:
         self.options = json.loads(json.dumps(options, default=str))
         self.rows: list[dict[str, Any]] = []
         self.columns: frozenset[str] | None = None  # of the rows found
+        self._lock = locked(path.parent)
         if path.exists() and not overwrite:
             refuse_other_options(path, self.options)
             found = read_table(path)
@@ -289,12 +400,14 @@ class Table:
         Raises
         ------
         UserError
-            If the table that was found has other columns.
+            If the table that was found has other columns, or another process has locked the folder.
         """
         if self.columns is not None:
             self._check_columns(row.keys() - self.columns, self.columns - row.keys())
         self.rows.append(dict(row))
         if rank_and_world()[0] == 0:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = locked(self.path.parent)
             if len(self.rows) == 1:
                 # rows of other options must never lie beside these
                 self.path.unlink(missing_ok=True)
@@ -314,8 +427,21 @@ def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def check_folder(folder: Path) -> None:
-    """Refuse a folder for results that cannot be made or written, before hours of work."""
+def check_folder(folder: Path) -> Lock | None:
+    """Refuse a folder for results that cannot be made or written, before hours of work.
+
+    Returns
+    -------
+    The lock of the folder; see `locked`.
+
+    Raises
+    ------
+    UserError
+        Also for a folder that another process has locked, and for a path that begins with ~, which
+        only shells expand.
+    """
+    if str(folder).startswith("~"):
+        raise UserError(f"--out {folder}: ~ stands for no folder here; write the whole path")
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     try:
         # root's permissions tell nothing
@@ -325,3 +451,4 @@ def check_folder(folder: Path) -> None:
         raise UserError(
             f"--out {folder}: {there} is not a folder that can be written to"
         ) from error
+    return locked(folder)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import csv
 import errno
+import fcntl
 import json
 import math
 import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -356,6 +359,136 @@ def test_permissions_that_promise_too_much(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "mkdir", refused)
     with pytest.raises(UserError, match="is not a folder that can be written to"):
         results.check_folder(tmp_path / "x")
+
+
+def test_no_shell_has_expanded_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="--out ~nosuchuser/x: ~ stands for no folder"):
+        results.check_folder(Path("~nosuchuser/x"))
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- two runs in one folder ----------------------------------------------------------------------
+
+
+def is_locked(folder):
+    """Whether somebody holds the folder, as the kernel says."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
+
+
+@pytest.fixture
+def other_run(tmp_path):
+    """Another process, which has locked `tmp_path`."""
+    holding = (
+        "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX);"
+        "print('held', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-S", "-c", holding, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"held\n"
+        yield process
+        process.kill()
+
+
+def test_a_second_run_is_refused_until_the_first_is_killed(tmp_path, other_run):
+    for begin in (
+        results.locked,
+        results.check_folder,
+        lambda folder: results.Table(folder / "a.csv", OPTIONS),
+    ):
+        with pytest.raises(UserError, match="another run is writing to this folder") as error:
+            begin(tmp_path)
+        assert str(tmp_path) in str(error.value)
+        assert "\n" not in str(error.value)
+    os.kill(other_run.pid, signal.SIGKILL)
+    other_run.wait()
+    assert results.locked(tmp_path) is not None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_lasts_as_long_as_it_is_kept(tmp_path):
+    lock = results.locked(tmp_path)
+    assert is_locked(tmp_path)
+    assert results.locked(tmp_path) is lock  # this process may come again
+    del lock
+    assert not is_locked(tmp_path)
+    table = results.Table(tmp_path / "new" / "a.csv", OPTIONS)
+    assert not (tmp_path / "new").exists()
+    table.append({"rank": 4})
+    again = results.Table(tmp_path / "new" / "a.csv", OPTIONS)
+    del table
+    assert is_locked(tmp_path / "new")
+    del again
+    assert not is_locked(tmp_path / "new")
+
+
+def test_a_forked_process_does_not_keep_the_lock(tmp_path):
+    lock = results.locked(tmp_path)
+    child = os.fork()
+    if child == 0:
+        signal.pause()
+    assert is_locked(tmp_path)
+    del lock
+    try:
+        for _ in range(1000):  # until the child has come so far
+            if not is_locked(tmp_path):
+                break
+        assert not is_locked(tmp_path)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_without_locks_a_run_goes_on(tmp_path, monkeypatch):
+    def refused(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    assert results.locked(tmp_path) is None
+    results.Table(tmp_path / "a.csv", OPTIONS).append({"rank": 4})
+    assert results.locked(tmp_path / "none") is None
+    os.mkfifo(tmp_path / "pipe")
+    assert results.locked(tmp_path / "pipe") is None
+
+
+def test_only_the_first_process_locks(tmp_path, other_run, monkeypatch):
+    monkeypatch.setattr(results, "rank_and_world", lambda: (1, 2))
+    assert results.locked(tmp_path) is None
+
+
+def test_leftovers_of_dead_processes_are_removed(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-S", "-c", ""])
+    ended.wait()
+    dead, alive, self = ended.pid, os.getppid(), os.getpid()
+    inner = tmp_path / "pictures"
+    (tmp_path / f".round-01.{dead}.partial").mkdir(parents=True)
+    (tmp_path / f".round-01.{dead}.partial" / "file").touch()
+    inner.mkdir()
+    old = [
+        tmp_path / f".a.csv.{dead}.partial",
+        inner / f".b.png.{dead}.partial",
+        tmp_path / f".huge.{10**20}.partial",
+    ]
+    kept = [
+        *(tmp_path / f".a.csv.{process}.partial" for process in (alive, self)),
+        tmp_path / f"a.{dead}.partial",
+        tmp_path / ".a.csv.partial",
+    ]
+    young = tmp_path / f".young.csv.{dead}.partial"
+    for path in (*old, *kept, young):
+        path.touch()
+    for path in (*old, *kept, tmp_path / f".round-01.{dead}.partial"):
+        os.utime(path, (0, 0))
+    results.check_folder(tmp_path)
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == {*kept, young}
+    assert {path for path in tmp_path.rglob("*") if path.is_dir()} == {inner}
 
 
 # ---- provenance ----------------------------------------------------------------------------------

@@ -6,8 +6,8 @@ A set is named ``NAME`` (the folder ``$BVIT_INTERP_DATA/NAME``, by default ``./d
 
 from __future__ import annotations
 
+import hashlib
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from tqdm import tqdm
 from bvit_interp.data.boxes import ImageNetBoxes
 from bvit_interp.data.cifar import BINARIES, CIFAR10, Name, open_cifar
 from bvit_interp.data.digits import DigitScenes
-from bvit_interp.data.files import say
+from bvit_interp.data.files import expanded, read_lines, say
 from bvit_interp.data.folders import (
     ANNOTATIONS,
     CATEGORIES,
@@ -34,8 +34,10 @@ from bvit_interp.data.imagenette import is_imagenette, open_imagenette, wnids_of
 from bvit_interp.data.parquet import ParquetSamples, columns_of, split_files
 from bvit_interp.data.samples import Samples, evenly_spaced, write_mask
 from bvit_interp.errors import DataError, choices
+from bvit_interp.results import remove_leftovers, replacing
 
 HOME = "BVIT_INTERP_DATA"  # environment variable: the folder of data sets
+_EXPORTED = ".exported"  # in the folder of an export: which it is
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,26 +255,42 @@ def listing() -> list[dict[str, str]]:
 def export(samples: Samples, out: Path, limit: int | None = None, progress: bool = True) -> int:
     """Write a set with masks in ImageNet-S layout, as PNG; returns the number of images written.
 
-    The folder appears only when it is complete. `limit` images are evenly spaced over the set.
+    The folder appears only when it is complete; an export that is there already is not repeated.
+    `limit` images are evenly spaced over the set.
+
+    Raises
+    ------
+    DataError
+        For a set without masks, a folder with anything else in it, or one that cannot be written.
     """
     if not samples.has_masks:
         able = choices(entry.name for entry in CATALOG if entry.has_masks)
         raise DataError(f"only a set with masks can be exported; of the catalog: {able}")
+    out = expanded(str(out))
+    chosen = evenly_spaced(len(samples), limit)
+    content = _content_key(samples, chosen)
+    if (out / _EXPORTED).is_file() and read_lines(out / _EXPORTED) == [content]:
+        say(f"{out} holds this export already; to write it again, remove the folder first")
+        return len(chosen)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out} is not empty: give a new folder")
-    chosen = evenly_spaced(len(samples), limit)
+    remove_leftovers(out.parent)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
-            complete = Path(temporary, "complete")
+        with replacing(out) as complete:
             complete.mkdir()
             (complete / CATEGORIES).write_text("\n".join(samples.classes))
             for i in tqdm(chosen, desc=f"export to {out}", unit="image", disable=not progress):
                 _write(samples, i, complete)
-            complete.replace(out)
+            (complete / _EXPORTED).write_text(content)
     except OSError as error:
         raise DataError(f"{out}: cannot be written ({error.strerror})") from error
     return len(chosen)
+
+
+def _content_key(samples: Samples, chosen: list[int]) -> str:
+    """A hash of what is exported: the classes, and the names of the images."""
+    names = [samples.name(i) for i in chosen]
+    return hashlib.sha256(repr((list(samples.classes), names)).encode()).hexdigest()
 
 
 def _write(samples: Samples, i: int, out: Path) -> None:
@@ -300,8 +318,8 @@ def _resolve(spec: str) -> tuple[Entry, Path]:
             raise DataError(f"{name} is made on the fly and takes no path, got {path!r}")
         if colon and not path:
             raise DataError(f"{spec}: the path after the colon is missing")
-        return entry, Path(path).expanduser() if colon else _home() / name
-    folder = Path(spec).expanduser()
+        return entry, expanded(path) if colon else _home() / name
+    folder = expanded(spec)
     if folder.is_dir():
         return _ENTRIES[_kind(folder)], folder
     if folder.exists():
@@ -331,7 +349,7 @@ def _kind(folder: Path) -> str:
 
 
 def _home() -> Path:
-    return Path(os.environ.get(HOME) or "data").expanduser()
+    return expanded(os.environ.get(HOME) or "data")
 
 
 def _where(entry: Entry) -> str:

@@ -22,6 +22,20 @@ def escaped(name: object) -> str:
     )
 
 
+def expanded(path: str) -> Path:
+    """A path with the home folder in place of ``~`` or ``~user``.
+
+    Raises
+    ------
+    DataError
+        If there is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise DataError(f"{escaped(path)}: no user has the home folder that ~ stands for") from None
+
+
 def check_regular(path: Path) -> None:
     """Refuse pipes, devices and sockets, which may never end; a link to a file is a file.
 

@@ -12,7 +12,8 @@ An analysis gives a function of a batch, and uses its results in a loop:
 
 The images are decoded once for all models. Under torchrun each process gets its own share of them.
 The function must not change any state: if GPU memory is too small, it is called again on halves of
-the batch. So the loop, not the function, adds results to statistics.
+the batch. So the loop, not the function, adds results to statistics. A function that takes long
+says with `ModelBatch.advance` how far it is, so that the progress bar moves within a batch.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from bvit_interp.data.adapters import as_samples
+from bvit_interp.data.files import say
 from bvit_interp.data.geometry import Geometry
 from bvit_interp.data.labels import label_map
 from bvit_interp.data.loader import Batch, Loader
@@ -34,8 +37,14 @@ from bvit_interp.data.samples import Samples
 from bvit_interp.errors import UserError
 from bvit_interp.models.looped import Model
 from bvit_interp.models.stepping import device_of
+from bvit_interp.results import rank_and_world
 
 Result = TypeVar("Result")
+Options = TypeVar("Options", bound=LoaderOptions)
+
+
+def _nothing(share: float) -> None:
+    """Outside a pass there is no progress bar."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +70,9 @@ class ModelBatch:
     """Labels in the model's classes; see `labels`."""
     partner: tuple[Tensor, Tensor] | None = None
     """Another image for each image, and the label of it; see `partner_images`."""
+    advance: Callable[[float], None] = _nothing
+    """Moves the progress bar: call it with the share of the work on this batch that is done,
+    0..1."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -161,22 +173,50 @@ def stream(
         limit=options.limit,
         workers=options.workers,
         skip_corrupt=options.skip_corrupt,
-        progress=progress,
     )
+    done = 0  # images, counted once per model
+
+    def show(share: float, images: int) -> None:
+        skipped = len(loader.skipped)
+        bar.n = round(done + share * images + len(views) * skipped, 1)
+        if skipped:
+            bar.set_postfix(skipped=skipped, refresh=False)
+        bar.update(0)
 
     def run(batch: ModelBatch) -> Result:
         with torch.inference_mode(not grad):
-            return compute(batch)
+            return compute(replace(batch, advance=lambda share: show(share, len(batch))))
 
-    for batch in loader:
-        others = {}
-        if partners is not None:  # read once per geometry, like the images
-            others = {geometry: partners(batch.index, geometry) for geometry in batch.views}
-        for name, view in views.items():
-            own = view.of(batch, others.get(view.geometry))
-            for part in _parts(own, (images_at_once or {}).get(name)):
-                for result in halve_on_oom(run, part):
-                    yield name, result
+    total, silent = len(views) * len(loader.index), rank_and_world()[0] > 0
+    with tqdm(total=total, desc=progress, unit="image", disable=silent) as bar:
+        for batch in loader:
+            others = {}
+            if partners is not None:  # read once per geometry, like the images
+                others = {geometry: partners(batch.index, geometry) for geometry in batch.views}
+            for name, view in views.items():
+                own = view.of(batch, others.get(view.geometry))
+                for part in _parts(own, (images_at_once or {}).get(name)):
+                    for result in halve_on_oom(run, part):
+                        yield name, result
+                    done += len(part)
+                    show(0, 0)
+        show(0, 0)
+
+
+def at_most(options: Options, data: Samples | Any, images: int, costly: str) -> Options:
+    """The options, limited to a number of images where they have no limit of their own.
+
+    Parameters
+    ----------
+    images : the most images of a costly measure, where the user does not ask for more.
+    costly : what costs much, with which a line on stderr says that the images are limited.
+    """
+    there = len(as_samples(data))
+    if options.limit is not None or there <= images:
+        return options
+    if rank_and_world()[0] == 0:
+        say(f"{costly}: {images} of {there} images are used; for all of them, --limit {there}")
+    return replace(options, limit=images)
 
 
 @dataclass(frozen=True)

@@ -145,6 +145,12 @@ def _figure(stepwise: pd.DataFrame) -> Figure:
         from bvit_interp import plotting
     except ImportError:
         raise MissingExtra("matplotlib", "viz") from None
+    with plotting.house_style():
+        return _panels(plotting, stepwise)
+
+
+def _panels(plotting: Any, stepwise: pd.DataFrame) -> Figure:
+    """The panels of `_figure`, by the optional module of the house's figures."""
     shown = [metric for metric in _PANELS if metric in set(stepwise["metric"])]
     figure, axes = plotting.canvas(columns=len(shown) + 1, width=4.0, height=3.0)
     *panels, last = axes[0]
@@ -154,7 +160,7 @@ def _figure(stepwise: pd.DataFrame) -> Figure:
         plotting.line(ax, rows, "step", style=style, null="null" if null else None, null_label=null)
         plotting.step_axis(ax, rows["step"])
         plotting.legend(ax)
-        ax.set_title(title, fontsize=10)
+        plotting.title(ax, title)
     means = stepwise[stepwise["metric"] == "class_mean"]
     deviations = means.assign(value=means["value"] - means["null"])
     table = deviations.pivot(index="class", columns="step", values="value")
@@ -169,7 +175,7 @@ def _figure(stepwise: pd.DataFrame) -> Figure:
         numbers=False,
         limits=(-largest, largest),
     )
-    last.set_title("mean response to each class", fontsize=10)
+    plotting.title(last, "mean response to each class")
     last.set_xlabel("step")
     return figure
 

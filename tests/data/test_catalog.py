@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from kills import contents, kills
 
 from bvit_interp.data.catalog import CATALOG, export, listing, open_samples
 from bvit_interp.data.digits import DigitScenes
@@ -174,3 +177,36 @@ def test_export_refuses_a_full_folder_and_sets_without_masks(tmp_path, masked_se
         DataError, match="only a set with masks .*: digits-s, imagenet-s, imagenet-boxes$"
     ):
         export(ImageFolderSamples(masked_set / "validation"), tmp_path / "out", progress=False)
+
+
+def test_an_export_killed_anywhere_is_whole_after_the_same_call(tmp_path, monkeypatch, caplog):
+    scenes = DigitScenes("test", length=3)
+    export(scenes, tmp_path / "whole", progress=False)
+    number = 0
+    for out, written in kills(
+        monkeypatch, tmp_path, lambda out: export(scenes, out, progress=False)
+    ):
+        assert written == 3
+        assert contents(out) == contents(tmp_path / "whole")
+        number += 1
+    assert number > 2
+    assert "holds this export already" in caplog.text
+    assert len(contents(tmp_path / "whole")) == 2 * 3 + 2
+    for other in (DigitScenes("train", length=3), DigitScenes("test", length=2)):
+        with pytest.raises(DataError, match="whole is not empty"):
+            export(other, tmp_path / "whole", progress=False)
+
+
+def test_a_home_folder_that_nobody_has(monkeypatch, tmp_path):
+    for spec in ("~nosuchuser/x", "imagenet:~nosuchuser/x"):
+        with pytest.raises(DataError, match="~nosuchuser/x: no user") as error:
+            open_samples(spec)
+        assert "\n" not in str(error.value)
+    with pytest.raises(DataError, match="~nosuchuser"):
+        export(DigitScenes("test", length=1), Path("~nosuchuser/x"), progress=False)
+    monkeypatch.setenv("BVIT_INTERP_DATA", "~nosuchuser")
+    with pytest.raises(DataError, match="~nosuchuser"):
+        listing()
+    monkeypatch.setenv("BVIT_INTERP_DATA", "~/sets")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert listing()[1]["where"] == f"{tmp_path}/sets/cifar10 (missing)"

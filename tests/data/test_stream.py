@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
+from bvit_interp.data import stream as module
 from bvit_interp.data.digits import DigitScenes
 from bvit_interp.data.geometry import Geometry
 from bvit_interp.data.options import LoaderOptions
 from bvit_interp.data.partners import Partners
-from bvit_interp.data.stream import ModelBatch, halve_on_oom, stream
+from bvit_interp.data.stream import ModelBatch, at_most, halve_on_oom, stream
 from bvit_interp.errors import DataError, UserError
 from bvit_interp.models.stepping import device_of
 
@@ -128,6 +131,70 @@ def test_take_keeps_everything_together(make, data):
         assert part.names == tuple(data.name(i) for i in wanted)
         for key in ("images", "masks", "data_labels", "labels", "partner_images", "partner_labels"):
             assert torch.equal(getattr(part, key), getattr(batch, key)[wanted]), key
+
+
+# ---- cost ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """The numbers of images that the progress bar shows, one after the other, and its total."""
+
+    class Bar:
+        def __init__(self, total, **_):
+            self.n, self.numbers, self.total, bars[0:] = 0, [], total, [self]
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return None
+
+        def set_postfix(self, **given):
+            self.postfix = given["skipped"]
+
+        def update(self, more):
+            self.numbers.append(self.n)
+
+    bars: list[Bar] = []
+    monkeypatch.setattr(module, "tqdm", Bar)
+    return bars
+
+
+def test_the_bar_counts_images_of_every_model_and_parts_of_a_batch(make, data, shown):
+    models = {"a": make(), "b": make(seed=1)}
+
+    def compute(batch: ModelBatch) -> None:
+        batch.advance(0.5)
+        for part in (batch.take(slice(1)), batch):
+            part.advance(1.0)  # what is taken out of a batch is still on the whole
+
+    list(stream(models, data, LoaderOptions(batch_size=4), compute, progress="x"))
+    assert shown[0].total == 14
+    ends = [0, 4, 8, 11, 14]
+    wanted = [[(a + b) / 2, b, b, b] for a, b in itertools.pairwise(ends)]
+    assert shown[0].numbers == [n for part in wanted for n in part] + [14]
+
+
+def test_the_bar_counts_what_is_skipped(make, tmp_path, put_image, shown):
+    for seed, name in enumerate(("ant/1", "ant/2", "bee/3")):
+        put_image(tmp_path / f"{name}.jpg", 32, 32, seed)
+    (tmp_path / "ant" / "2.jpg").write_bytes(b"nothing")
+    options = LoaderOptions(batch_size=1, skip_corrupt=True)
+    found = stream({"m": make()}, tmp_path, options, len, progress="x")
+    assert [count for _, count in found] == [1, 1]
+    assert (shown[0].total, shown[0].numbers, shown[0].postfix) == (3, [1, 3, 3], 1)
+
+
+def test_costly_measures_are_limited_unless_asked_for(data, caplog):
+    limited = at_most(LoaderOptions(batch_size=3), data, 5, "a test")
+    assert limited == LoaderOptions(batch_size=3, limit=5)
+    assert "a test: 5 of 7 images" in caplog.text
+    assert "--limit 7" in caplog.text
+    caplog.clear()
+    for options, most in ((LoaderOptions(limit=6), 5), (LoaderOptions(), 7)):
+        assert at_most(options, data, most, "another") is options
+    assert not caplog.text
 
 
 # ---- memory --------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import io
 import re
 from html.parser import HTMLParser
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
@@ -106,6 +107,16 @@ def test_a_page_for_each_described_unit(folder):
         assert chart.shape[1] > 900  # several panels
         stored = np.asarray(Image.open(stepwise["path"].dropna().iloc[0]))
         np.testing.assert_array_equal(images, stored)
+
+
+def test_the_users_settings_of_figures_change_nothing(folder):
+    frame, pages = read(folder), []
+    frame = frame[frame["site"] == "z"]
+    for settings in ({}, {"axes.titlesize": 25, "xtick.labelsize": 25, "lines.linewidth": 9}):
+        with matplotlib.rc_context(settings):
+            links = unit_page.write(frame, folder, folder / "r.html")
+        pages.append([(folder / link).read_bytes() for link in links.values()])
+    assert pages[0] == pages[1]
 
 
 def test_the_summary_in_words(folder):

@@ -91,8 +91,11 @@ def measure(
             for neuron in neurons[name]
             for step in steps[name]
         ]
-        missing = [key for key in keys if table is None or not table.has(**key)]
-        for key, image, numbers in _optimise(activations[name], missing, config):
+        for key, image, numbers in _optimise(
+            activations[name], _unfinished(keys, table, config.chunk_size), config
+        ):
+            if table is not None and table.has(**key):
+                continue
             of_neuron = {
                 part: values[key["step"] - 1, key["neuron"]]
                 for part, values in top_images[name].items()
@@ -171,11 +174,30 @@ def _real_images(
     )
 
 
+def _unfinished(
+    keys: list[dict[str, Any]], table: Table | None, chunk_size: int
+) -> list[dict[str, Any]]:
+    """The keys of all chunks that are not whole in the table.
+
+    A started chunk is optimised again as a whole: an image depends, by rounding, on the size of its
+    batch, and a run that goes on gives the images of one that was not stopped.
+    """
+    chunks = [keys[first : first + chunk_size] for first in range(0, len(keys), chunk_size)]
+    return [
+        key
+        for chunk in chunks
+        if table is None or not all(table.has(**each) for each in chunk)
+        for key in chunk
+    ]
+
+
 def _optimise(
     activations: NeuronActivations, keys: list[dict[str, Any]], config: Config
 ) -> Iterator[tuple[dict[str, Any], Tensor, dict[str, float]]]:
     """For each key in order the image ``(3, height, width)`` in 0..1, and its numbers."""
-    neurons, steps = (torch.tensor([key[part] for key in keys]) for part in ("neuron", "step"))
+    neurons, steps = (
+        torch.tensor([key[part] for key in keys], dtype=torch.int64) for part in ("neuron", "step")
+    )
     title = f"features {keys[0]['model']}" if keys else ""
     for chunk, start, images in maximise_in_chunks(
         activations, neurons, steps, config, config.chunk_size, title

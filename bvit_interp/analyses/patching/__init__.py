@@ -25,6 +25,9 @@ Corruption = Literal["shuffle", "noise"]
 class Config(LoaderOptions):
     """Options of `patching`."""
 
+    limit: int | None = None
+    """Number of images to use, evenly spaced over the data set. By default all where one run per
+    image gives every cell (whole states of one shared block), else 300."""
     mode: tuple[Mode, ...] = ("same", "other")
     """Source of the patch: same (the image's own state, moved in time), other (another image's
     state), corrupted (the image's own state, moved into the run of its corrupted version)."""

@@ -30,7 +30,8 @@ Cost: with S = T = 12 steps the 144 cells restart at the patched step, all sourc
 block applications per image (66 forwards; 936, or 78, for sites inside a step) against the 1728 of
 144 forwards, and as many again for the null; 23 for whole states of one shared block. By default
 1000 images of 32 px, a bViT of width 128: 56 s on one core (11 s measured on 200). Its ViT, a time
-embedding, or CLS alone: 207 forwards per image, 20 min at 6 ms per forward, so `--limit 100`.
+embedding, or CLS alone: 207 forwards per image; then 300 images are the default, 6 min at 6 ms per
+forward.
 ImageNet on a GPU, computed and not measured: 0.3 TFLOP per image of bViT-B, 7 TFLOP of ViT-B, at an
 assumed 20 TFLOP/s 15 s and 6 min for 1000 images.
 
@@ -40,7 +41,7 @@ stack, where each block may need what the block before it leaves, it should cost
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -54,7 +55,7 @@ from bvit_interp.analyses.patching.ratio import RatioOfMeans
 from bvit_interp.data.geometry import Geometry
 from bvit_interp.data.partners import Partners
 from bvit_interp.data.samples import Samples
-from bvit_interp.data.stream import ModelBatch, stream
+from bvit_interp.data.stream import ModelBatch, at_most, stream
 from bvit_interp.errors import UserError
 from bvit_interp.metrics import wilson_interval
 from bvit_interp.metrics.streaming.means import MeanCI
@@ -70,6 +71,8 @@ _RUNS = {
 """Mode -> images of the receiver, of the donor, and of the donor of the null."""
 _METRICS = ("recovered", "agreement")
 _BYTES_OF_STATES = 2**26
+_MOST_IMAGES = 300
+"""Images by default where every cell is a run of its own: minutes on two cores at 32 px."""
 
 
 @for_any_model
@@ -85,8 +88,6 @@ def measure(models: Mapping[str, Model], data: Samples, config: Config) -> pd.Da
     -------
     A table of `COLUMNS`.
     """
-    partners = Partners(data, config.limit, config.skip_corrupt)
-    _check_images(partners, data, config)
     patchers = {
         name: {
             tokens: StepPatcher(model, config.site, tokens, config.unit, config.steps)
@@ -94,6 +95,10 @@ def measure(models: Mapping[str, Model], data: Samples, config: Config) -> pd.Da
         }
         for name, model in models.items()
     }
+    if not all(patcher.tied for each in patchers.values() for patcher in each.values()):
+        config = at_most(config, data, _MOST_IMAGES, "each step patched into each step")
+    partners = Partners(data, config.limit, config.skip_corrupt)
+    _check_images(partners, data, config)
     tallies: dict[tuple[str, str, str], _Tally] = {
         (name, mode, tokens): _Tally(patchers[name][tokens])
         for name in models
@@ -111,9 +116,19 @@ def measure(models: Mapping[str, Model], data: Samples, config: Config) -> pd.Da
             images["corrupted"] = corrupt(
                 batch.images, batch.index, grid, config.corruption, config.seed
             )
+        own = patchers[batch.model]
+        columns, done = sum(_columns(patcher, config.mode) for patcher in own.values()), 0
+
+        def count_column() -> None:
+            nonlocal done
+            done += 1
+            batch.advance(done / columns)
+
         found: dict[tuple[str, str], _Scores] = {}
-        for tokens, patcher in patchers[batch.model].items():
-            by_mode = _scores(patcher, images, batch.labels, batch.partner_labels, config.mode)
+        for tokens, patcher in own.items():
+            by_mode = _scores(
+                patcher, images, batch.labels, batch.partner_labels, config.mode, count_column
+            )
             found |= {(mode, tokens): scores for mode, scores in by_mode.items()}
         return found
 
@@ -202,18 +217,21 @@ def _scores(
     labels: Tensor,
     partner_labels: Tensor,
     modes: Sequence[str],
+    count_column: Callable[[], None],
 ) -> dict[str, _Scores]:
-    """Scores of a batch in every mode; runs that two modes share are made once."""
+    """Scores of a batch in every mode; runs that two modes share are made once.
+
+    `count_column` is called each time that a step is patched from all steps.
+    """
     clean = {role: patcher.view(pixels) for role, pixels in images.items()}
     patched: dict[tuple[str, ...], Tensor] = {}
     scores = {}
     for mode in modes:
         receiver, *donors = _RUNS[mode]
         logits = []
-        for donor in donors:
-            key = (donor,) if patcher.whole else (receiver, donor)
+        for key, donor in zip(_runs(patcher, mode), donors, strict=True):
             if key not in patched:
-                patched[key] = patcher.logits(images[receiver], images[donor])
+                patched[key] = patcher.logits(images[receiver], images[donor], count_column)
             logits.append(patched[key])
         scores[mode] = _mode_scores(
             mode,
@@ -225,6 +243,19 @@ def _scores(
             patcher.steps,
         )
     return scores
+
+
+def _runs(patcher: StepPatcher, mode: str) -> list[tuple[str, ...]]:
+    """Images that the patched runs of a mode depend on: receiver, if it matters, and donor."""
+    receiver, *donors = _RUNS[mode]
+    return [(donor,) if patcher.whole else (receiver, donor) for donor in donors]
+
+
+def _columns(patcher: StepPatcher, modes: Sequence[str]) -> int:
+    """The number of times that a step is patched from all steps; none where one run gives all."""
+    if patcher.tied:
+        return 0
+    return len(patcher.steps) * len({run for mode in modes for run in _runs(patcher, mode)})
 
 
 def _mode_scores(

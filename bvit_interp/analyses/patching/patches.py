@@ -10,6 +10,7 @@ through the remaining steps in one batch, from a kept state (`State.repeated`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -84,8 +85,14 @@ class StepPatcher:
         self,
         receiver: Float[Tensor, "batch channels height width"],
         donor: Float[Tensor, "batch channels height width"],
+        count_column: Callable[[], None] | None = None,
     ) -> Float[Tensor, "sources targets batch classes"]:
         """Logits of the receiver images' runs, patched from the donor images' runs.
+
+        Parameters
+        ----------
+        receiver, donor : normalised images.
+        count_column : called after each step t, unless the patcher is tied.
 
         Returns
         -------
@@ -99,6 +106,8 @@ class StepPatcher:
         for after in states(self.view, receiver):
             if before is not None and after.step in self.steps:
                 columns.append(self._column(before, after, patches))
+                if count_column is not None:
+                    count_column()
             before = after
         return torch.stack(columns, dim=1)
 

@@ -21,6 +21,9 @@ from bvit_interp.errors import UserError
 class Config(LoaderOptions):
     """Options of `pointing-game`."""
 
+    limit: int | None = None
+    """Number of images to use, evenly spaced over the data set; by default all, for
+    integrated-gradients 100."""
     saliency: Literal["attention", "rollout", "gradient-x-activation", "integrated-gradients"] = (
         "attention"
     )

@@ -9,6 +9,7 @@ mean over exits. The paper prints Adam and 50 epochs. Ours, where the paper is s
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -28,6 +29,7 @@ from bvit_interp.data.samples import Samples
 from bvit_interp.data.stream import ModelBatch, stream
 from bvit_interp.errors import UserError, first_line
 from bvit_interp.metrics.streaming.statistics import PerImage
+from bvit_interp.models import tensor_file
 from bvit_interp.models.exits import FILE, Exits, check_exits
 from bvit_interp.models.stepping import device_of, states
 from bvit_interp.models.unroll import unroll
@@ -48,7 +50,9 @@ COLUMNS = {
 def train(
     model: VisionTransformer, data: Samples, plan: Plan, out: Path, overwrite: bool = False
 ) -> Exits:
-    """Train exits for a frozen model and write `exits.safetensors` and their history to `out`.
+    """Train exits for a frozen model and write their history and `exits.safetensors` to `out`.
+
+    A call that was stopped goes on, and one that was finished is not repeated.
 
     Parameters
     ----------
@@ -61,20 +65,47 @@ def train(
     Raises
     ------
     UserError
-        For a folder that has exits, without `overwrite`, and for images that are all of one class.
+        For a folder that has other exits, without `overwrite`, or in which another process writes,
+        and for images that are all of one class.
     """
     steps = check_exits(plan.exits, model)
+    first = results.rank_and_world()[0] == 0
+    about = {"plan": asdict(plan), "data": fingerprint(data)}
     if (out / FILE).exists() and not overwrite:
-        raise UserError(f"{out} holds exits already: give another --out or --overwrite")
+        if not _is_of(out / FILE, model, about):
+            raise UserError(f"{out} holds exits already: give another --out or --overwrite")
+        if first:
+            (out / STATES).unlink(missing_ok=True)
+        return Exits.load(out / FILE, model)
+    if first:
+        out.mkdir(parents=True, exist_ok=True)
+    _lock = results.locked(out)  # until the end of this function
     cls_states, labels = cached_states(model, data, steps, plan, out)
     if len(labels.unique()) < 2:
         raise UserError("the training images are all of one class: nothing to learn")
     exits, history = fit(cls_states, labels, steps, model.num_classes, plan, str(device_of(model)))
-    if results.rank_and_world()[0] == 0:
-        exits.save(out / FILE, model, {"plan": asdict(plan), "images": len(labels)})
+    if first:
+        (out / FILE).unlink(missing_ok=True)  # that of an earlier training
         results.write_table(history, out / HISTORY)
+        exits.save(out / FILE, model, {**about, "images": len(labels)})  # says that all is there
         (out / STATES).unlink(missing_ok=True)
     return exits
+
+
+def _is_of(path: Path, model: VisionTransformer, about: Mapping[str, Any]) -> bool:
+    """Whether a file holds the exits of a training of this model, by this plan, on this data."""
+    any_number = {"batch_size": None, "workers": None}
+    wanted = {
+        "weights": results.weights_hash(model),
+        "data": about["data"],
+        "plan": json.loads(json.dumps(about["plan"] | any_number)),
+    }
+    try:
+        found = tensor_file.read(path, "exits")[0]
+        made_with = found | {"plan": found["plan"] | any_number}
+    except tensor_file.UNREADABLE:
+        return False
+    return wanted.items() <= made_with.items()
 
 
 def cached_states(

@@ -7,14 +7,14 @@ from typing import Any, cast
 import timm
 import torch
 from timm.layers import build_sincos2d_pos_embed
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 
 from bvit_interp.data.samples import Samples
 from bvit_interp.errors import REFUSALS, UserError, choices
 from bvit_interp.models import checkpoint
-from bvit_interp.models.bvit import BViT
+from bvit_interp.models.bvit import BViT, checkpoint_filter_fn
 from bvit_interp.training.loop.draws import seeded
 from bvit_interp.training.loop.recipe import Recipe
 

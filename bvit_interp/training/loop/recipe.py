@@ -33,19 +33,33 @@ _WORDS = {
     "positions": ("random", "sincos"),
     "autocast": ("auto", "bf16", "off"),
 }
-_NOT_NEGATIVE = (
-    "lr",
-    "min_lr",
-    "warmup_epochs",
-    "weight_decay",
-    "easy_epochs",
-    "fade_epochs",
-    "mixup",
-    "cutmix",
-    "workers",
-    "seed",
-    "clip",
-)
+_SHARE = (0, 1)
+_NUMBER = (0, 10**6)
+_RANGES: dict[str, tuple[int, int]] = {
+    "epochs": (1, 10**6),
+    "images_per_epoch": (1, 10**8),
+    "easy_epochs": _NUMBER,
+    "fade_epochs": _NUMBER,
+    "batch_size": (1, 65_536),
+    "accumulate": (1, 65_536),
+    "lr": _NUMBER,
+    "min_lr": _NUMBER,
+    "warmup_epochs": _NUMBER,
+    "warmup_factor": _SHARE,
+    "weight_decay": _NUMBER,
+    "erase": _SHARE,
+    "mixup": _NUMBER,
+    "cutmix": _NUMBER,
+    "label_smoothing": _SHARE,
+    "ema": _SHARE,
+    "clip": _NUMBER,
+    "patch_drop_until": _SHARE,
+    "workers": (0, 256),
+    "score_every": (1, 10**6),
+    "seed": (0, 2**63 - 1),
+}
+"""Setting -> its smallest and its largest value. Beyond the largest, a run would not fit in memory
+or never end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,22 +152,18 @@ class Recipe:
             raise UserError(
                 f"recipe: the model does not take {choices(loaded)}; weights come from init"
             )
-        for name in ("epochs", "images_per_epoch", "batch_size", "accumulate", "score_every"):
+        for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"recipe: {name} must be >= 1, got {value}")
+            if value is None or low <= value <= high:
+                continue
+            if (low, high) == _SHARE:
+                raise UserError(f"recipe: {name} must be in 0..1, got {value}")
+            bound = f">= {low}" if value < low else f"<= {high}"
+            raise UserError(f"recipe: {name} must be {bound}, got {value}")
         if self.images_per_epoch is not None and self.images_per_epoch < self.batch_size:
             raise UserError(
                 f"recipe: an epoch of {self.images_per_epoch} images is less than a batch"
             )
-        for name in ("erase", "label_smoothing", "warmup_factor", "ema", "patch_drop_until"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise UserError(f"recipe: {name} must be in 0..1, got {value}")
-        for name in _NOT_NEGATIVE:
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise UserError(f"recipe: {name} must be >= 0, got {value}")
         if self.clip == 0:
             raise UserError("recipe: clip must be > 0, or null for no clipping, got 0")
         if self.ema == 1:

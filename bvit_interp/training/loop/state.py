@@ -1,7 +1,7 @@
 """The state of a training run, in one file.
 
-There is no state of random numbers or of a sampler to keep: whatever is drawn depends on the seed,
-the epoch and the image alone.
+There is no state of random generators or of a sampler to keep: all random draws depend on the
+seed, the epoch and the image alone.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class Run:
     seconds : time spent on training in the current epoch.
     history : one row per finished epoch; see `trainer.COLUMNS`.
     precision : bf16 or off; a run continues with the precision it began with.
+    lock : the lock of the folder, from the first time that a state is written or read there.
     """
 
     model: BViT
@@ -50,6 +51,7 @@ class Run:
     seconds: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
     precision: str = "off"
+    lock: results.Lock | None = None
 
     def average(self) -> None:
         """Move the averaged weights towards the raw weights, after a step.
@@ -74,8 +76,10 @@ class Run:
         Raises
         ------
         UserError
-            If it cannot be written; a file that was there before stays as it was.
+            If it cannot be written, or a run of another process has the folder; a file that was
+            there before stays as it was.
         """
+        self.lock = results.locked(path.parent)
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -111,8 +115,10 @@ class Run:
         Raises
         ------
         UserError
-            For a damaged file, or the state of another recipe, of other images or other masks.
+            For a damaged file, the state of another recipe, of other images or other masks, and if
+            a run of another process has the folder.
         """
+        self.lock = results.locked(path.parent)
         state = _read(path)
         if state.get("done") == 0:  # saved before the first step: there is nothing to continue
             return

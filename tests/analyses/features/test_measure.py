@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from kills import contents, kills
 from PIL import Image
 from scipy import stats
 
@@ -254,6 +255,50 @@ def test_a_table_is_continued_and_not_mixed(tiny, digits, tmp_path, monkeypatch)
     other = Config(**{**QUICK, "iterations": 3}, neurons=(5,), steps=(1, 2))
     with pytest.raises(UserError, match="made with other options .*iterations: 2 there, 3 now"):
         Table(path, other.resume_key())
+
+
+def test_killed_anywhere_it_ends_as_undisturbed(tiny, digits, tmp_path, monkeypatch):
+    """Also the batches are those of a run that was not stopped: an image depends on the size."""
+    config = Config(limit=3, iterations=1, neurons=(5,), steps=(1, 7), chunk_size=2)
+    sizes = []
+
+    def sized(activations, neurons, *rest, plain=module.maximise):
+        sizes.append(len(neurons))
+        return plain(activations, neurons, *rest)
+
+    monkeypatch.setattr(module, "maximise", sized)
+
+    def run(out):
+        table = Table(out / "features.csv", config.resume_key())
+        return measure({"m": tiny}, digits, config, out, table).drop(columns="path")
+
+    whole, number = run(tmp_path / "whole"), 0
+    for out, frame in kills(monkeypatch, tmp_path, run, ("replace",)):
+        pd.testing.assert_frame_equal(frame, whole, check_exact=True, check_dtype=False)
+        for name, content in contents(tmp_path / "whole" / "features").items():
+            assert (out / "features" / name).read_bytes() == content
+        number += 1
+    assert number > 4
+    assert set(sizes) == {2}
+
+
+def test_a_started_chunk_is_made_again_as_a_whole(tiny, digits, tmp_path, monkeypatch):
+    made = []
+
+    def noted(activations, neurons, steps, *rest, plain=module.maximise):
+        made.append(steps.tolist())
+        return plain(activations, neurons, steps, *rest)
+
+    monkeypatch.setattr(module, "maximise", noted)
+    config = Config(limit=6, iterations=1, neurons=(5,), steps=(1, 7, 12, 3, 4), chunk_size=2)
+    table = Table(tmp_path / "features.csv", config.resume_key())
+    whole = measure({"m": tiny}, digits, config, tmp_path, table)
+    assert made == [[1, 7], [12, 3], [4]]
+    table.rows = table.rows[:3]
+    made.clear()
+    again = measure({"m": tiny}, digits, config, tmp_path, table)
+    assert made == [[12, 3], [4]]
+    pd.testing.assert_frame_equal(again, whole)
 
 
 @pytest.mark.slow

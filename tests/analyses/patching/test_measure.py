@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,9 @@ from foreign import STEPS, answer_by_hand, foreign, states_by_hand
 from bvit_interp.analyses.patching import COLUMNS, Config, measure, summary
 from bvit_interp.analyses.patching.corruption import corrupt
 from bvit_interp.analyses.patching.patches import StepPatcher
+from bvit_interp.data.digits import DigitScenes
 from bvit_interp.data.geometry import Geometry
+from bvit_interp.data.stream import stream
 from bvit_interp.errors import UserError
 from bvit_interp.metrics import wilson_interval
 from bvit_interp.models.unroll import unroll, with_steps
@@ -299,6 +302,48 @@ def test_the_resume_key_leaves_out_a_corruption_that_is_not_made():
 def test_bad_options(options, message):
     with pytest.raises(UserError, match=message):
         Config(**options)
+
+
+def test_where_each_cell_is_a_run_the_default_number_of_images_is_limited(
+    tiny, monkeypatch, caplog
+):
+    data = DigitScenes("test", length=9)
+    module = sys.modules["bvit_interp.analyses.patching.measure"]
+    monkeypatch.setattr(module, "_MOST_IMAGES", 5)
+
+    def images(**options):
+        return set(measure({"m": tiny}, data, Config(mode=("same",), steps=(3,), **options))["n"])
+
+    assert images() == {9}  # one run gives all cells
+    assert not caplog.text
+    assert images(tokens=("all", "cls")) == {5}
+    assert "5 of 9 images are used" in caplog.text
+    assert images(tokens=("cls",), limit=7) == {7}
+
+
+def test_the_bar_moves_with_every_patched_step(tiny, digits, monkeypatch):
+    shares = []
+
+    def noting(models, data, config, scores, **given):
+        def noted(batch):
+            own = replace(batch, advance=shares.append)
+            return scores(own)
+
+        return stream(models, data, config, noted, **given)
+
+    monkeypatch.setattr(sys.modules["bvit_interp.analyses.patching.measure"], "stream", noting)
+    config = Config(
+        mode=("same", "other", "corrupted"), tokens=("all", "cls"), steps=(3, 9), limit=6
+    )
+    measure({"m": tiny}, digits, config)
+    # two steps for each pair of images; whole states of one map need no patching
+    assert shares == pytest.approx([(i + 1) / len(shares) for i in range(len(shares))])
+    pairs = {
+        *(("own", "own"), ("own", "partner")),  # receiver and donors of same
+        *(("own", "partner"), ("own", "third")),  # of other
+        *(("corrupted", "own"), ("corrupted", "partner")),
+    }
+    assert len(shares) == 2 * len(pairs)
 
 
 def test_bad_input(tiny, make, digits, squares):

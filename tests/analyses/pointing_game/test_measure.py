@@ -4,6 +4,7 @@ patch."""
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,7 @@ from bvit_interp import metrics
 from bvit_interp.analyses.pointing_game import Config, game, measure, summary
 from bvit_interp.analyses.pointing_game.measure import _table
 from bvit_interp.data.geometry import Geometry
+from bvit_interp.data.stream import stream
 from bvit_interp.errors import UserError
 from bvit_interp.probes import saliency
 from bvit_interp.probes.probe import Probe
@@ -314,6 +316,33 @@ def test_best_head_is_chosen_on_one_half_and_scored_on_the_other():
         assert rows.loc["0", "high"] == pytest.approx(ratios[0] + half, abs=0.04)
 
 
+def test_an_image_is_ignored_if_it_is_by_every_head():
+    """Head 0 hits one of three images and ignores one, head 1 hits two of four."""
+    hits = [(1, 1), (0, 1), (np.nan, 0), (0, 0), (np.nan, np.nan)]
+    rows = np.array([[0, 1, 0.5, 1, *of_image] for of_image in hits])
+    frame = _table("m", rows, 1, Config()).set_index("head")
+    assert frame.loc[["0", "1", "mean", "best"], "n"].tolist() == [3, 4, 4, 4]
+    assert frame.loc[["0", "1", "mean", "best"], "n_ignored"].tolist() == [2, 1, 1, 1]
+    expected = [1 / 3, 1 / 2, (1 / 3 + 1 / 2) / 2, 1 / 2]
+    assert frame.loc[["0", "1", "mean", "best"], "hit_ratio"].tolist() == pytest.approx(expected)
+
+
+def test_the_head_of_a_half_is_the_best_on_its_class_average():
+    """Head 0 hits the class of 30 images alone, head 1 that of ten and a fifth of the thirty."""
+    labels = np.repeat([0, 1], [30, 10])
+    hits = np.stack([labels == 0, (labels == 1) | (np.arange(40) % 5 == 0)], axis=1)
+    rows = np.concatenate([np.stack([labels, *np.ones((3, 40))], axis=1), hits], axis=1)
+    for average, chosen in (("image", 0), ("class", 1)):
+        frame = _table("m", rows, 1, Config(average=average)).set_index("head")
+        assert frame.loc["best", "chosen_head"] == chosen
+        assert frame.loc["best-split", "chosen_head"] == chosen
+        # both halves choose it, so it is scored on all images; each interval is its own
+        columns = ["hit_ratio", "low", "high"]
+        of_head = frame.loc[str(chosen), columns].tolist()
+        assert frame.loc["best", columns].tolist() == of_head
+        assert frame.loc["best-split", columns].tolist() == of_head
+
+
 def test_summary_has_the_mean_and_the_best(tiny, digits):
     shown = summary(measure({"m": tiny}, digits, Config(limit=4)))
     assert set(shown["head"]) == {"mean", "best", "best-split"}
@@ -338,6 +367,33 @@ def test_files_of_example_maps(tiny, digits, squares, tmp_path):
     measure({"s": tiny}, squares(empty=2), Config(n_examples=1), folder=tmp_path)
     with np.load(tmp_path / "pointing_game_attention_s.npz") as arrays:
         np.testing.assert_allclose(arrays["image"][0], squares().read(2)[0], atol=1)
+
+
+def test_integrated_gradients_are_limited_and_move_the_bar(make, squares, monkeypatch, caplog):
+    pytest.importorskip("captum")
+    module = importlib.import_module("bvit_interp.analyses.pointing_game.measure")
+    shares = []
+
+    def noting(models, data, config, score, **given):
+        return stream(
+            models,
+            data,
+            config,
+            lambda batch: score(replace(batch, advance=shares.append)),
+            **given,
+        )
+
+    monkeypatch.setattr(module, "stream", noting)
+    monkeypatch.setattr(module, "_MOST_IMAGES", 3)
+    model, data = make(num_steps=2), squares(9)
+    frame = measure({"m": model}, data, Config(saliency="integrated-gradients"))
+    assert set(frame["n"] + frame["n_skipped"]) == {3}
+    assert "3 of 9 images are used" in caplog.text
+    assert len(shares) > 2 * saliency.INTEGRATION_STEPS
+    assert shares == pytest.approx([(i + 1) / len(shares) for i in range(len(shares))])
+    shares.clear()
+    assert set(measure({"m": model}, data, Config())["n"]) == {9}
+    assert shares == []
 
 
 def test_bad_input(tiny, digits):

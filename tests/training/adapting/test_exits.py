@@ -7,10 +7,12 @@ import math
 
 import pytest
 import torch
+from kills import contents, is_killed, kills
 from torch.nn import functional as F
 
 from bvit_interp.data.digits import DigitScenes
 from bvit_interp.errors import UserError
+from bvit_interp.models import tensor_file
 from bvit_interp.models.exits import FILE
 from bvit_interp.models.unroll import unroll
 from bvit_interp.probes.probe import Probe
@@ -145,6 +147,40 @@ def test_trained_written_and_refused(tiny, tmp_path):
     assert history["exit"].astype(str).tolist() == ["all", "3", "8"] * 2
     with pytest.raises(UserError, match="holds exits already"):
         train(tiny, data, Plan(epochs=1), tmp_path / "x")
+
+
+def test_killed_anywhere_it_ends_as_undisturbed(tiny, tmp_path, monkeypatch):
+    data, plan = DigitScenes("train", length=12), Plan(epochs=1, exits=(3, 8))
+    whole = train(tiny, data, plan, tmp_path / "whole").state_dict()
+    number = 0
+    for out, _ in kills(monkeypatch, tmp_path, lambda out: train(tiny, data, plan, out)):
+        assert contents(out) == contents(tmp_path / "whole")
+        number += 1
+    assert number > 5
+    again = train(tiny, data, Plan(epochs=1, exits=(3, 8), batch_size=5), tmp_path / "whole")
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in again.state_dict().items())
+    for other in ({"lr": 0.5}, {"seed": 1}, {"exits": (3,)}):
+        with pytest.raises(UserError, match="holds exits already"):
+            train(tiny, data, Plan(**{"epochs": 1, "exits": (3, 8), **other}), tmp_path / "whole")
+    with pytest.raises(UserError, match="holds exits already"):
+        train(tiny, DigitScenes("train", length=11), plan, tmp_path / "whole")
+
+
+def test_exits_of_two_plans_are_never_mixed(tiny, tmp_path, monkeypatch):
+    """The history that lies beside exits is theirs, wherever a training that replaces them is
+    killed."""
+    data = DigitScenes("train", length=6)
+    before, after = (Plan(epochs=epochs, exits=(3,)) for epochs in (1, 2))
+
+    for number in range(2, 8):  # after the states are written
+        out = tmp_path / str(number)
+        train(tiny, data, before, out)
+        assert is_killed(
+            monkeypatch, number, lambda out=out: train(tiny, data, after, out, overwrite=True)
+        )
+        if (out / FILE).exists():
+            about = tensor_file.read(out / FILE, "exits")[0]
+            assert read_table(out / HISTORY)["epoch"].max() == about["plan"]["epochs"]
 
 
 def test_history_and_schedule_against_a_loop():

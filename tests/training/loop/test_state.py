@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
+import gc
 import math
+import os
 import resource
 
 import pytest
@@ -41,6 +44,29 @@ def test_a_state_comes_back_as_it_was(recipe, trainer, saved):
     assert run.done == 5
     assert (run.loss, run.norm, run.seconds) == (0, 0, 0)
     assert [row["epoch"] for row in run.history] == [1]
+
+
+def test_a_run_of_another_process_in_the_folder(recipe, trainer, saved):
+    before = saved.read_bytes()
+    run, plan = trainer(recipe(epochs=1)).run, recipe(epochs=1)
+    gc.collect()  # the run that saved it
+    handle = os.open(saved.parent, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    for begin in (
+        lambda: run.resume(saved, plan, "data"),
+        lambda: run.save(saved, plan, "data"),
+        lambda: supervised.train(plan, saved.parent),
+        lambda: supervised.train(plan, saved.parent, overwrite=True),
+    ):
+        with pytest.raises(UserError, match="another run is writing"):
+            begin()
+    assert saved.read_bytes() == before
+    os.close(handle)
+    run.resume(saved, plan, content_of(saved)["data"])
+    handle = os.open(saved.parent, os.O_RDONLY)
+    with pytest.raises(BlockingIOError):
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(handle)
 
 
 @pytest.mark.parametrize(
