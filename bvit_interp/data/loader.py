@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from bvit_interp.data.geometry import Geometry
 from bvit_interp.data.samples import Samples, evenly_spaced
@@ -67,7 +66,6 @@ class Loader:
     workers : processes that decode images; 0 decodes in this process.
     skip_corrupt : leave out images that cannot be read and list them in `skipped`, instead of
         raising an error.
-    progress : text of the progress bar on stderr (rank 0 only); by default no bar.
 
     Attributes
     ----------
@@ -91,7 +89,6 @@ class Loader:
         limit: int | None = None,
         workers: int = 0,
         skip_corrupt: bool = False,
-        progress: str | None = None,
     ) -> None:
         if batch_size < 1:
             raise UserError(f"batch size must be at least 1, got {batch_size}")
@@ -100,7 +97,6 @@ class Loader:
         rank, world = rank_and_world()
         self.index = evenly_spaced(len(samples), limit)[rank::world]
         self.skip_corrupt, self.skipped = skip_corrupt, list[str]()
-        self.progress = progress if rank == 0 else None
         self._batches = DataLoader(
             _Views(samples, self.index, tuple(dict.fromkeys(geometries))),
             batch_size,
@@ -114,17 +110,13 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         self.skipped = []
-        total, silent = len(self.index), self.progress is None
-        with tqdm(total=total, desc=self.progress, unit="image", disable=silent) as bar:
-            for batch, unreadable in self._batches:
-                if unreadable and not self.skip_corrupt:
-                    raise DataError(unreadable[0].reason)
-                self.skipped += [image.name for image in unreadable]
-                if self.skipped:
-                    bar.set_postfix(skipped=len(self.skipped), refresh=False)
-                if batch is not None:
-                    yield batch
-                bar.update(len(unreadable) + (0 if batch is None else len(batch)))
+        total = len(self.index)
+        for batch, unreadable in self._batches:
+            if unreadable and not self.skip_corrupt:
+                raise DataError(unreadable[0].reason)
+            self.skipped += [image.name for image in unreadable]
+            if batch is not None:
+                yield batch
         if self.skipped:
             _log.warning(
                 "left out %d images that cannot be read: %s",

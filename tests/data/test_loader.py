@@ -123,19 +123,6 @@ def test_a_pass_without_a_readable_image_is_an_error(tmp_path):
         list(loader)
 
 
-def test_progress_is_shown_on_stderr_by_rank_0_only(monkeypatch, capsys):
-    list(Loader(DigitScenes(length=4), [SAME], 2))
-    assert capsys.readouterr() == ("", "")
-    list(Loader(DigitScenes(length=4), [SAME], 2, progress="looking"))
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert "looking: 100%" in err
-    assert "4/4" in err
-    monkeypatch.setattr(module, "rank_and_world", lambda: (1, 2))
-    list(Loader(DigitScenes(length=4), [SAME], 2, progress="looking"))
-    assert capsys.readouterr() == ("", "")
-
-
 def test_bad_options():
     with pytest.raises(UserError, match="batch size must be at least 1, got 0"):
         Loader(DigitScenes(), [SAME], 0)

@@ -36,7 +36,7 @@ def run_analysis(word: str, inputs: Inputs, config: Any, device: str = "cpu") ->
     both = getattr(question, "WITH_AVERAGED_WEIGHTS", False)
     models = _load(_with_averaged(inputs.ckpt) if both else inputs.ckpt, device)
     out = inputs.out or Path("runs") / word
-    results.check_folder(out)
+    _lock = results.check_folder(out)  # held until the results are written
     path = out / f"{word}.csv"
     options = {
         "analysis": word,

@@ -346,8 +346,8 @@ def run(transfer: Transfer, *, overwrite: bool = False, merge: bool = False) -> 
     for keys, spec, seed in transfer.runs():
         if not table.has(**keys):
             table.append(transfer.run(keys, spec, seed, merge))
-            if transfer.rank == 0:
-                (transfer.folder(keys) / STATE).unlink(missing_ok=True)
+        if transfer.rank == 0:  # also of a run that was killed behind its row
+            (transfer.folder(keys) / STATE).unlink(missing_ok=True)
     return pd.DataFrame(table.rows)[list(COLUMNS)]
 
 

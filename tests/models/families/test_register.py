@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 from torch import nn
 from torch.nn import functional as F
@@ -93,7 +95,9 @@ def step(block, x, loop):
 
 @pytest.fixture(autouse=True)
 def forget(monkeypatch):
-    """What a test registers ends with it."""
+    """What a test registers ends with it; families of libraries stay known."""
+    for family in families._FAMILIES:
+        importlib.import_module(f"{families.__name__}.{family}")
     monkeypatch.setattr(families, "_mappers", dict(families._mappers))
 
 
