@@ -76,6 +76,9 @@ def _only_block(model: VisionTransformer) -> Any:
         raise _refused(f"it has {len(shared)} blocks with parameters of their own")
     if type(blocks[0]) is not Block:
         raise _refused(f"its block is a {type(blocks[0]).__name__}")
+    for name, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise _refused(f"a hook on {name or 'it'} may change what it computes")
     if not model.has_class_token or model.pos_embed is None:
         raise _refused("it lacks a CLS token or position embeddings (eq. 1 of the paper)")
     return blocks[0]

@@ -114,6 +114,13 @@ class Own(VisionTransformer):
 def with_hidden_change():
     """A block that looks like timm's and computes something else."""
     model = vit()
+    plain = model.blocks[0].forward
+    model.blocks[0].forward = lambda tokens: plain(tokens) + 1
+    return model
+
+
+def with_hook():
+    model = vit()
     model.blocks[0].register_forward_hook(lambda module, given, output: output + 1)
     return model
 
@@ -128,6 +135,7 @@ REFUSED = {
     "other eps": (lambda: vit(norm_layer=partial(nn.LayerNorm, eps=1e-3)), "norm1 is .*eps=0.001"),
     "other norm": (lambda: vit(norm_layer=nn.RMSNorm), "its norm is RMSNorm; known are layernorm"),
     "other activation": (lambda: vit(act_layer=nn.Softplus), "its activation is Softplus"),
+    "hook": (with_hook, "a hook on blocks.0 may change"),
     "hidden change": (with_hidden_change, "its output on two images is not that of the loop"),
 }
 
