@@ -235,9 +235,9 @@ def test_a_large_batch_runs_in_parts(tiny, digits, monkeypatch):
     monkeypatch.setattr(sys.modules[measure.__module__], "_BYTES_OF_STATES", two_images)
     logits, sizes = StepPatcher.logits, []
 
-    def counted(self, receiver, donor):
+    def counted(self, receiver, donor, *further):
         sizes.append(len(receiver))
-        return logits(self, receiver, donor)
+        return logits(self, receiver, donor, *further)
 
     monkeypatch.setattr(StepPatcher, "logits", counted)
     pd.testing.assert_frame_equal(measure({"m": tiny}, digits, config), whole, rtol=1e-5, atol=1e-6)
@@ -248,9 +248,9 @@ def test_runs_that_modes_share_are_made_once(tiny, stacked, digits, monkeypatch)
     """A whole state does not depend on the receiver: three donors serve three modes."""
     logits, calls = StepPatcher.logits, []
 
-    def counted(self, receiver, donor):
+    def counted(self, receiver, donor, *further):
         calls.append(self.whole)
-        return logits(self, receiver, donor)
+        return logits(self, receiver, donor, *further)
 
     monkeypatch.setattr(StepPatcher, "logits", counted)
     config = Config(limit=4, steps=(1, 2), mode=("same", "other", "corrupted"))
