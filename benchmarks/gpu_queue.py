@@ -250,8 +250,12 @@ _LIBC = ctypes.CDLL(None)
 
 
 def own_group() -> None:
-    """Make this process the leader of a group that is killed when its parent dies (Linux)."""
+    """Make this process the leader of a group that is killed when its parent dies (Linux).
+
+    A shell starts what runs in the background deaf to SIGINT; a job must hear it.
+    """
     os.setpgrp()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     if hasattr(_LIBC, "prctl"):
         _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
