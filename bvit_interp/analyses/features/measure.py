@@ -77,6 +77,9 @@ def measure(
     A table of `COLUMNS`; with `table`, all its rows.
     """
     geometries = {name: Geometry.of(model, data, config.resize) for name, model in models.items()}
+    for name, geometry in geometries.items():
+        if len(geometry.mean) != 3:
+            raise UserError(f"{name}: images are optimised in three colours, the model takes grey")
     activations = {
         name: NeuronActivations(model, geometries[name].mean, geometries[name].std)
         for name, model in models.items()

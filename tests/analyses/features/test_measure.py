@@ -324,7 +324,9 @@ def test_the_command(tiny, tmp_path):
     assert len(list((tmp_path / "out" / "features").glob("*.png"))) == 5
 
 
-def test_bad_input(tiny, stacked, digits):
+def test_bad_input(tiny, stacked, make, digits):
+    with pytest.raises(UserError, match="grey: images are optimised in three colours"):
+        measure({"a": tiny, "grey": make(in_chans=1)}, digits, Config(neurons=(5,)))
     with pytest.raises(UserError, match=r"a: no neuron 128; neurons: 0\.\.127"):
         measure({"a": tiny}, digits, Config(neurons=(5, 128)))
     with pytest.raises(UserError, match=r"b: no step 4; steps: 1\.\.3"):
