@@ -1,4 +1,4 @@
-"""The tokens in the arguments of a block, and others in their place."""
+"""The tokens in the arguments of a block, and their replacement."""
 
 from __future__ import annotations
 
