@@ -437,8 +437,8 @@ def test_report_of_a_run(ckpt, tmp_path, capsys):
         (["pointing-gam"], "no command 'pointing-gam', did you mean pointing-game? commands: fea"),
         (["zzz"], "no command 'zzz'; commands: features, pointing-game"),
         (["evaluate", "--ckpt"], "--ckpt needs one or more checkpoints"),
-        (["energy-rank", "--data", "~nosuchuser/x"], "no user has the home folder that ~ stands for"),
-        (["energy-rank", "--data", "folder:~nosuchuser"], "no user has the home folder that ~ stands for"),
+        (["energy-rank", "--data", "~nosuchuser/x"], "no user has the home folder that ~"),
+        (["energy-rank", "--data", "folder:~nosuchuser"], "no user has the home folder that ~"),
         (
             ["early-exit", "--ckpt", "timm:bvit_small_patch16_224@random", "--exits", "nowhere"],
             "no exits at nowhere/exits.safetensors",
