@@ -8,6 +8,7 @@ import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from copy import copy
 from dataclasses import dataclass, fields, make_dataclass
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
@@ -61,7 +62,7 @@ def parse(
             print(f"{usage}\n\n{_wrapped(text)}\n\n{help_of_options.lstrip()}", end="")
             raise
         raise _refusal(stopped, printed.getvalue(), word, options) from None
-    groups_given = {name: getattr(parsed, name) for name in options}
+    groups_given = {name: group(**vars(getattr(parsed, name))) for name, group in options.items()}
     ranges.check(groups_given)
     return groups_given
 
@@ -87,9 +88,28 @@ def gathered(given: list[str], flag: str) -> list[str]:
 
 def _introduced(group: type, text: str) -> Any:
     """A group of options, without its docstring if that stands above the options already."""
-    if _wrapped(group.__doc__ or "") == _wrapped(text):
-        return Annotated[group, tyro.conf.arg(help="")]
-    return group
+    help_of_group = "" if _wrapped(group.__doc__ or "") == _wrapped(text) else group.__doc__
+    return Annotated[_unchecked(group), tyro.conf.arg(help=help_of_group)]
+
+
+def _unchecked(group: type) -> type:
+    """A group whose defaults tyro takes as they are.
+
+    mypy has checked them; to check a tuple or a union, tyro would import typeguard, a third of the
+    time of ``--help``.
+    """
+    kinds = get_type_hints(group, include_extras=True)
+    read = [(option.name, _read_as(kinds[option.name]), copy(option)) for option in fields(group)]
+    return make_dataclass(group.__name__, read, bases=(group,), frozen=True, kw_only=True)
+
+
+def _read_as(kind: Any) -> Any:
+    """A type whose values are read as those of another, which tyro does not check."""
+    if get_origin(_plain(kind)) is None:
+        return kind
+    known = tyro.constructors.PrimitiveTypeInfo.make(_plain(kind), set())
+    spec = tyro.constructors.ConstructorRegistry.get_primitive_spec(known)
+    return Annotated[(object, spec, *getattr(kind, "__metadata__", ()))]
 
 
 def _wrapped(text: str, width: int = 80) -> str:

@@ -5,10 +5,10 @@ residual, up to the step (Abnar & Zuidema, 2020). `gradient_x_activation` and
 `integrated_gradients` (Sundararajan et al., 2017) attribute the predicted class's logit to the
 tokens that enter the step, with captum on the tied unroll.
 
-At the last step gradient x activation is zero on every patch and shows only rounding errors: there
-a patch acts through a norm that ignores its length, so x . df/dx = 0. (A model that adds a memory
-to the state is an exception.) captum's LayerGradCam is not offered: it sums over tokens, which is
-wrong for a ViT.
+At the last step gradient x activation is zero on every patch: there a patch acts through a norm
+that ignores its length, so x . df/dx = 0. (A model that adds a memory to the state is an
+exception.) A map that is zero but for rounding is set to zero, so that all its patches are tied.
+captum's LayerGradCam is not offered: it sums over tokens, which is wrong for a ViT.
 """
 
 from __future__ import annotations
@@ -106,5 +106,15 @@ def _attribute(
             )
             attributions += attributed if isinstance(layer, list) else [attributed]
     tokens = [each[0] if isinstance(each, tuple) else each for each in attributions]
-    maps = [each.sum(-1)[:, probe.num_prefix_tokens :] for each in tokens]
+    maps = [_sums(each[:, probe.num_prefix_tokens :]) for each in tokens]
     return torch.stack(maps, dim=1)[:, :, None].detach()
+
+
+def _sums(terms: Float[Tensor, "batch patches width"]) -> Float[Tensor, "batch patches"]:
+    """Sums over the width; 0 on a map whose sums are all rounding errors of their terms.
+
+    In float32 the largest sum is 1e-7 of its terms at the last step, and 1e-2 or more at others.
+    """
+    sums, sizes = terms.sum(-1), terms.abs().sum(-1)
+    is_map = sums.abs() > torch.finfo(terms.dtype).eps ** (2 / 3) * sizes
+    return sums.where(is_map.any(-1, keepdim=True), 0)

@@ -155,7 +155,7 @@ class Transfer:
         is_random = keys["backbone"] == "random"
         base = with_random_weights(self.model, seed) if is_random else self.model
         adapted = Adapted(base, spec, self.classes, seed)
-        recipe = self.plan.recipe(spec.mode, seed, self.data, len(self.train))
+        recipe = tuning.recipe_of(self.plan, spec.mode, seed, self.data, len(self.train))
         if recipe.batch_size % self.world:
             raise UserError(
                 f"train-batch {recipe.batch_size} is not divisible by {self.world} processes"

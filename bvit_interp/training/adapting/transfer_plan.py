@@ -8,7 +8,6 @@ from typing import Any, Literal, get_args
 
 from bvit_interp.data.options import LoaderOptions
 from bvit_interp.errors import UserError
-from bvit_interp.training.loop.recipe import Recipe
 from bvit_interp.vocabulary import AdapterMode
 
 LOW_RANK = ("lora-qv", "lora-ffn")
@@ -103,34 +102,3 @@ class Plan(LoaderOptions):
     def options(self) -> dict[str, Any]:
         """The options that all rows of a table share; those that differ are columns."""
         return {key: value for key, value in asdict(self).items() if key in _SHARED}
-
-    def recipe(self, mode: AdapterMode, seed: int, data: str, images: int) -> Recipe:
-        """The recipe of one run: its schedule and its batches.
-
-        Parameters
-        ----------
-        data : name of the data set.
-        images : number of training images.
-        """
-        lr, min_lr, decay = (
-            default if given is None else given
-            for given, default in zip(
-                (self.lr, self.min_lr, self.weight_decay), DEFAULTS[mode], strict=True
-            )
-        )
-        batch = min(self.train_batch or (128 if data.startswith("cifar") else 64), images)
-        return Recipe(
-            model={"name": mode},
-            data=data,
-            epochs=self.epochs,
-            batch_size=batch,
-            lr=lr,
-            min_lr=min_lr,
-            warmup_epochs=self.epochs / 8,
-            weight_decay=decay,
-            clip=None,
-            autocast=self.autocast,
-            seed=seed,
-            workers=self.workers,
-            skip_corrupt=self.skip_corrupt,
-        )

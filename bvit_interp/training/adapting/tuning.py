@@ -22,11 +22,45 @@ from bvit_interp import results
 from bvit_interp.errors import UserError, first_line
 from bvit_interp.models.adapters import Adapted
 from bvit_interp.models.stepping import device_of
+from bvit_interp.training.adapting.transfer_plan import DEFAULTS, Plan
 from bvit_interp.training.loop import build, saved_parts
 from bvit_interp.training.loop.feed import Share
 from bvit_interp.training.loop.recipe import Recipe
+from bvit_interp.vocabulary import AdapterMode
 
 STATE = "state.pt"
+
+
+def recipe_of(plan: Plan, mode: AdapterMode, seed: int, data: str, images: int) -> Recipe:
+    """The recipe of one run of a transfer: its schedule and its batches.
+
+    Parameters
+    ----------
+    data : name of the data set.
+    images : number of training images.
+    """
+    lr, min_lr, decay = (
+        default if given is None else given
+        for given, default in zip(
+            (plan.lr, plan.min_lr, plan.weight_decay), DEFAULTS[mode], strict=True
+        )
+    )
+    batch = min(plan.train_batch or (128 if data.startswith("cifar") else 64), images)
+    return Recipe(
+        model={"name": mode},
+        data=data,
+        epochs=plan.epochs,
+        batch_size=batch,
+        lr=lr,
+        min_lr=min_lr,
+        warmup_epochs=plan.epochs / 8,
+        weight_decay=decay,
+        clip=None,
+        autocast=plan.autocast,
+        seed=seed,
+        workers=plan.workers,
+        skip_corrupt=plan.skip_corrupt,
+    )
 
 
 def fit(

@@ -7,6 +7,7 @@ import torch
 
 from bvit_interp.training.adapting import probe
 from bvit_interp.training.adapting.transfer_plan import Plan
+from bvit_interp.training.adapting.tuning import recipe_of
 
 
 def test_the_exact_solver_stands_where_a_long_trained_probe_ends():
@@ -37,7 +38,7 @@ def test_random_weights_are_fresh_and_drawn_by_seed(any_model):
 
 def test_batches_of_features_come_in_the_order_of_the_epoch():
     """The permutation of (seed, epoch), without an incomplete last batch."""
-    recipe = Plan(epochs=1, train_batch=4).recipe("probe", 3, "colours", 10)
+    recipe = recipe_of(Plan(epochs=1, train_batch=4), "probe", 3, "colours", 10)
     labels = torch.arange(10)
     features = labels[:, None] * 2.0
     order = np.random.default_rng([3, 5]).permutation(10)[:8]

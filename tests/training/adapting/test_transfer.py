@@ -21,13 +21,14 @@ from bvit_interp.results import read_table
 from bvit_interp.training.adapting import transfer, tuning
 from bvit_interp.training.adapting.probe import feature_batches
 from bvit_interp.training.adapting.transfer import COLUMNS, run, summary
+from bvit_interp.training.adapting.tuning import recipe_of
 from bvit_interp.training.loop import feed
 
 
 def test_a_probe_on_kept_features_is_the_head_trained_on_images(work, small):
     """The same order of images, so the same weights as training through the frozen model."""
     job = work(epochs=2)
-    recipe = job.plan.recipe("probe", 7, "colours", len(job.train))
+    recipe = recipe_of(job.plan, "probe", 7, "colours", len(job.train))
     one, other = (Adapted(small, Spec(mode="probe"), job.classes, 7) for _ in range(2))
     train, _, _ = job.features(None, one)
     tuning.fit(

@@ -8,13 +8,14 @@ import torch
 from bvit_interp.errors import UserError
 from bvit_interp.models.adapters import Adapted, Spec
 from bvit_interp.training.adapting import tuning
+from bvit_interp.training.adapting.tuning import recipe_of
 
 
 def test_a_state_of_other_options_or_torn_is_refused(work, tmp_path):
     job = work(mode=("te",))
     path = tmp_path / "state.pt"
     adapted = Adapted(job.model, Spec(mode="te"), job.classes)
-    recipe = job.plan.recipe("te", 0, "colours", 18)
+    recipe = recipe_of(job.plan, "te", 0, "colours", 18)
     optimizer = tuning._optimizer(adapted, recipe)
     tuning._save(path, {"alpha": 1.0}, adapted, optimizer, 1, 0.5)
     assert tuning._resume(path, {"alpha": 1.0}, adapted, optimizer, 3) == (1, 0.5)
@@ -36,7 +37,9 @@ def test_norms_biases_and_embeddings_are_free_of_decay(work):
     job = work(mode=("full",))
     for mode in ("te", "full", "lora-qv"):
         adapted = Adapted(job.model, Spec(mode=mode), job.classes)
-        groups = tuning._optimizer(adapted, job.plan.recipe(mode, 0, "colours", 18)).param_groups
+        groups = tuning._optimizer(
+            adapted, recipe_of(job.plan, mode, 0, "colours", 18)
+        ).param_groups
         decayed = {
             id(tensor) for group in groups if group["weight_decay"] for tensor in group["params"]
         }
