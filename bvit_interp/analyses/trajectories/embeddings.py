@@ -16,22 +16,23 @@ def pacmap_embedding(
 ) -> Float[np.ndarray, "points 2"]:
     """PaCMAP (Wang et al., 2021) with the package's defaults; equal for equal points and seed.
 
-    Its log is silenced, because it warns about every seed. It leaves faiss on one thread, which is
-    undone here.
+    Its log is silenced, because it warns about every seed. The number of OpenMP threads stays as it
+    was, also torch's: importing pacmap would set it to all cores, and an embedding to one.
 
     Raises
     ------
     UserError
         If all points are equal, or a coordinate is not finite.
     """
-    import faiss  # these two belong to an extra
-    import pacmap
+    import faiss  # belongs to an extra, like pacmap
 
     if (points == points[0]).all():
         raise UserError("PaCMAP cannot embed points that are all equal")
     log, threads = logging.getLogger("pacmap.pacmap"), faiss.omp_get_max_threads()
     was_disabled, log.disabled = log.disabled, True
     try:
+        import pacmap
+
         embedded = pacmap.PaCMAP(n_components=2, random_state=seed).fit_transform(points)
     finally:
         log.disabled = was_disabled

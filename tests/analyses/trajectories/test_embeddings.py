@@ -44,6 +44,20 @@ def test_pacmap_is_repeatable_quiet_and_leaves_no_state(points, caplog):
     assert not logging.getLogger("pacmap.pacmap").disabled
 
 
+def test_pacmap_leaves_torch_on_its_threads():
+    """Also the first time, when it is imported."""
+    pytest.importorskip("pacmap")
+    code = (
+        "import numpy as np, torch\n"
+        "from bvit_interp.analyses.trajectories.embeddings import pacmap_embedding\n"
+        "torch.set_num_threads(1)\n"
+        "pacmap_embedding(np.random.default_rng(0).normal(size=(60, 4)).astype('f4'), 0)\n"
+        "assert torch.get_num_threads() == 1, torch.get_num_threads()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]
+
+
 def test_equal_points_have_no_embedding():
     pytest.importorskip("pacmap")
     with pytest.raises(UserError, match="all equal"):
