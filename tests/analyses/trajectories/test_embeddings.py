@@ -48,10 +48,12 @@ def test_pacmap_leaves_torch_on_its_threads():
     """Also the first time, when it is imported."""
     pytest.importorskip("pacmap")
     code = (
-        "import numpy as np, torch\n"
-        "from bvit_interp.analyses.trajectories.embeddings import pacmap_embedding\n"
+        "import torch\n"
         "torch.set_num_threads(1)\n"
-        "pacmap_embedding(np.random.default_rng(0).normal(size=(60, 4)).astype('f4'), 0)\n"
+        "assert torch.get_num_threads() == 1  # only now is it set for good\n"
+        "import numpy as np\n"
+        "from bvit_interp.analyses.trajectories.embeddings import pacmap_embedding\n"
+        "pacmap_embedding(np.random.default_rng(0).normal(size=(200, 8)).astype('f4'), 0)\n"
         "assert torch.get_num_threads() == 1, torch.get_num_threads()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
