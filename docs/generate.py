@@ -1,10 +1,12 @@
 """Write the parts of the documentation that are taken from the code.
 
-    python docs/generate.py            # README.md (marked parts), docs/questions.md, docs/house.md
+    python docs/generate.py            # README.md and docs/reproduction.md (marked parts),
+                                       # docs/questions.md, docs/house.md
     python docs/generate.py --check    # exit code 1 if one of them is not up to date
 
 A question's folder gives its command, the question in one sentence, the options and the columns.
 Every module gives the first line of its docstring, and `vocabulary` gives the table of sites.
+`report.claims` judges each claim by its rule; all numbers there are read from `figures/`.
 """
 
 from __future__ import annotations
@@ -16,15 +18,20 @@ import importlib
 import inspect
 import re
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
-from bvit_interp.analyses import OF_THE_PAPER, THROUGH_TIME
+from bvit_interp import analyses
+from bvit_interp.analyses import THROUGH_TIME
 from bvit_interp.data.options import LoaderOptions
+from bvit_interp.report.claims import OF_THE_PAPER
+from bvit_interp.report.claims.claim import Claim, Finding, Tables, overall
 from bvit_interp.vocabulary import SITES
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "bvit_interp"
+FIGURES = ROOT / "figures"
 FLOORS = (  # from the top
     "cli",
     "report",
@@ -59,30 +66,64 @@ def main() -> None:
 
 def pages() -> dict[Path, str]:
     """Every generated page, by path."""
-    readme = (ROOT / "README.md").read_text()
-    for part, text in {"commands": commands(), "sites": sites()}.items():
-        readme = replaced(readme, part, text)
+    readme, paper = ROOT / "README.md", ROOT / "docs" / "reproduction.md"
     return {
-        ROOT / "README.md": readme,
+        readme: replaced(readme, {"commands": commands(), "sites": sites()}),
+        paper: replaced(paper, {"claims": claims(OF_THE_PAPER)}),
         ROOT / "docs" / "questions.md": questions(),
         ROOT / "docs" / "house.md": house(),
     }
 
 
-def replaced(page: str, part: str, text: str) -> str:
-    """The page with new text between the two marks of a part."""
-    begin, end = f"<!-- {part}: docs/generate.py -->\n", f"<!-- end of {part} -->"
-    head, found, rest = page.partition(begin)
-    _, closed, tail = rest.partition(end)
-    if not (found and closed):
-        raise SystemExit(f"README.md has no part marked {begin.strip()} ... {end}")
-    return head + begin + text + end + tail
+def replaced(path: Path, parts: Mapping[str, str]) -> str:
+    """A page with new text between the two marks of each part."""
+    page = path.read_text()
+    for part, text in parts.items():
+        begin, end = f"<!-- {part}: docs/generate.py -->\n", f"<!-- end of {part} -->"
+        head, found, rest = page.partition(begin)
+        _, closed, tail = rest.partition(end)
+        if not (found and closed):
+            raise SystemExit(f"{path} has no part marked {begin.strip()} ... {end}")
+        page = head + begin + text + end + tail
+    return page
+
+
+def claims(listed: Sequence[Claim]) -> str:
+    """The verdict of every claim in a table, then each with its rule and what the tables say."""
+    found = {claim: claim.findings(FIGURES) for claim in listed}
+    rows = ["| claim | | verdict |", "|---|---|---|"]
+    rows += [
+        f"| [{claim.name}](#{claim.name}) | {claim.claim} | {overall(findings)} |"
+        for claim, findings in found.items()
+    ]
+    sections = [section(claim, findings) for claim, findings in found.items()]
+    return "\n\n".join(["\n".join(rows), *sections]) + "\n"
+
+
+def section(claim: Claim, findings: Sequence[Finding]) -> str:
+    """A claim with its rule, what was found, and where it is from."""
+    lines = [f'### <a id="{claim.name}"></a>{claim.name}. {claim.claim}', ""]
+    lines += [f"- Paper: {claim.paper}."] if claim.paper else []
+    lines.append(f"- Rule: {claim.rule}.")
+    for finding in findings:
+        head = f"{finding.head}: " if finding.head else ""
+        lines.append(
+            f"- {head}**{finding.verdict}**. {finding.numbers[0].upper()}{finding.numbers[1:]}."
+        )
+    tables = Tables(FIGURES)
+    for name in claim.tables:
+        made = f", made by `{tables.command(name)}`" if tables.command(name) else ""
+        lines.append(f"- Table: [`figures/{name}.csv`](../figures/{name}.csv){made}")
+    lines += [f"- Command: `{claim.command}`"] if claim.command else []
+    if claim.notebook:
+        lines.append(f"- Notebook: [{claim.notebook}](../notebooks/{claim.notebook}.ipynb)")
+    return "\n".join(lines)
 
 
 def commands() -> str:
     """The table of the analyses' commands."""
     lines = ["| command | question | notebook |", "|---|---|---|"]
-    for word in (*OF_THE_PAPER, *THROUGH_TIME):
+    for word in (*analyses.OF_THE_PAPER, *THROUGH_TIME):
         notebook = notebook_of(word)
         link = f"[{notebook.stem.partition('_')[0]}](notebooks/{notebook.name})"
         lines.append(f"| `{command(word)}` | {question(module_of(word))} | {link} |")
@@ -104,7 +145,7 @@ def questions() -> str:
         " `--ckpt`, `--data`, `--split`, `--out`, `--device`, `--overwrite` and `--download`.",
     ]
     for title, words in (
-        ("The paper's figures and tables", OF_THE_PAPER),
+        ("The paper's figures and tables", analyses.OF_THE_PAPER),
         ("Questions that a shared block makes possible", THROUGH_TIME),
     ):
         parts.append(f"## {title}")
