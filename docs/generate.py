@@ -1,6 +1,7 @@
 """Write the parts of the documentation that are taken from the code.
 
-    python docs/generate.py            # README.md and docs/reproduction.md (marked parts),
+    python docs/generate.py            # the marked parts of README.md,
+                                       # docs/reproduction.md and docs/through-time.md;
                                        # docs/questions.md, docs/house.md
     python docs/generate.py --check    # exit code 1 if one of them is not up to date
 
@@ -22,10 +23,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
-from bvit_interp import analyses
-from bvit_interp.analyses import THROUGH_TIME
+from bvit_interp.analyses import OF_THE_PAPER, THROUGH_TIME
 from bvit_interp.data.options import LoaderOptions
-from bvit_interp.report.claims import OF_THE_PAPER
+from bvit_interp.report import claims
 from bvit_interp.report.claims.claim import Claim, Finding, Tables, overall
 from bvit_interp.vocabulary import SITES
 
@@ -67,9 +67,11 @@ def main() -> None:
 def pages() -> dict[Path, str]:
     """Every generated page, by path."""
     readme, paper = ROOT / "README.md", ROOT / "docs" / "reproduction.md"
+    ours = ROOT / "docs" / "through-time.md"
     return {
         readme: replaced(readme, {"commands": commands(), "sites": sites()}),
-        paper: replaced(paper, {"claims": claims(OF_THE_PAPER)}),
+        paper: replaced(paper, {"claims": of_the_paper()}),
+        ours: replaced(ours, {"claims": through_time()}),
         ROOT / "docs" / "questions.md": questions(),
         ROOT / "docs" / "house.md": house(),
     }
@@ -88,21 +90,44 @@ def replaced(path: Path, parts: Mapping[str, str]) -> str:
     return page
 
 
-def claims(listed: Sequence[Claim]) -> str:
-    """The verdict of every claim in a table, then each with its rule and what the tables say."""
-    found = {claim: claim.findings(FIGURES) for claim in listed}
-    rows = ["| claim | | verdict |", "|---|---|---|"]
-    rows += [
-        f"| [{claim.name}](#{claim.name}) | {claim.claim} | {overall(findings)} |"
+def of_the_paper() -> str:
+    """The verdict of every claim of the paper, then each with its rule and what was found."""
+    found = {claim: claim.findings(FIGURES) for claim in claims.OF_THE_PAPER}
+    return "\n\n".join([verdicts(found), *(section(*each) for each in found.items())]) + "\n"
+
+
+def through_time() -> str:
+    """The verdict of every claim of ours, then the questions with their figures and claims."""
+    found = {claim: claim.findings(FIGURES) for claim in claims.THROUGH_TIME}
+    parts = [verdicts(found)]
+    for word in THROUGH_TIME:
+        asked = question(module_of(word))
+        parts += [f"## {asked}", f"`{command(word)}`", f"![{asked}](../figures/{word}.png)"]
+        parts += [section(*each) for each in found.items() if each[0].tables[0] == word]
+    return "\n\n".join(parts) + "\n"
+
+
+def verdicts(found: Mapping[Claim, Sequence[Finding]]) -> str:
+    """A table of claims and verdicts."""
+    rows = [
+        f"| [{claim.name}](#{anchor(claim)}) | {in_cell(claim.claim)} | {overall(findings)} |"
         for claim, findings in found.items()
     ]
-    sections = [section(claim, findings) for claim, findings in found.items()]
-    return "\n\n".join(["\n".join(rows), *sections]) + "\n"
+    return "\n".join(["| | claim | verdict |", "|---|---|---|", *rows])
+
+
+def in_cell(text: str) -> str:
+    """A text in a cell of a Markdown table."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def anchor(claim: Claim) -> str:
+    return claim.name.replace(" ", "-")
 
 
 def section(claim: Claim, findings: Sequence[Finding]) -> str:
     """A claim with its rule, what was found, and where it is from."""
-    lines = [f'### <a id="{claim.name}"></a>{claim.name}. {claim.claim}', ""]
+    lines = [f'### <a id="{anchor(claim)}"></a>{claim.name}. {claim.claim}', ""]
     lines += [f"- Paper: {claim.paper}."] if claim.paper else []
     lines.append(f"- Rule: {claim.rule}.")
     for finding in findings:
@@ -123,7 +148,7 @@ def section(claim: Claim, findings: Sequence[Finding]) -> str:
 def commands() -> str:
     """The table of the analyses' commands."""
     lines = ["| command | question | notebook |", "|---|---|---|"]
-    for word in (*analyses.OF_THE_PAPER, *THROUGH_TIME):
+    for word in (*OF_THE_PAPER, *THROUGH_TIME):
         notebook = notebook_of(word)
         link = f"[{notebook.stem.partition('_')[0]}](notebooks/{notebook.name})"
         lines.append(f"| `{command(word)}` | {question(module_of(word))} | {link} |")
@@ -145,7 +170,7 @@ def questions() -> str:
         " `--ckpt`, `--data`, `--split`, `--out`, `--device`, `--overwrite` and `--download`.",
     ]
     for title, words in (
-        ("The paper's figures and tables", analyses.OF_THE_PAPER),
+        ("The paper's figures and tables", OF_THE_PAPER),
         ("Questions that a shared block makes possible", THROUGH_TIME),
     ):
         parts.append(f"## {title}")
@@ -192,7 +217,7 @@ def table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     for first, *others in rows:
         cells = [
             f"`{first}`",
-            *(" ".join(str(cell).split()).replace("|", "\\|") for cell in others),
+            *(in_cell(str(cell)) for cell in others),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from bvit_interp.errors import UserError, choices
-from bvit_interp.report.claims import accuracy, inside, weights
+from bvit_interp.report.claims import accuracy, inside, through_time, weights
 from bvit_interp.report.claims.claim import Claim, text
 
-__all__ = ["OF_THE_PAPER", "judge"]
+__all__ = ["OF_THE_PAPER", "THROUGH_TIME", "judge"]
 
 OF_THE_PAPER: tuple[Claim, ...] = tuple(
     sorted(
@@ -18,13 +18,17 @@ OF_THE_PAPER: tuple[Claim, ...] = tuple(
 )
 """The testable claims of bViT (arXiv 2605.10661), in its order."""
 
+THROUGH_TIME: tuple[Claim, ...] = through_time.CLAIMS
+"""Claims of our own about what happens from step to step."""
+
 
 def judge(name: str, folder: str | Path = "figures") -> str:
     """Judge a claim by the tables of a folder, in the words of the documentation.
 
     Parameters
     ----------
-    name : number of a claim in ``docs/reproduction.md``.
+    name : name of a claim in ``docs/reproduction.md`` ("9") or ``docs/through-time.md``
+        ("lens 1").
     folder : the shipped tables.
 
     Raises
@@ -32,7 +36,7 @@ def judge(name: str, folder: str | Path = "figures") -> str:
     UserError
         For an unknown name or a missing table.
     """
-    known = {claim.name: claim for claim in OF_THE_PAPER}
+    known = {claim.name: claim for claim in (*OF_THE_PAPER, *THROUGH_TIME)}
     if name not in known:
         raise UserError(f"no claim {name!r}; claims: {choices(list(known), 60)}")
     return text(known[name], Path(folder))
