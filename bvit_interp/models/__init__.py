@@ -1,4 +1,4 @@
-"""What is studied: the recurrent model, its tied unroll, checkpoints, cost.
+"""Models: the recurrent model, its tied unroll, checkpoints and cost.
 
 Importing anything from here registers the models with timm.
 """

@@ -3,8 +3,8 @@
 Section 4.3 and appendix H of bViT (arXiv 2605.10661): a new head alone, a time embedding, low-rank
 updates (LoRA, Hu et al. 2022, https://arxiv.org/abs/2106.09685) of q and v or of both FFN matrices,
 or all weights. A low-rank update is a parametrization ``W -> W + alpha / r * B A`` of the tied
-unroll's linear layers: one pair (A, B) for a shared block, and so for all of its steps. Ours,
-beyond the paper: an update that is active at chosen steps only.
+unroll's linear layers. A shared block has one pair (A, B) per matrix for all of its steps. An
+update that is active only at chosen steps is ours and not in the paper.
 """
 
 from __future__ import annotations
@@ -39,19 +39,20 @@ _HEADS = ("head.", "head_dist.")
 
 @dataclass(frozen=True, kw_only=True)
 class Spec:
-    """What is trained beside a new head."""
+    """What is trained in addition to a new head."""
 
     mode: AdapterMode
-    """probe (nothing), te (a time embedding, from zero), full (everything), lora-qv or lora-ffn."""
+    """probe (nothing), te (a time embedding that starts at zero), full (all weights), lora-qv or
+    lora-ffn (low-rank updates)."""
     rank: int = 8
-    """r of the low-rank modes."""
+    """Rank r of the low-rank modes, from 1 to the model's width."""
     alpha: float = 16.0
-    """The update is scaled by alpha / r."""
+    """The update is scaled by alpha / r; alpha > 0."""
     steps: tuple[int, ...] | None = None
-    """Steps at which a low-rank update is active, none of them for (); None for all."""
+    """Steps (from 1) at which a low-rank update is active: None for all, () for none."""
     train_final_norm: bool = True
-    """The low-rank modes train the final norm too: without it the paper's counts lack D
-    parameters."""
+    """Whether the low-rank modes also train the final norm. The paper's parameter counts contain
+    its D parameters."""
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(AdapterMode):
@@ -64,7 +65,7 @@ class Spec:
             raise UserError(f"alpha must be > 0, got {self.alpha}")
 
     def check(self, model: VisionTransformer) -> None:
-        """Refuse what `model` cannot be given."""
+        """Raise a UserError if `model` cannot be trained in this way."""
         width, last = model.embed_dim, len(model.blocks)
         if self.mode in PLACES and not 1 <= self.rank <= width:
             raise UserError(f"rank must be in 1..{width}, the model's width, got {self.rank}")
@@ -72,17 +73,17 @@ class Spec:
             raise UserError(f"steps must be of 1..{last}, got {' '.join(map(str, self.steps))}")
         if self.mode == "te" and not isinstance(model, BViT):
             raise UserError(
-                "te needs a BViT, whose steps can bear a time embedding; got"
+                "te needs a BViT, whose steps can have a time embedding; got"
                 f" {type(model).__name__}"
             )
         if self.mode == "te" and model.blocks.step_embed is not None:
             raise UserError(
-                "te adds a time embedding, and the model has one already: take full, or"
+                "te adds a time embedding, and the model has one already: use mode full, or"
                 " another model"
             )
         if is_unrolled(model):
             raise UserError(
-                "adapters are of a model's weights: give the model, not an unroll or masked"
+                "an adapter belongs to a model's weights: give the model, not an unroll or masked"
                 " view of it"
             )
 
@@ -94,7 +95,8 @@ class LowRank(nn.Module):
     Parameters
     ----------
     a, b : factors of each adapted part, ``(P, r, in)`` and ``(P, rows, r)``; P = 2 for q and v.
-    parts : for each block of rows of the matrix, from the top, the place of its factors, or None.
+    parts : for each part of the matrix's rows, from the top, the index of its factors in `a` and
+        `b`, or None for a part without an update.
     scaling : alpha / r.
     """
 
@@ -117,19 +119,21 @@ class LowRank(nn.Module):
 
 
 class Adapted:
-    """A model with a new head and what `spec` trains; the base is copied, not changed.
+    """A model with a new head and the parameters that `spec` trains; the base is not changed.
 
     Parameters
     ----------
     model : the base, a `BViT` or a stacked ViT.
     spec : what is trained.
     classes : names of the new head's classes.
-    seed : of the head and of every A; B is zero, so that an adapter starts as the identity.
+    seed : random seed of the head and of every A. B starts at zero, so a new low-rank update
+        changes nothing.
 
     Attributes
     ----------
-    model : the copy with the new head, recurrent as the base.
-    view : its unroll, which carries the adapter: what is trained and run, in eval mode.
+    model : a copy of the base with the new head, recurrent if the base is.
+    view : the unroll of `model`, in eval mode. It carries the adapter, and is what is trained and
+        run.
     trained : the parameters to train, by name.
     base : the model as given.
     """
@@ -153,7 +157,7 @@ class Adapted:
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs too
             for name, tensor in self.trained.items():
                 if name.startswith(_HEADS):
-                    # on the CPU: a GPU has a generator of its own
+                    # drawn on the CPU: a GPU has its own generator
                     drawn = torch.zeros(tensor.shape)
                     tensor.data.copy_(
                         drawn if name.endswith("bias") else nn.init.trunc_normal_(drawn, std=0.02)
@@ -168,8 +172,8 @@ class Adapted:
             tensor.requires_grad_()
 
     def _adapt(self) -> None:
-        """A pair of factors for every stored matrix, and a parametrization of it in each chosen
-        step."""
+        """Make one pair of factors for each stored matrix that a chosen step uses, and put the
+        update on it in each of these steps."""
         names = {
             id(tensor): name.removesuffix("weight")
             for name, tensor in self.model.named_parameters()
@@ -177,7 +181,7 @@ class Adapted:
         chosen = range(1, len(self.view.blocks) + 1) if self.spec.steps is None else self.spec.steps
         uses: dict[str, set[bool]] = {}
         for t, block in enumerate(self.view.blocks, start=1):
-            # a memory's inner updates are of the step
+            # the inner updates of a memory belong to the step
             for part in (
                 block,
                 *getattr(block, "inner", ()),
@@ -200,7 +204,7 @@ class Adapted:
                 torch.zeros(count, weight.shape[0] // len(parts), rank),
             )
             for part in a:
-                nn.init.kaiming_uniform_(part, a=math.sqrt(5))  # as peft's
+                nn.init.kaiming_uniform_(part, a=math.sqrt(5))  # as in peft
             self.trained |= {
                 f"{name}a": nn.Parameter(a.to(weight)),
                 f"{name}b": nn.Parameter(b.to(weight)),
@@ -211,24 +215,24 @@ class Adapted:
         parametrize.register_parametrization(linear, "weight", update)
 
     def count(self) -> int:
-        """Trained parameters without the new head, as the paper counts."""
+        """Number of trained parameters without the new head, as the paper counts them."""
         return sum(
             tensor.numel() for name, tensor in self.trained.items() if not name.startswith(_HEADS)
         )
 
     def head_count(self) -> int:
-        """Parameters of the new head."""
+        """Number of parameters of the new head."""
         return sum(
             tensor.numel() for name, tensor in self.trained.items() if name.startswith(_HEADS)
         )
 
     def merged(self) -> VisionTransformer:
-        """The adapted model as an ordinary one, each W replaced by ``W + alpha / r * B A``.
+        """The adapted model without parametrizations: each W becomes ``W + alpha / r * B A``.
 
         Raises
         ------
         UserError
-            For an update of a shared block that is active at some of its steps only.
+            For an update of a shared block that is active only at some of its steps.
         """
         self.check_merges()
         merged = copy.deepcopy(self.model).requires_grad_().eval()
@@ -244,15 +248,15 @@ class Adapted:
         return merged
 
     def check_merges(self) -> None:
-        """Refuse a merge that cannot be."""
+        """Raise a UserError if `merged` is not possible."""
         if self.spec.mode in PLACES and self._mixed:
             raise UserError(
                 "an adapter of chosen steps of a shared block does not merge: its steps have"
-                " other weights"
+                " different weights"
             )
 
     def save(self, path: Path, about: Mapping[str, Any] | None = None) -> None:
-        """Write what was trained, and which base it belongs to."""
+        """Write the trained parameters and the hash of the base's weights."""
         kept = {
             "spec": asdict(self.spec),
             "classes": self.classes,
@@ -263,7 +267,7 @@ class Adapted:
 
     @classmethod
     def load(cls, path: Path, model: VisionTransformer) -> Adapted:
-        """Read an adapter of `model`; one of another base is refused."""
+        """Read an adapter of `model`; an adapter of another base is refused."""
         path = path / FILE if path.is_dir() else path
         if not path.is_file():
             raise CheckpointError(f"no adapter at {path}: make one with `bvit-interp transfer`")
@@ -287,8 +291,8 @@ class Adapted:
 
 
 def load(path: str | Path, model: VisionTransformer) -> VisionTransformer:
-    """The model with an adapter: an unroll in eval mode, without gradients, which every probe and
-    analysis takes.
+    """The model with an adapter: an unroll in eval mode, whose parameters need no gradients. Every
+    probe and analysis accepts it.
 
     Parameters
     ----------
@@ -298,7 +302,7 @@ def load(path: str | Path, model: VisionTransformer) -> VisionTransformer:
     Raises
     ------
     CheckpointError
-        No adapter, a truncated one, or one of another base.
+        If there is no adapter, or it is truncated or belongs to another base.
     """
     return Adapted.load(Path(path), model).view.requires_grad_(False)
 
@@ -306,8 +310,8 @@ def load(path: str | Path, model: VisionTransformer) -> VisionTransformer:
 def _with_head(
     model: VisionTransformer, classes: tuple[str, ...], *, timed: bool
 ) -> VisionTransformer:
-    """A frozen copy of the model, in eval mode, with a head for `classes`, and with a time
-    embedding of zeros."""
+    """A frozen copy of the model, in eval mode, with a head for `classes`; if `timed`, also with a
+    time embedding of zeros."""
     with torch.random.fork_rng(devices=[]), device_of(model):
         other = _with_time(model) if timed else copy.deepcopy(model)
         other.reset_classifier(len(classes))
@@ -318,7 +322,7 @@ def _with_head(
 def _with_time(model: VisionTransformer) -> VisionTransformer:
     if not hasattr(model, "model_args"):
         raise UserError(
-            "a BViT is rebuilt with a time embedding under its name: use timm.create_model"
+            "a BViT is rebuilt under its name with a time embedding: make it with timm.create_model"
         )
     size = list(model.patch_embed.img_size)
     rebuilt: Any = model

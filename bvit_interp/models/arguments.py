@@ -1,4 +1,4 @@
-"""The tokens in the arguments of a block, and their replacement."""
+"""Finds and replaces the tokens in the arguments of a block."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PATH = "_path_to_tokens"
 
 
 def tokens_of(block: nn.Module, args: Any, kwargs: Any) -> Tensor | None:
-    """The tokens in the arguments of a block: what `tell` said of it, else `first_tensor`."""
+    """The tokens in the arguments of a block: at the path from `tell`, else `first_tensor`."""
     given = [args, kwargs]
     path = getattr(block, _PATH, None)
     try:
@@ -25,7 +25,7 @@ def tokens_of(block: nn.Module, args: Any, kwargs: Any) -> Tensor | None:
 
 
 def with_tokens(block: nn.Module, args: Any, kwargs: Any, tokens: Any) -> list[Any]:
-    """Arguments and keyword arguments with other tokens in the place of `tokens_of`."""
+    """``[args, kwargs]`` with `tokens` in the place of those that `tokens_of` finds."""
     given = [args, kwargs]
     path = getattr(block, _PATH, None)
     try:
@@ -36,7 +36,7 @@ def with_tokens(block: nn.Module, args: Any, kwargs: Any, tokens: Any) -> list[A
 
 
 def tell(blocks: Iterable[nn.Module], paths: Sequence[Path | None]) -> None:
-    """Tell each block where its tokens are, as of `bvit_interp.models.token_state`."""
+    """Store in each block the path to its tokens, from `bvit_interp.models.token_state`."""
     for block, path in zip(blocks, paths, strict=True):
         if path is not None:
             setattr(block, _PATH, path)

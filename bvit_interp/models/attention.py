@@ -1,12 +1,12 @@
-"""What attention a block computes, seen at the kernel that it calls.
+"""Records and edits the attention of a block at the kernel that it calls.
 
-Heads are no modules: queries, keys and values exist only as arguments of a kernel. They are seen
+Heads are not modules: queries, keys and values exist only as arguments of a kernel. They are seen
 there as attention uses them (after norms, rotary embeddings, masks and position biases), in any
 block that calls `torch.nn.functional.scaled_dot_product_attention`, as those of timm, torchvision,
-`nn.MultiheadAttention` and Hugging Face do. A block that multiplies by hand is seen at its softmax,
-which gives scores, pattern, v and z. The kernel and its result stay as they are unless something is
-edited. Scores and pattern are computed beside it, for the query rows asked for only (Vaswani et
-al., 2017, eq. 1).
+`nn.MultiheadAttention` and Hugging Face do. A block that multiplies by hand is seen at its softmax
+and at the product with the values, which give scores, pattern, v and z. The kernel and its result
+stay as they are unless something is edited. Scores and pattern are computed separately, and only
+for the query rows that are asked for (Vaswani et al., 2017, eq. 1).
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from bvit_interp.models.arguments import tokens_of
 SITES = ("q", "k", "v", "scores", "pattern", "z")
 """The sites of attention, in the order in which they are computed."""
 Change = Callable[[Tensor], Tensor | None]
-"""Sees an activation of a whole site; returns its replacement or None."""
+"""Gets the activation of a whole site; returns its replacement, or None to leave it."""
 Combine = Callable[[str, list[Tensor]], Tensor]
-"""One tensor of a site from those of the several attentions of a block, or a UserError."""
+"""Makes one tensor of a site from those of several attentions of a block, or raises a UserError."""
 
 _KERNELS = {F.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention}
 _SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax}
@@ -53,14 +53,14 @@ class Attention:
     """What is recorded and edited at the attention of one block.
 
     All readers of a block share its one `Attention` (`attention_of`), so that each sees what
-    another has edited. Runs are seen inside `watching()` alone.
+    another has edited. Runs are seen only inside `watching()`.
 
     Parameters
     ----------
     block : the block of a step or of an inner update.
-    combine : how the attentions of a block that has several become one; such a block is refused by
-        default.
-    inside : attentions of blocks that run inside this one, and are not its own.
+    combine : how several attentions of a block become one. Without it, a block that has several is
+        refused.
+    inside : attentions of blocks that run inside this one; they are not recorded as its own.
     """
 
     def __init__(
@@ -109,13 +109,13 @@ class Attention:
         return x
 
     def keep(self, site: str, seen: _Pattern) -> None:
-        """Hand the rows asked for to those who record the site."""
+        """Hand to each recording of the site the rows that it asks for."""
         if self.combine is None:
             for keep in [keep for keep in self._keeps if keep.site == site]:
                 keep.take(seen.at(site, keep.rows))
 
     def _watched(self, end: Callable[[], None] = lambda: None) -> Handle:
-        """Hooks tell which block runs, until the last handle is removed."""
+        """Set hooks that tell which block runs; the last handle removes them."""
         block = self._block()
         self._holds += 1
         if self._holds == 1 and block is not None:
@@ -140,7 +140,7 @@ class Attention:
 
     def _leave(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         run = _runs().pop()
-        if self.combine is not None and run.seen and output is not None:  # None: it has raised
+        if self.combine is not None and run.seen and output is not None:  # None: it raised
             for keep in list(self._keeps):
                 parts = [seen.at(keep.site, keep.rows) for seen in run.seen]
                 keep.take(self.combine(keep.site, parts))
@@ -174,8 +174,8 @@ def watching() -> Iterator[None]:
 def unfused() -> Iterator[None]:
     """Run torch's `nn.MultiheadAttention` and `nn.TransformerEncoderLayer` part by part.
 
-    Without gradients torch runs them as one operation, into which nothing can look and which rounds
-    otherwise.
+    Without gradients torch runs them as one operation. What happens inside it cannot be seen, and
+    its rounding differs.
     """
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -257,7 +257,7 @@ class _Run:
     def __init__(self, attention: Attention, batch: int, tokens: int) -> None:
         self.attention, self.batch, self.tokens = attention, batch, tokens
         self.seen: list[_Pattern] = []
-        self.factor: Tensor | None = None  # the pattern of the last softmax, as values meet it
+        self.factor: Tensor | None = None  # the last softmax, as it is multiplied with v
 
     def kernel(self, kernel: Callable[..., Tensor], args: Any, kwargs: Any) -> Tensor:
         """The call of a fused kernel, recorded and edited."""
@@ -314,7 +314,7 @@ class _Run:
         return pattern
 
     def between(self, func: Callable[..., Tensor], args: Any, kwargs: Any) -> Tensor:
-        """A pattern made by `softmax` on its way to the values: dropout, or another dtype."""
+        """What is done to a pattern between `softmax` and `product`: dropout, or another dtype."""
         self.factor = func(*args, **kwargs)
         return self.factor
 
@@ -373,7 +373,7 @@ class _Run:
         return x if x.ndim == 4 else x.unflatten(0, (self.batch, -1))
 
     def _replace(self, seen: _Pattern, dropout: float) -> bool:
-        """Whether the edited pattern must stand in for the kernel's."""
+        """Edit scores and pattern; returns whether they replace the kernel's."""
         if dropout:
             raise UserError("scores and pattern cannot be edited under dropout: call model.eval()")
         plain = seen.at("scores", slice(None))
@@ -387,7 +387,7 @@ class _Run:
 
 
 class _Watch(TorchFunctionMode):
-    """Hands the calls that make attention to the watched block that is running."""
+    """Hands the calls that attention consists of to the watched block that is running."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -398,7 +398,7 @@ class _Watch(TorchFunctionMode):
         if func in _KERNELS:
             return run.kernel(func, args, kwargs)
         if func is F.multi_head_attention_forward:
-            with self:  # what it calls is to be seen too
+            with self:  # the functions that it calls must be seen too
                 return _multi_head_attention(*args, **kwargs)
         if func in _SOFTMAX and run.is_scores(args, kwargs):
             return run.softmax(func, args, kwargs)
@@ -414,7 +414,7 @@ _multi_head_attention = types.FunctionType(
     {**F.multi_head_attention_forward.__globals__, "has_torch_function": lambda _: False},
     argdefs=F.multi_head_attention_forward.__defaults__,
 )
-"""torch's own function, which does not hand itself to the mode again."""
+"""torch's own function, without the check that would hand it to the mode again."""
 
 
 def _arguments(

@@ -1,14 +1,15 @@
 """bViT: a Vision Transformer whose blocks are applied again and again.
 
 `BViT` is timm's `VisionTransformer` with `num_blocks` distinct blocks applied in turn for
-`num_steps` rounds: one block for twelve rounds is bViT-B, twelve blocks for one round the matched
-ViT-B, and 2 x 6, 3 x 4, ... the hybrids between them.
+`num_steps` rounds. One block for twelve rounds is bViT-B, twelve blocks for one round are the
+matched ViT-B, and 2 x 6, 3 x 4, ... are the hybrids between them.
 
 bViT: "Investigating single-block recurrence in Vision Transformers",
-https://arxiv.org/abs/2605.10661, section 3 (eq. 1-6 the model, eq. 9 the time embedding, section 4
-the registers), appendix C (distillation) and D (memory). Where the paper is silent about a hybrid's
-order, blocks cycle (B1 B2 B1 B2 ...); `order="repeat"` gives B1 B1 ... B2 B2. Built on
-`timm.models.vision_transformer`, whose names for modules and state-dict keys are kept.
+https://arxiv.org/abs/2605.10661: section 3 (eq. 1-6 are the model, eq. 9 is the time embedding),
+section 4 (registers), appendix C (distillation) and appendix D (memory). The paper does not give
+the order of a hybrid's blocks. Here they cycle (B1 B2 B1 B2 ...); `order="repeat"` gives B1 B1 ...
+B2 B2. The model is built on `timm.models.vision_transformer` and keeps its names of modules and
+state-dict keys.
 """
 
 from __future__ import annotations
@@ -47,18 +48,18 @@ class BViT(VisionTransformer):
 
     Parameters
     ----------
-    num_blocks : distinct blocks.
-    num_steps : rounds over them.
+    num_blocks : number of distinct blocks, >= 1.
+    num_steps : number of rounds over the blocks, >= 1.
     order : "cycle" or "repeat", for hybrids.
-    step_embed : add a learned e_t after every step (bViT-TE), initialised to zero (our choice);
-        with a memory, before the block.
-    reg_tokens : registers between CLS and patches, without position, dropped at read-out (bViT-R
-        has 4).
+    step_embed : add a learned e_t after every step (bViT-TE), or before the block in a model with a
+        memory. It is initialised to zero (our choice).
+    reg_tokens : number of registers between CLS and patches. They have no position and are dropped
+        at read-out (bViT-R has 4).
     memory : None, or what is remembered beside the state: "latent" (bViT-fl), "state" or "block"
         (bViT-sc).
-    inner_updates, interval, memory_gradient : of the memory, see
+    inner_updates, interval, memory_gradient : options of the memory, see
         `bvit_interp.models.memory.Memory`.
-    **kwargs : as timm's `VisionTransformer` (img_size, patch_size, in_chans, num_classes,
+    **kwargs : as in timm's `VisionTransformer` (img_size, patch_size, in_chans, num_classes,
         embed_dim, num_heads, dynamic_img_size, ...).
 
     References
@@ -100,7 +101,7 @@ class BViT(VisionTransformer):
             block = partial(MemoryBlock, memory=Memory(memory, *of_memory))
         elif of_memory != (None, None, None):
             raise ValueError(
-                "inner_updates, interval and memory_gradient are of a memory: give memory too"
+                "inner_updates, interval and memory_gradient belong to a memory: give memory too"
             )
         super().__init__(
             depth=num_blocks, norm_layer=norm_layer or RmsNorm, block_fn=block, **kwargs
@@ -158,11 +159,11 @@ class BViT(VisionTransformer):
         x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
         unmasked = attn_mask is None and not is_causal
         masks = {} if unmasked else {"attn_mask": attn_mask, "is_causal": is_causal}
-        # checkpoint_seq passes no mask on; timm does the same
+        # checkpoint_seq passes no mask on, so a masked pass is not checkpointed, as in timm
         if self.grad_checkpointing and unmasked:
-            # timm hands the Sequential itself to checkpoint_seq, which runs each stored block once
-            # re-entrant checkpoints would cut the gradient through a memory, which is no argument
-            # of theirs
+            # checkpoint_seq would run each stored block once if it got the Sequential itself, as
+            # timm gives it; re-entrant checkpoints would cut the gradient through a memory, which
+            # is not one of their arguments
             x = checkpoint_seq(list(calls_of(self.blocks)), x, use_reentrant=False)
         else:
             for block in calls_of(self.blocks):
@@ -170,9 +171,9 @@ class BViT(VisionTransformer):
         return self.norm(x)
 
     def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
-        """As timm's: the states z_t after the asked steps."""
+        """As in timm: the states z_t after the chosen steps."""
         model = self
-        # timm calls what `blocks` gives, here modules that need a run
+        # timm calls the items of `blocks`, which here need the memory of a run
         if isinstance(self.blocks, UnrolledSteps):
             model = copy.copy(self)
             model.__dict__["blocks"] = list(self.blocks.run())
@@ -192,18 +193,19 @@ class DistilledBViT(BViT, VisionTransformerDistilled):
     """A `BViT` with a distillation token after CLS and a second head (DeiT; appendix C of the
     paper).
 
-    All of DeiT is timm's (`timm.models.deit`): the token with a position of its own, `head_dist`,
-    and the forward that gives the mean of both heads' logits, or (logits, logits of the
-    distillation head), each ``(B, classes)``, in training after ``set_distilled_training(True)``.
+    The parts of DeiT come from `timm.models.deit`: the token with its own position, `head_dist`
+    and the forward. The forward gives the mean of both heads' logits ``(B, classes)``. In training
+    after ``set_distilled_training(True)`` it gives (logits, logits of the distillation head), each
+    ``(B, classes)``.
 
     Parameters
     ----------
-    **kwargs : as `BViT`; only token pooling, behind the final norm, can be had.
+    **kwargs : as in `BViT`; without `fc_norm`, and with token pooling only.
 
     References
     ----------
-    Touvron et al. (2021), https://arxiv.org/abs/2012.12877. bViT-B: + 770,536 parameters, 33.87
-    GFLOPs.
+    Touvron et al. (2021), https://arxiv.org/abs/2012.12877. The distilled bViT-B has 770,536 more
+    parameters than bViT-B, and costs 33.87 GFLOPs.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -216,8 +218,8 @@ class DistilledBViT(BViT, VisionTransformerDistilled):
 
 
 class _WithoutRegisters:
-    """Shows timm the prefix tokens that have a position while it resamples positions: registers
-    have none."""
+    """While timm resamples positions, lets it count only the prefix tokens that have a position:
+    registers have none."""
 
     def __init__(self, model: BViT) -> None:
         self.model = model
@@ -233,8 +235,8 @@ class _WithoutRegisters:
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: BViT) -> dict[str, Tensor]:
-    """timm's filter for pretrained weights (resamples positions), told that registers have no
-    position."""
+    """timm's filter for pretrained weights, which resamples positions. It does not count registers,
+    which have no position."""
     with _WithoutRegisters(model):
         return timm_vit.checkpoint_filter_fn(state_dict, model)
 

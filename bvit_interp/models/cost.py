@@ -1,18 +1,18 @@
 """Cost of a model: parameters, and FLOPs counted from shapes.
 
-The convention of bViT (arXiv 2605.10661, Tables 1-3): 2 x the multiply-accumulates of Linear and
-Conv weights. Biases, norms, softmax and GELU are free, and so are QK^T and AV unless
-`count_attention` includes them. Counters that watch a forward pass disagree with each other on
-fused attention; this one reads shapes. A shared block costs its FLOPs at every step and its
-parameters once. Adding a memory to the state is free, as additions are; updating a memory is one
-application of the block.
+The convention is that of bViT (arXiv 2605.10661, Tables 1-3): 2 x the multiply-accumulates of
+Linear and Conv weights. Biases, norms, softmax and GELU are not counted. QK^T and AV are counted
+only with `count_attention`. Counters that watch a forward pass disagree with each other on fused
+attention; this one reads shapes. A shared block costs its FLOPs at every step and its parameters
+once. Adding a memory to the state is not counted, like any addition; each update of a memory by the
+block is one application of the block.
 
-bViT-B: 33.697 GFLOPs (35.128 with attention) = 0.232747 + 2.788688 t at t = 12. bViT-fl (n = 3):
-134.1; bViT-sc: 33.697 with memory="state", 50.4, 44.9, 42.1, 39.3, 36.5 with "block" and k = 2, 3,
-4, 6, 12; distilled: 33.87.
+GFLOPs of bViT-B: 0.232747 + 2.788688 t, which is 33.697 at t = 12 (35.128 with attention). bViT-fl
+(n = 3): 134.1. bViT-sc: 33.697 with memory="state"; 50.4, 44.9, 42.1, 39.3 and 36.5 with "block"
+and k = 2, 3, 4, 6 and 12. Distilled bViT-B: 33.87.
 
-A model that is not ours (`CalledSteps`) has no such shapes: torch's counter watches one forward,
-with attention as plain matrix products so that it can be told apart.
+The shapes of a `CalledSteps` are not known. For it torch's counter watches one forward, with
+attention as plain matrix products so that they can be counted separately.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def flops(model: Model, *, count_attention: bool, steps: int | None = None) -> i
         `CalledSteps`.
     count_attention : add QK^T and AV, 2 * 2 * N^2 * D per step for N tokens (CLS and registers
         are tokens).
-    steps : as in `unroll`: by default as many as the model takes; a stack can only be shortened.
+    steps : as in `unroll`: by default as many as the model has; a stack can only be shortened.
 
     Raises
     ------
@@ -95,10 +95,10 @@ def parameters_by_part(model: Model) -> dict[str, int]:
     Raises
     ------
     UserError
-        For a `CalledSteps`, of which only the blocks are known.
+        For a `CalledSteps`: only its blocks are known.
     """
     if isinstance(model, CalledSteps):
-        raise UserError("which parts of this model are embedding, norm and head is not known")
+        raise UserError("it is not known which parts of this model are embedding, norm and head")
     counts = dict.fromkeys(("embedding", "blocks", "norm", "head"), 0)
     for name, parameter in model.named_parameters():
         counts[_part_of(name)] += parameter.numel()
@@ -169,7 +169,7 @@ def _patch_embedding(model: VisionTransformer) -> int:
             f"FLOPs are known for a plain patch embedding, got {type(embedding).__name__}"
         )
     if embedding.num_patches is None:
-        raise UserError("the model has no fixed image size to count FLOPs at")
+        raise UserError("the model has no fixed image size, so its FLOPs cannot be counted")
     kernel = (
         embedding.proj.weight
     )  # (D, C, p, p), applied once per patch; prefix tokens are not embedded

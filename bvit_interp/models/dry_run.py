@@ -1,7 +1,8 @@
-"""A dry run: which modules of a model run, how often.
+"""A dry run: it shows which modules of a model run, and how often.
 
-Nothing about a loop is believed from the type of a model: it is seen here. The pass costs two
-images of the model's size, without gradients, in eval mode, on a copy that shares the weights.
+The loop of a model is observed here; it is not inferred from the type of the model. A dry run is
+one forward of two images of the model's size, without gradients, in eval mode, on a copy that
+shares the weights.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from bvit_interp.models.nested import Path, at_path, first_tensor, token_paths
 from bvit_interp.models.tied import tensors_of
 
 IMAGES = 2
-"""Images of a dry run: what differs between them comes from the image."""
+"""Number of images of a dry run: what differs between them depends on the image."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,16 +37,17 @@ class Argument:
 
 @dataclass(frozen=True, eq=False)
 class Ran:
-    """One run of a module: the shapes of the tokens that it got and gave.
+    """One run of a module: the shapes of the tokens that it got and returned.
 
     Attributes
     ----------
-    given : of the tensor that may be its tokens: the first of the shape that it gave, else the
-        first.
-    fixed : of each token ``(B, N, D)`` that it got, whether it is the same for both images.
-    arguments : of a module that got several tensors of three axes or more, those of the shape that
-        it gave.
-    output : what it gave, where `arguments` are several.
+    given : shape of the argument that may be its tokens: the first of `arguments`, else
+        `first_tensor`.
+    returned : shape of the tokens that it returned.
+    fixed : for each token ``(B, N, D)`` that it got, whether it is the same for both images.
+    arguments : the arguments with the shape of the output, if the module got several tensors of
+        three axes or more.
+    output : the tokens that it returned, if there are several `arguments`.
     """
 
     path: str
@@ -58,7 +60,7 @@ class Ran:
 
     @property
     def keeps_tokens(self) -> bool:
-        """Whether tokens ``(B, N, D)`` came and went."""
+        """Whether it got and returned tokens ``(B, N, D)`` of one shape."""
         return len(self.given) == 3 and self.given == self.returned
 
 
@@ -68,7 +70,7 @@ def example_images(model: nn.Module, image_size: Any = None, channels: int | Non
     Raises
     ------
     UserError
-        For a model that does not say its image size, or an image size that is none.
+        For a model that does not say its image size, and for an invalid image size.
     """
     rows, columns = _pair(_image_size(model) if image_size is None else image_size)
     parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
@@ -79,11 +81,11 @@ def example_images(model: nn.Module, image_size: Any = None, channels: int | Non
 
 @contextmanager
 def dry(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients and no hooks that are there already; random numbers, modes, buffers
-    and hooks are put back at the end.
+    """A context in eval mode, without gradients and without the model's own hooks. The CPU's random
+    state, modes, buffers and hooks are restored at the end.
 
-    A recorder of the user's must not see noise. Weights that a hook computes (pruning) stay those
-    of its last run.
+    The user's hooks must not see the noise images. Weights that a hook computes, as in pruning,
+    stay as its last run left them.
     """
     modules = list(model.modules())
     modes = {module: module.training for module in modules}
@@ -107,19 +109,19 @@ def dry(model: nn.Module) -> Iterator[None]:
 
 
 def dry_run(model: nn.Module, images: Tensor) -> tuple[list[Ran], Any]:
-    """The runs of all modules that have parameters, in the order in which they start; and what the
-    model returns.
+    """The runs of all modules that have parameters, in the order in which they start, and the
+    output of the model.
 
     Parameters
     ----------
-    model : stays as it is: a copy runs, around the same tensors.
-    images : as of `example_images`.
+    model : it is not changed: a copy with the same tensors runs.
+    images : as from `example_images`.
 
     Raises
     ------
     UserError
-        For a model that cannot be copied, whose forward fails on the images, or that calls modules
-        of which a copy knows nothing.
+        For a model that is compiled by torch.jit, that cannot be copied, whose forward fails on the
+        images, or whose copy calls modules of the original.
     """
     name = type(model).__name__
     if isinstance(model, torch.jit.ScriptModule):
@@ -151,8 +153,8 @@ def dry_run(model: nn.Module, images: Tensor) -> tuple[list[Ran], Any]:
     if outside:
         raise UserError(
             f"{name} calls {outside[0] or 'itself'} through a function that was made for this very"
-            " model (a lambda, or a forward that was replaced on the instance): a copy cannot be"
-            " told which call is which; write it as a method of the class"
+            " model (a lambda, or a forward that was replaced on the instance): a copy of the model"
+            " still calls the original; write it as a method of the class"
         )
     return started, output
 
@@ -196,14 +198,14 @@ def _shape(tensor: Tensor | None) -> tuple[int, ...]:
 
 
 def _fixed(tokens: Tensor | None) -> tuple[bool, ...]:
-    """Of each token of two images, whether it is the same for both."""
+    """For each token of two images, whether it is the same for both."""
     if tokens is None or tokens.is_meta or tokens.ndim != 3 or len(tokens) != IMAGES:
         return ()
     return tuple((tokens[0] == tokens[1]).all(-1).tolist())
 
 
 def _image_size(model: Any) -> Any:
-    """The image size a model states, as timm, torchvision and Hugging Face write it."""
+    """The image size that a model states, under the names of timm, torchvision and Hugging Face."""
     config = getattr(model, "config", None)
     for owner, name in (
         (getattr(model, "patch_embed", None), "img_size"),

@@ -3,8 +3,8 @@
 Appendix B of bViT (arXiv 2605.10661): exit e predicts ``y_e = C_e(z_{t_e}^cls)`` from the CLS token
 of the frozen model, with confidence ``max softmax(y_e)``. An image leaves at the first exit whose
 confidence exceeds the threshold, else it gets the prediction of the model's own head after step T.
-C_e is a weight-only RMSNorm and a Linear (ours: the paper does not print it; the norm is there
-because the residual grows with t).
+The paper does not define C_e. Here it is a weight-only RMSNorm and a Linear; the norm is needed
+because the residual grows with t.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Exits(nn.Module):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
 
     def save(self, path: Path, model: nn.Module, about: Mapping[str, Any]) -> None:
-        """Write the exits of `model`'s weights, with facts `about` their training."""
+        """Write the exits and the hash of `model`'s weights, with facts `about` their training."""
         kept = {"steps": self.steps, "weights": weights_hash(model), **about}
         tensor_file.write(path, "exits", kept, self.state_dict())
 
@@ -74,7 +74,7 @@ class Exits(nn.Module):
         ------
         CheckpointError
             For a missing or damaged file, NaN or infinite weights, exits of another model's
-            weights, and whatever does not fit the model: other steps, width or classes.
+            weights, and exits whose steps, width or classes do not fit the model.
         """
         if not path.is_file():
             raise CheckpointError(
@@ -118,7 +118,7 @@ def _misfit(steps: Any, tensors: Mapping[str, Tensor], model: VisionTransformer)
 
 
 def check_exits(steps: tuple[int, ...], model: VisionTransformer) -> tuple[int, ...]:
-    """The steps of the exits, ascending.
+    """Check the steps of exits, and return them in ascending order.
 
     Raises
     ------
@@ -128,7 +128,7 @@ def check_exits(steps: tuple[int, ...], model: VisionTransformer) -> tuple[int, 
     """
     last = len(model.blocks)
     if last < 2:
-        raise UserError("a model of one step has no step before its head at which to exit")
+        raise UserError("a model of one step has no earlier step at which to exit")
     if not steps or len(set(steps)) < len(steps) or not all(1 <= t < last for t in steps):
         raise UserError(
             f"exits must be different steps of 1..{last - 1}, got {steps}; the head is after {last}"
@@ -172,7 +172,7 @@ def run_with_exits(
 
     Returns
     -------
-    The logits, and the step each image left at.
+    The logits, and the step after which each image left.
     """
     state, last = embed(unrolled, images), len(unrolled.blocks)
     remaining = torch.arange(len(images), device=images.device)

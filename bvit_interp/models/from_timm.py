@@ -1,4 +1,4 @@
-"""A `BViT` out of a timm `VisionTransformer` of one block.
+"""Makes a `BViT` from a timm `VisionTransformer` of one block.
 
 A looped model is often written as a timm `VisionTransformer` of depth one whose block is called
 again and again, or as a stack of blocks that share their parameters. As a `BViT` it is saved,
@@ -20,7 +20,7 @@ from bvit_interp.errors import UserError, choices
 from bvit_interp.models.bvit import BViT
 from bvit_interp.models.dry_run import dry, example_images
 
-_NAME = "bvit_base_patch16_224"  # any: every argument is given
+_NAME = "bvit_base_patch16_224"  # any name would do: the arguments are given
 _NORMS = ("layernorm", "rmsnorm", "layernormfp32", "rmsnormfp32", "simplenorm")
 _ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "silu", "relu")
 _KEPT = ("mean", "std", "interpolation", "crop_pct", "label_names")
@@ -32,18 +32,20 @@ def from_timm(model: VisionTransformer, steps: int | None = None) -> BViT:
     Its output is bit-equal to that of the timm model with its block in a loop, which is checked on
     two images. It has weights of its own. LayerScale, norms of queries and keys, registers, a norm
     before the blocks and other norms and activations are kept. Dropout and stochastic depth are
-    not: they act in training alone.
+    not: they act only in training.
 
     Parameters
     ----------
-    model : timm's class itself, of depth one, or with blocks that share all their parameters.
+    model : an instance of timm's class itself, with one block or with blocks that share all their
+        parameters.
     steps : how often the block is applied; by default as often as the model has blocks that share
         their parameters.
 
     Raises
     ------
     UserError
-        For a model that is not one block in a loop, or has what a `BViT` has not; with the reason.
+        For a model that is not one block in a loop, or that has a part which a `BViT` lacks; the
+        message gives the reason.
     """
     block = _only_block(model)
     if steps is None and len(model.blocks) == 1:
@@ -69,7 +71,7 @@ def from_timm(model: VisionTransformer, steps: int | None = None) -> BViT:
 def _only_block(model: VisionTransformer) -> Any:
     """The block, if the model is timm's own and has one, or several around the same parameters."""
     if type(model) is not VisionTransformer:
-        raise _refused(f"it is a {type(model).__name__}, whose forward may be another")
+        raise _refused(f"it is a {type(model).__name__}, whose forward may be different")
     blocks = list(model.blocks)
     shared = {tuple(id(each) for each in block.parameters()) for block in blocks}
     if len(shared) > 1:
@@ -85,7 +87,7 @@ def _only_block(model: VisionTransformer) -> Any:
 
 
 def _arguments(model: Any, block: Any) -> dict[str, Any]:
-    """The arguments that make a `BViT` like the model, such as JSON holds."""
+    """The arguments that make a `BViT` like the model, as JSON values."""
     attention, mlp, patches = block.attn, block.mlp, model.patch_embed
     scaled = not isinstance(block.ls1, nn.Identity)
     arguments = {
@@ -129,7 +131,7 @@ def _named(module: nn.Module, what: str, names: tuple[str, ...], find: Callable[
 
 
 def _difference(model: VisionTransformer, made: BViT) -> str:
-    """The first module that the two do not have alike, or an empty string."""
+    """The first module that differs between the two, or an empty string."""
     parts = {
         name: module
         for name, module in model.named_modules()

@@ -16,17 +16,17 @@ KINDS = ("cls", "dist", "reg")
 
 @dataclass(frozen=True)
 class Layout:
-    """The shape of a model's images, tokens and answers.
+    """The shape of a model's images, tokens and outputs.
 
     Attributes
     ----------
     image_size : rows and columns of pixels.
     channels : channels of an image.
     grid : rows and columns of patches; patch tokens are in row-major order.
-    prefix : kind of each token before the patches: "cls", "dist" or "reg". A token before the
-        patches of which nobody has said that it is CLS is a register.
+    prefix : kind of each token before the patches: "cls", "dist" or "reg". A token whose kind is
+        not known is "reg".
     width : D, width of the token state.
-    num_classes : classes of the logits; 0 for a model that gives features.
+    num_classes : number of classes of the logits; 0 for a model that returns features.
     """
 
     image_size: tuple[int, int]
@@ -48,7 +48,7 @@ class Layout:
 
     @property
     def num_tokens(self) -> int:
-        """N, of prefix and patches."""
+        """N, the number of prefix tokens and patches together."""
         return self.num_prefix_tokens + self.num_patches
 
 
@@ -85,7 +85,7 @@ def layout_of(model: nn.Module) -> Layout:
 
 
 def channels_of(model: nn.Module) -> int:
-    """Channels of an image: those that the first convolution reads, else three."""
+    """Channels of an image: those that the first convolution reads, or 3 without one."""
     convolutions = (module for module in model.modules() if isinstance(module, nn.Conv2d))
     first = next(convolutions, None)
     return 3 if first is None else first.in_channels

@@ -1,10 +1,10 @@
-"""Any block in any loop: the tied unroll by call.
+"""The tied unroll by calls, for any block in any loop.
 
 A user's module that calls one block T times keeps its own forward. In the view each block of the
-loop is replaced by a container of clones around the same parameters, and call t goes to clone t,
-which is the module of step t. What the forward does around the calls (an input that is injected at
-every step, step embeddings, masks, a prelude before the loop and a coda behind it) stays its own.
-A stack of blocks is the same, with one call per block.
+loop is replaced by a `Switch`, which hands call t to clone t, the module of step t. The clones
+share the parameters of the block. What the forward does around the calls (an input that is injected
+at every step, step embeddings, masks, layers before and after the loop) stays as it is. A stack of
+blocks is treated in the same way, with one call per block.
 """
 
 from __future__ import annotations
@@ -29,29 +29,29 @@ from bvit_interp.models.tied import clone, tensors_of
 
 Images = Float[Tensor, "batch channels height width"]
 _ANSWERS = ("logits", "image_embeds", "pooler_output", "last_hidden_state")
-"""Where the answer is in what a model returns, the first that is there."""
+"""Where the output tensor is in what a model returns; the first name that exists is used."""
 
 
 class CalledSteps(nn.Module):
     """The tied unroll of a model by its calls.
 
-    Made by `bvit_interp.unroll`.
+    It is made by `bvit_interp.unroll`.
 
     Parameters
     ----------
-    model : the model; stays unchanged.
+    model : the model; it is not changed.
     calls : path of the block of each call, in order.
     images : two images for a dry run.
-    output : what the model makes of them.
-    fixed : of each token that enters the first block, whether it is the same for both.
-    prefix, grid : of the `Layout`, where the model does not tell.
-    tokens : path to the tokens in the arguments of each call, as of `find_tokens`.
+    output : what the model returns for them.
+    fixed : for each token that enters the first block, whether it is the same for both images.
+    prefix, grid : as in `Layout`, if the model does not tell them.
+    tokens : path to the tokens in the arguments of each call, from `find_tokens`.
 
     Attributes
     ----------
     blocks : the module of each step, in call order: step t is ``blocks[t - 1]``.
-    model : the user's model, whose calls go to `blocks`.
-    layout : what the model makes of an image.
+    model : a copy of the user's model, whose calls go to `blocks`.
+    layout : image size, patch grid, kinds of prefix tokens, width and classes.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class CalledSteps(nn.Module):
             self.needs_history = self._depends_on_earlier(images, seen)
 
     def _check_same(self, name: str, wanted: Tensor, images: Images) -> None:
-        """Refuse a model that the view does not stand for; twice, for a block that counts calls."""
+        """Refuse a model whose output the view does not give: twice, as a block may count calls."""
         for _ in range(2):
             answer = self(images)
             same = answer.shape == wanted.shape and (
@@ -113,7 +113,7 @@ class CalledSteps(nn.Module):
                 )
 
     def cut(self, steps: int) -> CalledSteps:
-        """The same model up to a step: its read-out gets the state after that step."""
+        """The same model with its first `steps` steps: its read-out gets the state after them."""
         view = copy.deepcopy(self, tensors_of(self))
         view.blocks = view.blocks[:steps]
         return view
@@ -121,7 +121,7 @@ class CalledSteps(nn.Module):
     # ---- running ---------------------------------------------------------------------------------
 
     def forward(self, images: Images) -> Tensor:
-        """The model's logits ``(B, classes)``; its features where it has no logits."""
+        """The model's logits ``(B, classes)``, or its features if it has no logits."""
         return answer_of(self._run(images, Run(self)).output)
 
     def embed(self, images: Images) -> Tensor:
@@ -135,18 +135,19 @@ class CalledSteps(nn.Module):
         entry: Tensor | None = None,
         stop: int | None = None,
     ) -> Run:
-        """A run whose first calls give `outputs`, until after call `stop`.
+        """A run whose first calls return `outputs`, and which ends after call `stop`.
 
         Parameters
         ----------
-        outputs : what each of the first calls gives.
+        outputs : what each of the first calls returns.
         entry : tokens that the first call reads, instead of those of the images.
+        stop : the last call that runs, from 1; None for all.
         """
         return self._run(images, Run(self, given=outputs, entry=entry, stop=stop, keep=True))
 
     def read(self, images: Images, outputs: Sequence[Any], tokens: Tensor) -> Tensor:
-        """The answer, had the last call given `tokens`, and the first calls `outputs`."""
-        if not outputs and not self.gives_tokens:  # what else the block gives is that of step 1
+        """The model's output if the first calls return `outputs`, and the last one `tokens`."""
+        if not outputs and not self.gives_tokens:  # the rest is from step 1
             like = self.resume(images, [], entry=tokens, stop=1).outputs[0]
         else:
             like = outputs[-1] if outputs else tokens
@@ -168,7 +169,7 @@ class CalledSteps(nn.Module):
         return run
 
     def _depends_on_earlier(self, images: Images, seen: Run) -> bool:
-        """Whether a call, or the answer, reads more than the images and the output before it."""
+        """Whether a call, or the read-out, reads more than the images and the call before it."""
         if images.is_meta:
             return True  # nothing can be compared
         for i in range(2, len(self._order) + 1):
@@ -191,17 +192,17 @@ class CalledSteps(nn.Module):
 
     @property
     def num_classes(self) -> int:
-        """Classes of the logits; 0 for features."""
+        """Number of classes of the logits; 0 for features."""
         return self.layout.num_classes
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Tokens before the patches."""
+        """Number of tokens before the patches."""
         return self.layout.num_prefix_tokens
 
     @property
     def pretrained_cfg(self) -> Any:
-        """As the model has it: mean, std and class names."""
+        """That of the model, with mean, std and class names; empty if it has none."""
         return getattr(self.model, "pretrained_cfg", {})
 
 
@@ -210,7 +211,7 @@ Model = VisionTransformer | CalledSteps
 
 
 class Switch(nn.Module):
-    """Stands where a block of the loop stood, and hands each call to the module of its step."""
+    """Takes the place of a block of the loop, and hands each call to the module of its step."""
 
     def __init__(self, path: str, like: nn.Module) -> None:
         super().__init__()
@@ -251,11 +252,11 @@ class Switch(nn.Module):
 
 
 class _Stopped(Exception):
-    """The step asked for is there: the forward need not go on."""
+    """Raised to end the forward when the last step that is asked for has run."""
 
 
 class Run:
-    """One forward of the view: which call comes next, and what the calls before it gave."""
+    """One forward of the view: which call comes next, and what earlier calls returned."""
 
     def __init__(
         self,
@@ -274,7 +275,7 @@ class Run:
         self.output: Any = None
 
     def call(self, switch: Switch, args: Any, kwargs: Any) -> Any:
-        """The output of the next call: as given, or of its step's module."""
+        """The output of the next call: the given one, or that of its step's module."""
         i, order = self.done, self.view._order
         self.done += 1
         if i >= len(order) or order[i] is not switch:
@@ -286,10 +287,10 @@ class Run:
         module = self.view.blocks[i] if i < len(self.view.blocks) else None
         if module is not None:
             self.check_batch(arguments.tokens_of(module, args, kwargs))
-        if i < self.given:  # what the next block reads may be changed in place there
+        if i < self.given:  # cloned: the next block may change it in place
             output = self.outputs[i]
             return map_tensors(output, torch.clone) if i == self.given - 1 else output
-        if module is None:  # cut off
+        if module is None:  # the step was cut off
             return self.last
         if i == 0:
             if self.entry is not None:
@@ -307,17 +308,17 @@ class Run:
         return output
 
     def next_of(self, switch: Switch) -> nn.Module:
-        """The module of the next call of a block; of its first, where none follows."""
+        """The module of the next call of a block; that of its first call if none follows."""
         order, blocks = self.view._order, self.view.blocks
         following = (i for i in range(self.done, len(blocks)) if order[i] is switch)
         return blocks[next(following, order.index(switch))]
 
     def check_batch(self, tokens: Any) -> None:
-        """Refuse a call of other images than all."""
+        """Refuse a call that does not get all images."""
         if isinstance(tokens, Tensor) and tokens.ndim and len(tokens) != self.batch:
             raise UserError(
                 f"call {self.done} is of {len(tokens)} states for {self.batch} images: images leave"
-                " the loop, so that a recording could not tell which is which"
+                " the loop, and a recording could not tell which is which"
             )
 
     def check_complete(self) -> None:
@@ -348,7 +349,7 @@ def answer_of(output: Any) -> Tensor:
 
 
 def _num_classes(model: nn.Module, output: Any) -> int:
-    """Classes of what a model returns; 0 if these are features."""
+    """Number of classes of a model's output; 0 if the output is features."""
     named = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
     is_logits = isinstance(output, (Tensor, tuple, list)) or named is not None
     answer = answer_of(output)

@@ -1,4 +1,4 @@
-"""The steps of a model, told from a dry run."""
+"""Finds the steps of a model from a dry run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bvit_interp.models.dry_run import Ran, counts_of
 
 _LISTS = (nn.ModuleList, nn.Sequential)
 _LAYERS = ("torch", "timm")
-"""Libraries whose modules without parts are layers of a block and no blocks."""
+"""Libraries whose modules without children are layers of a block, not blocks."""
 
 
 def find_calls(model: nn.Module, runs: Sequence[Ran], loop: str | None) -> list[str]:
@@ -19,15 +19,15 @@ def find_calls(model: nn.Module, runs: Sequence[Ran], loop: str | None) -> list[
 
     Parameters
     ----------
-    model : what ran.
-    runs : of its `dry_run`.
-    loop : path of the block, or of the list of blocks, that the steps are; by default the blocks
-        that run more than once, or else the one list of blocks.
+    model : the model that ran.
+    runs : from its `dry_run`.
+    loop : path of the block, or of the list of blocks, whose calls are the steps; by default the
+        blocks that run more than once, or else the one list of blocks.
 
     Raises
     ------
     UserError
-        Where that is not clear, with the modules that may be meant.
+        If the steps are not clear; the message lists the modules that may be meant.
     """
     counts = counts_of(runs)
     paths = _looped(model, runs) if loop is None else _named(model, runs, loop)
@@ -77,7 +77,7 @@ def _looped(model: nn.Module, runs: Sequence[Ran]) -> list[str]:
 
 
 def _stack(model: nn.Module, runs: Sequence[Ran]) -> list[str]:
-    """The blocks of the one list whose blocks run once each, where nothing else runs again."""
+    """The blocks of the one list of blocks, each of which runs once."""
     counts = counts_of(runs)
     again = _outermost(
         run.path
@@ -122,7 +122,7 @@ def _is_block(run: Ran) -> bool:
 
 
 def _is_list(module: nn.Module) -> bool:
-    """Whether a module is no more than its children, one after the other."""
+    """Whether a module is a list or Sequential without a forward of its own."""
     return isinstance(module, _LISTS) and type(module).forward in {each.forward for each in _LISTS}
 
 
@@ -136,6 +136,6 @@ def _children(model: nn.Module, path: str) -> list[str]:
 
 
 def _outermost(paths: Iterable[str]) -> list[str]:
-    """The paths, each once, that lie inside no other."""
+    """The paths, each once, that are not inside another one."""
     listed = list(dict.fromkeys(paths))
     return [path for path in listed if not any(path.startswith(f"{other}.") for other in listed)]

@@ -1,9 +1,9 @@
-"""Binary masks over shared weights, one per step or per subset.
+"""Binary masks over shared weights, one per step or per subset of the data.
 
-At step t a masked matrix is ``W * M_t``: twelve sparse networks in one dense tensor (Fig. 5 and
-section 4.2.3 of bViT, arXiv 2605.10661; Routing the Lottery, arXiv 2601.22141). The masked model is
-an unroll like any other, so every probe and analysis works on it. Masks lie bit-packed beside a
-checkpoint's weights; ``FOLDER@masked`` opens both.
+At step t a masked matrix is ``W * M_t``. So one dense tensor holds a sparse network per step
+(Fig. 5 and section 4.2.3 of bViT, arXiv 2605.10661; Routing the Lottery, arXiv 2601.22141). The
+masked model is an unroll like any other, so every probe and analysis works on it. Masks are stored
+bit-packed beside a checkpoint's weights; ``FOLDER@masked`` opens both.
 """
 
 from __future__ import annotations
@@ -38,10 +38,16 @@ class Masks(Mapping[str, Tensor]):
 
     Parameters
     ----------
-    of : the masks; of steps, the components of `PLACES` and K = T; of parts of the data, names of
-        parameters.
-    blocks : of steps, which stored block each of them uses; by default all the first. A union is
-        taken over masks of the same block.
+    of : component -> masks. In masks of steps, the components are those of `PLACES`, and K = T. In
+        masks of subsets of the data, they are names of parameters.
+    blocks : in masks of steps, the index of the stored block that each step uses; by default 0 for
+        all. `union` joins the masks of the same block.
+
+    Raises
+    ------
+    UserError
+        For tensors that are not bool, or have different numbers of masks, and for a wrong number of
+        `blocks`.
     """
 
     def __init__(self, of: Mapping[str, Tensor], blocks: tuple[int, ...] | None = None) -> None:
@@ -52,7 +58,7 @@ class Masks(Mapping[str, Tensor]):
             or any(mask.dtype != torch.bool for mask in of.values())
         ):
             raise UserError(
-                f"masks must be bool tensors of the same number each, got {counts or 'none'}"
+                f"masks must be bool tensors with the same number of masks, got {counts or 'none'}"
             )
         self.of = dict(of)
         self.count = next(iter(counts.values()))
@@ -73,7 +79,7 @@ class Masks(Mapping[str, Tensor]):
         return self  # never changed, so an unroll shares them as it shares weights
 
     def flat(self, i: int) -> Bool[Tensor, " weights"]:
-        """Mask i (from 0) of all components in one row ``(W,)``."""
+        """Mask i (from 0) of all components as one vector ``(W,)``."""
         return torch.cat([mask[i].flatten() for mask in self.of.values()])
 
     def density(self, component: str | None = None) -> Tensor:
@@ -92,7 +98,7 @@ class Masks(Mapping[str, Tensor]):
         }
 
     def fingerprint(self) -> str:
-        """16 hex digits that other masks do not have."""
+        """A hash of the masks, 16 hex digits."""
         digest = hashlib.sha256(repr(self.blocks).encode())
         for name, bits in self._packed().items():
             digest.update(
@@ -107,7 +113,7 @@ class Masks(Mapping[str, Tensor]):
         }
 
     def save(self, path: Path, model: nn.Module) -> None:
-        """Write them, eight weights a byte, as the masks of `model`'s weights."""
+        """Write the masks, eight weights per byte, with the hash of `model`'s weights."""
         packed = self._packed()
         shapes = {name: tuple(mask.shape) for name, mask in self.of.items()}
         about = {"shapes": shapes, "blocks": self.blocks, "weights": weights_hash(model)}
@@ -115,7 +121,7 @@ class Masks(Mapping[str, Tensor]):
 
     @classmethod
     def load(cls, path: Path, model: nn.Module | None = None) -> Masks:
-        """Read them; with `model`, refuse those of other weights, steps or shapes."""
+        """Read masks; with `model`, refuse masks of other weights, steps or shapes."""
         if not path.is_file():
             raise CheckpointError(f"no masks at {path}")
         try:
@@ -131,7 +137,7 @@ class Masks(Mapping[str, Tensor]):
 
 
 def _read(about: Any, packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The masks of a file, unpacked; ValueError where the file does not say what it holds."""
+    """The unpacked masks of a file; a ValueError if its contents do not fit its facts."""
     if not isinstance(about, dict) or not isinstance(about.get("shapes"), dict):
         raise ValueError("it does not say the shapes of masks")
     shapes, blocks = about["shapes"], about.get("blocks")
@@ -189,14 +195,14 @@ def full(model: VisionTransformer) -> Masks:
 
 
 def _stored_blocks(view: VisionTransformer) -> tuple[int, ...]:
-    """Which stored block each step uses, by the weight it shares."""
+    """The index of the stored block that each step uses, known by the weight that they share."""
     stored: dict[int, int] = {}
     weights = [block.get_submodule(PLACES["qkv"]).weight for block in view.blocks]
     return tuple(stored.setdefault(id(weight), len(stored)) for weight in weights)
 
 
 class Masked(nn.Module):
-    """The parametrization ``W -> W * M``; gradients reach active weights alone."""
+    """The parametrization ``W -> W * M``; only active weights get gradients."""
 
     mask: Tensor
 
@@ -214,8 +220,8 @@ def masked(model: VisionTransformer, masks: Masks, *, baked: bool = False) -> Vi
     Parameters
     ----------
     model : a `BViT` or a stacked ViT.
-    masks : one a step.
-    baked : multiply once, now: each step gets frozen weights of its own, for evaluation. Otherwise
+    masks : one per step.
+    baked : multiply only once: each step gets frozen weights of its own, for evaluation. Otherwise
         the weights stay the model's Parameters and are multiplied in every forward, for training.
 
     Raises
@@ -227,7 +233,7 @@ def masked(model: VisionTransformer, masks: Masks, *, baked: bool = False) -> Vi
     if found := _misfit(view, masks):
         raise UserError(found)
     for t, block in enumerate(view.blocks):
-        # a memory's inner updates are of the step
+        # the inner updates of a memory belong to the step
         for part in (
             block,
             *getattr(block, "inner", ()),
@@ -238,7 +244,7 @@ def masked(model: VisionTransformer, masks: Masks, *, baked: bool = False) -> Vi
 
 
 def put_on(block: nn.Module, masks: Masks, t: int, *, baked: bool = False) -> None:
-    """Mask a block in place by mask `t` (from 0), as `masked` does every step's."""
+    """Put mask `t` (from 0) on a block in place, as `masked` does for every step."""
     for name, place in PLACES.items():
         linear: Any = block.get_submodule(place)
         mask = masks[name][t].to(linear.weight.device)

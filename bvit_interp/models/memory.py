@@ -1,7 +1,8 @@
 """The memory of bViT-fl (fast latent) and bViT-sc (skip memory).
 
-Appendix D of bViT (arXiv 2605.10661), whose equations our copy of the paper lost; reconstructed
-from its prose, parameters and FLOPs (Table 6). With a memory m_t that starts at zero, a step is
+They are described in appendix D of bViT (arXiv 2605.10661). Our copy of the paper lacks its
+equations, so they are reconstructed from its text, parameters and FLOPs (Table 6). With a memory
+m_t that starts at zero, a step is
 
     m_t from m_{t-1} and z_{t-1};   z_t = F(z_{t-1} + m_t + e_t)
 
@@ -9,10 +10,11 @@ from its prose, parameters and FLOPs (Table 6). With a memory m_t that starts at
     block   (sc)  m_t = F(m_{t-1} + z_{t-1}) every k-th step, from the first, else m_{t-1}
     state   (sc)  m_t = z_{t-1} every k-th step, from the first, else m_{t-1}: no FLOPs
 
-Ours, where the paper is silent: F is also the update block (8.6 M parameters), n = 3 (134.1
-GFLOPs), "state" for sc (its 33.7 GFLOPs hold no update), k = 4, e_t off unless `step_embed` asks
-for it (the paper: "optional"), and what "truncated" and "frozen" stop. Inner updates as in TRM
-(Jolicoeur-Martineau, 2025, https://arxiv.org/abs/2510.04871).
+Where the paper does not say, these are our choices: F is also the update block (8.6 M parameters);
+n = 3 (134.1 GFLOPs); "state" for sc (its 33.7 GFLOPs leave no room for an update); k = 4; no e_t
+unless `step_embed` asks for it (the paper: "optional"); and the gradients that "truncated" and
+"frozen" stop. Inner updates are as in TRM (Jolicoeur-Martineau, 2025,
+https://arxiv.org/abs/2510.04871).
 """
 
 from __future__ import annotations
@@ -46,12 +48,12 @@ class Memory:
 
     kind: Kind
     inner_updates: int | None = None
-    """latent: inner updates n of a step (3)."""
+    """For latent: number n of inner updates per step, >= 1; default 3."""
     interval: int | None = None
-    """state and block: steps k from one refresh to the next (4)."""
+    """For state and block: number k of steps from one refresh to the next, >= 1; default 4."""
     gradient: Gradient | None = None
-    """full: through everything. truncated: not through the memory that enters a step. frozen: not
-    through the memory that is added to the state."""
+    """Where gradients flow. full (default): everywhere. truncated: not through the memory that
+    enters a step. frozen: not through the memory that is added to the state."""
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -89,8 +91,8 @@ class Memory:
 
 
 class Carry:
-    """The memory one step of a run leaves to the next; each step has its own, so that recomputing a
-    step under gradient checkpointing reads what the step read."""
+    """The memory that one step of a run leaves to the next. Each step has its own, so a step that
+    is computed again under gradient checkpointing reads the same memory."""
 
     def __init__(self) -> None:
         self.value: Tensor | None = None
@@ -101,19 +103,19 @@ class MemoryBlock(TimedBlock):
 
     Parameters
     ----------
-    memory : which memory.
-    *args, **kwargs : as timm's `Block`.
+    memory : kind and options of the memory.
+    *args, **kwargs : as in timm's `Block`.
 
     Attributes
     ----------
-    inner : in a tied unroll, one ordinary block an inner update; empty in the recurrent model,
-        which calls itself.
+    inner : in a tied unroll, one ordinary block per inner update; empty in the recurrent model,
+        whose block calls itself.
     """
 
     def __init__(self, *args: Any, memory: Memory, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.memory = memory
-        # no module yet, so that a recurrent block has the keys and children of timm's
+        # not a module yet, so that a recurrent block has the keys and children of timm's block
         self.inner: Any = ()
 
     def own_updates(self, blocks: list[nn.Module]) -> None:
@@ -156,18 +158,18 @@ class MemoryBlock(TimedBlock):
 
 
 class MemorySteps(Steps):
-    """`Steps` of `MemoryBlock`s; each iteration is a run with a memory of its own."""
+    """`Steps` of `MemoryBlock`s. Each iteration over them is a run with its own memory."""
 
     def __iter__(self) -> Iterator[Any]:
         return _linked(super().__iter__(), self[0].memory)
 
 
 class UnrolledSteps(nn.Sequential):
-    """The steps of an unroll with a memory. Iteration gives the modules, for whoever looks at them;
-    `run` a run."""
+    """The steps of an unroll with a memory. Iteration gives the modules; `run` gives the calls of
+    one run."""
 
     def run(self) -> Iterator[Any]:
-        """The calls of one run, each handed the memory of the one before."""
+        """The calls of one run; each gets the memory of the one before."""
         first: Any = self[0]
         return _linked(self, first.memory)
 
@@ -181,7 +183,7 @@ class UnrolledSteps(nn.Sequential):
 
 
 def calls_of(blocks: nn.Sequential) -> Iterable[Any]:
-    """What a forward pass calls one after the other: a fresh run of any kind of blocks."""
+    """What a forward pass calls, in order: the calls of a new run for any kind of blocks."""
     return blocks.run() if isinstance(blocks, UnrolledSteps) else blocks
 
 

@@ -18,13 +18,13 @@ def is_tensor(value: Any) -> bool:
 
 
 def first_tensor(values: Any) -> Tensor | None:
-    """The tokens in there: the first tensor of three axes or more, else the first; or None."""
+    """The first tensor of three axes or more (the tokens), else the first tensor, or None."""
     path = _path(values)
     return None if path is None else at_path(values, path)
 
 
 def with_first(values: Any, tensor: Any) -> Any:
-    """The same with another tensor in the place of `first_tensor`."""
+    """`values` with another tensor in the place of `first_tensor`."""
     path = _path(values)
     return values if path is None else put(values, path, tensor)
 
@@ -35,7 +35,7 @@ def token_paths(values: Any) -> list[Path]:
 
 
 def map_tensors(values: Any, change: Callable[[Any], Any]) -> Any:
-    """The same with every tensor changed."""
+    """`values` with every tensor changed."""
     if is_tensor(values):
         return change(values)
     items = _items(values)
@@ -60,14 +60,14 @@ def _has_tokens(tensor: Any) -> bool:
 
 
 def at_path(values: Any, path: Path) -> Any:
-    """What a path leads to; a KeyError where there is no such path."""
+    """What a path leads to; a KeyError if there is no such path."""
     for key in path:
         values = _items(values)[key]
     return values
 
 
 def put(values: Any, path: Path, tensor: Any) -> Any:
-    """The same with another tensor at the end of a path."""
+    """`values` with another tensor at the end of a path."""
     if not path:
         return tensor
     items = _items(values)

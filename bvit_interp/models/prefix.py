@@ -1,4 +1,4 @@
-"""Prefix tokens and patch grid of a model, from a dry run."""
+"""Finds the prefix tokens and the patch grid of a model from a dry run."""
 
 from __future__ import annotations
 
@@ -32,16 +32,17 @@ def find_layout(
     Parameters
     ----------
     tokens : what enters the first step, ``(2, N, D)``.
-    num_classes : classes of the logits, 0 for features.
-    prefix : kinds of the tokens before the patches, where they are known.
-    grid : rows and columns of patches, where they are known.
-    fixed : of each token, at the first module that gets so many, whether it is the same for both
-        images.
+    num_classes : number of classes of the logits, 0 for features.
+    prefix : kinds of the tokens before the patches, if they are known.
+    grid : rows and columns of patches, if they are known.
+    fixed : for each of N tokens, whether it is the same for both images, at the first module that
+        gets N tokens.
 
     Raises
     ------
     UserError
-        For another kind of state, or where the number of patches stays unclear.
+        For a state of another shape, an unknown kind of token, prefix tokens that do not come
+        first, or a number of patches that is not clear.
     """
     check_state(tuple(tokens.shape), len(images))
     count, width = tokens.shape[1:]
@@ -77,9 +78,9 @@ def check_state(shape: tuple[int, ...], images: int) -> None:
 
 
 def _check_first(fixed: Sequence[bool], count: int) -> None:
-    """Refuse prefix tokens that stand elsewhere: they are the same for every image."""
+    """Refuse prefix tokens that do not come first: they are the same for every image."""
     if not any(fixed) or all(fixed):
-        return  # mixed already, or nothing of the image is in there yet
+        return  # the tokens are mixed already, or none depends on the image yet
     where = [i for i, same in enumerate(fixed) if same]
     if where != list(range(count)):
         raise UserError(
@@ -90,7 +91,7 @@ def _check_first(fixed: Sequence[bool], count: int) -> None:
 
 
 def _named_prefix(model: nn.Module, width: int) -> tuple[str, ...]:
-    """The prefix that the names of parameters tell, in the usual order: cls, dist, reg."""
+    """The prefix by the names of parameters, in the usual order: cls, dist, reg."""
     found: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         for kind, names in _NAMES.items():
@@ -100,7 +101,7 @@ def _named_prefix(model: nn.Module, width: int) -> tuple[str, ...]:
 
 
 def _patch_grid(model: nn.Module, images: Tensor) -> tuple[int, int] | None:
-    """Rows and columns that the first convolution with strides makes of the images, if any."""
+    """Rows and columns of patches, by the first convolution whose stride is its kernel; or None."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and module.kernel_size == module.stride != (1, 1):
             if isinstance(module.padding, str):

@@ -1,9 +1,10 @@
-"""A forward pass one step at a time: read, drop images, continue.
+"""Runs a forward pass one step at a time: read the state, drop images, continue.
 
-For what needs more than a hook: images that leave after a step of their own, and runs that start
-again from a stored state. The steps are those of the tied unroll, called as its forward calls them,
+This is for what needs more than a hook: images that leave after different steps, and runs that
+start from a stored state. The steps are those of the tied unroll, called as its forward calls them,
 so the last state is bit-equal to the model's, and hooks fire as usual. In a `CalledSteps` the
-model's own forward runs again around the steps asked for, which costs what lies outside the blocks.
+model's own forward runs again around the steps that are asked for, so everything outside
+the blocks is computed again.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class State:
     tokens : z_t ``(B, N, D)``.
     step : t; 0 for the embedded tokens.
     memory : m_t ``(B, N, D)`` of a model with a memory, from its first step on.
-    images, outputs : of a `CalledSteps`, the images, and what each of its calls so far gave.
+    images, outputs : for a `CalledSteps`, the images, and what each of its calls so far returned.
     """
 
     tokens: Tensor
@@ -44,11 +45,11 @@ class State:
         return self._changed(lambda tensor: tensor[images])
 
     def repeated(self, times: int) -> State:
-        """The whole batch `times` over, one copy after the other: ``(times B, N, D)``."""
+        """The batch repeated `times` times, one copy after the other: ``(times B, N, D)``."""
         return self._changed(lambda tensor: tensor.repeat(times, *[1] * (tensor.ndim - 1)))
 
     def _changed(self, change: Any) -> State:
-        """The state with every tensor of a batch changed."""
+        """The state with every tensor changed whose first axis is the batch."""
         batch = len(self.tokens)
 
         def of_batch(tensor: Tensor) -> Tensor:
@@ -113,7 +114,8 @@ def states(
 def answer(model: nn.Module, state: State) -> Float[Tensor, "batch classes"]:
     """Logits of the model's own norm and head after this step (eq. 5 at every t).
 
-    In a `CalledSteps`: what its forward makes of this state in place of the last call's output.
+    For a `CalledSteps`: the output of its forward with this state in place of the last call's
+    output.
     """
     if isinstance(model, CalledSteps):
         return model.read(_images_of(state), _calls_of(state), state.tokens)
@@ -128,7 +130,7 @@ def num_steps(unrolled: nn.Module) -> int:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """The device of a model's weights, where statistics over its activations are best kept."""
+    """The device of a model's weights; statistics of its activations are best kept there."""
     return next(model.parameters()).device
 
 
@@ -142,8 +144,8 @@ def _call_on(view: CalledSteps, state: State, until: int) -> State:
 
 
 def _calls_of(state: State) -> list[Any]:
-    """What each call so far gave, with the tokens of the state as the last; calls that a schedule
-    has skipped give them too."""
+    """What each call so far returned, the last one with the tokens of the state. Calls that a
+    schedule has skipped return the same as the last."""
     if state.step == 0:
         return []
     *earlier, last = state.outputs[: state.step]

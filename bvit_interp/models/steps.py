@@ -1,6 +1,6 @@
 """Steps: blocks that are stored once and applied again and again.
 
-The container of every `BViT`: eq. 6 of the paper (arXiv 2605.10661), and eq. 9 with a time
+They are the container of every `BViT`: eq. 6 of the paper (arXiv 2605.10661), or eq. 9 with a time
 embedding.
 """
 
@@ -37,7 +37,7 @@ class TimedBlock(Block):
         self.step_index = index
 
     def row(self, given: Float[Tensor, " width"] | None) -> Float[Tensor, " width"] | None:
-        """e_t ``(D,)``: as given, or this step's own; None if there is neither."""
+        """e_t ``(D,)``: the given one, or this step's own; None if there is neither."""
         if given is None and self.step_embed is not None:
             return self.step_embed[self.step_index]
         return given
@@ -67,7 +67,7 @@ class Steps(nn.Sequential):
     length : number of applications.
     order : "cycle" applies B1 B2 B1 B2 ...; "repeat" applies B1 `rounds` times, then B2, ...
     rounds : applications of each block under "repeat".
-    step_embed : one learned vector a step, ``(length, dim)``, or None.
+    step_embed : one learned vector per step, ``(length, dim)``, or None.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Steps(nn.Sequential):
         return i % stored if self.order == "cycle" else min(i // self.rounds, stored - 1)
 
     def embed_index(self, i: int) -> int:
-        """Row of `step_embed` used at application i; beyond the last row the last one is kept."""
+        """Row of `step_embed` used at application i (from 0); beyond the last row, the last row."""
         return i if self.step_embed is None else min(i, len(self.step_embed) - 1)
 
     def __len__(self) -> int:

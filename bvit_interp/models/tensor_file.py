@@ -26,7 +26,7 @@ UNREADABLE = (
 
 
 def write(path: Path, key: str, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Replace the file. The facts stand under one key: of two the order would be random."""
+    """Write or replace the file. All facts are under one key: two would have a random order."""
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
         save_file(kept, str(temporary), metadata={key: json.dumps(about)})

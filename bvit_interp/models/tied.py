@@ -1,4 +1,4 @@
-"""Clones of modules around the same tensors."""
+"""Clones modules around the same tensors."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import nn
 
 def tensors_of(model: nn.Module) -> dict[int, Any]:
     """Every tensor of the model by id: parameters, buffers, and plain attributes of modules, such
-    as pruning computes.
+    as the weights that pruning computes.
 
-    It is the memo with which `copy.deepcopy` shares them.
+    With this dictionary as its memo, `copy.deepcopy` shares the tensors.
     """
     attributes = (value for module in model.modules() for value in vars(module).values())
-    # non-leaves cannot be copied
+    # deepcopy refuses tensors that are not leaves
     plain = (value for value in attributes if isinstance(value, torch.Tensor))
     return {
         id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers(), plain)

@@ -1,9 +1,10 @@
-"""Which of a block's arguments is the token state.
+"""Finds the argument of a block that is the token state.
 
-A block may read other tensors of the same rank beside its tokens: what is injected at every step,
-tokens to attend to, a state from earlier on. The token state has the shape of what the block gives.
-Where several arguments have it, it is the one that a call gives and the next call reads, or else
-the only one that is not the same in every call; otherwise the block map names it.
+A block may read other tensors of the same rank beside its tokens: an input that is injected at
+every step, tokens to attend to, an earlier state. The token state has the shape of the block's
+output. If several arguments have this shape, the block map may name the token state. Otherwise it
+is the argument that a call returns and the next call reads, or else the only one that is not the
+same in every call.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ def find_tokens(calls: Sequence[Ran]) -> list[Path | None]:
     Raises
     ------
     UserError
-        Where several arguments come into question and nothing tells which, or where the block map
-        names another.
+        If several arguments may be the token state and nothing tells which, or if the block map
+        names an argument of another shape.
     """
     by_kind: dict[type[nn.Module], list[int]] = {}
     for i, call in enumerate(calls):
@@ -54,7 +55,7 @@ def find_tokens(calls: Sequence[Ran]) -> list[Path | None]:
 
 
 def _by_name(call: Ran) -> dict[str, Argument]:
-    """The arguments in question, by their names in the signature of the block's forward."""
+    """The possible arguments, by their names in the signature of the block's forward."""
     names = list(inspect.signature(call.module.forward).parameters)
 
     def name(argument: Argument) -> str:
@@ -66,7 +67,7 @@ def _by_name(call: Ran) -> dict[str, Argument]:
 
 
 def _evident(calls: Sequence[Ran], read: Mapping[int, Mapping[str, Argument]]) -> str:
-    """The one argument of all calls of a kind that what happens to it shows to be the state."""
+    """The name of the argument that its values in the calls show to be the token state."""
     first, *others = read
     names = [name for name in read[first] if all(name in read[i] for i in others)]
     later = [i for i in read if i]

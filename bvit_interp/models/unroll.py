@@ -45,23 +45,24 @@ def unroll(
 ) -> Any:
     """A view of `model` in which step t is the module ``blocks[t - 1]``, whose output is z_t.
 
-    Every module is cloned, every Parameter and buffer shared: training the model is seen by the
-    view, and hooks that a tool leaves on the view never reach the model. Hooks the model already
-    bears are copied, so that a pruned model unrolls pruned. Save the model, not the view.
+    Every module is cloned, and every Parameter and buffer is shared: the view follows the training
+    of the model, and hooks that a tool leaves on the view never reach the model. Hooks that the
+    model already has are copied, so a pruned model unrolls pruned. Save the model, not the view.
 
     A `BViT`, or a timm `VisionTransformer` that runs each of its blocks once, unrolls to a
     `VisionTransformer`. In a model with a memory the step's own parts are the block that gives z_t,
     and inner update i of the memory is the ordinary block ``blocks[t - 1].inner[i - 1]``. Any other
-    model unrolls to a `CalledSteps`, by the calls that a dry run of two images sees.
+    model, and any model for which an option other than `steps` is given, unrolls to a
+    `CalledSteps`, by the calls that a dry run of two images sees.
 
     Parameters
     ----------
     model : any module that maps images ``(B, C, H, W)`` to logits or features.
-    steps : how many steps; by default as many as the model takes. Beyond them a `BViT` goes on
-        applying its blocks in the same order (a time embedding stays at its last row); a stacked
-        ViT and a loop of another model can only be cut.
-    loop : path of the block that is called again and again, or of the list of blocks. By default
-        what runs more than once, else the one list of blocks.
+    steps : number of steps, >= 1; by default as many as the model has. Beyond them a `BViT` goes on
+        applying its blocks in the same order (with ``order="repeat"``, its last block; a time
+        embedding stays at its last row). A stacked ViT and a loop of another model can only be cut.
+    loop : path of the block that is called repeatedly, or of the list of blocks. By default what
+        runs more than once, else the one list of blocks.
     image_size : size of the images of the dry run, if the model does not say it.
     prefix : kinds of the tokens before the patches ("cls", "dist", "reg"), if the names of the
         model's parameters do not tell them.
@@ -70,7 +71,7 @@ def unroll(
     Raises
     ------
     UserError
-        For a model whose steps are not clear, and a number of steps that cannot be had.
+        For a model whose steps are not clear, and a number of steps that the model cannot take.
     """
     if steps is not None and steps < 1:
         raise UserError(f"steps must be >= 1, got {steps}")
@@ -124,7 +125,7 @@ def with_steps(model: nn.Module) -> Model:
 def for_any_model(
     measure: Callable[Concatenate[Mapping[str, Model], Rest], Result],
 ) -> Callable[Concatenate[Mapping[str, nn.Module], Rest], Result]:
-    """Decorate a function of models by name: it gets each as `with_steps` gives it."""
+    """Decorate a function of a mapping name -> model: it gets each as `with_steps` returns it."""
 
     @functools.wraps(measure)
     def of_any(models: Mapping[str, nn.Module], *args: Rest.args, **kwargs: Rest.kwargs) -> Result:
@@ -134,11 +135,11 @@ def for_any_model(
 
 
 def run_on(model: nn.Module, steps: int) -> Any:
-    """The unroll of `steps` steps, also past the trained ones; of a stack, of another model's loop,
-    or of an unroll, at most as many as it has.
+    """The unroll with `steps` steps, also beyond the trained ones; a stack, another model's loop
+    and an unroll give at most as many steps as they have.
 
-    A `BViT` with as many blocks as steps, and more than one, is a stack: its first block does not
-    come again.
+    A `BViT` with as many blocks as steps, and more than one, is a stack: its first block is not
+    applied again.
     """
     blocks: Any = getattr(model, "blocks", None)
     if isinstance(blocks, Steps) and not 1 < len(list(blocks.children())) == len(blocks):
@@ -153,7 +154,7 @@ def is_unrolled(model: nn.Module) -> bool:
 
 
 def _cut(view: CalledSteps, steps: int | None) -> CalledSteps:
-    """The view with as many steps as asked for."""
+    """The view with its first `steps` steps; all for None."""
     if steps is None or steps == len(view.blocks):
         return view
     if steps > len(view.blocks):
@@ -187,8 +188,8 @@ def _unroll_vit(model: VisionTransformer, steps: int | None) -> VisionTransforme
 
 
 def _is_its_own_unroll(view: VisionTransformer) -> bool:
-    """Whether a dry run calls the blocks in turn, each once, and nothing like a block twice; and
-    whether the model answers as embedding, blocks and head of timm's would, one after the other."""
+    """Whether a dry run calls the blocks in turn, each once, and nothing like a block twice, and
+    whether the model's output is that of timm's embedding, the blocks and timm's head in turn."""
     images = example_images(view)
     runs, output = dry_run(view, images)
     kept = [run for run in runs if run.keeps_tokens and any(True for _ in run.module.children())]
@@ -209,8 +210,8 @@ _STOCK = (VisionTransformer.forward_features, BViT.forward_features)
 
 
 def _step(container: Steps, i: int, shared: dict[int, torch.Tensor]) -> nn.Module:
-    """The clone for application i (from 0), owning its row of the time embedding and its inner
-    updates, if any."""
+    """The clone for application i (from 0), with its own row of the time embedding and its own
+    inner updates, if there are any."""
     stored = list(container._modules.values())[container.block_index(i)]
     block: Any = clone(stored, shared)
     if isinstance(block, TimedBlock) and container.step_embed is not None:

@@ -1,4 +1,4 @@
-"""The steps of a model, and what addresses mean there."""
+"""The steps of a model, and the addresses of sites in them."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ _SIZES = {
     "E": ("z", 3, "widths of heads"),
     "F": ("mlp_post", 2, "numbers of neurons"),
 }
-"""Axis -> the site that has it, where, and what it counts."""
+"""Axis -> a site that has it, its position in that site's tensor, and what it counts."""
 
 
 class Enough(Exception):
-    """What was asked for is there: the forward need not go on."""
+    """Raised to end the forward when everything that was asked for is recorded."""
 
 
 _known: weakref.WeakKeyDictionary[nn.Module, StepSites] = weakref.WeakKeyDictionary()
 
 
 def sites_of(view: nn.Module) -> StepSites:
-    """The one `StepSites` of a tied unroll, as long as its blocks stay the same modules."""
+    """The `StepSites` of a tied unroll; it stays the same as long as the blocks do."""
     blocks: Any = view.blocks
     known = _known.get(view)
     if known is None or [step.block for step in known.steps] != list(blocks):
@@ -59,11 +59,11 @@ def sites_of(view: nn.Module) -> StepSites:
 
 
 class StepSites:
-    """The steps of a tied unroll, and what is asked of them.
+    """The steps of a tied unroll, with their sites and sizes.
 
     Parameters
     ----------
-    view : of `unroll`. A dry run of one image tells how many heads and neurons each step has, and
+    view : from `unroll`. A dry run of one image tells how many heads and neurons each step has, and
         which modules run more than once per step.
 
     Attributes
@@ -82,7 +82,7 @@ class StepSites:
 
     @property
     def num_heads(self) -> int:
-        """Heads of a step."""
+        """Number of heads of a step."""
         return self._common("H")
 
     @property
@@ -92,20 +92,20 @@ class StepSites:
 
     @property
     def num_neurons(self) -> int:
-        """Neurons of a step: what the FFN's last projection reads."""
+        """Number of neurons of a step: the inputs of the FFN's last projection."""
         return self._common("F")
 
     def size(self, axis: str, step: int) -> int:
-        """Heads (axis H), width of a head (E) or neurons (F) of a step.
+        """Number of heads (axis H), width of a head (E) or number of neurons (F) of a step.
 
         Raises
         ------
         UserError
-            That says why the step has none.
+            If the step has none; the message says why.
         """
         site, place, _ = _SIZES[axis]
         shape = self._shapes[site, step]
-        if isinstance(shape, str) and axis == "H":  # the pattern alone may be seen
+        if isinstance(shape, str) and axis == "H":  # some blocks show only their pattern
             shape, place = self._shapes["pattern", step], 1
         if isinstance(shape, str):
             raise UserError(shape)
@@ -119,10 +119,10 @@ class StepSites:
         return sizes[0]
 
     def _dry_shapes(self, view: nn.Module) -> Shapes:
-        """Shape of each site whose size is asked for, by site and step, or why there is none."""
+        """Shape of each site that sizes are read from, by site and step, or why there is none."""
         image = example_images(view, self.layout.image_size, self.layout.channels)[:1]
         shapes, is_whole = self._dry_pass(view, image, ("z", "k", *OF_MODULES))
-        if not is_whole:  # because of one of these sites
+        if not is_whole:  # one of these sites ended the forward
             for sites in (("z",), ("k",), OF_MODULES):
                 shapes |= self._dry_pass(view, image, sites)[0]
         if any(isinstance(shapes["z", step], str) for step in range(1, len(self) + 1)):
@@ -132,7 +132,7 @@ class StepSites:
     def _dry_pass(
         self, view: nn.Module, image: Tensor, sites: Sequence[str]
     ) -> tuple[Shapes, bool]:
-        """The shapes of `sites` in one forward, and whether it came to its end.
+        """The shapes of `sites` in one forward, and whether it ran to its end.
 
         A site whose module runs more than once per step is refused from now on.
         """
@@ -189,11 +189,11 @@ class StepSites:
         return [self.address(key)]
 
     def _units(self, site: str, step: int) -> tuple[str, int]:
-        """What a unit of the site is called, and how many a step has."""
+        """The word for a unit of the site, and how many of them the step has."""
         axis = unit_axis(site)
         keys = self._shapes["k", step]
         if place_of(site)[1] in ("k", "v") and not isinstance(keys, str):
-            return "head", keys[2]  # fewer than of queries, if these come in groups
+            return "head", keys[2]  # fewer than query heads, if groups of these share one
         if axis == "H":
             return "head", self.size("H", step)
         return ("neuron", self.size("F", step)) if axis == "F" else ("channel", self.layout.width)
@@ -224,7 +224,7 @@ class StepSites:
         if not range(count)[chosen]:
             raise UserError(
                 f"tokens {tokens!r} selects none of the {count} tokens"
-                f" ({self.layout.num_prefix_tokens} of prefix)"
+                f" ({self.layout.num_prefix_tokens} of them before the patches)"
             )
         return chosen, single
 
@@ -247,7 +247,7 @@ class StepSites:
         return list(dict.fromkeys(pair for key in listed for pair in self.places(key, steps)))
 
     def places(self, key: Key, steps: Sequence[int] | int | None) -> list[tuple[str, int]]:
-        """The (site, step) pairs a site name at `steps`, or an address, means."""
+        """The (site, step) pairs that a site name at `steps`, or an address, means."""
         if not isinstance(key, str) or split_address(key)[1] is not None:
             address = self.address(key)
             return [(address.site, address.step)]
@@ -277,12 +277,12 @@ class StepSites:
                 f"{site}: step {step} has no inner update {update}; steps that have it: {there}"
             )
         most = max(len(each.inner) for each in self.steps)
-        there = f"has inner1..inner{most} alone" if most else f"has none; sites: {', '.join(SITES)}"
+        there = f"has inner1..inner{most} only" if most else f"has none; sites: {', '.join(SITES)}"
         raise UserError(f"{site}: this model {there}")
 
 
 def unseen(sites: str) -> str:
-    """What to say of sites that a forward did not reach."""
+    """The message for sites that a forward did not reach."""
     return (
         f"the forward ended without {sites}: the block does not call what the site stands for, or a"
         " module was replaced"

@@ -1,4 +1,4 @@
-"""What a probe has recorded: tensors by site and step."""
+"""The tensors that a probe has recorded, by site and step."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from bvit_interp.vocabulary import (
 
 
 def unit_index(site: str, unit: int) -> tuple[object, ...]:
-    """Index that picks one unit from a whole site's tensor, whatever the token axis has become.
+    """Index that picks one unit from a whole site's tensor, with or without its token axis.
 
     Units are axis 1 of scores and pattern ``(B, H, Q, K)``, the last but one of q, k, v and z, else
     the last.
@@ -39,7 +39,7 @@ class Cache(Mapping[tuple[str, int], Tensor]):
     ``cache["pattern", 7]`` is the tensor of step 7, ``cache["pattern"]`` all recorded steps stacked
     on axis 1, ``cache["mlp_post[5]:12"]`` one unit, and ``cache["z:3"]`` head 3 at all recorded
     steps. Shapes are those of `bvit_interp.vocabulary.SITES`; the token axis is gone where one
-    token was asked for ("cls" or an int), as numpy indexing has it.
+    token was asked for ("cls", "dist" or an int), as in numpy indexing.
 
     Attributes
     ----------
@@ -94,18 +94,18 @@ class Cache(Mapping[tuple[str, int], Tensor]):
         return len(self._tensors)
 
     def to(self, *args: Any, **kwargs: Any) -> Cache:
-        """The same with every tensor moved or cast, as `torch.Tensor.to`."""
+        """The same cache with every tensor moved or cast, as by `torch.Tensor.to`."""
         moved = Cache(self.grid, self.num_steps)
         for key, tensor in self.items():
             moved[key] = tensor.to(*args, **kwargs)
         return moved
 
     def cpu(self) -> Cache:
-        """The same on the CPU."""
+        """The same cache on the CPU."""
         return self.to("cpu")
 
     def save(self, path: str | Path) -> None:
-        """Write a `.safetensors` file with a tensor ``site[step]`` for each."""
+        """Write a `.safetensors` file with a tensor named ``site[step]`` for each pair."""
         tensors = {_text(key): tensor for key, tensor in self.items()}
         about = {"grid": self.grid, "num_steps": self.num_steps}
         tensor_file.write(Path(path), "cache", about, tensors)
@@ -117,7 +117,7 @@ class Cache(Mapping[tuple[str, int], Tensor]):
         Raises
         ------
         UserError
-            For another file.
+            For a file that is missing, damaged or not a saved cache.
         """
         try:
             about, tensors = tensor_file.read(Path(path), "cache")

@@ -1,9 +1,9 @@
 """Probe: record and edit any site of any step.
 
-Hooks on the tied unroll, and a look at the attention kernel as it is called. The model's output is
-bit-equal with and without recording and fused attention stays on; hooks are removed when a call
-ends, also by an exception. (torch's own encoder layer, where it would run as one operation, runs
-part by part in every call of a probe.)
+A probe sets hooks on the tied unroll and watches the calls of the attention kernel. The model's
+output is bit-equal with and without recording, and fused attention stays on. Hooks are removed when
+a call ends, also after an exception. (torch's own encoder layer, where it would run as one
+operation, runs part by part in every call of a probe.)
 """
 
 from __future__ import annotations
@@ -60,15 +60,15 @@ class Probe:
     model : any model that `unroll` takes, or an unroll (e.g. ``unroll(model, steps=24)``).
     max_bytes : a cache that would be larger is refused; above 1 GiB its size is announced by a
         warning.
-    **options : as of `unroll`, e.g. ``loop="encoder.block"``.
+    **options : as in `unroll`, e.g. ``loop="encoder.block"``.
 
     Attributes
     ----------
     model : the tied unroll that is watched; step t is ``model.blocks[t - 1]``.
     layout : image size, patch grid, kinds of prefix tokens, width and classes.
     num_steps : steps T.
-    num_heads, num_neurons : heads, and neurons of the FFN, of a step. Blocks without them, or with
-        different numbers of them, raise a UserError that says so.
+    num_heads, num_neurons : number of heads and of FFN neurons of a step. If steps lack them, or
+        have different numbers of them, reading these raises a UserError.
     """
 
     def __init__(self, model: nn.Module, max_bytes: int = 8 * 2**30, **options: Any) -> None:
@@ -91,7 +91,7 @@ class Probe:
 
     @property
     def num_heads(self) -> int:
-        """Heads of a step."""
+        """Number of heads of a step."""
         return self._steps.num_heads
 
     @property
@@ -101,7 +101,7 @@ class Probe:
 
     @property
     def num_neurons(self) -> int:
-        """Neurons of a step: what the FFN's last projection reads."""
+        """Number of neurons of a step: the inputs of the FFN's last projection."""
         return self._steps.num_neurons
 
     def address(self, key: Key) -> Address:
@@ -139,14 +139,14 @@ class Probe:
         ----------
         images : ``(B, C, H, W)``, normalised.
         sites : site names, or addresses such as ``"mlp_post[5]"`` and ``("mlp_post", 5)``, which
-            bring their step. Sites of an inner update are ``"inner2.mlp_post"``.
-        steps : which steps of the named sites, from 1 (0 is allowed for resid_post alone: the
-            embedded tokens); by default every step that has the site.
+            contain their step. A site of an inner update is named as ``"inner2.mlp_post"``.
+        steps : steps of the sites that are named without a step, from 1 (0, the embedded tokens, is
+            allowed only for resid_post); by default every step that has the site.
         tokens : "cls", "dist", "reg", "patches", "all", an int or a slice; for scores and pattern,
             query tokens.
-        grad : let gradients pass: from the logits to what is recorded, and from there to the images
-            and weights. Recorded scores and patterns then stand in for the fused kernel's, which
-            rounds otherwise. By default what is recorded is detached.
+        grad : let gradients flow from the logits to what is recorded, and from there to the images
+            and weights. Recorded scores and patterns then replace those of the fused kernel, whose
+            rounding differs. By default what is recorded is detached.
 
         Returns
         -------
@@ -167,7 +167,7 @@ class Probe:
         tokens: Tokens = "all",
         grad: bool = False,
     ) -> Cache:
-        """As `run`, without logits: the forward ends as soon as the last activation is there."""
+        """As `run`, without logits: the forward ends when the last activation is recorded."""
         with self._lock:
             cache, hooks, targets = self._recording(images, sites, steps, tokens, True, grad)
             with hooks, unfused(), contextlib.suppress(Enough):
@@ -183,19 +183,21 @@ class Probe:
         ----------
         edits : ``("z", 5)``, ``"z[5]"`` or ``"z[5]:3"`` -> fn(activation, address). Without a step,
             as ``"z"``, ``"z:3"`` or ``"z[*]:3"``, the edit is made at every step. With a unit, fn
-            sees and returns that head ``(B, N, E)`` or neuron ``(B, N)`` alone. The whole token
-            axis is given. Within a step, edits apply in the order in which the block computes its
+            gets and returns only that head ``(B, N, E)`` or neuron ``(B, N)``. It gets the whole
+            token axis. Within a step, edits apply in the order in which the block computes its
             sites.
 
         Yields
         ------
-        How often each edit fired, by address. One that never fired raises when the context ends.
+        How often each edit fired, by address. An edit that never fired raises a UserError when the
+        context ends.
 
         Raises
         ------
         UserError
-            Under gradient checkpointing, where a backward pass behind the context would compute the
-            step again without the edit. Also for what the model does not have.
+            Under gradient checkpointing, where a backward pass after the context would compute the
+            step again without the edit. Also for a site, step or unit that the model does not have,
+            and for two edits of one address.
         """
         self._refuse_compiled()
         if torch.is_grad_enabled():
@@ -224,7 +226,7 @@ class Probe:
             )
 
     def _install(self, edits: list[tuple[Address, Change]]) -> None:
-        """Make `edits` the ones in force: all of a step are set together, so that they chain."""
+        """Replace the edits in force: all of a step are set together, so that they chain."""
         self._edit_hooks.close()
         self._edits = edits
         by_block: dict[Step, dict[str, list[Change]]] = {}
@@ -247,15 +249,15 @@ class Probe:
 
         Parameters
         ----------
-        loader : batches ``(images, labels)``, or of `bvit_interp.data.loader.Loader`; each process
-            its own part.
-        metrics : site or address -> metric. ``update`` gets the activations ``(B, T, ...)`` (an
-            address: ``(B, ...)``), and the labels ``(B,)`` if it has an argument `labels` or
-            `target`.
+        loader : batches ``(images, labels)``, or those of `bvit_interp.data.loader.Loader`; each
+            process gets its own part.
+        metrics : site or address -> metric. ``update`` gets the activations ``(B, T, ...)`` of a
+            site or ``(B, ...)`` of an address, and the labels ``(B,)`` if it has an argument
+            `labels` or `target`.
 
         Returns
         -------
-        The same keys -> ``compute()``, on every process.
+        The same keys -> the results of ``compute()``, on every process.
         """
         device = device_of(self.model)
         for metric in metrics.values():
@@ -335,8 +337,8 @@ class Probe:
         return rows, columns
 
     def _announce(self, batch: int, targets: list[tuple[str, int]], rows: int, count: int) -> None:
-        """Refuse a cache beyond `max_bytes`, warn of a large one; 4 or the parameters' bytes a
-        number."""
+        """Refuse a cache beyond `max_bytes`, and warn of a large one. Each number is taken to need
+        as many bytes as one of the model's parameters."""
         sizes = {"B": batch, "N": rows, "Q": rows, "K": count, "D": self.layout.width}
         numbers = sum(
             math.prod(
@@ -381,7 +383,7 @@ def refuse_checkpointing(model: nn.Module) -> None:
 
 
 def _check_seen(cache: Cache, targets: list[tuple[str, int]]) -> None:
-    """Refuse a recording that lacks something."""
+    """Refuse a recording that lacks a target."""
     lacking = [f"{site}[{step}]" for site, step in targets if (site, step) not in cache]
     if lacking:
         raise UserError(unseen(choices(lacking)))
@@ -403,7 +405,7 @@ def _through(keep: Callable[[Tensor], None], rows: slice, axis: int, single: boo
         count = whole.shape[axis]
         chosen = range(count)[rows]
         index = torch.arange(count, device=whole.device)[rows]
-        if torch.is_grad_enabled() and not whole.requires_grad:  # of frozen weights
+        if torch.is_grad_enabled() and not whole.requires_grad:  # the weights are frozen
             whole = whole.detach().requires_grad_()
         kept = whole if len(chosen) == count else whole.index_select(axis, index)
         if single:
@@ -417,7 +419,7 @@ def _through(keep: Callable[[Tensor], None], rows: slice, axis: int, single: boo
 
 
 def _own(tensor: Tensor, site: str) -> Tensor:
-    """A copy that nothing changes in place, and no view that keeps a larger tensor alive."""
+    """A tensor that nothing else changes in place, and that keeps no larger tensor alive."""
     made_here = place_of(site)[1] in ("scores", "pattern")
     kept = tensor.untyped_storage().nbytes()
     is_whole = kept == tensor.numel() * tensor.element_size()
@@ -428,12 +430,12 @@ _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyD
 
 
 def _lock_of(view: nn.Module) -> threading.RLock:
-    """One lock per view: hooks would see the forward of another thread."""
+    """The one lock of a view: without it hooks would see the forward of another thread."""
     return _locks.setdefault(view, threading.RLock())
 
 
 def _change(address: Address, fn: Edit, fired: Fired) -> Change:
-    """Apply `fn` to the whole activation, or to one unit of it, and count."""
+    """A change that applies `fn` to the whole activation, or to one unit of it, and counts."""
 
     def change(activation: Tensor) -> Tensor | None:
         if torch.is_grad_enabled() and _saves_elsewhere():
@@ -462,14 +464,14 @@ def _change(address: Address, fn: Edit, fired: Fired) -> Change:
 
 
 def _saves_elsewhere() -> bool:
-    """Whether autograd keeps tensors otherwise than itself, as under gradient checkpointing."""
+    """Whether hooks store the tensors that autograd saves, as under gradient checkpointing."""
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return top is not None and top(True) is not None
 
 
 def _update(metric: Any, values: Tensor, labels: Tensor) -> None:
-    """Labels go by name, to those that ask: a MeanMetric's second argument is a weight, not a
-    label."""
+    """Update a metric; labels are given by name, if it has such an argument: the second argument of
+    a MeanMetric is a weight, not a label."""
     parameters = inspect.signature(metric.update).parameters
     # a MetricCollection passes on what fits
     anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())

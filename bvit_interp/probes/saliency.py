@@ -5,9 +5,10 @@ residual, up to the step (Abnar & Zuidema, 2020). `gradient_x_activation` and
 `integrated_gradients` (Sundararajan et al., 2017) attribute the predicted class's logit to the
 tokens that enter the step, with captum on the tied unroll.
 
-At the last step gradient x activation is zero on every patch: there a patch acts through a norm
-that ignores its length, so x . df/dx = 0. (A model that adds a memory to the state is an
-exception.) A map that is zero but for rounding is set to zero, so that all its patches are tied.
+At the last step gradient x activation is zero on every patch: there a patch acts only through a
+norm that ignores its length, so x . df/dx = 0. (A model that adds a memory to the state is an
+exception.) A map that is zero except for rounding errors is set to zero, so that all its patches
+are tied.
 captum's LayerGradCam is not offered: it sums over tokens, which is wrong for a ViT.
 """
 
@@ -30,7 +31,7 @@ OneMap = Float[Tensor, "batch steps 1 patches"]
 
 
 def attention(probe: Probe, images: Images) -> Maps:
-    """CLS attention of every step and head on the patches; the last step ends after q and k."""
+    """CLS attention on the patches at every step and head; the forward ends at the last pattern."""
     with torch.inference_mode():
         pattern = probe.record(images, "pattern", tokens="cls")["pattern"]
     return pattern[..., probe.num_prefix_tokens :]

@@ -1,8 +1,8 @@
 """Sites of a step, for recording and for editing.
 
-A site outside attention is the input or the output of a module of the block, and an ordinary
-forward hook there: `bvit_interp.models.families` knows which. The sites of attention are seen at
-the kernel (`bvit_interp.models.attention`).
+A site outside attention is the input or the output of a module of the block, which
+`bvit_interp.models.families` names. It is recorded and edited by an ordinary forward hook. The
+sites of attention are seen at the kernel (`bvit_interp.models.attention`).
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from bvit_interp.models.nested import first_tensor, with_first
 from bvit_interp.vocabulary import SITES
 
 FFN_MATRICES = {"fc1": "mlp_pre", "fc2": "mlp_post"}
-"""The weights of an FFN: the one whose outputs mlp_pre are, and the one that reads mlp_post."""
+"""Weights of an FFN -> their site: mlp_pre is the output of fc1, mlp_post the input of fc2."""
 Handle = attention.Handle | torch.utils.hooks.RemovableHandle
-"""Ends a recording or an edit by its method `remove`."""
+"""Its method `remove` ends a recording or an edit."""
 
 
 class Step:
@@ -34,8 +34,8 @@ class Step:
 
     Attributes
     ----------
-    inner : the inner updates of the step's memory, if it has any; without inner updates of their
-        own.
+    inner : a `Step` for each inner update of the step's memory, if there are any. Their own `inner`
+        is empty.
     """
 
     def __init__(self, block: nn.Module) -> None:
@@ -62,7 +62,7 @@ class Step:
         Raises
         ------
         UserError
-            That says why, and which sites there are.
+            For a missing site; the message says why, and lists the sites of the block.
         """
         if site in self._map.missing:
             there = ", ".join(name for name in SITES if name not in self._map.missing)
@@ -73,7 +73,7 @@ class Step:
 
         Parameters
         ----------
-        matrix : of `FFN_MATRICES`.
+        matrix : a key of `FFN_MATRICES`.
 
         Raises
         ------
@@ -98,11 +98,11 @@ class Step:
         return self._hook(site, lambda x: keep(x[:, rows]))
 
     def edit(self, changes: Mapping[str, Sequence[Change]]) -> list[Handle]:
-        """Hooks for all edits of the step, by site.
+        """Set hooks for all edits of the step, by site.
 
-        They are set in the order in which the block computes its sites, whatever the order they
-        were listed in, so that each sees what the earlier ones left; several edits of one site
-        follow each other as listed.
+        They are set in the order in which the block computes its sites, not in the order of
+        `changes`, so that each edit sees the result of the earlier ones. Several edits of one site
+        run in the order in which they are listed.
         """
         handles: list[Handle] = []
         for site in SITES:
@@ -117,7 +117,7 @@ class Step:
         return handles
 
     def _place(self, site: str) -> tuple[str, str]:
-        """The module of the block, and which end of it: "in" or "out"."""
+        """The site's module in the block, and its end: "in" or "out"."""
         ends = {"resid_pre": "in", "resid_post": "out"}
         module, _, end = self._map.sites.get(site, f".{ends.get(site)}").rpartition(".")
         return module, end
@@ -131,8 +131,8 @@ class Step:
         return module.register_forward_hook(_after(change))
 
     def _edit_resid_mid(self, change: Change) -> list[Handle]:
-        """The residual also skips the FFN: the change is carried to the step's output by the same
-        amount."""
+        """Edit the input of the FFN, and add the same change to the step's output, because the
+        residual carries the same state past the FFN."""
         carried: list[Tensor] = []
 
         def before_ffn(x: Tensor) -> Tensor | None:

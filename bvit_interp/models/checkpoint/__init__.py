@@ -1,13 +1,13 @@
 """Checkpoints: a folder with `model.safetensors`, `config.json` and `README.md`.
 
-Weights averaged over training (EMA) lie beside the raw ones as `ema.safetensors`; `FOLDER@ema`
-opens them. Masks of the steps lie there as `masks.safetensors`; `FOLDER@masked` opens the raw
-weights under them. The layout is timm's for a hub or local folder, so
+Weights averaged over training (EMA) are stored beside the raw ones as `ema.safetensors`;
+`FOLDER@ema` opens them. Masks of the steps are stored there as `masks.safetensors`; `FOLDER@masked`
+opens the raw weights under them. The layout is that of timm's hub and local folders, so
 `timm.create_model("local-dir:checkpoints/NAME", pretrained=True)` opens it too once `bvit_interp`
 is imported.
 
-`load` also opens models of timm, torchvision and Hugging Face, weights files of others, and models
-of a user's own code. A pickle is never allowed to run code. A Python file or module runs only if
+`load` also opens models of timm, torchvision and Hugging Face, other weights files, and models of
+the user's own code. A pickle is never allowed to run code. A Python file or module runs only if
 the user names it.
 """
 

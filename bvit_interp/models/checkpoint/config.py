@@ -1,8 +1,8 @@
-"""The `config.json` of a checkpoint: read, and checked first.
+"""Reads and checks the `config.json` of a checkpoint.
 
-timm and the Hub write three layouts: ours and timm's with `pretrained_cfg`; the same with
-`label_names` and `num_classes` beside it, which then hold; and one flat mapping (Hub models of
-2022), whose entries are those of `pretrained_cfg`.
+There are three layouts. Ours and timm's have a mapping `pretrained_cfg`. Some files also have
+`label_names` and `num_classes` beside it, which then take precedence. Hub models of 2022 have one
+flat mapping with the entries of a `pretrained_cfg`.
 """
 
 from __future__ import annotations
@@ -35,19 +35,20 @@ _MOST_TEXT, _MOST_ENTRIES, _DEEPEST = 10_000, 100_000, 4
 _BYTES_PER_WEIGHT = 0.5  # no file of weights stores fewer
 
 Check = Callable[[Any], str]
-"""What a value must be where it is not, else an empty string."""
+"""Returns what a value must be, or an empty string if it is valid."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What a `config.json` says of its model.
+    """What a `config.json` says about its model.
 
     Attributes
     ----------
     file : the file, for messages.
     architecture : name of the model in timm.
     model_args : arguments that make it.
-    cfg : its `pretrained_cfg` without what is null; `label_names` has a name per class.
+    cfg : the entries of its `pretrained_cfg` that are used and not null; `label_names` has one name
+        per class.
     """
 
     file: Path
@@ -56,18 +57,18 @@ class ModelConfig:
     cfg: dict[str, Any]
 
     def check_size(self, weights: Path) -> None:
-        """Refuse arguments of a model that is far larger than its weights file.
+        """Refuse arguments of a model that is far larger than its weights file, before it is built.
 
         Raises
         ------
         CheckpointError
-            Before any memory is asked for.
+            If the file is too small for the parameters of the model.
         """
         parameters = _least_parameters(self.model_args)
         size = weights.stat().st_size
         if parameters * _BYTES_PER_WEIGHT > size:
             raise CheckpointError(
-                f"{self.file}: model_args are of at least {parameters:,} parameters,"
+                f"{self.file}: model_args make a model of at least {parameters:,} parameters,"
                 f" {weights.name} has {size:,} bytes"
             )
 
@@ -78,8 +79,8 @@ def read_config(file: Path) -> ModelConfig:
     Raises
     ------
     CheckpointError
-        For what is not JSON, a model of another library, and a value of the wrong type, range or
-        size; the line names file and key.
+        For a file that is not JSON, a model of another library, and a value of the wrong type,
+        range or size; the message names file and key.
     """
     config = read_json(file)
     if "architecture" not in config and config.get("model_type"):
@@ -115,15 +116,15 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def check_args(args: Mapping[str, Any], file: Path) -> None:
-    """Refuse arguments of a model that have the wrong type or are beyond reason.
+    """Refuse arguments of a model that have the wrong type or an unreasonable size.
 
-    Those that are known here have ranges; others are short JSON values with finite numbers. Whether
-    the model takes them is its own business.
+    Arguments that are known here have ranges. Others must be short JSON values with finite numbers.
+    Whether the model accepts them is not checked here.
     """
     for key, value in args.items():
         if key in _FACTORY:
             raise CheckpointError(f"{file}: model_args.{key} is not an argument of a model")
-        if value is not None:  # as if it were not there
+        if value is not None:  # null counts as absent
             _require(_ARGS.get(key, _plain)(value), value, f"model_args.{key}", file)
     blocks, steps = args.get("num_blocks") or 1, args.get("num_steps") or 1
     if blocks * steps > _MOST_STEPS:
@@ -140,7 +141,7 @@ def checked_cfg(
 
     Parameters
     ----------
-    cfg : by timm's names. What is null counts as absent, and what is not used here is left out.
+    cfg : entries by timm's names. Null counts as absent, and unused entries are left out.
     file : the file, for messages.
     classes : the model's number of classes, if it is known.
     channels : channels of its images.
@@ -166,7 +167,7 @@ def checked_cfg(
 
 
 def check_names(names: Sequence[str] | None, classes: int | None, file: Path) -> None:
-    """Refuse class names that are not as many as the classes; a model without a head has none."""
+    """Refuse class names whose number is not `classes`; None and 0 classes are not checked."""
     if names and classes and len(names) != classes:
         raise CheckpointError(
             f"{file}: label_names has {len(names)} names, the model {classes} classes"
@@ -239,7 +240,7 @@ def _size(high: int) -> Check:
 
 
 def _each(one: Check) -> Check:
-    """One value, or a list of them: families outside the vision transformers have stages."""
+    """One value, or a list: models with stages have one value per stage."""
 
     def check(value: Any) -> str:
         values = value if isinstance(value, (list, tuple)) and value else [value]
@@ -329,7 +330,7 @@ _CFG: dict[str, Check] = {
 
 
 def _least_parameters(args: Mapping[str, Any]) -> int:
-    """A lower bound of the parameters that a vision transformer of these arguments has."""
+    """A lower bound on the number of parameters of a vision transformer with these arguments."""
     width: Any = args.get("embed_dim")
     if not _is_int(width):
         return 0
@@ -343,5 +344,5 @@ def _least_parameters(args: Mapping[str, Any]) -> int:
 
 
 def _first(value: Any) -> Any:
-    """One side of a size."""
+    """The smallest entry of a list, or the value itself."""
     return min(value, default=0) if isinstance(value, (list, tuple)) else value

@@ -33,7 +33,7 @@ def open_path(spec: Spec) -> nn.Module:
         )
     if spec.version == MASKED and not (path / masks.FILE).is_file():
         raise CheckpointError(
-            f"{path} has no masks ({masks.FILE}): leave out {MASKED} for its weights without"
+            f"{path} has no masks ({masks.FILE}): leave out {MASKED} for its weights without masks"
         )
     if path.is_dir():
         folder, weights = path, path / (EMA if averaged else WEIGHTS)
@@ -89,5 +89,5 @@ def _under_masks(model: nn.Module, file: Path) -> VisionTransformer:
         return masks.masked(model, masks.Masks.load(file, model), baked=True)
     except CheckpointError:
         raise
-    except UserError as error:  # masks of other things than steps
+    except UserError as error:  # these are not masks of steps
         raise CheckpointError(f"{file}: {error}") from error

@@ -20,12 +20,12 @@ from bvit_interp.models.checkpoint.specs import CONFIG, Spec
 
 PREPROCESSOR = "preprocessor_config.json"
 _INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
-"""By the number that Pillow gives them, which `resample` is."""
+"""In the order of Pillow's numbers, which the entry `resample` uses."""
 _UNNAMED = re.compile(r"LABEL_\d+")
 
 
 def open_huggingface(spec: Spec) -> nn.Module:
-    """A model of a folder, on the CPU, with a `pretrained_cfg` as timm's."""
+    """The model of a folder, on the CPU, with a `pretrained_cfg` like timm's."""
     folder = Path(spec.name)
     if not (folder / CONFIG).is_file():
         raise CheckpointError(
@@ -87,7 +87,7 @@ def _opened(spec: Spec, folder: Path, config: dict[str, Any]) -> Any:
 
 @contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """Without progress bars and reports of transformers, which are put back at the end."""
+    """Turn off the progress bars and messages of transformers while the context lasts."""
     log = transformers.utils.logging
     level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()
@@ -101,7 +101,7 @@ def _quiet(transformers: Any) -> Iterator[None]:
 
 
 def _cfg(config: Any, view: dict[str, Any]) -> dict[str, Any]:
-    """Normalisation and class names, by timm's names, as far as they are known."""
+    """Normalisation, interpolation, crop and class names, by timm's names, if they are known."""
     cfg: dict[str, Any] = {}
     if view.get("do_normalize", True) and "image_mean" in view:
         cfg |= {"mean": tuple(view["image_mean"]), "std": tuple(view["image_std"])}
@@ -120,7 +120,7 @@ def _cfg(config: Any, view: dict[str, Any]) -> dict[str, Any]:
 
 
 def _view_size(view: dict[str, Any]) -> tuple[int, int] | None:
-    """Rows and columns of what the preprocessor makes of an image."""
+    """Rows and columns of the image that the preprocessor returns; None if it does not say."""
     centred = view.get("do_center_crop") and view.get("crop_size")
     size = view["crop_size"] if centred else view.get("size")
     if isinstance(size, int):
@@ -133,7 +133,7 @@ def _view_size(view: dict[str, Any]) -> tuple[int, int] | None:
 
 
 def _shorter_side(view: dict[str, Any]) -> int | None:
-    """Length to which the shorter side is brought before the crop."""
+    """Length of the shorter side after resizing and before the crop."""
     size = view.get("size")
     if isinstance(size, dict):
         size = size.get("shortest_edge") or size.get("height")

@@ -43,8 +43,9 @@ def load(
 ) -> Model:
     """Open a model, in eval mode.
 
-    A `BViT` and a `VisionTransformer` of timm come as they are; any other model comes as its
-    unroll, a `CalledSteps`.
+    A `BViT` and a `VisionTransformer` that runs its own blocks in turn are returned as they are.
+    Any other model, and any model whose loop, prefix or grid is given, is returned as its unroll, a
+    `CalledSteps`.
 
     Parameters
     ----------
@@ -53,27 +54,28 @@ def load(
         - a checkpoint folder; ``FOLDER@ema`` for its averaged weights; ``FOLDER@masked`` for its
           raw weights under the masks of its steps, an unroll whose steps have weights of their own;
         - a `.safetensors/.pt/.pth/.ckpt/.bin` file beside its `config.json`, or ``FILE@ema``;
-        - ``timm:NAME`` (weights as timm finds them), ``timm:NAME@random`` (seeded random weights),
+        - ``timm:NAME`` (timm's pretrained weights), ``timm:NAME@random`` (seeded random weights),
           ``timm:NAME@FILE`` for a weights file of that architecture, or ``timm:NAME@FILE@ema``;
         - ``torchvision:NAME``, with the same endings;
         - ``hf:FOLDER``, a folder that `save_pretrained` of transformers wrote;
         - ``FILE.py:factory`` or ``module:package.module.factory``: what that function returns. The
           file or module is run.
 
-        Behind any of them ``@loop=PATH`` names the block that the steps are, ``@size=N`` the size
-        of the images, ``@prefix=cls,reg`` the kinds of the tokens before the patches, and
-        ``@grid=14x14`` rows and columns of patches.
-    device : where the model goes.
+        These options may follow: ``@loop=PATH``, the block whose calls are the steps; ``@size=N``,
+        the size of the images; ``@prefix=cls,reg``, the kinds of the tokens before the patches;
+        ``@grid=14x14``, the rows and columns of patches.
+    device : device of the model.
     loop : as ``@loop=PATH``; see `bvit_interp.unroll`.
-    image_size : as ``@size=N``, pixels. Position embeddings are resampled, bicubic as timm does it.
-    own_code : False refuses specs that run code, for a spec that comes from a file and not from the
-        user.
+    image_size : as ``@size=N``, in pixels, or (rows, columns). Position embeddings are resampled
+        bicubically, as in timm.
+    own_code : False refuses specs that run code. It is for a spec that comes from a file and not
+        from the user.
 
     Raises
     ------
     CheckpointError
-        For anything that cannot be opened, for keys that do not fit, which are listed, and for a
-        model whose steps are not clear.
+        For anything that cannot be opened, for keys that do not fit (they are listed), for NaN or
+        infinite weights, and for a model whose steps are not clear.
     """
     wanted = parse(str(spec))
     if not own_code and wanted.kind in ("module", "python"):
@@ -97,7 +99,7 @@ def load(
 def load_vit(
     spec: str | Path, device: str | torch.device = "cpu", *, own_code: bool = True
 ) -> VisionTransformer:
-    """As `load`, for what only works on a `BViT` or a `VisionTransformer` of timm.
+    """As `load`, where only a `BViT` or a `VisionTransformer` of timm can be used.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Opens a model of the user's own code, made by a function.
+"""Opens a model that a function of the user's own code makes.
 
 Importing a module and running a file runs what is in them. That happens only for a spec that names
 them, never for a file that another spec leads to.
@@ -26,15 +26,16 @@ Result = TypeVar("Result")
 
 
 def open_own(spec: Spec) -> nn.Module:
-    """What the factory gives, called without arguments, on the CPU.
+    """The model that the factory returns when it is called without arguments.
 
-    Random weights are the same at every call.
+    A factory that is itself a module is returned as it is. Random weights that are drawn on the CPU
+    are the same at every call.
 
     Raises
     ------
     CheckpointError
-        For a file, module or factory that is not there, one that raises, and a result that is no
-        module of torch.
+        For a file, module or factory that does not exist or raises an error, and for a result that
+        is not a module of torch.
     """
     if spec.kind == "python":
         path = Path(spec.name)
@@ -68,7 +69,7 @@ def _importable(folder: Path) -> Iterator[None]:
 
 
 def _imported(spec: Spec) -> ModuleType:
-    """The module. One that is not there is told from one that fails to import another."""
+    """The module; a missing one and one that fails to import another get different messages."""
     importlib.invalidate_caches()
     try:
         return importlib.import_module(spec.name)
@@ -87,7 +88,7 @@ def _executed(spec: Spec, path: Path) -> ModuleType:
     assert found is not None  # the name ends in .py
     assert found.loader is not None
     module = importlib.util.module_from_spec(found)
-    sys.modules[name] = module  # dataclasses look their module up
+    sys.modules[name] = module  # dataclasses look up their module
     loader = found.loader
     try:
         _guarded(lambda: loader.exec_module(module), path.name, spec)
@@ -117,7 +118,7 @@ def _attribute(module: ModuleType, spec: Spec, where: str) -> Any:
 
 
 def _guarded(call: Callable[[], Result], what: str, spec: Spec) -> Result:
-    """The result of the user's code; what it raises becomes one line."""
+    """The result of the user's code; an error that it raises becomes one line."""
     try:
         return call()
     except (Exception, SystemExit) as error:

@@ -1,4 +1,4 @@
-"""A model for images of another size: its position embeddings are resampled."""
+"""Changes the image size of a model by resampling its position embeddings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bvit_interp.errors import CheckpointError
 
 
 def resize(model: Any, size: tuple[int, int] | None, text: str) -> Any:
-    """Bring a model of timm to a size of images, in place.
+    """Set the image size of a model of timm, in place.
 
     Parameters
     ----------
@@ -23,7 +23,7 @@ def resize(model: Any, size: tuple[int, int] | None, text: str) -> Any:
     Raises
     ------
     CheckpointError
-        For a size that is no multiple of the patch, and a model that has no other size.
+        For a size that is not a multiple of the patch size, and for a model whose size is fixed.
     """
     if size is None or size == tuple(getattr(getattr(model, "patch_embed", None), "img_size", ())):
         return model
@@ -37,7 +37,7 @@ def resize(model: Any, size: tuple[int, int] | None, text: str) -> Any:
 
 
 def check_patches(size: tuple[int, int], patch: Any, text: str) -> None:
-    """Refuse a size that patches do not fill."""
+    """Refuse an image size that is not a whole number of patches."""
     rows, columns = patch if isinstance(patch, (tuple, list)) else (patch, patch)
     if size[0] % rows or size[1] % columns:
         raise CheckpointError(
@@ -46,9 +46,9 @@ def check_patches(size: tuple[int, int], patch: Any, text: str) -> None:
 
 
 def resample_huggingface(model: Any, size: tuple[int, int], text: str) -> None:
-    """Bring a vision transformer of Hugging Face to a size of images, in place.
+    """Set the image size of a vision transformer of Hugging Face, in place.
 
-    What resamples its position embeddings itself, at every forward, stays as it is.
+    Position embeddings that the model itself resamples at every forward stay as they are.
     """
     model.image_size = size
     for embeddings in model.modules():
@@ -73,7 +73,7 @@ def resample_huggingface(model: Any, size: tuple[int, int], text: str) -> None:
 
 
 def takes_other_sizes(model: nn.Module) -> bool:
-    """Whether a model of Hugging Face takes images of any size as it is."""
+    """Whether a model of Hugging Face takes images of any size without a change."""
     return not any(
         hasattr(part, "position_embeddings") and hasattr(part, "image_size")
         for part in model.modules()

@@ -35,19 +35,19 @@ def save(
     """Write a recurrent model (or matched stack) as a checkpoint folder; an existing one is
     replaced.
 
-    Everything is written beside the folder first and then renamed into it file by file, so that a
-    full disk or an error leaves an existing checkpoint as it was.
+    Everything is first written beside the folder and then renamed into it, file by file. So a full
+    disk or an error leaves an existing checkpoint as it was.
 
     Parameters
     ----------
     model : a `BViT`; not its unroll, which shares its weights.
     folder : the folder, made if missing; on an error it is left as it was.
     card : text of the model card.
-    about : JSON-able facts for `config.json` under "training" (recipe, seed, accuracy, ...).
-    ema : averaged weights, a state dict of the model's keys and shapes, for `ema.safetensors`;
-        without it, one that an earlier save left is removed.
-    dtype : float32, float16 or bfloat16, in which floating tensors are stored; by default their
-        own. A model opened again is float32.
+    about : facts for `config.json` under "training" (recipe, seed, accuracy, ...), as JSON values.
+    ema : averaged weights for `ema.safetensors`: a state dict with the model's keys and shapes.
+        Without it, an existing `ema.safetensors` is removed.
+    dtype : float32, float16 or bfloat16, in which floating tensors are stored; by default each
+        keeps its own. A model that is opened again is float32.
 
     Returns
     -------
@@ -88,7 +88,7 @@ def save(
         config = _config_of(model) | ({"training": dict(about)} if about else {})
         Path(temporary, CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         Path(temporary, CARD).write_text(card or f"# {folder.name}\n")
-        for name in weights:  # safetensors leaves them to their owner alone
+        for name in weights:  # safetensors lets only the owner read them
             shutil.copymode(Path(temporary, CONFIG), Path(temporary, name))
         folder.mkdir(exist_ok=True)
         for name in (*weights, CONFIG, CARD):
@@ -114,8 +114,8 @@ def _as_stored(
 
 
 def _args_of(model: Any) -> dict[str, Any]:
-    """The arguments that rebuild the model as it is now (it may have been resized or given another
-    head)."""
+    """The arguments that rebuild the model as it is now: it may have another size or head than when
+    it was made."""
     return model.model_args | {
         "num_classes": model.num_classes,
         "img_size": list(model.patch_embed.img_size),
@@ -127,8 +127,8 @@ def _args_of(model: Any) -> dict[str, Any]:
 
 
 def _check_rebuilds(model: Any) -> None:
-    """Refuse a model that was cut, pruned or grafted: its checkpoint would open as another
-    model."""
+    """Refuse a model that was cut, pruned or otherwise changed: its checkpoint would open as
+    another model."""
     with torch.device("meta"):
         twin: Any = timm.create_model(model.pretrained_cfg["architecture"], **_args_of(model))
     if len(twin.blocks) != len(model.blocks):
@@ -146,7 +146,7 @@ def _check_rebuilds(model: Any) -> None:
 def _config_of(model: Any) -> dict[str, Any]:
     cfg = dict(model.pretrained_cfg)
     if len(cfg.get("label_names") or ()) != model.num_classes:
-        cfg.pop("label_names", None)  # of the head it had before
+        cfg.pop("label_names", None)  # these belong to an earlier head
     height, width = model.patch_embed.img_size
     kept = ("crop_pct", "interpolation", "mean", "std", "label_names", "first_conv", "classifier")
     return {

@@ -1,9 +1,9 @@
-"""How a checkpoint is written: ``SOURCE[@VERSION][@loop=PATH][@size=N]...``.
+"""How the user names a checkpoint: ``SOURCE[@VERSION][@loop=PATH][@size=N]...``.
 
 The source is a path, or begins with a word: ``timm:NAME``, ``torchvision:NAME``, ``hf:FOLDER``,
-``module:package.module.factory``, ``FILE.py:factory``. What follows an ``@`` says which weights of
-it are meant, which module is the block of the loop, for what size of images, and which tokens are
-patches: ``@prefix=KIND,...`` and ``@grid=ROWSxCOLUMNS``.
+``module:package.module.factory``, ``FILE.py:factory``. What follows an ``@`` says which weights are
+meant, which module is the block of the loop, the size of the images, and which tokens are patches:
+``@prefix=KIND,...`` and ``@grid=ROWSxCOLUMNS``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _OPTIONS = {
     "prefix": "KIND,...",
     "grid": "ROWSxCOLUMNS",
 }
-"""Option behind the source -> how its value is written."""
+"""Option after the source -> how its value is written."""
 _OPTION = re.compile(r"(?P<before>.+)@(?P<key>\w+)=(?P<value>[^@]*)", re.DOTALL)
 
 
@@ -41,13 +41,13 @@ class Spec:
     name : the path; the name in timm or torchvision; the folder; the name of the factory's module;
         the Python file.
     factory : the factory in that module or file.
-    file : weights file of another origin than the model's own; "" for its own.
-    random : random weights, by a fixed seed.
+    file : weights file to use in place of the model's own weights; "" for its own.
+    random : whether the weights are random, from a fixed seed.
     version : "@ema" or "@masked", or "".
     loop : path of the block of the loop, or None.
     size : rows and columns of the images, or None for the model's own.
-    prefix : kinds of the tokens before the patches, or None for what the model tells.
-    grid : rows and columns of patches, or None for what the model tells.
+    prefix : kinds of the tokens before the patches, or None if the model tells them.
+    grid : rows and columns of patches, or None if the model tells them.
     """
 
     text: str
@@ -64,12 +64,13 @@ class Spec:
 
 
 def parse(text: str) -> Spec:
-    """Read a spec. A path that is there is meant as it is.
+    """Read a spec. A path that exists is taken whole, also with an ``@`` in it.
 
     Raises
     ------
     CheckpointError
-        For an option that is none, or without a value that can be used.
+        For an unknown option, an option without a valid value, and code without the name of a
+        factory.
     """
     source, options = text, dict[str, str]()
     while not Path(source).exists() and (found := _OPTION.fullmatch(source)):
@@ -111,8 +112,8 @@ def parse(text: str) -> Spec:
 def display_name(spec: str | Path) -> str:
     """Short name of a checkpoint for tables and figures.
 
-    The folder's (with @ema or @masked), timm's, torchvision's, or that of the file and its factory.
-    A size that was asked for is part of it; other options are not.
+    It is the name of the folder (with @ema or @masked), of the model in timm or torchvision, or of
+    the module or file and its factory. A chosen image size is part of it; other options are not.
     """
     found = parse(str(spec))
     if found.kind in ("timm", "torchvision"):
@@ -143,7 +144,7 @@ def versions(spec: str | Path) -> list[str]:
 
 
 def location(spec: str) -> str:
-    """The checkpoint that a spec means, however its path is spelled."""
+    """The spec with an absolute path: the same for every spelling of one path."""
     found = parse(spec)
     if found.kind in ("timm", "torchvision", "module"):
         return spec
@@ -151,7 +152,7 @@ def location(spec: str) -> str:
 
 
 def _split(text: str) -> tuple[str, str]:
-    """Path, and @ema, @masked or nothing behind it; a path that is there is meant as it is."""
+    """The path, and "@ema", "@masked" or "" after it; a path that exists is taken whole."""
     for version in (AVERAGED, MASKED):
         if text.endswith(version) and not Path(text).exists():
             return text.removesuffix(version), version
@@ -159,7 +160,7 @@ def _split(text: str) -> tuple[str, str]:
 
 
 def _pair(text: str, key: str, value: str) -> tuple[int, int]:
-    """Rows and columns of N or NxM."""
+    """Rows and columns of the text N or ROWSxCOLUMNS."""
     numbers = value.split("x")
     if len(numbers) > 2 or not all(each.isdecimal() and int(each) for each in numbers):
         unit = "pixels" if key == "size" else "patches"

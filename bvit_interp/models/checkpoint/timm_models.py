@@ -1,4 +1,4 @@
-"""Opens a model of timm: published weights, random ones, or a file's."""
+"""Opens a model of timm with published weights, random weights or those of a file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def open_timm(spec: Spec) -> nn.Module:
     """A model of timm, on the CPU."""
     name = spec.name
     if spec.version == MASKED:
-        raise CheckpointError(f"{spec.text}: masks lie in a checkpoint folder: FOLDER{MASKED}")
+        raise CheckpointError(f"{spec.text}: masks are in a checkpoint folder: FOLDER{MASKED}")
     if not timm.is_model(name):
         raise CheckpointError(f"timm has no model {name!r}; close: {choices(close_names(name))}")
     try:
@@ -33,7 +33,7 @@ def open_timm(spec: Spec) -> nn.Module:
     except Exception as error:
         reason = first_line(error)
         raise CheckpointError(
-            f"timm:{name}: weights could not be had ({reason}); timm:{name}@random or"
+            f"timm:{name}: weights could not be loaded ({reason}); timm:{name}@random or"
             f" timm:{name}@FILE work offline"
         ) from error
     model = resize(model, spec.size, spec.text)
@@ -51,7 +51,7 @@ def open_timm(spec: Spec) -> nn.Module:
 
 
 def close_names(name: str) -> list[str]:
-    """Names of timm's models that are like `name`."""
+    """Names of timm's models that are similar to `name`."""
     return difflib.get_close_matches(name, timm.list_models(), n=5) or timm.list_models("bvit_*")
 
 

@@ -1,4 +1,4 @@
-"""Opens a model of torchvision: published weights, random ones, or a file's."""
+"""Opens a model of torchvision with published weights, random weights or those of a file."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _CLASSIFIER = "heads.head"  # of the vision transformers
 
 
 def open_torchvision(spec: Spec) -> nn.Module:
-    """A model of torchvision, on the CPU, with a `pretrained_cfg` as timm's."""
+    """A model of torchvision, on the CPU, with a `pretrained_cfg` like timm's."""
     name = spec.name
     if spec.version == MASKED:
-        raise CheckpointError(f"{spec.text}: masks lie in a checkpoint folder: FOLDER{MASKED}")
+        raise CheckpointError(f"{spec.text}: masks are in a checkpoint folder: FOLDER{MASKED}")
     known = models.list_models(module=models)
     if name not in known:
         close = difflib.get_close_matches(name, known, n=5) or ["vit_b_16", "vit_l_16"]
@@ -55,7 +55,7 @@ def _created(spec: Spec, weights: Any, **options: Any) -> Any:
     except Exception as error:
         reason = first_line(error)
         raise CheckpointError(
-            f"torchvision:{spec.name}: weights could not be had ({reason});"
+            f"torchvision:{spec.name}: weights could not be loaded ({reason});"
             f" torchvision:{spec.name}@random or torchvision:{spec.name}@FILE work offline"
         ) from error
 
@@ -66,8 +66,8 @@ def _resized(model: Any, spec: Spec) -> Any:
     rows, columns = spec.size
     if not isinstance(model, VisionTransformer) or rows != columns:
         raise CheckpointError(
-            f"{spec.text}: {spec.name} has no image size of {rows} x {columns}; torchvision's"
-            " vit_* take another one, of as many rows as columns"
+            f"{spec.text}: {spec.name} has no image size of {rows} x {columns}; only"
+            " torchvision's vit_* take another size, with as many rows as columns"
         )
     check_patches(spec.size, model.patch_size, spec.text)
     other = _created(spec, None, image_size=rows, num_classes=model.heads[-1].out_features)
@@ -83,9 +83,9 @@ def _interpolation(model: VisionTransformer) -> Any:
 
 
 def _cfg(weights: Any, published: bool) -> dict[str, Any]:
-    """Normalisation and class names of published weights, by timm's names.
+    """Normalisation, interpolation and crop of the published weights, by timm's names.
 
-    Other weights of the same architecture have other classes.
+    The class names are given for published weights only: other weights may have other classes.
     """
     view = weights.transforms()
     cfg = {

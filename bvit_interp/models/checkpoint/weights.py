@@ -1,9 +1,10 @@
-"""Weights files of any origin: which part is the model's.
+"""Finds the weights of a model in a file of any origin.
 
-Trainers wrap a state dict: in mappings (`{"state_dict": ...}`), in prefixes of its names (`module.`
-of DDP and `AveragedModel`, `_orig_mod.` of `torch.compile`, `model.` of a Lightning module), and
-beside averaged weights. Nothing is guessed from those names. Every state dict in the file is tried
-under every prefix that it has, and taken where names and shapes are those of the model.
+Training code wraps a state dict in mappings (`{"state_dict": ...}`), puts prefixes before its names
+(`module.` of DDP and `AveragedModel`, `_orig_mod.` of `torch.compile`, `model.` of a Lightning
+module), and stores averaged weights beside it. Every state dict in the file is tried under its most
+frequent prefix, and is a candidate if its names and shapes are those of the model. Among the
+candidates, the names of mappings and prefixes tell averaged weights from raw ones.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ from bvit_interp.results import rank_and_world
 
 _log = logging.getLogger(__name__)
 Filter = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
-"""Brings a state dict of an older layout, or for another size of images, to the model's."""
-# what torch's restricted unpickler says of a function or class, in any protocol (149: STACK_GLOBAL)
+"""Converts a state dict of an older layout, or of another image size, to that of the model."""
+# what torch's restricted unpickler says about a function or class (149 is STACK_GLOBAL)
 _SIGNS_OF_CODE = ("unsupported global", "unsupported operand 149")
-# parts of names that wrappers of single modules leave in the middle
+# parts that wrappers of single modules put into the middle of names
 _INNER = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)")
 _COUNTER = "n_averaged"  # of `torch.optim.swa_utils.AveragedModel`
 _AVERAGED = {"ema", "swa", "avg", "averaged", "average"}
-# where trainers put the weights of the model itself, if others of its shape lie beside
+# where training code puts the model itself, if other weights of its shapes are in the file
 _USUAL = ("", "state_dict", "model", "model_state_dict", "module", "net", "network")
 _DAMAGED = "truncated or no checkpoint"
 _DEPTH = 3
@@ -49,11 +50,11 @@ class Found:
     Attributes
     ----------
     where : keys of the mappings around the state dict.
-    prefix : what stood before the names.
-    weights : by the model's names.
+    prefix : what was before the names.
+    weights : the weights by the model's names.
     others : names in the same state dict that do not have the prefix.
-    inner : what wrappers of modules had put into names, and was removed.
-    converted : whether they came in another layout or for another size.
+    inner : what wrappers of modules had put into the names; it was removed.
+    converted : whether the weights had another layout or size in the file.
     """
 
     where: tuple[str, ...]
@@ -74,7 +75,7 @@ class Found:
 
     @property
     def usual(self) -> bool:
-        """Whether trainers keep the model itself in such a place."""
+        """Whether training code usually stores the model itself under these names."""
         return all(part in _USUAL for part in (*self.where, *self.prefix.split(".")))
 
 
@@ -87,20 +88,20 @@ def fill(
     convert: Filter | None = None,
     resample: bool = False,
 ) -> None:
-    """Put the weights of a file into a model, and say on stderr what was stripped or left.
+    """Put the weights of a file into a model, and log what was stripped or left out.
 
     Parameters
     ----------
-    content : what `read` gives of the file.
+    content : what `read` returns for the file.
     path, text : the file and the spec, for messages.
     averaged : take the averaged weights of a file that holds both.
-    convert : tried where the file's names or shapes are not the model's.
+    convert : tried if the file's names or shapes are not the model's.
     resample : whether `convert` may change the number of positions.
 
     Raises
     ------
     CheckpointError
-        For weights that do not fit. What does not is listed.
+        For weights that do not fit; the message lists what does not.
     """
     own = model.state_dict()
     dicts = [*_state_dicts(content)]
@@ -142,9 +143,9 @@ def read(path: Path) -> Any:
             ) from error
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the pickle's protocol
+            warnings.simplefilter("ignore")  # about the pickle's protocol
             return torch.load(path, map_location="cpu", weights_only=True)
-    # torch raises UnpicklingError, RuntimeError, EOFError, ... as the damage is
+    # torch raises UnpicklingError, RuntimeError, EOFError, ..., depending on the damage
     except Exception as error:
         code = any(sign in str(error).lower() for sign in _SIGNS_OF_CODE)
         kind = f"it holds code, which is never run{_code_in(path)}" if code else _DAMAGED
@@ -152,7 +153,7 @@ def read(path: Path) -> Any:
 
 
 def classes_in(content: Any, classifier: str) -> int | None:
-    """The number of classes in a file, by the bias of its classifier; None if that is not there."""
+    """The number of classes in a file, by the bias of its classifier; None if that is not clear."""
     name = f"{classifier}.bias"
     found = {
         len(tensor)
@@ -164,7 +165,7 @@ def classes_in(content: Any, classifier: str) -> int | None:
 
 
 def _code_in(path: Path) -> str:
-    """The functions and classes that a pickle names, where torch can list them."""
+    """The functions and classes that a pickle names, if torch can list them."""
     try:
         named = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # only torch's own zip files can be listed
@@ -173,7 +174,7 @@ def _code_in(path: Path) -> str:
 
 
 def misfits(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str:
-    """What of `weights` does not fit a model whose state dict is `own`, or an empty string."""
+    """What in `weights` does not fit a model with the state dict `own`; "" if everything fits."""
     kinds = {
         "missing": sorted(own.keys() - weights.keys()),
         "unexpected": sorted(weights.keys() - own.keys()),
@@ -209,7 +210,7 @@ def _state_dicts(
 def _fits(
     own: Mapping[str, Tensor], where: tuple[str, ...], weights: Mapping[str, Tensor]
 ) -> Iterator[Found]:
-    """The parts of a state dict, under a prefix, whose names and shapes are the model's."""
+    """The parts of a state dict that have the model's names, behind a prefix, and its shapes."""
     named, inner = _without_inner(own, weights)
     for prefix in _prefixes(own, named):
         part = _under(named, prefix)
@@ -257,7 +258,7 @@ def _without_inner(
 
 
 def _prefixes(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[str]:
-    """What stands before the model's names, the most frequent first."""
+    """What is most often before the model's names; several in a tie, "" if there is nothing."""
     counts = Counter(
         name.removesuffix(suffix)
         for name in weights
@@ -277,7 +278,7 @@ def _under(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _choose(fitting: list[Found], path: Path, averaged: bool) -> Found:
-    """The weights that are asked for; the averaged ones also where there are no others."""
+    """The weights that are asked for; the averaged ones also if there are no others."""
     kinds = [found for found in fitting if found.averaged == averaged]
     if not kinds and averaged:
         raise CheckpointError(f"{path} has no averaged weights: leave out @ema for the raw ones")
@@ -295,7 +296,7 @@ def _choose(fitting: list[Found], path: Path, averaged: bool) -> Found:
 def _closest(
     own: Mapping[str, Tensor], dicts: list[tuple[tuple[str, ...], dict[str, Tensor]]]
 ) -> str:
-    """What does not fit in the state dict that shares most names with the model."""
+    """What does not fit in the state dict that shares the most names with the model."""
     candidates = []
     for _, weights in dicts:
         named, _ = _without_inner(own, weights)
@@ -310,7 +311,7 @@ def _closest(
 
 
 def _report(taken: Found, fitting: list[Found], path: Path, text: str) -> None:
-    """Say what was stripped from the names, what was left, and of averaged weights."""
+    """Log what was stripped from the names and what was left out, and name averaged weights."""
     parts = []
     stripped = [each for each in (taken.prefix, *(f"{word}." for word in taken.inner)) if each]
     if stripped:

@@ -2,7 +2,7 @@
 
 A block map names the modules of a block whose input or output is a site. The sites of attention
 need no names: they are seen at the kernel (`bvit_interp.models.attention`). Each family of models
-has a module here; a block of one's own is added with `register_block`. Any other block still has
+has a module here; `register_block` adds the user's own block. Any other block still has
 `resid_pre`, `resid_post` and the sites of its attention.
 """
 
@@ -38,12 +38,13 @@ class BlockMap:
     Parameters
     ----------
     sites : site -> the dotted name of a module of the block with ``.in`` or ``.out``: the site is
-        that module's first input, or its output (of a tuple: the first). ``resid_mid`` as an input
-        is the state behind which the residual skips the FFN. A site may be left out.
-    missing : site -> why the block does not have it, as it is said to the user.
-    combine : how the attentions of a block with several become one, see `Attention`.
-    tokens : name of the argument of the block's forward that is the token state, where several have
-        its shape.
+        that module's first input, or its output (the first one, if it returns a tuple). If
+        ``resid_mid`` is an input, the residual must carry the same state past the FFN. A site may
+        be left out.
+    missing : site -> why the block does not have it, as the user is told.
+    combine : how several attentions of a block become one, see `Attention`.
+    tokens : name of the argument of the block's forward that is the token state, if several
+        arguments have its shape.
 
     Raises
     ------
@@ -65,7 +66,7 @@ class BlockMap:
 
 
 Mapper = Callable[[nn.Module], BlockMap]
-"""The map of one block: blocks of a class may differ."""
+"""Returns the map of one block: blocks of one class may differ."""
 _mappers: dict[type[nn.Module] | str, Mapper] = {}
 
 
@@ -75,19 +76,19 @@ def register_block(
     *,
     tokens: str | None = None,
 ) -> None:
-    """Tell where the sites of a class of blocks are.
+    """Register where the sites of a class of blocks are.
 
     Parameters
     ----------
     block : the class, or its full name ``"package.module.Class"``, which imports nothing. A
         subclass has the same map as long as it does not override `forward`.
-    sites : as of `BlockMap`, or a function of a block that gives its `BlockMap`.
-    tokens : as of `BlockMap`; a function of a block gives it itself.
+    sites : as in `BlockMap`, or a function of a block that returns its `BlockMap`.
+    tokens : as in `BlockMap`; if `sites` is a function, its `BlockMap` has the name.
 
     Raises
     ------
     UserError
-        As `BlockMap`, and for `tokens` beside a function.
+        As `BlockMap`, and for `tokens` together with a function.
 
     Examples
     --------
@@ -98,7 +99,7 @@ def register_block(
     """
     if callable(sites):
         if tokens is not None:
-            raise UserError("tokens: the function of a block gives it, in its BlockMap")
+            raise UserError("tokens: the function of a block has to give it, in its BlockMap")
         _mappers[block] = sites
     else:
         known = BlockMap(dict(sites), tokens=tokens)
@@ -106,7 +107,7 @@ def register_block(
 
 
 def map_of(block: nn.Module) -> BlockMap:
-    """The map of a block; without sites of its own for a kind that nobody has registered."""
+    """The map of a block; it has no sites if the class is not registered or overrides `forward`."""
     _load_families(type(block))
     name = type(block).__name__
     for base in type(block).__mro__:
@@ -123,8 +124,8 @@ def map_of(block: nn.Module) -> BlockMap:
 
 
 def _completed(given: BlockMap, block: nn.Module) -> BlockMap:
-    """The map without modules that the block does not have, and with a reason for every site that
-    is not there."""
+    """The map without the modules that the block lacks, and with a reason for every missing
+    site."""
     name = type(block).__name__
     there = {path for path, _ in block.named_modules()}
     sites, missing = {}, dict(given.missing)
@@ -140,7 +141,7 @@ def _completed(given: BlockMap, block: nn.Module) -> BlockMap:
 
 
 def _load_families(block: type[nn.Module]) -> None:
-    """Import the modules of this package that know a library which the block comes from."""
+    """Import the modules of this package for the library that the block comes from."""
     roots = {base.__module__.partition(".")[0] for base in block.__mro__}
     for family, library in _FAMILIES.items():
         if library in roots:

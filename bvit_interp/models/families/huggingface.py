@@ -1,9 +1,9 @@
 """The blocks of Hugging Face's vision transformers: `transformers`, versions 4 and 5.
 
-Blocks are known by their full names, so that nothing of `transformers` is imported here, and a
-version without one of them has the others. What one block calls twice (the dropout of `ViTLayer`,
-the drop path of `Dinov2Layer`) is no site: attention and FFN are read in front of it, which is the
-same in eval mode.
+Blocks are registered by their full names. So nothing of `transformers` is imported here, and a
+version that lacks one of them still has the others. A module that a block calls twice (the dropout
+of `ViTLayer`, the drop path of `Dinov2Layer`) cannot be a site: attention and FFN are read in front
+of it, which is the same in eval mode.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _WRITES = ("down_proj", "fc2", "weights_out")
 _GATES = ("gate_proj", "weights_in")
 """Names of the projection that makes an FFN gated."""
 _ADDED = ("attn_out", "mlp_out")
-"""What is added to the residual."""
+"""The sites that are added to the residual."""
 _SCALED = "the scale of this layer (lambda_1, lambda_2) is multiplied outside of its modules"
-"""Why a layer with such a scale lacks what it adds."""
+"""Why a layer with such a scale lacks these sites."""
 
 
 def _ffn(mlp: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
-    """The sites of an FFN, and those that it does not have."""
+    """The sites of an FFN, and why others are missing."""
     names = {name for name, _ in mlp.named_children()}
     last = next((name for name in _WRITES if name in names), None)
     if last is None:
@@ -59,7 +59,7 @@ def _vit(block: Any) -> BlockMap:
 
 
 def _beit(block: Any) -> BlockMap:
-    """As `_vit`; a learned scale stands between attention or FFN and the residual."""
+    """As `_vit`; there may be a learned scale between attention or FFN and the residual."""
     known = _vit(block)
     if not isinstance(block.lambda_1, nn.Parameter):
         return known
@@ -68,7 +68,7 @@ def _beit(block: Any) -> BlockMap:
 
 
 def _clip(block: Any) -> BlockMap:
-    """Pre-norm, attention that gives its pattern beside its output: CLIP and SigLIP."""
+    """Pre-norm, with attention that also returns its pattern: CLIP and SigLIP."""
     sites, missing = _ffn(block.mlp)
     added = {"attn_out": "self_attn.out", "resid_mid": "layer_norm2.in", "mlp_out": "mlp.out"}
     return BlockMap({**added, **sites}, missing)

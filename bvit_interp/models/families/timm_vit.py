@@ -26,7 +26,7 @@ _ADDED_TOGETHER = "attention and FFN of this block are added to the residual tog
 
 
 def ffn(mlp: Any, name: str = "mlp") -> tuple[dict[str, str], dict[str, str]]:
-    """The sites of a timm FFN, and those that it does not have."""
+    """The sites of a timm FFN, and why others are missing."""
     if not hasattr(mlp, "fc2"):
         reason = f"a {type(mlp).__name__} has no fc2 whose inputs would be its neurons"
         return {}, dict.fromkeys(("mlp_pre", "mlp_post"), reason)
@@ -45,18 +45,18 @@ def sequential(block: Any, resid_mid: str = "norm2.in") -> BlockMap:
 
 
 def post_norm(block: Any) -> BlockMap:
-    """As `sequential`, with norms behind attention and FFN: the FFN reads the residual itself."""
+    """As `sequential`, with norms after attention and FFN: the FFN reads the residual itself."""
     return sequential(block, resid_mid="mlp.in")
 
 
 def differential(attention: Any) -> Combine:
-    """Differential attention (Ye et al., 2024): a head's pattern is that of its first half less
-    lambda times that of its second."""
+    """Differential attention (Ye et al., 2024): a head's pattern is that of its first half minus
+    lambda times that of its second half."""
 
     def combine(site: str, parts: list[Tensor]) -> Tensor:
         if len(parts) == 1:
             raise UserError(
-                f"{site} of differential attention is seen where it calls"
+                f"{site} of differential attention is seen only where it calls"
                 " scaled_dot_product_attention: set its fused_attn"
             )
         first, second = parts

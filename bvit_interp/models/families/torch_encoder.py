@@ -1,4 +1,4 @@
-"""The block of torch: `nn.TransformerEncoderLayer`, with norms before or behind."""
+"""The block of torch: `nn.TransformerEncoderLayer`, with norms before or after its parts."""
 
 from __future__ import annotations
 

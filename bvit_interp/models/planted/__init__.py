@@ -1,1 +1,1 @@
-"""Models in which it is known what happens."""
+"""Planted models: it is known what each of their steps does."""

@@ -1,4 +1,4 @@
-"""A stack of blocks inside one block (appendix A.1 of arXiv 2605.10661)."""
+"""Folds a stack of blocks into one block (appendix A.1 of arXiv 2605.10661)."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ from bvit_interp.models.planted.program import (
 
 
 def fold(stack: VisionTransformer, anchor: float = ANCHOR) -> BViT:
-    """A bViT whose step t does what block t of a stack does: one block for L.
+    """A bViT whose step t does what block t of a stack of L blocks does.
 
-    Its block holds all heads and neurons of the stack; those of the other blocks are off, as in the
-    appendix. Its state has the d channels of the stack, L of the step, and 4 more. timm's attention
-    needs a width of heads x head dimension, so zeros fill it up.
+    Its one block holds all heads and neurons of the stack. At step t those of block t are on and
+    the others are off, as in the appendix. Its state has the d channels of the stack, L channels
+    for the step, and 4 more. timm's attention needs a width of heads x head dimension, so the state
+    is padded with zeros.
 
     Parameters
     ----------
     stack : without norms (``norm_layer=nn.Identity``, the setting of the appendix), with timm's
         plain blocks and exact GELU.
-    anchor : the constant of the program; the error falls with its square, until rounding.
+    anchor : the constant A of the program. The error falls with its square, down to rounding.
 
     Raises
     ------
@@ -100,7 +101,7 @@ def _heads(block: Any, step: int, names: list[str]) -> list[Head]:
             for query, key in zip(queries[own], keys[own], strict=True)
         ]
         moves = list(zip(values[own], columns[own], strict=True))
-        if h == 0:  # weights of attention add up to 1: the bias of the projection
+        if h == 0:  # the bias of the projection: attention weights add up to 1
             moves.append(({ONE: 1.0}, dict(zip(names, attn.proj.bias.tolist(), strict=True))))
         heads.append(Head(scores, moves, {step}))
     return heads

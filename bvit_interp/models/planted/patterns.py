@@ -1,4 +1,4 @@
-"""Patterns of patches of one brightness and contrast, and their detectors."""
+"""Patterns of patches with equal brightness and contrast, and their detectors."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ GREY, CONTRAST = 128, 64  # levels; a pattern is added to grey
 
 @cache
 def patterns() -> Int[np.ndarray, "16 4 4"]:
-    """The Walsh functions of a patch, of +1 and -1."""
+    """The 16 Walsh functions of a patch, with values +1 and -1."""
     rows = hadamard(PATCH)
     return np.stack([np.outer(a, b) for a in rows for b in rows])
 
 
 def detector(pattern: int) -> Float[Tensor, "3 4 4"]:
-    """The filter that gives 1 on a grey patch with a pattern, for images in 0..1, and 0 on one with
-    another pattern."""
+    """The filter that gives 1 on a grey patch with this pattern and 0 on one with another pattern,
+    for images in 0..1."""
     plane = torch.from_numpy(patterns()[pattern]).float()
     return (plane / (CONTRAST / 255 * 3 * PATCH**2)).repeat(3, 1, 1)

@@ -1,4 +1,4 @@
-"""Models of which it is known what happens at which step."""
+"""Builds the planted models: it is known what happens at each of their steps."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from bvit_interp.models.planted.patterns import CLASSES, DISTRACTOR, PATCH, SIZE
 from bvit_interp.models.planted.program import ONE, Head, Neuron, Program, Reads, compile_program
 
 CLASS_IDS = range(len(CLASSES))
-_SURE = 20.0  # score of what is attended to; logit of a whole unit of evidence
+_SURE = 20.0  # score of what is attended to; logit of one unit of evidence
 
 
 def clocked_heads(when: Sequence[Collection[int]], steps: int = 6) -> BViT:
     """Head h copies the class of the object to CLS at the steps `when[h]`, and is off at others.
 
-    Every copy adds the same to the logit of the class: without the head at one of its steps it
-    falls by ``20 / copies``, and without it at other steps not at all.
+    Every copy adds the same to the logit of the class. Without the head at one of its steps the
+    logit falls by ``20 / copies``. Without it at another step the logit does not change.
     """
     copies = sum(len(set(own)) for own in when)
     heads = [Head([_look("object")], _copy("object", "found", 1 / copies), own) for own in when]
@@ -31,11 +31,12 @@ def clocked_neurons(when: Sequence[Collection[int]], steps: int = 6) -> BViT:
     """The neurons of group g make the class readable at the steps `when[g]`, and are off at others.
 
     A head finds the class at step 1. A group has a neuron per class; the neurons of the program
-    start at index ``2 (steps - 1)`` of the FFN. Every action adds ``20 / actions`` to the logit.
+    start at index ``2 (steps - 1)`` of the FFN. Every action, a group at one of its steps, adds
+    ``20 / actions`` to the logit.
     """
     actions = sum(len(set(own)) for own in when)
     neurons = [
-        # 1 of evidence is far above GELU's bend
+        # one unit of evidence gives 20, where gelu(x) is x; none gives -20, where it is 0
         Neuron({f"found:{k}": 2 * _SURE, ONE: -_SURE}, {f"said:{k}": 1 / (_SURE * actions)}, own)
         for own in when
         for k in CLASS_IDS
@@ -44,7 +45,7 @@ def clocked_neurons(when: Sequence[Collection[int]], steps: int = 6) -> BViT:
 
 
 def late_class(step: int, steps: int = 6) -> BViT:
-    """The class is linearly in CLS from step 1 on, and where the head reads it from `step` on."""
+    """The class is linearly readable in CLS from step 1 on, and by the head from `step` on."""
     if step < 2:
         raise ValueError(f"the class is found at step 1 and moved later, not at step {step}")
     return clocked_neurons([{step}], steps)
@@ -53,7 +54,7 @@ def late_class(step: int, steps: int = 6) -> BViT:
 def pointing(step: int, steps: int = 6) -> BViT:
     """CLS attends to the object at `step`, and to the distractor at all others.
 
-    Both have the brightness, contrast and size of each other. The class is read at `step`.
+    Both have the same brightness, contrast and size. CLS gets the class at `step`.
     """
     others = {f"step:{t}": 1.0 for t in range(1, steps + 1) if t != step}
     head = Head(
@@ -64,7 +65,7 @@ def pointing(step: int, steps: int = 6) -> BViT:
 
 
 def only_together(steps: int = 6) -> BViT:
-    """Heads 0 and 1 find the class at step 1; it is read only where both have found it."""
+    """Heads 0 and 1 find the class at step 1; at step 2 it is read only if both have found it."""
     heads = [Head([_look("object")], _copy("object", name), {1}) for name in ("first", "second")]
     both = [
         Neuron(
@@ -81,8 +82,8 @@ def linear(matrix: Float[Tensor, "n n"], steps: int = 12) -> BViT:
     """Every step multiplies the channels "x:0" to "x:n-1" of CLS and patches by a matrix.
 
     The Jacobian of a step is the matrix in these channels of each of these tokens, and the identity
-    in all others. CLS starts at (1, ..., 1), patches as random projections of their pixels. The
-    logits are the channels of CLS, the same for all images.
+    in all others. CLS starts at (1, ..., 1), and patches start as random projections of their
+    pixels. The logits are the channels of CLS, the same for all images.
     """
     size = len(matrix)
     names = [f"x:{i}" for i in range(size)]
@@ -114,7 +115,8 @@ def _compile(
     *,
     reads: str,
 ) -> BViT:
-    """A program with channels for each class, and one for the distractor; its logits read one."""
+    """The model of a program with one channel per class under each name, and one for the
+    distractor. Its logits read the channels `reads`."""
     per_class = [name for name in channels if name != "distractor"]
     detectors = {f"object:{k}": detector(k + 1) for k in CLASS_IDS}
     if "distractor" in channels:

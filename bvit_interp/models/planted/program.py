@@ -1,8 +1,8 @@
 """Programs written into the weights of one block.
 
 A `Program` names the channels of the state, and lists heads and neurons that read and write them;
-some act at given steps only. `compile_program` makes a `BViT` that executes it, so that every
-analysis can be asked for what is known to be there:
+some act only at given steps. `compile_program` makes a `BViT` that executes it, so that every
+analysis can be tested on a model whose answer is known:
 
     program = Program(
         steps=4,
@@ -16,12 +16,12 @@ How it works (our construction; after appendix A.1 of arXiv 2605.10661 and Sauns
 arXiv 2502.17416):
 
 - **Norms.** A channel holds a constant A that is large beside all others. RMSNorm then divides by
-  almost the same number everywhere, its weight takes that back, and the block reads the state
-  itself, up to a factor of ``1 - |z|^2 / 2 A^2``.
-- **Steps.** T channels of every token hold a one-hot of the step. Two neurons a step move it on, by
-  a ramp that is flat at both ends: its derivative is zero.
+  almost the same number everywhere, its weight multiplies by that number, and the block reads the
+  state itself, up to a factor of ``1 - |z|^2 / 2 A^2``.
+- **Steps.** T channels of every token hold a one-hot of the step. Two neurons per step move it on,
+  by a ramp that is flat at both ends, so that its derivative is zero.
 - **Gates.** A neuron that is off has its preactivation lowered by `SHUT`. A head that is off
-  attends to the register alone, a token whose values are zero (the dummy token of the appendix).
+  attends only to the register, a token whose values are zero (the dummy token of the appendix).
 - **Linear maps** are exact in two neurons: ``gelu(x) - gelu(-x) = x``.
 """
 
@@ -47,12 +47,12 @@ _RAMP = 10.0  # gelu(10) is 10 and gelu(-10) is 0 in float32
 
 @dataclass(frozen=True)
 class Neuron:
-    """A neuron of the FFN, in every token but the register.
+    """A neuron of the FFN, in every token except the register.
 
     Parameters
     ----------
-    reads : channel -> weight of the preactivation; `ONE` is its bias.
-    writes : channel -> weight of what GELU of it adds.
+    reads : channel -> its weight in the preactivation; `ONE` is the bias.
+    writes : channel -> the weight with which the GELU of the preactivation is added to it.
     steps : steps at which it acts, from 1; None means all.
     """
 
@@ -70,8 +70,8 @@ class Head:
     scores : pairs (reads of the query's token, reads of the key's token); the score is the sum of
         their products. The register is never attended to.
     values : pairs (reads of the key's token, writes into the query's token).
-    steps : steps at which it acts, from 1; None means all. At others it attends to the register
-        alone, and writes nothing.
+    steps : steps at which it acts, from 1; None means all. At others it attends only to the
+        register, and writes nothing.
     """
 
     scores: Sequence[tuple[Reads, Reads]]
@@ -83,18 +83,19 @@ class Head:
 class Program:
     """What a block does, step by step.
 
-    Channels that every program has beside its own: `ONE` (a constant), "step:1" to "step:T" (a
-    one-hot of the step that runs), "cls" and "patch" (1 in tokens of that kind). None of them may
-    be written. The register is left out of all of this: it stays as it is.
+    Every program also has the channels `ONE` (a constant), "step:1" to "step:T" (a one-hot of the
+    step that runs), "cls" and "patch" (1 in tokens of that kind). None of them may be written. The
+    program's own heads and neurons do not change the register.
 
     Parameters
     ----------
     steps : number of steps T.
-    channels : names of the state's own channels, 0 at first in every token.
-    heads, neurons : what reads and writes them.
-    patches : channel -> filter of a patch, ``(3, p, p)``: what a patch writes into it at first.
-    cls : channel -> what CLS holds at first.
-    logits : a class each: channel -> weight, read in CLS after the last step.
+    channels : names of the program's own channels, which start at 0 in every token.
+    heads, neurons : what reads and writes the channels.
+    patches : channel -> filter ``(3, p, p)``. Its output on a patch is the channel's start value
+        in the token of the patch.
+    cls : channel -> start value in CLS.
+    logits : for each class, channel -> weight, read in CLS after the last step.
     anchor : the constant A.
     """
 
@@ -116,13 +117,13 @@ def compile_program(program: Program, image_size: int = 32, patch_size: int = 4)
     Raises
     ------
     ValueError
-        For a channel that is unknown or given twice, or a step out of 1..T.
+        For a channel that is unknown, given twice or may not be written, or a step outside 1..T.
     """
     return _Compiler(program).model(image_size, patch_size)
 
 
 class _Compiler:
-    """Rows and columns of one block's weights, from channels by name."""
+    """Makes rows and columns of one block's weights from the names of channels."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
@@ -130,7 +131,7 @@ class _Compiler:
         names = ["anchor", "register", "cls", "patch", *counters, *program.channels]
         self.at = {name: i for i, name in enumerate(names)}
         if len(self.at) < len(names) or ONE in self.at:
-            raise ValueError(f"channels have names of their own, once each: {names}")
+            raise ValueError(f"channels must have names of their own, once each: {names}")
         self.constant = {*names} - {*program.channels}
         self.num_heads = max(len(program.heads), 1)
         needed = [max(len(head.scores) + 1, len(head.values)) for head in program.heads]
@@ -138,7 +139,7 @@ class _Compiler:
         self.width = self.num_heads * self.head_dim
 
     def reads(self, reads: Reads) -> tuple[Tensor, float]:
-        """Weights ``(width,)`` and bias."""
+        """Weights ``(width,)`` and bias that read these channels."""
         row = torch.zeros(self.width)
         for name, weight in reads.items():
             if name != ONE:
@@ -146,7 +147,7 @@ class _Compiler:
         return row, reads.get(ONE, 0.0)
 
     def writes(self, writes: Reads) -> Tensor:
-        """Weights ``(width,)``."""
+        """Weights ``(width,)`` that write these channels."""
         column = torch.zeros(self.width)
         for name, weight in writes.items():
             if name in self.constant:
@@ -155,7 +156,7 @@ class _Compiler:
         return column
 
     def off(self, steps: Collection[int] | None) -> Tensor:
-        """Reads 1 at the steps at which a head or neuron is off."""
+        """Weights ``(width,)`` that read 1 at the steps at which a head or neuron is off."""
         every = range(1, self.program.steps + 1)
         if steps is not None and not set(steps) <= set(every):
             raise ValueError(f"steps must be in 1..{self.program.steps}, got {sorted(steps)}")
