@@ -46,8 +46,8 @@ class Config(LoaderOptions):
     scoring: first those that `limit` leaves out, and at most half of the data set."""
     epochs: int = 4
     """Number of passes over the fit images to learn gates."""
-    draws: int = 2
-    """Number of orders of the steps, and of random circuits."""
+    draws: int = 8
+    """Number of orders of the steps, and of random circuits. Fewer than 3 give no interval."""
     seed: int = 0
     """Random seed for fit images, orders and random circuits."""
 
@@ -80,20 +80,23 @@ COLUMNS = {
     "fraction": "share of the gates of each site that stay open, 0..1",
     "condition": "full (the whole model), per-step, even, all-steps, shuffled, shuffled-units,"
     " random, even-random or same-random",
+    "draw": "number of the draw, from 1, of a condition that is drawn at random; draws of one"
+    " number share the order of the steps, or the random numbers; all for the mean over draws, and"
+    " for any other row",
     "site": "z (gates of heads) or mlp_post (gates of groups of neurons) at one step; all for the"
     " rows of a whole condition",
     "step": "step t of the gates; all for the rows of a whole condition",
     "kl": "mean KL(whole model || gated model) over images and draws, nats",
-    "kl_low": "lower end of the normal 95 % interval of kl over images",
+    "kl_low": "lower end of the 95 % interval of kl: over draws and images for a mean over draws"
+    " (none for fewer than 3), otherwise over images (normal)",
     "kl_high": "upper end of the interval",
-    "kl_min": "smallest mean KL of a draw, nats",
-    "kl_max": "largest mean KL of a draw, nats",
     "excess": "mean of the KL minus that of the per-step circuit on the same image, nats; none for"
     " per-step and full",
-    "excess_low": "lower end of the normal 95 % interval of excess over images",
+    "excess_low": "lower end of the 95 % interval of excess, over the same as that of kl",
     "excess_high": "upper end of the interval",
     "accuracy": "share of images classified right, mean over draws, 0..1",
-    "low": "lower end of the 95 % interval of accuracy over images: normal; for full, Wilson's",
+    "low": "lower end of the 95 % interval of accuracy, over the same as that of kl; for full,"
+    " Wilson's",
     "high": "upper end of the interval",
     "agreement": "share of images with the whole model's answer, mean over draws, 0..1",
     "chance": "null of accuracy: share of the most frequent class among the images, 0..1",
@@ -112,7 +115,7 @@ QUICK: dict[str, Any] = {
     "fractions": (0.5,),
     "n_fit": 16,
     "epochs": 1,
-    "draws": 1,
+    "draws": 3,
     "groups": 2,
     "limit": 12,
 }

@@ -11,6 +11,10 @@ from torch import Tensor
 from bvit_interp.analyses.circuits.choice import derangement, top_gates, top_of_step, top_units
 from bvit_interp.analyses.circuits.fit import Fit
 
+DRAWN = ("shuffled", "shuffled-units", "random", "even-random", "same-random")
+"""Conditions whose gates are drawn at random, `draws` times. The first two share the orders of the
+steps, the others the random numbers."""
+
 
 def conditions(
     fit: Fit, method: str, share: float, epochs: int, draws: int, seed: int
@@ -26,7 +30,7 @@ def conditions(
     - `even-random`: random units, as many at every step.
     - `same-random`: the same random units at every step.
 
-    The first three have one variant, the others `draws`.
+    Those of `DRAWN` have `draws` variants, the others one.
     """
     gates, generator = fit.gates, torch.Generator().manual_seed(seed)
     orders = [derangement(gates.steps, generator) for _ in range(draws)]

@@ -19,20 +19,26 @@ number of units, but those that another step ranks first. The nulls are random u
 step's own number; `even-random`, as many at every step; `same-random`, the same at every step. So
 the number of units that a step needs (`shuffled`, `even` against `per-step`) is separated from
 which units it needs (`shuffled-units`, `random` against `per-step`; `even-random` against `even`;
-`same-random` against `all-steps`). `excess` is the KL above that of the circuit on the same images;
-its interval is over images, while `kl_min` and `kl_max` are over draws. The steps of a stack have
-weights of their own, and head 0 of two steps is no more alike than heads 0 and 1. There
-`shuffled-units` and `all-steps` have no meaning; the same holds between the blocks of a hybrid. In
-a model with a memory, gates are in a step's own block; its inner updates stay intact.
+`same-random` against `all-steps`). `excess` is the KL above that of the circuit on the same images.
+
+A random circuit is a sample, as an image is. So the interval of a mean over draws covers draws and
+images: the variance of the draws' means plus that of the images' means, with Student's t
+(`scores.py`; not given for fewer than 3 draws). Each draw has a row of its own (`draw`), with an
+interval over images alone. The fit images are not drawn again.
+
+The steps of a stack have weights of their own, and head 0 of two steps is no more alike than heads
+0 and 1. There `shuffled-units` and `all-steps` have no meaning; the same holds between the blocks
+of a hybrid. In a model with a memory, gates are in a step's own block; its inner updates stay
+intact.
 
 The table also has, per step, the share of its gates that stay open (null: open gates are at random
 steps), and the Jaccard overlap with the circuits of other steps (null: random gates, as many at
 each step). The fit runs on every process, on the same images.
 
-Cost: `draws` * 5 + 4 forwards per image, method and fraction, 56 by default: 128 images of 32 px, a
-bViT of width 128 and its ViT, 86 s on one core (AMD EPYC). Computed, not measured: 1000 images of
-bViT-B are 1.6 PFLOPs, three minutes of a GPU at 10 TFLOP/s. Learning takes 8 * `epochs` + 2
-forwards more per fit image and fraction.
+Cost: `draws` * 5 + 4 forwards per image, method and fraction, 176 by default: 128 images of 32 px, a
+bViT of width 128 and its ViT, 490 s of one core's time on a busy machine. Computed, not measured:
+1000 images of bViT-B are 5 PFLOPs, eight minutes of a GPU at 10 TFLOP/s. Learning takes 8 *
+`epochs` + 2 forwards more per fit image and fraction.
 
 Expected: early steps need nearly all units, late steps few. The number of open units matters more
 than which ones they are.
@@ -54,7 +60,7 @@ from bvit_interp.analyses.circuits import COLUMNS, LABELS, Config
 from bvit_interp.analyses.circuits.conditions import conditions
 from bvit_interp.analyses.circuits.fit import Fit
 from bvit_interp.analyses.circuits.gates import Gates
-from bvit_interp.analyses.circuits.scores import GateScores
+from bvit_interp.analyses.circuits.scores import GateScores, Score
 from bvit_interp.analyses.circuits.structure import structure
 from bvit_interp.data.geometry import Geometry
 from bvit_interp.data.labels import label_map
@@ -68,7 +74,7 @@ from bvit_interp.results import Table
 
 _IMAGES_AT_ONCE = 256
 _NULL_DRAWS = 200
-_KEYS = ("model", "method", "fraction", "condition", "site", "step")
+_KEYS = ("model", "method", "fraction", "condition", "draw", "site", "step")
 Result = TypeVar("Result")
 
 
@@ -129,7 +135,8 @@ def measure(
 
 def summary(frame: pd.DataFrame) -> pd.DataFrame:
     """KL by condition, and the excess of circuits shuffled over steps."""
-    whole = frame[(frame["step"] == "all") & (frame["condition"] != "full")]
+    means = (frame["step"] == "all") & (frame["draw"] == "all")
+    whole = frame[means & (frame["condition"] != "full")]
     keys = ["model", "method", "fraction"]
     kl = whole.pivot(index=keys, columns="condition", values="kl")[list(LABELS)]
     shuffled = whole[whole["condition"] == "shuffled"].set_index(keys)
@@ -138,11 +145,11 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _stored_rows(table: Table | None) -> list[dict[str, Any]]:
-    """Rows of an earlier run, with steps as text."""
+    """Rows of an earlier run, with steps and draws as text."""
     if table is None:
         return []
     table.has(**dict.fromkeys(_KEYS))  # refuses a table with other columns
-    return [row | {"step": str(row["step"])} for row in table.rows]
+    return [row | {key: str(row[key]) for key in ("draw", "step")} for row in table.rows]
 
 
 def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -151,7 +158,12 @@ def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def _last_row(gates: Gates) -> dict[str, str]:
     """Keys of the row that a model's unit ends with."""
-    return {"condition": "per-step", "site": "mlp_post", "step": str(gates.steps)}
+    return {
+        "condition": "per-step",
+        "draw": "all",
+        "site": "mlp_post",
+        "step": str(gates.steps),
+    }
 
 
 def _fit_positions(data: Samples, config: Config) -> list[int]:
@@ -243,7 +255,7 @@ def _score(
     scores = {
         name: GateScores(
             model.num_classes,
-            [len(variants) for variants in masks[name].values()],
+            {condition: len(variants) for condition, variants in masks[name].items()},
             fits[name].gates.device,
         )
         for name, model in models.items()
@@ -277,45 +289,41 @@ def _rows(
         "method": "none",
         "fraction": 1.0,
         "condition": "full",
+        "draw": "all",
         "kl": 0.0,
         "accuracy": whole["accuracy"],
         "low": low,
         "high": high,
         "agreement": 1.0,
     }
-    for i, condition in enumerate(masks):
-        kl, excess, accuracy = (
-            {key: float(values[i]) for key, values in scores[metric].items()}
-            for metric in ("kl", "excess", "accuracy")
-        )
-        row = {
-            **everything,
-            "condition": condition,
-            "kl": kl["value"],
-            "kl_low": kl["low"],
-            "kl_high": kl["high"],
-            "kl_min": float(scores["kl_min"][i]),
-            "kl_max": float(scores["kl_max"][i]),
-            "accuracy": accuracy["value"],
-            "low": accuracy["low"],
-            "high": accuracy["high"],
-            "agreement": float(scores["agreement"]["value"][i]),
-        }
-        above = {
-            "excess": excess["value"],
-            "excess_low": excess["low"],
-            "excess_high": excess["high"],
-        }
-        yield row if condition == "per-step" else row | above
+    for condition in masks:
+        draws = scores["draws"].get(condition, [])
+        every = [("all", scores["conditions"][condition])]
+        for draw, measured in every + [(str(d), each) for d, each in enumerate(draws, start=1)]:
+            columns = _score_columns(measured)
+            if condition == "per-step":
+                columns = {key: columns[key] for key in columns if not key.startswith("excess")}
+            yield {**everything, "condition": condition, "draw": draw, **columns}
     for site, units in fit.gates.sites.items():
         circuit = masks["per-step"][0][:, units]
         columns = structure(circuit, _NULL_DRAWS, config.seed)
         for t, gates in enumerate(circuit.tolist()):
             yield {
                 "condition": "per-step",
+                "draw": "all",
                 "site": site,
                 "step": str(t + 1),
                 "n": fit.count,
                 **{key: float(values[t]) for key, values in columns.items()},
                 "gates": "".join(".#"[is_open] for is_open in gates),
             }
+
+
+def _score_columns(measured: Mapping[str, Score]) -> dict[str, float]:
+    """Columns of the scores of a condition, or of one draw of it."""
+    accuracy = measured["accuracy"]
+    columns = {"accuracy": accuracy["value"], "low": accuracy["low"], "high": accuracy["high"]}
+    for name in ("kl", "excess"):
+        columns[name] = measured[name]["value"]
+        columns |= {f"{name}_{end}": measured[name][end] for end in ("low", "high")}
+    return columns | {"agreement": measured["agreement"]["value"]}

@@ -18,8 +18,10 @@ _NULL_DASHES = {"random": "-", "even-random": "--", "same-random": ":"}
 
 @plotting.house_style()
 def plot(frame: pd.DataFrame) -> Figure:
-    """KL against size by condition, a panel per model, and accuracy; below, the gates at one size,
-    and their overlap."""
+    """KL against size by condition, a panel per model (small dots: single draws), and accuracy;
+    below, the gates at one size, and their overlap."""
+    if "draw" not in frame:  # an older table
+        frame = frame.assign(draw="all")
     methods = [name for name in get_args(Method) if name in set(frame["method"])]
     models, whole = list(dict.fromkeys(frame["model"])), frame[frame["step"] == "all"]
     figure, axes = plotting.canvas(len(models) + 1, 2, width=4.6, height=3.6)
@@ -46,7 +48,12 @@ def _draw_conditions(ax: Axes, frame: pd.DataFrame) -> None:
         style = plotting.line_style(i)
         if condition in _NULL_DASHES:
             style = plotting.NULL | {"linestyle": _NULL_DASHES[condition]}
-        rows, ends = frame[frame["condition"] == condition], ("kl_low", "kl_high")
+        of_condition, ends = frame[frame["condition"] == condition], ("kl_low", "kl_high")
+        is_mean = of_condition["draw"] == "all"
+        draws = of_condition[~is_mean]
+        dots = {"color": style["color"], "markersize": 3, "markeredgewidth": 0, "alpha": 0.6}
+        ax.plot(draws["fraction"], draws["kl"], ".", **dots, zorder=1)
+        rows = of_condition[is_mean]
         plotting.line(ax, rows, "fraction", "kl", style=style, label=label, interval=ends)
     ax.set(xlabel="share of open gates", ylabel="KL from the whole model, nats", ylim=(0, None))
     ax.set_xticks(sorted(set(frame["fraction"])))

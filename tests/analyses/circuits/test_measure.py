@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from foreign import STEPS, LoopedEncoder, foreign
+from scipy import stats
 from torch import nn
 
 from bvit_interp import results
@@ -34,7 +35,8 @@ def batch_of(model, data, places):
 
 
 def whole_rows(frame):
-    return frame[frame["step"] == "all"].set_index("condition")
+    means = (frame["step"] == "all") & (frame["draw"] == "all")
+    return frame[means].set_index("condition")
 
 
 def gates_of(frame, steps):
@@ -213,7 +215,7 @@ def test_fractions_conditions_and_their_counts(tiny, stacked, digits):
 
 
 def test_excess_is_the_difference_to_the_circuit(tiny, digits):
-    rows = whole_rows(measure({"m": tiny}, digits, Config(**SMALL | {"draws": 2}, limit=9)))
+    rows = whole_rows(measure({"m": tiny}, digits, Config(**SMALL | {"draws": 3}, limit=9)))
     others = rows.drop(index=["full", "per-step"])
     np.testing.assert_allclose(
         others["excess"], others["kl"] - rows.loc["per-step", "kl"], atol=1e-9
@@ -222,13 +224,43 @@ def test_excess_is_the_difference_to_the_circuit(tiny, digits):
     bounds = others[["excess_low", "excess_high"]]
     np.testing.assert_allclose(bounds.mean(axis=1), others["excess"], atol=1e-9)
     assert (others["excess_low"] < others["excess"]).all()
-    assert (others["kl_min"] <= others["kl"] + 1e-12).all()
-    assert (others["kl_max"] >= others["kl"] - 1e-12).all()
-    assert (
-        others.loc[["shuffled", "random"], "kl_max"] > others.loc[["shuffled", "random"], "kl_min"]
-    ).all()
     labels = [digits.read(i * 60 // 9)[1] for i in range(9)]
     assert (rows["chance"] == np.bincount(labels).max() / 9).all()
+
+
+RANDOM = ["shuffled", "shuffled-units", "random", "even-random", "same-random"]
+ENDS = ["kl_low", "kl_high", "excess_low", "excess_high", "low", "high"]
+
+
+def test_every_draw_has_a_row_and_its_mean_an_interval_over_draws(tiny, digits):
+    config = Config(**SMALL | {"draws": 4}, limit=9)
+    frame = measure({"m": tiny}, digits, config)
+    means = whole_rows(frame)
+    draws = frame[frame["draw"] != "all"]
+    assert draws["condition"].drop_duplicates().tolist() == RANDOM
+    for condition, part in draws.groupby("condition"):
+        assert part["draw"].tolist() == ["1", "2", "3", "4"]
+        assert (part["site"] == "all").all()
+        assert part[ENDS].notna().all(axis=None)
+        row = means.loc[condition]
+        for value, low in (("kl", "kl_low"), ("excess", "excess_low"), ("accuracy", "low")):
+            assert part[value].mean() == pytest.approx(row[value])
+            # no narrower than what the draws alone say
+            half = stats.t.ppf(0.975, 3) * part[value].std() / 2
+            assert row[value] - row[low] >= half - 1e-12
+        assert part["agreement"].mean() == pytest.approx(row["agreement"])
+        np.testing.assert_allclose(
+            part["excess"], part["kl"] - means.loc["per-step", "kl"], atol=1e-9
+        )
+    assert draws[draws["condition"] == "random"]["kl"].nunique() == 4
+
+
+@pytest.mark.parametrize("draws", [1, 2])
+def test_a_mean_of_few_draws_has_no_interval(tiny, digits, draws):
+    means = whole_rows(measure({"m": tiny}, digits, Config(**SMALL | {"draws": draws}, limit=9)))
+    assert means.loc[RANDOM, ENDS].isna().all(axis=None)
+    assert means.loc[RANDOM, ["kl", "excess", "accuracy"]].notna().all(axis=None)
+    assert means.loc[["even", "all-steps"], ENDS].notna().all(axis=None)
 
 
 def test_the_unit_that_answers_is_found(make, digits):
