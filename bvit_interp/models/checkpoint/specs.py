@@ -87,8 +87,8 @@ def parse(text: str) -> Spec:
     if "prefix" in options:
         given["prefix"] = tuple(filter(None, options["prefix"].split(",")))
 
-    word, _, rest = source.partition(":")
-    kind = next((known for known in _WORDS if word == known), None)
+    word, colon, rest = source.partition(":")
+    kind = next((known for known in _WORDS if colon and word == known), None)
     if kind in ("timm", "torchvision"):
         name, _, weights = rest.partition("@")
         random = weights == RANDOM

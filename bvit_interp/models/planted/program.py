@@ -18,8 +18,8 @@ arXiv 2502.17416):
 - **Norms.** A channel holds a constant A that is large beside all others. RMSNorm then divides by
   almost the same number everywhere, its weight multiplies by that number, and the block reads the
   state itself, up to a factor of ``1 - |z|^2 / 2 A^2``.
-- **Steps.** T channels of every token hold a one-hot of the step. Two neurons per step move it on,
-  by a ramp that is flat at both ends, so that its derivative is zero.
+- **Steps.** T channels of every token but the register hold a one-hot of the step. Two neurons per
+  step move it on, by a ramp that is flat at both ends, so that its derivative is zero.
 - **Gates.** A neuron that is off has its preactivation lowered by `SHUT`. A head that is off
   attends only to the register, a token whose values are zero (the dummy token of the appendix).
 - **Linear maps** are exact in two neurons: ``gelu(x) - gelu(-x) = x``.
@@ -199,7 +199,8 @@ class _Compiler:
         start = {"anchor": self.program.anchor, "step:1": 1.0}
         model.cls_token[0, 0] = self.reads({**start, "cls": 1.0})[0] + self.writes(self.program.cls)
         model.pos_embed[0, 1:] = self.reads({**start, "patch": 1.0})[0]
-        model.reg_token[0, 0] = self.reads({**start, "register": 1.0})[0]
+        # without the step, which values may read: they are zero here
+        model.reg_token[0, 0] = self.reads({"anchor": self.program.anchor, "register": 1.0})[0]
         for name, weights in self.program.patches.items():
             model.patch_embed.proj.weight[self._index(name)] = weights
 

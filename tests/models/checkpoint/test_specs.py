@@ -89,6 +89,13 @@ def test_display_names(text, name):
     assert display_name(text) == name
 
 
+@pytest.mark.parametrize("word", ["timm", "torchvision", "hf", "module"])
+def test_a_folder_may_be_called_like_a_kind(word):
+    """Only the colon makes it one."""
+    assert parse(word) == Spec(word, "path", word)
+    assert display_name(word) == word
+
+
 def test_averaged_weights_keep_the_options(tmp_path):
     (tmp_path / "ema.safetensors").touch()
     assert versions(f"{tmp_path}@size=48") == [f"{tmp_path}@size=48", f"{tmp_path}@ema@size=48"]

@@ -73,6 +73,19 @@ def test_a_head_attends_and_moves_at_its_steps_alone(images):
     assert torch.allclose(logits[:, 0], found[:, -1], atol=1e-5)
 
 
+def test_a_head_that_is_off_writes_nothing_also_if_its_values_read_the_step(images):
+    program = Program(
+        steps=3,
+        channels=("found",),
+        heads=[Head([], [({"step:1": 1.0, "step:2": 1.0, "cls": 1.0}, {"found": 1.0})], {3})],
+        logits=[{"found": 1.0}],
+    )
+    with torch.no_grad():
+        logit = compile_program(program)(images)
+    # at step 3 alone: 1 at CLS, 0 at the 64 patches
+    assert torch.allclose(logit, torch.full((2, 1), 1 / 65), atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("fault", "match"),
     [
