@@ -35,8 +35,8 @@ The table also has, per step, the share of its gates that stay open (null: open 
 steps), and the Jaccard overlap with the circuits of other steps (null: random gates, as many at
 each step). The fit runs on every process, on the same images.
 
-Cost: `draws` * 5 + 4 forwards per image, method and fraction, 176 by default: 128 images of 32 px, a
-bViT of width 128 and its ViT, 490 s of one core's time on a busy machine. Computed, not measured:
+Cost: `draws` * 5 + 4 forwards per image, method and fraction, 176 by default: 128 images of 32 px,
+a bViT of width 128 and its ViT, 490 s of one core's time on a busy machine. Computed, not measured:
 1000 images of bViT-B are 5 PFLOPs, eight minutes of a GPU at 10 TFLOP/s. Learning takes 8 *
 `epochs` + 2 forwards more per fit image and fraction.
 
@@ -298,12 +298,12 @@ def _rows(
     }
     for condition in masks:
         draws = scores["draws"].get(condition, [])
-        every = [("all", scores["conditions"][condition])]
-        for draw, measured in every + [(str(d), each) for d, each in enumerate(draws, start=1)]:
-            columns = _score_columns(measured)
+        by_draw = {str(d): measured for d, measured in enumerate(draws, start=1)}
+        for draw, measured in {"all": scores["conditions"][condition], **by_draw}.items():
+            row = {**everything, "condition": condition, "draw": draw, **_score_columns(measured)}
             if condition == "per-step":
-                columns = {key: columns[key] for key in columns if not key.startswith("excess")}
-            yield {**everything, "condition": condition, "draw": draw, **columns}
+                row |= dict.fromkeys(("excess", "excess_low", "excess_high"), math.nan)
+            yield row
     for site, units in fit.gates.sites.items():
         circuit = masks["per-step"][0][:, units]
         columns = structure(circuit, _NULL_DRAWS, config.seed)
