@@ -1,10 +1,11 @@
 """Does the maximum of a head's CLS attention lie on the object, step by step?
 
 A hit is an image where the patch of the largest attention lies on the object of the image's class.
-The hit ratio is the share of hits, for each step and head. Nulls are the area of the object and the
-hit ratio of the image's centre pixel. The best head is also chosen on one half of the images and
-scored on the other, since a maximum over heads is optimistic. The images need masks. Some maps
-are stored beside the table.
+The hit ratio is the share of hits, for each step and head. The gain is what is left of it without
+the hits that the same points have on the objects of other images. Further nulls are untrained
+weights, the brightest patch, the image's centre and the area of the object. The best head is also
+chosen on one half of the images and scored on the other, since a maximum over heads is optimistic.
+The images need masks. Some maps are stored beside the table.
 """
 
 from __future__ import annotations
@@ -41,8 +42,11 @@ class Config(LoaderOptions):
     """Mean over images, or mean over the means of the classes."""
     n_examples: int = 3
     """Number of images whose maps are stored and drawn (Fig. 13); 0 for none."""
+    untrained: bool = True
+    """Score the same model with random weights too, as a null; this doubles the time."""
     seed: int = 0
-    """Random seed for the bootstrap, and for the halves that choose and score the best head."""
+    """Random seed for the bootstrap, for the halves that choose and score the best head, and for
+    the weights of the untrained model."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,12 +66,25 @@ COLUMNS = {
     "low": "lower end of the bootstrap 95 % confidence interval over images; best: the head stays"
     " the chosen one",
     "high": "upper end of the interval",
+    "gain": "hit_ratio - other_masks: hits that are due to the image itself",
+    "gain_low": "lower end of the bootstrap 95 % confidence interval of the gain over images, which"
+    " count both as images and as masks of other images",
+    "gain_high": "upper end of the interval of the gain",
     "n": "number of images scored",
     "n_ignored": "images left out because the point is on an ignored pixel (mean: of every head)",
     "n_skipped": "images left out because no object is inside the crop",
     "chance": "null: mean share of the image that the object covers, 0..1 (--point majority: share"
     " of the patches that are mostly object)",
     "centre_hit_ratio": "null: hit ratio of the image's centre pixel, 0..1",
+    "luminance_hit_ratio": "null: hit ratio of the patch of the highest mean luminance, 0..1",
+    "contrast_hit_ratio": "null: hit ratio of the patch of the highest variance of luminance, 0..1",
+    "other_masks": "null: hit ratio of the same points with the masks of the other images, mean"
+    " over all of them; nan for a single image",
+    "untrained_hit_ratio": "null: hit ratio of the same model with random weights (one draw), mean"
+    " over heads",
+    "untrained_gain": "null: gain of the same model with random weights, mean over heads",
+    "untrained_gain_low": "lower end of the interval of the untrained gain over images",
+    "untrained_gain_high": "upper end of the interval of the untrained gain",
     "chosen_head": "the best head of the step (best; best-split: on the first half of the images)",
     "path": "file of the example maps; empty if none are stored",
 }

@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Int64, Real, UInt8
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
@@ -18,6 +19,8 @@ from bvit_interp import metrics
 from bvit_interp.vocabulary import IGNORE
 
 Masks = Bool[Tensor, "batch height width"]
+_LUMA = (299, 587, 114)
+"""Thousandths of red, green and blue in the luma of ITU-R 601. Whole numbers keep ties."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,14 @@ class Hits:
     """Hit of the image's centre pixel, 0 or 1; nan where it is ignored."""
     objects: Masks
     """The object's pixels."""
+    patches: Float[Tensor, "batch patches"]
+    """Whether a point in the patch is a hit, 0 or 1; nan where it is ignored."""
+    points: Int64[Tensor, "points 3"]
+    """Image, map and patch of every maximum that is not ignored; maps are counted row by row."""
 
 
 def play(
-    maps: Float[Tensor, "batch *maps patches"],
+    maps: Real[Tensor, "batch *maps patches"],
     ids: Int[Tensor, "batch height width"],
     labels: Int[Tensor, " batch"],
     grid: tuple[int, int],
@@ -67,6 +74,8 @@ def play(
     hits = metrics.point_hits(maps, patch_targets, patch_ignored)
     hits[~has_object] = torch.nan
     middle = (slice(None), ids.shape[1] // 2, ids.shape[2] // 2)
+    flat = maps.reshape(len(maps), -1, maps.shape[-1])
+    maxima = (flat == flat.amax(-1, keepdim=True)) & ~patch_ignored[:, None]
     return Hits(
         hits=hits,
         has_object=has_object,
@@ -77,7 +86,69 @@ def play(
         ),
         centre=torch.where(ignored[middle], torch.nan, targets[middle].double()),
         objects=objects,
+        patches=torch.where(patch_ignored, torch.nan, patch_targets.double()),
+        points=maxima.nonzero(),
     )
+
+
+def brightness(
+    pixels: UInt8[Tensor, "batch height width 3"], grid: tuple[int, int]
+) -> Int64[Tensor, "batch 2 patches"]:
+    """Two maps without a model: mean luminance of each patch, and its variance within the patch.
+
+    Both are in units of their own, as whole numbers: equal patches are ties.
+    """
+    rows, columns = grid
+    p, q = pixels.shape[1] // rows, pixels.shape[2] // columns
+    weights = torch.tensor(_LUMA, device=pixels.device)
+    luma = (pixels[:, : rows * p, : columns * q].long() * weights).sum(-1)
+    cells = luma.reshape(-1, rows, p, columns, q).transpose(2, 3)
+    patches = cells.reshape(-1, rows * columns, p * q)
+    total = patches.sum(-1)
+    variance = patches.shape[-1] * (patches**2).sum(-1) - total**2
+    return torch.stack([total, variance], dim=1)
+
+
+def on_other_masks(
+    points: Int[np.ndarray, "points 3"],
+    patches: Float[np.ndarray, "images patches"],
+    maps: int,
+) -> tuple[Float[np.ndarray, "images maps"], Float[np.ndarray, "images maps"]]:
+    """Score points with the masks of all other images.
+
+    What a point scores there is due to where objects usually are, not to the image it is from.
+
+    Parameters
+    ----------
+    points : image, map and patch of every maximum, as in `Hits`; several maxima of a map share it.
+    patches : whether a point in the patch is a hit, 0 or 1; nan where it is ignored.
+    maps : number of maps per image.
+
+    Returns
+    -------
+    others : for each image and map, the share of the other images whose object is at its point;
+        nan without a point, and without another image that is not ignored there.
+    moved : for each image, by how much its mask moves the mean of `others` over the images: the
+        sum over its deviations from the mean mask, times the share of the points that lie there.
+        Its mean over the images is 0. An interval over images needs it, since every mask is used
+        for all other images.
+    """
+    images, size = patches.shape
+    image, number, patch = points.T
+    of_map = image * maps + number
+    maxima = np.bincount(of_map, minlength=images * maps)
+    share = 1 / maxima[of_map]
+    there = ~np.isnan(patches)
+    on = np.where(there, patches, 0.0)
+    hits, seen = on.sum(0), there.sum(0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        elsewhere = (hits[patch] - on[image, patch]) / (seen[patch] - there[image, patch])
+        scores = np.bincount(of_map, share * elsewhere, images * maps)
+        others = np.where(maxima > 0, scores, np.nan).reshape(images, maps)
+        pointed = np.bincount(number * size + patch, share, maps * size).reshape(maps, size)
+        pointed = pointed / pointed.sum(1, keepdims=True)
+        deviation = np.where(there, (on - hits / seen) * images / seen, 0.0)
+    return others, deviation @ pointed.T
 
 
 def _objects(

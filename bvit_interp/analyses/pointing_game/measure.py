@@ -6,23 +6,36 @@ of a step. A hit lies on the object of the image's own class, and the hit ratio 
 hits. Of several equal maxima each counts with its share. Ignored pixels (id 1000) are left out.
 Images without an object pixel inside the crop are skipped and counted.
 
-Nulls in the same table: `chance`, the share of the image that the object covers (with --point
-majority, the share of the patches that are mostly object); `centre_hit_ratio`, that of the image's
-centre pixel; and for the best head, the head that is best on one half of the images, scored on the
-other (`best-split`). The rules for ties, crop and ignored pixels are ours; the paper gives none.
+A hit ratio alone says little: an object is often large, bright, of high contrast and in the middle.
+Nulls in the same table:
 
-Cost: 0.9 forwards per image; 300 images of 224 px on bViT-B take about 3 minutes on 2 cores.
-Integrated gradients: 16 forwards and backwards per image and step, 3 s per image of 32 px on one
-core, so by default 100 images.
+- `other_masks`: the same points with the masks of the other images, the mean over all of them. A
+  head that prefers the middle hits those too. `gain` is `hit_ratio` less this null; a point that is
+  the same in all images has a gain of 0. Its interval is over images, each both as a map and as a
+  mask (the linear part of a two-sample U-statistic; Hoeffding, 1948).
+- `untrained_hit_ratio` and `untrained_gain`: the same model with random weights (`untrained.py`).
+  Heads have no meaning there, so both are means over heads. It is one draw of the weights.
+- `luminance_hit_ratio` and `contrast_hit_ratio`: the patch with the highest mean luminance, and
+  that with its highest variance, of the pixels as the model sees them.
+- `centre_hit_ratio`: the image's centre pixel. `chance`: the share of the image that the object
+  covers (with --point majority, the share of the patches that are mostly object).
+- for the best head, the head that is best on one half of the images, scored on the other
+  (`best-split`).
+
+The rules for ties, crop and ignored pixels are ours; the paper gives none.
+
+Cost: 0.9 forwards per image, and as much for the untrained model; 300 images of 224 px on bViT-B
+take about 6 minutes on 2 cores. Integrated gradients: 16 forwards and backwards per image, step and
+model, 6 s per image of 32 px on one core, so by default 100 images.
 Expected: in the paper the hit ratio rises to middle or late steps and falls at the last step; it is
 highest with registers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +45,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bvit_interp import metrics
 from bvit_interp.analyses.pointing_game import COLUMNS, Config
-from bvit_interp.analyses.pointing_game.game import Hits, play
+from bvit_interp.analyses.pointing_game.game import Hits, brightness, on_other_masks, play
+from bvit_interp.analyses.pointing_game.table import Heads, Scored, table
+from bvit_interp.analyses.pointing_game.untrained import untrained
 from bvit_interp.data.samples import Samples
 from bvit_interp.data.stream import ModelBatch, at_most, stream
 from bvit_interp.errors import UserError
@@ -52,9 +66,28 @@ columns)`` float32."""
 
 _MOST_IMAGES = 100
 """Images by default for integrated gradients: minutes on two cores at 32 px."""
+_SHOWN = [
+    "model",
+    "step",
+    "head",
+    "hit_ratio",
+    "low",
+    "high",
+    "gain",
+    "gain_low",
+    "gain_high",
+    "untrained_gain",
+    "luminance_hit_ratio",
+    "centre_hit_ratio",
+    "chance",
+    "n",
+]
+"""Columns of the summary."""
 _AT_ONCE = 8
 """Images at once for integrated gradients, so that the progress bar moves every few seconds."""
-_LABEL, _HAS_OBJECT, _CHANCE, _CENTRE, _HITS = range(5)  # columns of a row; hits to the end
+_NULLS = ("chance", "centre_hit_ratio", "luminance_hit_ratio", "contrast_hit_ratio")
+_LABEL, _HAS_OBJECT, _FIRST_NULL = range(3)
+_FACTS = _FIRST_NULL + len(_NULLS)  # columns of a row before the patches, then hits to the end
 
 
 @for_any_model
@@ -83,20 +116,27 @@ def measure(
     integrates = config.saliency == "integrated-gradients"
     if integrates:
         config = at_most(config, data, _MOST_IMAGES, config.saliency)
-    probes = {name: Probe(model) for name, model in models.items()}
-    per_image = {name: PerImage() for name in models}
+    probes = {name: [Probe(model)] for name, model in models.items()}
+    if config.untrained:
+        for name, model in models.items():
+            probes[name].append(Probe(untrained(model, config.seed)))
+    per_image, points = ({name: PerImage() for name in models} for _ in range(2))
     examples: dict[str, list[Example]] = {name: [] for name in models}
     n_examples = config.n_examples if folder is not None else 0
     make_maps = saliency.METHODS[config.saliency]
 
-    def score(batch: ModelBatch) -> tuple[Tensor, Tensor, list[Example]]:
-        probe = probes[batch.model]
-        with _counted(probe, batch) if integrates else nullcontext():
-            maps = check_finite(make_maps(probe, batch.images), f"{config.saliency} maps")
-        game = _play(batch, maps, probe, config)
-        return batch.index, _rows(batch, game), _examples(batch, maps, game, probe)[:n_examples]
+    def score(batch: ModelBatch) -> tuple[Tensor, Tensor, Tensor, list[Example]]:
+        of_model = probes[batch.model]
+        with _counted(of_model, batch) if integrates else nullcontext():
+            maps = torch.stack([make_maps(probe, batch.images) for probe in of_model], dim=1)
+        check_finite(maps[:, 0], f"{config.saliency} maps")
+        grid = of_model[0].grid
+        game = _play(batch, maps, grid, config)
+        plain = _play(batch, brightness(batch.geometry.to_pixels(batch.images), grid), grid, config)
+        shown = _examples(batch, maps[:, 0], game, grid)[:n_examples]
+        return batch.index, _rows(batch, game, plain), game.points.cpu(), shown
 
-    for name, (index, rows, candidates) in stream(
+    for name, (index, rows, found, candidates) in stream(
         models,
         data,
         config,
@@ -106,67 +146,104 @@ def measure(
         grad=config.saliency in saliency.USE_GRADIENTS,
     ):
         per_image[name].update(index, rows)
+        points[name].update(index[found[:, 0]], found[:, 1:])
         examples[name] = (examples[name] + candidates)[:n_examples]
     tables = []
-    for name, probe in probes.items():
+    for name, (probe, *_) in probes.items():
         path = _write_examples(examples[name], name, config, folder)
-        _, in_order = per_image[name].compute()
-        tables.append(_table(name, in_order.numpy(), probe.num_steps, config).assign(path=path))
+        scored, n_skipped = _scored(per_image[name], points[name], probe, config)
+        shared = {"model": name, "saliency": config.saliency, "n_skipped": n_skipped, "path": path}
+        by_class = config.average == "class"
+        tables.append(table(scored, by_class=by_class, seed=config.seed, **shared))
     return pd.concat(tables, ignore_index=True)[list(COLUMNS)]
 
 
 def summary(frame: pd.DataFrame) -> pd.DataFrame:
     """The mean over heads and the best head."""
-    return frame[frame["head"].isin(["mean", "best", "best-split"])]
+    return frame.loc[frame["head"].isin(["mean", "best", "best-split"]), _SHOWN]
 
 
 @contextmanager
-def _counted(probe: Probe, batch: ModelBatch) -> Iterator[None]:
+def _counted(probes: Sequence[Probe], batch: ModelBatch) -> Iterator[None]:
     """Move the progress bar with every forward of integrated gradients."""
     # one for the classes; then for every step those of the path, of its end and of captum's check
-    forwards, done = 1 + probe.num_steps * (saliency.INTEGRATION_STEPS + 2), 0
+    forwards = len(probes) * (1 + probes[0].num_steps * (saliency.INTEGRATION_STEPS + 2))
+    done = 0
 
     def count(*_: Any) -> None:
         nonlocal done
         done += 1
         batch.advance(min(done / forwards, 1.0))
 
-    hook = probe.model.register_forward_hook(count)
-    try:
+    with ExitStack() as hooks:
+        for probe in probes:
+            hooks.callback(probe.model.register_forward_hook(count).remove)
         yield
-    finally:
-        hook.remove()
 
 
-def _play(batch: ModelBatch, maps: Tensor, probe: Probe, config: Config) -> Hits:
+def _play(batch: ModelBatch, maps: Tensor, grid: tuple[int, int], config: Config) -> Hits:
     if batch.masks is None:
         raise UserError(f"{batch.names[0]}: the image has no mask")
     return play(
         maps,
         batch.masks,
         batch.data_labels,
-        probe.grid,
+        grid,
         target=config.target,
         point=config.point,
         tolerance=config.tolerance,
     )
 
 
-def _rows(batch: ModelBatch, game: Hits) -> Float[Tensor, "batch columns"]:
-    """Label, has object, chance, hit of the centre, then the hits of every step and head."""
+def _rows(batch: ModelBatch, game: Hits, plain: Hits) -> Float[Tensor, "batch columns"]:
+    """Label, has object, `_NULLS`; then the object on the patches; then the hits of every map."""
     facts = [batch.data_labels, game.has_object, game.chance, game.centre]
     columns = torch.stack([fact.double() for fact in facts], dim=1)
-    return torch.cat([columns, game.hits.flatten(1)], dim=1).cpu()
+    return torch.cat([columns, plain.hits, game.patches, game.hits.flatten(1)], dim=1).cpu()
 
 
-def _examples(batch: ModelBatch, maps: Tensor, game: Hits, probe: Probe) -> list[Example]:
+def _scored(
+    per_image: PerImage, points: PerImage, probe: Probe, config: Config
+) -> tuple[Scored, int]:
+    """The images that show their object, and how many do not."""
+    index, rows = (each.numpy() for each in per_image.compute())
+    index, rows = index.reshape(-1), rows.reshape(index.size, -1)  # torchmetrics squeezes one image
+    shown = rows[:, _HAS_OBJECT] > 0
+    n_skipped = len(rows) - int(shown.sum())
+    if n_skipped == len(rows):
+        raise UserError(
+            "no image shows its object after the crop: are these masks of these images?"
+        )
+    index, rows = index[shown], rows[shown]
+    size = math.prod(probe.grid)
+    patches, hits = rows[:, _FACTS : _FACTS + size], rows[:, _FACTS + size :]
+    of_image, found = (each.numpy().astype(np.int64) for each in points.compute())
+    of_image, found = of_image.reshape(-1), found.reshape(-1, 2)
+    known = np.isin(of_image, index)
+    found = np.column_stack([np.searchsorted(index, of_image[known]), found[known]])
+    found = found[np.lexsort(found.T[::-1])]  # sums of the same order whatever the batches
+    others, moved = on_other_masks(found, patches, hits.shape[1])
+    shape = (len(rows), 1 + config.untrained, probe.num_steps, -1)
+    each_model = [each.reshape(shape).swapaxes(0, 1) for each in (hits, others, moved)]
+    trained, *random = (Heads(*parts) for parts in zip(*each_model, strict=True))
+    nulls = dict(zip(_NULLS, rows[:, _FIRST_NULL:_FACTS].T, strict=True))
+    scored = Scored(
+        labels=rows[:, _LABEL],
+        nulls=nulls,
+        trained=trained,
+        untrained=random[0] if random else None,
+    )
+    return scored, n_skipped
+
+
+def _examples(batch: ModelBatch, maps: Tensor, game: Hits, grid: tuple[int, int]) -> list[Example]:
     """The images of the batch that show an object, and their maps."""
     pixels = batch.geometry.to_pixels(batch.images)
     return [
         {
             "image": pixels[i].cpu().numpy(),
             "mask": game.objects[i].cpu().numpy(),
-            "maps": maps[i].unflatten(-1, probe.grid).float().cpu().numpy(),
+            "maps": maps[i].unflatten(-1, grid).float().cpu().numpy(),
         }
         for i in game.has_object.nonzero().flatten().tolist()
     ]
@@ -183,110 +260,3 @@ def _write_examples(
         path, **{key: np.stack([example[key] for example in examples]) for key in examples[0]}
     )
     return str(path)
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """A line of the table: one head of one step, or a summary over its heads."""
-
-    head: str
-    hit_ratio: float
-    draws: Float[np.ndarray, " draws"]
-    """Bootstrap draws of the hit ratio."""
-    per_image: Float[np.ndarray, " images"]
-    """nan where the point of the image is ignored."""
-    chosen_head: int | None = None
-
-
-def _table(
-    name: str, rows: Float[np.ndarray, "images columns"], steps: int, config: Config
-) -> pd.DataFrame:
-    """The table of one model."""
-    scored = rows[rows[:, _HAS_OBJECT] > 0]
-    if not len(scored):
-        raise UserError(
-            "no image shows its object after the crop: are these masks of these images?"
-        )
-    hits = scored[:, _HITS:].reshape(len(scored), steps, -1)
-    classes = scored[:, _LABEL] if config.average == "class" else None
-    nulls = metrics.mean_over_images(scored[:, [_CHANCE, _CENTRE]], classes)
-    shared = {
-        "model": name,
-        "saliency": config.saliency,
-        "n_skipped": len(rows) - len(scored),
-        "chance": float(nulls[0]),
-        "centre_hit_ratio": float(nulls[1]),
-    }
-    table = []
-    for t, entries in enumerate(_entries_by_step(hits, classes, config.seed)):
-        for entry in entries:
-            low, high = metrics.interval(entry.draws)
-            n_ignored = int(np.isnan(entry.per_image).sum())
-            table.append(
-                {
-                    **shared,
-                    "step": t + 1,
-                    "head": entry.head,
-                    "hit_ratio": entry.hit_ratio,
-                    "low": low,
-                    "high": high,
-                    "n": len(scored) - n_ignored,
-                    "n_ignored": n_ignored,
-                    "chosen_head": entry.chosen_head,
-                }
-            )
-    return pd.DataFrame(table).astype({"chosen_head": "Int64"})
-
-
-def _entries_by_step(
-    hits: Float[np.ndarray, "images steps heads"],
-    classes: Float[np.ndarray, " images"] | None,
-    seed: int,
-) -> Iterator[list[_Entry]]:
-    """Every head, their mean, the best head, and the best head chosen and scored on two halves."""
-    images, steps, heads = hits.shape
-    first_half = np.random.default_rng(seed).permutation(images) % 2 == 0
-    best_of_first, best_of_second = (
-        _best(metrics.mean_over_images(hits[half], None if classes is None else classes[half]))
-        for half in (first_half, ~first_half)
-    )
-    # each image is scored by the head that is best on the half without it
-    every_step = np.arange(steps)
-    split = np.where(
-        first_half[:, None], hits[:, every_step, best_of_second], hits[:, every_step, best_of_first]
-    )
-    columns = np.concatenate([hits, split[..., None]], axis=-1).reshape(images, -1)
-    draws = metrics.bootstrap_means(columns, classes, seed)
-    draws = draws.reshape(len(draws), steps, heads + 1)
-    split_ratios = metrics.mean_over_images(split, classes)
-    for t, ratios in enumerate(metrics.mean_over_images(hits, classes)):
-        head_draws, split_draws = draws[:, t, :-1], draws[:, t, -1]
-        if heads == 1:
-            yield [_Entry("all", float(ratios[0]), head_draws[:, 0], hits[:, t, 0])]
-            continue
-        entries = [
-            _Entry(str(head), float(ratio), head_draws[:, head], hits[:, t, head])
-            for head, ratio in enumerate(ratios)
-        ]
-        # an image is ignored if it is by every head
-        any_head = np.where(np.isnan(hits[:, t]).all(1), np.nan, 0.0)
-        # over the heads in place of the images
-        mean, mean_draws = (metrics.mean_over_images(each) for each in (ratios, head_draws.T))
-        best = int(_best(ratios))
-        yield [
-            *entries,
-            _Entry("mean", float(mean), mean_draws, any_head),
-            _Entry("best", float(ratios[best]), head_draws[:, best], hits[:, t, best], best),
-            _Entry(
-                "best-split",
-                float(split_ratios[t]),
-                split_draws,
-                split[:, t],
-                int(best_of_first[t]),
-            ),
-        ]
-
-
-def _best(ratios: Float[np.ndarray, "*steps heads"]) -> Any:
-    """Index of the highest ratio along the last axis; 0 if none is a number."""
-    return np.argmax(np.where(np.isnan(ratios), -1.0, ratios), axis=-1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,7 +15,14 @@ from bvit_interp import plotting
 
 _MOST_MAPS = 3  # models whose heads and maps are drawn; the lines are of all
 _SPLIT = "best head of one half, scored on the other"
-_NULLS = {"chance": "area of the object", "centre_hit_ratio": "image centre"}
+_NULLS = {
+    "chance": "area of the object",
+    "centre_hit_ratio": "image centre",
+    "luminance_hit_ratio": "brightest patch",
+    "contrast_hit_ratio": "patch of most contrast",
+}
+_UNTRAINED = "random weights"
+_OTHERS_DASH = (0, (1, 3))
 
 
 @plotting.house_style()
@@ -58,30 +66,47 @@ def _read_examples(part: pd.DataFrame) -> dict[str, np.ndarray] | None:
 
 
 def _plot_lines(panel: SubFigure, models: list[tuple[str, str, pd.DataFrame]]) -> None:
-    """Mean over heads on the left, best head on the right, with the nulls."""
+    """The mean over heads, its gain and the best head, with the nulls of each."""
     parts = [part for *_, part in models]
-    axes = plotting.subcanvas(panel, columns=1 + any(map(_has_heads, parts)), sharey=True)[0]
-    left, right = axes[0], axes[-1]  # the same if no model has heads
+    axes = plotting.subcanvas(panel, columns=2 + any(map(_has_heads, parts)))[0]
+    ratio, gain = axes[:2]
     for i, (name, saliency, part) in enumerate(models):
         style = plotting.line_style(i)
         label = name if saliency == "attention" else f"{name}, {saliency}"
         mean = part[part["head"].isin(["mean", "all"])]
-        plotting.line(left, mean, "step", "hit_ratio", style=style, label=label)
+        of_mean: dict[str, Any] = {"style": style, "label": label, "null_label": _UNTRAINED}
+        plotting.line(ratio, mean, "step", "hit_ratio", **of_mean, null="untrained_hit_ratio")
+        plotting.line(
+            gain,
+            mean,
+            "step",
+            "gain",
+            **of_mean,
+            interval=("gain_low", "gain_high"),
+            null="untrained_gain",
+        )
         best, split = (part[part["head"] == head] for head in ("best", "best-split"))
         if len(best):
-            plotting.line(right, best, "step", "hit_ratio", style=style, label=label)
+            plotting.line(axes[2], best, "step", "hit_ratio", style=style, label=label)
             thin = {"color": style["color"], "linewidth": 1, "linestyle": ":", "alpha": 0.8}
             split_label = None if i else _SPLIT
             plotting.line(
-                right, split, "step", "hit_ratio", style=thin, label=split_label, interval=None
+                axes[2], split, "step", "hit_ratio", style=thin, label=split_label, interval=None
             )
-    for ax, title in zip(axes, ("mean over heads", "best head"), strict=False):
-        for (column, label), dash in zip(_NULLS.items(), ("-", "--"), strict=True):
+    for ax in (ratio, *axes[2:]):
+        for (column, label), dash in zip(_NULLS.items(), plotting.DASHES, strict=True):
             for i, null in enumerate(sorted({part[column].iloc[0] for *_, part in models})):
                 ax.axhline(null, **plotting.NULL, linestyle=dash, label=None if i else label)
+        ax.set_ylabel("hit ratio")
+    of_ratios = [ax.get_ylim() for ax in (ratio, *axes[2:])]
+    for ax in (ratio, *axes[2:]):
+        ax.set_ylim(min(low for low, _ in of_ratios), max(high for _, high in of_ratios))
+    gain.axhline(0, **plotting.NULL, linestyle=_OTHERS_DASH, label="other images' masks")
+    gain.set_ylabel("gain")
+    titles = ("mean over heads", "mean over heads, less other images' masks", "best head")
+    for ax, title in zip(axes, titles, strict=False):
         plotting.title(ax, title)
         plotting.step_axis(ax, [step for *_, part in models for step in part["step"]])
-    left.set_ylabel("hit ratio")
     plotting.legend_below(panel, axes)
 
 

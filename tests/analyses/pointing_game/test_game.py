@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from bvit_interp.analyses.pointing_game.game import play
+from bvit_interp.analyses.pointing_game.game import brightness, on_other_masks, play
 
 IDS = torch.tensor(
     [
@@ -91,3 +91,75 @@ def test_wrong_shapes_are_refused():
     ):
         with pytest.raises(jaxtyping.TypeCheckError):
             play(maps, ids, labels, (2, 2))
+
+
+def test_points_are_the_maxima_that_are_not_ignored():
+    ids = torch.zeros(2, 4, 4, dtype=torch.int64)
+    ids[:, :2, :2] = 1
+    ids[1, :2, 2:] = 1000
+    maps = torch.tensor([[[0, 1, 1, 0], [2, 0, 0, 1]], [[0, 3, 3, 0], [0, 1, 0, 0]]])
+    game = play(maps, ids, LABELS, (2, 2))
+    assert game.points.tolist() == [[0, 0, 1], [0, 0, 2], [0, 1, 0], [1, 0, 2]]
+    np.testing.assert_array_equal(game.patches, [[1, 0, 0, 0], [1, math.nan, 0, 0]])
+
+
+def test_other_masks_on_paper():
+    """Three images of two patches, one map; the last image ignores patch 1."""
+    patches = np.array([[1, 0], [1, 1], [0, math.nan]])
+    points = np.array([[0, 0, 0], [1, 0, 0], [1, 0, 1], [2, 0, 0]])  # image 1 has two maxima
+    others, moved = on_other_masks(points, patches, 1)
+    # patch 1 of image 1: of the others only image 0 is not ignored, and it has no object there
+    np.testing.assert_allclose(others[:, 0], [1 / 2, (1 / 2 + 0) / 2, 2 / 2])
+    # shares of the points: 5/6 on patch 0 and 1/6 on patch 1; mean masks 2/3 and 1/2
+    wanted = [
+        5 / 6 * 1 / 3 - 1 / 6 * 1 / 2 * 3 / 2,
+        5 / 6 * 1 / 3 + 1 / 6 * 1 / 2 * 3 / 2,
+        -5 / 6 * 2 / 3,
+    ]
+    np.testing.assert_allclose(moved[:, 0], wanted)
+    assert moved.mean() == pytest.approx(0)
+
+
+def test_other_masks_equal_a_loop_over_all_pairs():
+    rng = np.random.default_rng(0)
+    patches = (rng.random((7, 5)) < 0.4).astype(float)
+    at = rng.integers(0, 5, (7, 3))
+    points = np.array([(i, m, at[i, m]) for i in range(7) for m in range(3)])
+    others, moved = on_other_masks(points, patches, 3)
+    pairs = patches[:, at]  # of mask j and the point of image i in map m
+    wanted = [[np.delete(pairs[:, i, m], i).mean() for m in range(3)] for i in range(7)]
+    np.testing.assert_allclose(others, wanted)
+    # without mask j the mean of the others moves away from it, but for those of its own point
+    shift = [pairs[:, :, m].mean(1) - pairs[:, :, m].mean() for m in range(3)]
+    np.testing.assert_allclose(moved, np.transpose(shift))
+
+
+def test_a_point_that_is_the_same_in_all_images_gains_nothing():
+    rng = np.random.default_rng(1)
+    patches = (rng.random((9, 4)) < 0.5).astype(float)
+    points = np.array([(i, 0, 2) for i in range(9)])
+    others, _ = on_other_masks(points, patches, 1)
+    assert (patches[:, 2] - others[:, 0]).mean() == pytest.approx(0)
+
+
+def test_without_another_image_or_a_point_there_is_no_null():
+    one, _ = on_other_masks(np.array([[0, 0, 1]]), np.ones((1, 2)), 1)
+    assert np.isnan(one).all()
+    two, moved = on_other_masks(np.array([[0, 0, 1], [1, 0, 1]]), np.ones((2, 2)), 2)
+    np.testing.assert_array_equal(two, [[1, math.nan]] * 2)
+    np.testing.assert_array_equal(moved, [[0, math.nan]] * 2)
+
+
+def test_brightness_is_that_of_whole_patches():
+    """Patch 1 is green, brighter than white-and-black patch 2; the last row and column are left
+    out."""
+    pixels = torch.zeros(1, 5, 7, 3, dtype=torch.uint8)
+    pixels[0, :2, 3:6, 1] = 255
+    pixels[0, 2:4, 0:2] = 255
+    pixels[0, 2, 1] = 0
+    pixels[0, 4], pixels[0, :, 6] = 255, 255
+    luminance, variance = brightness(pixels, (2, 2))[0]
+    green, white = 255 * 587, 255 * 1000
+    assert luminance.tolist() == [0, 6 * green, 3 * white, 0]
+    assert variance.tolist() == [0, 0, 6 * 3 * white**2 - (3 * white) ** 2, 0]
+    assert torch.equal(brightness(pixels.repeat(3, 1, 1, 1), (2, 2))[2, 0], luminance)

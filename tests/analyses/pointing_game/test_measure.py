@@ -13,10 +13,12 @@ import torch
 
 from bvit_interp import metrics
 from bvit_interp.analyses.pointing_game import Config, game, measure, summary
-from bvit_interp.analyses.pointing_game.measure import _table
+from bvit_interp.analyses.pointing_game.untrained import untrained
 from bvit_interp.data.geometry import Geometry
+from bvit_interp.data.scenes import Scenes
 from bvit_interp.data.stream import stream
 from bvit_interp.errors import UserError
+from bvit_interp.models.planted import plants
 from bvit_interp.probes import saliency
 from bvit_interp.probes.probe import Probe
 
@@ -31,8 +33,8 @@ def maps_are(monkeypatch):
 
     def replace(fn):
         def play_with_these(maps, ids, labels, grid, **rules):
-            given = fn(ids, labels)[:, None, None].expand_as(maps)
-            return game.play(given.float(), ids, labels, grid, **rules)
+            given = fn(ids, labels).float().reshape(len(ids), *[1] * (maps.ndim - 2), -1)
+            return game.play(given.expand_as(maps), ids, labels, grid, **rules)
 
         monkeypatch.setattr(module, "play", play_with_these)
 
@@ -57,11 +59,13 @@ def test_random_maps_hit_as_often_as_the_mask_is_large(tiny, squares, monkeypatc
         return torch.rand(len(images), probe.num_steps, probe.num_heads, 16, generator=generator)
 
     monkeypatch.setitem(saliency.METHODS, "attention", noise)
-    frame = heads(measure({"m": tiny}, squares(count=351), Config()))
+    frame = heads(measure({"m": tiny}, squares(count=351), Config(untrained=False)))
     assert (frame["chance"] == 0.25).all()  # a 16 x 16 square of 32 x 32
     covered = ((frame["low"] <= 0.25) & (frame["high"] >= 0.25)).mean()
     assert covered >= 0.85  # 95 % intervals of 48 heads and steps
     assert abs(frame["hit_ratio"].mean() - 0.25) < 0.01
+    assert ((frame["gain_low"] <= 0) & (frame["gain_high"] >= 0)).mean() >= 0.85
+    assert abs(frame["gain"].mean()) < 0.01
 
 
 def test_a_fixed_patch_scores_as_counted_by_hand(tiny, squares, maps_are):
@@ -77,6 +81,11 @@ def test_a_fixed_patch_scores_as_counted_by_hand(tiny, squares, maps_are):
     assert np.allclose(frame["hit_ratio"], 4 / 9)
     # the image's centre pixel (16, 16) lies in the squares that begin at 8 or 16 both ways
     assert np.allclose(frame["centre_hit_ratio"], 4 / 9)
+    # it hits the squares of the other images as often
+    assert np.allclose(frame[["other_masks", "untrained_hit_ratio"]], 4 / 9)
+    assert np.allclose(frame[["gain", "untrained_gain"]], 0)
+    assert (frame["gain_low"] <= 0).all()
+    assert (frame["gain_high"] >= 0).all()
 
 
 def test_ties_count_by_expectation(tiny, squares, maps_are):
@@ -172,23 +181,6 @@ def test_class_average(tiny, squares, maps_are):
     assert by_class["hit_ratio"].iloc[0] == pytest.approx(0.5)
 
 
-def test_class_average_with_ignored_points():
-    """Class 0 = (1, ignored, 0) and class 1 = (0, 0): (1 / 2 + 0) / 2, at the head, its interval
-    and the centre."""
-    labels, hits = [0, 0, 0, 1, 1], [1, np.nan, 0, 0, 0]
-    rows = np.array([[label, 1, 0.5, hit, hit] for label, hit in zip(labels, hits, strict=True)])
-    row = _table("m", rows, 1, Config(average="class")).iloc[0]
-    assert (row["hit_ratio"], row["centre_hit_ratio"], row["chance"]) == (0.25, 0.25, 0.5)
-    assert (row["n"], row["n_ignored"]) == (4, 1)
-    # class 0 nearly always ignored, else hit; class 1 never hit: whatever the resample, the mean is
-    # a half
-    many = np.array([[0, 1, 0.5, 1, *([1 if i < 20 else np.nan] * 2)] for i in range(100)])
-    many = np.concatenate([many, np.array([[1, 1, 0.5, 0, 0, 0]] * 100)])
-    frame = _table("m", many, 1, Config(average="class"))
-    assert list(frame["head"]) == ["0", "1", "mean", "best", "best-split"]
-    np.testing.assert_allclose(frame[["hit_ratio", "low", "high"]], 0.5)
-
-
 def test_chance_is_what_a_point_anywhere_scores(tiny, squares, maps_are):
     class Small(squares):
         """12 x 12 pixels: one whole patch of 8, two halves and a quarter."""
@@ -240,10 +232,103 @@ def test_the_honest_maximum_of_noise_is_chance_and_the_plain_one_is_not(tiny, sq
         return torch.rand(len(images), 12, 4, 16, generator=generator)
 
     monkeypatch.setitem(saliency.METHODS, "attention", noise)
-    frame = measure({"m": tiny}, squares(count=108), Config())
+    frame = measure({"m": tiny}, squares(count=108), Config(untrained=False))
     plain, honest = (frame[frame["head"] == h]["hit_ratio"].mean() for h in ("best", "best-split"))
     assert plain > 0.27
     assert abs(honest - 0.25) < 0.02
+
+
+def test_other_masks_equal_a_loop_written_here(tiny, squares):
+    """Arg-max patch of each image and head, on the mask of every other image that shows its
+    object."""
+    data = squares(count=20, empty=3)
+    frame = measure({"m": tiny}, data, Config(batch_size=6))
+    geometry, probe = Geometry.of(tiny, data), Probe(tiny)
+    images, masks = [], []
+    for i in range(3, 20):
+        image, label, mask = data.read(i)
+        images.append(geometry(image, None)[0])
+        masks.append(mask[4::8, 4::8].ravel() == label + 1)
+    best = saliency.attention(probe, torch.stack(images)).argmax(-1).numpy()
+    masks = np.stack(masks)
+    others = [[masks[j][best[i]] for j in range(len(masks)) if j != i] for i in range(len(masks))]
+    expected = np.mean(others, axis=(0, 1))
+    grid = heads(frame).pivot(index="step", columns="head", values="other_masks").to_numpy()
+    np.testing.assert_allclose(grid, expected, atol=1e-12)
+    np.testing.assert_allclose(frame["gain"], frame["hit_ratio"] - frame["other_masks"])
+    assert (frame["gain_low"] <= frame["gain"]).all()
+    assert (frame["gain"] <= frame["gain_high"]).all()
+
+
+def test_a_planted_step_gains_what_chance_leaves_and_no_other():
+    """Brightness, contrast and place of the planted object say nothing. The other steps look at
+    another square, which is never on the image's own object."""
+    data = Scenes(120)
+    frame = measure({"m": plants.pointing(4)}, data, Config()).set_index("step")
+    assert frame["chance"].iloc[0] == pytest.approx(9 / 64)
+    gain = frame.loc[4, "gain"]
+    assert gain == pytest.approx(1 - 9 / 64, abs=0.03)
+    assert frame.loc[4, "gain_low"] > 0.8
+    others = frame.drop(index=4)
+    assert (others["hit_ratio"] == 0).all()
+    assert (others["gain_high"] < 0).all()
+    blind = frame[["luminance_hit_ratio", "contrast_hit_ratio"]]
+    np.testing.assert_allclose(blind, 9 / 64)  # all patches are tied
+    # random weights prefer some pattern on all images, and that of the object on few
+    draws = [
+        measure({"m": plants.pointing(4)}, data, Config(seed=seed))["untrained_gain"]
+        for seed in range(3)
+    ]
+    assert np.max(draws) < 0.2
+    assert np.mean(draws) < 0.05
+
+
+def test_random_weights_are_those_of_the_same_model_measured_on_its_own(tiny, digits):
+    frame = measure({"m": tiny}, digits, Config(limit=20, seed=3))
+    alone = measure({"m": untrained(tiny, 3)}, digits, Config(limit=20, seed=3, untrained=False))
+    columns = ["hit_ratio", "gain", "gain_low", "gain_high"]
+    of_random = frame[frame["head"] == "mean"][[f"untrained_{name}" for name in columns]]
+    np.testing.assert_array_equal(of_random, alone[alone["head"] == "mean"][columns])
+    assert alone.filter(like="untrained").isna().all(axis=None)
+    without = measure({"m": tiny}, digits, Config(limit=20, seed=3, untrained=False))
+    same = [name for name in frame if not name.startswith("untrained")]
+    pd.testing.assert_frame_equal(frame[same], without[same])
+
+
+def test_the_brightest_patch_and_that_of_most_contrast(tiny, squares):
+    class Lit(squares):
+        """The object is a little brighter than the rest, without contrast; far from it is a
+        checked patch."""
+
+        def read(self, i):
+            _, label, mask = super().read(i)
+            image = np.full((32, 32, 3), 100, np.uint8)
+            image[mask > 0] = 104
+            free = np.argwhere(mask[::8, ::8] == 0)[0] * 8
+            rows, columns = slice(free[0], free[0] + 8), slice(free[1], free[1] + 8)
+            image[rows, columns] = 95 + 10 * (np.indices((8, 8)).sum(0) % 2)[..., None]
+            return image, label, mask
+
+    class Checked(Lit):
+        """The same with the mask elsewhere: where the checks are."""
+
+        def read(self, i):
+            image, label, _ = super().read(i)
+            mask = np.zeros((32, 32), np.int32)
+            mask[np.abs(np.diff(image[..., 0].astype(int), prepend=100)) == 10] = label + 1
+            return image, label, mask
+
+    lit = measure({"m": tiny}, Lit(), Config(untrained=False)).iloc[0]
+    assert (lit["luminance_hit_ratio"], lit["contrast_hit_ratio"]) == (1, 0)
+    checked = measure({"m": tiny}, Checked(), Config(untrained=False, tolerance=2)).iloc[0]
+    assert (checked["luminance_hit_ratio"], checked["contrast_hit_ratio"]) == (0, 1)
+
+
+def test_one_image_has_no_other_masks(tiny, digits):
+    frame = measure({"m": tiny}, digits, Config(limit=1))
+    nulls = ["other_masks", "gain", "gain_low", "gain_high", "untrained_gain"]
+    assert frame[nulls].isna().all(axis=None)
+    assert frame[["hit_ratio", "untrained_hit_ratio"]].notna().all(axis=None)
 
 
 def test_several_models_share_one_pass_and_change_nothing(tiny, tiny_reg4, digits):
@@ -276,71 +361,6 @@ def test_other_saliency_has_one_map_a_step(tiny, digits, method):
     assert list(frame["head"]) == ["all"] * 12
     assert (frame["saliency"] == method).all()
     assert all(parameter.grad is None for parameter in tiny.parameters())
-
-
-def test_the_table_of_one_head_by_hand():
-    """One step: three hits of four, of one head; no mean and no best."""
-    rows = np.array([[0, 1, 0.5, 1, hit] for hit in (1, 1, 0, 1)] + [[0, 0, 0, 0, np.nan]])
-    frame = _table("m", rows, 1, Config())
-    assert frame["head"].tolist() == ["all"]
-    row = frame.iloc[0]
-    assert (row["hit_ratio"], row["n"], row["n_ignored"], row["n_skipped"]) == (0.75, 4, 0, 1)
-
-
-def test_best_head_is_chosen_on_one_half_and_scored_on_the_other():
-    """Head h hits the images with remainder h alone; the halves are drawn again here."""
-    remainder = np.arange(30) % 3
-    hits = (remainder[:, None, None] == np.arange(3)).astype(float).repeat(2, axis=1)  # (n, T, H)
-    hits[:, 1] = hits[:, 1, ::-1]  # at step 2 the heads change places
-    hits[0, 1] = np.nan
-    facts = np.tile([0, 1, 0.5, 1.0], (30, 1))
-    frame = _table("m", np.concatenate([facts, hits.reshape(30, -1)], axis=1), 2, Config(seed=4))
-    first = np.random.default_rng(4).permutation(30) % 2 == 0
-    for t in range(2):
-        ratios = np.nanmean(hits[:, t], axis=0)
-        of_halves = [int(np.nanmean(hits[half, t], axis=0).argmax()) for half in (first, ~first)]
-        scored = np.where(first, hits[:, t, of_halves[1]], hits[:, t, of_halves[0]])
-        rows = frame[frame["step"] == t + 1].set_index("head")
-        assert rows.loc["mean", "hit_ratio"] == pytest.approx(ratios.mean())
-        assert rows.loc["best", "hit_ratio"] == pytest.approx(ratios.max())
-        assert rows.loc["best", "chosen_head"] == ratios.argmax()
-        assert rows.loc["best-split", "hit_ratio"] == pytest.approx(np.nanmean(scored))
-        assert rows.loc["best-split", "chosen_head"] == of_halves[0]
-        assert (rows["n"] == 30 - t).all()
-        heads = rows.drop("mean")  # every image is hit by one head of the three
-        assert (heads["low"] < heads["hit_ratio"]).all()
-        assert (heads["hit_ratio"] < heads["high"]).all()
-        # a normal interval of a share: close to the bootstrap's
-        half = 1.96 * np.sqrt(ratios[0] * (1 - ratios[0]) / (30 - t))
-        assert rows.loc["0", "low"] == pytest.approx(ratios[0] - half, abs=0.04)
-        assert rows.loc["0", "high"] == pytest.approx(ratios[0] + half, abs=0.04)
-
-
-def test_an_image_is_ignored_if_it_is_by_every_head():
-    """Head 0 hits one of three images and ignores one, head 1 hits two of four."""
-    hits = [(1, 1), (0, 1), (np.nan, 0), (0, 0), (np.nan, np.nan)]
-    rows = np.array([[0, 1, 0.5, 1, *of_image] for of_image in hits])
-    frame = _table("m", rows, 1, Config()).set_index("head")
-    assert frame.loc[["0", "1", "mean", "best"], "n"].tolist() == [3, 4, 4, 4]
-    assert frame.loc[["0", "1", "mean", "best"], "n_ignored"].tolist() == [2, 1, 1, 1]
-    expected = [1 / 3, 1 / 2, (1 / 3 + 1 / 2) / 2, 1 / 2]
-    assert frame.loc[["0", "1", "mean", "best"], "hit_ratio"].tolist() == pytest.approx(expected)
-
-
-def test_the_head_of_a_half_is_the_best_on_its_class_average():
-    """Head 0 hits the class of 30 images alone, head 1 that of ten and a fifth of the thirty."""
-    labels = np.repeat([0, 1], [30, 10])
-    hits = np.stack([labels == 0, (labels == 1) | (np.arange(40) % 5 == 0)], axis=1)
-    rows = np.concatenate([np.stack([labels, *np.ones((3, 40))], axis=1), hits], axis=1)
-    for average, chosen in (("image", 0), ("class", 1)):
-        frame = _table("m", rows, 1, Config(average=average)).set_index("head")
-        assert frame.loc["best", "chosen_head"] == chosen
-        assert frame.loc["best-split", "chosen_head"] == chosen
-        # both halves choose it, so it is scored on all images; each interval is its own
-        columns = ["hit_ratio", "low", "high"]
-        of_head = frame.loc[str(chosen), columns].tolist()
-        assert frame.loc["best", columns].tolist() == of_head
-        assert frame.loc["best-split", columns].tolist() == of_head
 
 
 def test_summary_has_the_mean_and_the_best(tiny, digits):
@@ -389,7 +409,7 @@ def test_integrated_gradients_are_limited_and_move_the_bar(make, squares, monkey
     frame = measure({"m": model}, data, Config(saliency="integrated-gradients"))
     assert set(frame["n"] + frame["n_skipped"]) == {3}
     assert "3 of 9 images are used" in caplog.text
-    assert len(shares) > 2 * saliency.INTEGRATION_STEPS
+    assert len(shares) > 2 * 2 * saliency.INTEGRATION_STEPS
     assert shares == pytest.approx([(i + 1) / len(shares) for i in range(len(shares))])
     shares.clear()
     assert set(measure({"m": model}, data, Config())["n"]) == {9}
