@@ -3,8 +3,9 @@
 Each head, and each group of neighbouring neurons, is replaced by zero, by its mean over images, or
 by its value on another image. This is done at one step, from a step on, or at all steps. The table
 has the change of accuracy, of the true class's logit and log-probability, and the KL divergence
-from the clean answer. The null of a head is the ablation of as many random channels. A two-way
-analysis of variance shows how much of the effect depends on the step, on the unit, and on both.
+from the clean answer. The null of a head is the ablation of as many random channels. A second null
+is a change of the state that is as large, in a random direction. A two-way analysis of variance
+shows how much of the effect depends on the step, on the unit, and on both.
 """
 
 from __future__ import annotations
@@ -34,8 +35,10 @@ class Config(LoaderOptions):
     """Steps of the ablation: each step alone, from each step on, all steps."""
     groups: int = 4
     """Number of groups of neighbouring neurons; 0 for none."""
+    norm_draws: int = 1
+    """Number of random directions per image, unit and step for `norm_null`; 0 for none."""
     seed: int = 0
-    """Random seed for the channels of the null and for permutations."""
+    """Random seed for the channels and directions of the nulls, and for permutations."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,6 +51,8 @@ class Config(LoaderOptions):
                 raise UserError(f"{name} must be one or more of {words}")
         if self.groups < 0:
             raise UserError(f"groups must be >= 0, got {self.groups}")
+        if self.norm_draws < 0:
+            raise UserError(f"norm-draws must be >= 0, got {self.norm_draws}")
 
 
 COLUMNS = {
@@ -55,9 +60,10 @@ COLUMNS = {
     "method": "zero, mean or resample",
     "site": "z (units are heads) or mlp_post (units are groups of neurons)",
     "scope": "steps of the ablation of a unit: each, from, all, sum or excess; or a statistic of"
-    " the table of each: variance_steps, variance_units, variance_interaction or reliability",
+    " the table of each: variance_steps, variance_units, variance_interaction, reliability or"
+    " reliability_interaction",
     "metric": "accuracy (0..1), logit or log_prob (of the true class; nats), all three as changes;"
-    " or kl (from the clean answer, nats)",
+    " kl (from the clean answer, nats); or, for a statistic of the table, log_kl",
     "step": "the ablated step, for from the first one; none for the other scopes",
     "unit": "head or group of neurons, from 0; none for a statistic of the table",
     "value": "mean change over images; a share of variance (noise may put it outside 0..1); or a"
@@ -67,7 +73,11 @@ COLUMNS = {
     "high": "upper end of the interval",
     "null": "head: as many random channels of z; neurons: mean over the groups; share of variance:"
     " units shuffled within each step (variance_steps: steps shuffled within each unit)",
-    "p_value": "for reliability: share of permutations of the units with at least that correlation",
+    "norm_null": "for each: mean change if the residual stream moves as far, token by token, in a"
+    " random direction",
+    "p_value": "for reliability and reliability_interaction: share of permutations of the units"
+    " with at least that correlation",
+    "p_holm": "p_value after Holm's correction for all such tests of the model",
     "n": "number of ablated images",
 }
 

@@ -2,7 +2,8 @@
 
 A run starts again from the clean state before its first ablated step, so a unit at step t of T
 costs T - t + 1 applications of the block. The units of a site go through the model together, one
-copy of the batch behind the other.
+copy of the batch behind the other. Where a norm-matched null is wanted, intact copies follow them:
+their sublayer's output is then moved as far as the ablation moves it (`norm_matched.py`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
+from bvit_interp.analyses.ablation.norm_matched import OUTPUTS, move_as_far, random_directions
 from bvit_interp.errors import UserError
 from bvit_interp.metrics.checks import check_finite
 from bvit_interp.metrics.divergence import kl_divergence
@@ -67,7 +69,8 @@ class Ablator:
     ----------
     model : stays unchanged.
     groups : number of groups of neighbouring neurons; 0 for none.
-    seed : random seed for the channels of the null.
+    seed : random seed for the channels of the null and for the random directions.
+    draws : number of random directions per ablation for the norm-matched null.
 
     Attributes
     ----------
@@ -81,8 +84,9 @@ class Ablator:
         For more groups than neurons.
     """
 
-    def __init__(self, model: Model, groups: int, seed: int = 0) -> None:
+    def __init__(self, model: Model, groups: int, seed: int = 0, draws: int = 1) -> None:
         self.probe = Probe(model)
+        self.seed, self.draws = seed, draws
         heads, neurons = self.probe.num_heads, self.probe.num_neurons
         head_width = self.probe.head_width
         if groups > neurons:
@@ -157,7 +161,8 @@ class Ablator:
         methods: Sequence[str],
         spans: Sequence[Span],
         donors: Float[Tensor, "batch channels height width"] | None = None,
-    ) -> Float64[Tensor, "batch methods units spans metrics"]:
+        index: Int[Tensor, " batch"] | None = None,
+    ) -> Float64[Tensor, "batch methods units columns metrics"]:
         """Changes of the answer to each image.
 
         Parameters
@@ -166,10 +171,15 @@ class Ablator:
         methods : zero, mean or resample.
         spans : steps at which the unit is ablated; after them the run goes on without ablation.
         donors : images whose clean activations resample ablation fills in.
+        index : positions of the images in the data set, from which random directions are drawn;
+            None for no norm-matched null.
 
         Returns
         -------
-        The last axis as in `METRICS`; units in the order of `units`.
+        The last axis as in `METRICS`; units in the order of `units`. A column per span. With
+        `index`, a column per span of one step follows, in their order: the norm-matched null of
+        that step. It is nan for random channels, and for blocks that do not tell apart what
+        attention and FFN add to the residual stream.
 
         Raises
         ------
@@ -188,12 +198,30 @@ class Ablator:
         for method in methods:
             for units in self.units:
                 fills = self._fills(method, units, donated)
-                logits = [
-                    self._run(clean_states[first - 1], last, units, fills) for first, last in spans
-                ]
-                changes.append(torch.stack([_changes(clean, each, labels) for each in logits], 2))
+                ablated, matched = [], []
+                for first, last in spans:
+                    images_moved = (
+                        index if first == last and self._can_match(units, first) else None
+                    )
+                    logits = self._run(clean_states[first - 1], last, units, fills, images_moved)
+                    of_span, *moved = (_changes(clean, each, labels) for each in logits)
+                    ablated.append(of_span)
+                    if index is not None and first == last:
+                        nothing = torch.full_like(of_span, math.nan)
+                        matched.append(torch.stack(moved).mean(0) if moved else nothing)
+                changes.append(torch.stack([*ablated, *matched], dim=2))
         count = sum(len(units.keep) for units in self.units)
         return torch.cat(changes, dim=1).unflatten(1, (len(methods), count))
+
+    def _can_match(self, units: Units, step: int) -> bool:
+        """Whether the null that is matched in norm can be made for these units."""
+        if units.is_null:
+            return False
+        try:
+            self.probe.address((OUTPUTS[units.site], step))
+        except UserError:
+            return False
+        return True
 
     def _mean_shapes(self) -> dict[str, tuple[int, ...]]:
         return {
@@ -224,21 +252,44 @@ class Ablator:
         last: int,
         units: Units,
         fills: Sequence[Float[Tensor, "*shape"] | None],
-    ) -> Float[Tensor, "variants batch classes"]:
-        """Logits with each unit ablated from the step after `before` to step `last`."""
-        batch = len(before.tokens)
+        index: Int[Tensor, " batch"] | None = None,
+    ) -> Float[Tensor, "runs variants batch classes"]:
+        """Logits with each unit ablated from the step after `before` to step `last`.
+
+        With `index` (for a span of one step), these are followed by a run per draw of the
+        norm-matched null.
+        """
+        batch, step = len(before.tokens), before.step + 1
+        runs = 1 if index is None else 1 + self.draws
         numbers = batch * self.tokens * (4 * self.probe.model.embed_dim + self.probe.num_neurons)
-        at_once = max(1, _BYTES_PER_RUN // (4 * numbers))
+        at_once = max(1, _BYTES_PER_RUN // (4 * numbers * runs))
         logits = []
-        for keep in units.keep.split(at_once):
+        for chosen in torch.arange(len(units.keep)).split(at_once):
+            keep = units.keep[chosen.to(self.device)]
+            intact = torch.ones_like(keep).repeat(runs - 1, 1)
             edits: dict[Key, Edit] = {
-                (units.site, step): _reordered(ablate(keep, fills[step - 1]), units.order)
-                for step in range(before.step + 1, last + 1)
+                (units.site, each): _reordered(
+                    ablate(torch.cat([keep, intact]), fills[each - 1]), units.order
+                )
+                for each in range(step, last + 1)
             }
+            if index is not None:
+                edits[OUTPUTS[units.site], step] = move_as_far(
+                    random_directions(
+                        index,
+                        units.site,
+                        step,
+                        chosen.tolist(),
+                        self.probe.model.embed_dim,
+                        self.draws,
+                        self.seed,
+                    )
+                )
             with self.probe.edit(edits):
-                after = proceed(self.probe.model, before.repeated(len(keep)))
-            logits.append(answer(self.probe.model, after).unflatten(0, (len(keep), batch)))
-        return torch.cat(logits)
+                after = proceed(self.probe.model, before.repeated(runs * len(keep)))
+            answers = answer(self.probe.model, after)
+            logits.append(answers.unflatten(0, (runs, len(keep), batch)))
+        return torch.cat(logits, dim=1)
 
 
 def _deal(

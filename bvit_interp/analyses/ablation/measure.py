@@ -16,29 +16,52 @@ the same ablation with as many random channels of `z`, drawn from all heads and 
 step: the effect of any ablation of that width. Groups of neurons are arbitrary, so their null is
 the mean over groups.
 
+The effect of an ablation follows the size of the change that it makes, and this size differs by
+orders of magnitude between steps. `norm_null` (ours) takes the size away from the comparison. For
+each unit at each single step, intact runs go beside the ablated ones. There, what attention (for
+heads) or the FFN (for neurons) adds to the residual stream is moved, in every token, by the norm of
+the change that the ablation makes at that step and token. The direction is random: drawn per image,
+unit and step, and the same for all tokens of the image, so that it does not cancel between tokens
+(`norm_matched.py`). A unit whose `value` is far from its `norm_null` matters by what it writes; a
+unit that is near it, by how much it writes. `norm_null` is a mean over the same images and over
+`norm_draws` directions per image. It is empty for blocks that do not tell apart what attention and
+FFN add.
+
 Which units matter at which steps: a two-way analysis of variance of the table of `each` over steps
 and units. It is cross-validated, so the noise of the images does not count (see `variance.py`). Its
 shares are `variance_steps`, `variance_units` (the same units at every step) and
 `variance_interaction` (which units matter depends on the step). The null shuffles the units within
 each step, as if the number of a head had no meaning from one step to the next. In a stack it has
-none: head h of two blocks shares the number alone. Large effects dominate the shares. Where effects
-on different images cancel (`accuracy`, `log_prob`) the shares may be noise, and their intervals are
+none: head h of two blocks shares the number alone. Where effects on
+different images cancel (`accuracy`, `log_prob`) the shares may be noise, and their intervals are
 then wide. `reliability` is the correlation of the differences between units in two halves of the
-images.
+images: do units differ? `reliability_interaction` is that of the differences without their mean
+over the steps: do these differences change from step to step? `p_holm` corrects for all of these
+tests of a model (Holm, 1979).
+
+Large effects dominate all of this. KL differs by orders of magnitude between steps, so its shares
+see the largest steps alone. `log_kl` has the same statistics of the logarithm of KL, on which each
+step counts as much as any other. It is the logarithm of the mean KL of a fold, not a mean of
+logarithms: an image with a KL near 0 does not dominate it. A mean KL of a fold below 1e-9 nats,
+which is what float32 rounds to, counts as 1e-9; nothing is left out. (The logarithm of a mean over
+few images is too low by half the relative variance of that mean; this is much less than the
+differences between steps.)
 
 Runs start again from the clean state before the first ablated step. In a model with a memory
 (bViT-fl, bViT-sc) the step's own block is ablated; its inner updates stay intact.
 
-Cost: per unit and method, `each` takes T (T + 1) / 2 applications of the block and `from`, which
-includes `all`, as many less one: 155 for T = 12, or 13 forwards. The means take one forward per
-image of the data set; `n_ablated` of these images are then ablated. 1000 images of 32 px, 100 of
-them ablated, take a bViT of width 128 with four heads 4 minutes on one core (348 forwards per
-ablated image; scaled from 80 images). Computed from the number of forwards, not measured: 8 minutes
-on two cores for width 256 and eight heads; for bViT-B on ImageNet's 50,000 images 116,000 forwards,
-5 minutes at 400 images per second.
+Cost: per unit and method, `each` takes T (T + 1) / 2 applications of the block, `norm_null` as many
+again per draw, and `from`, which includes `all`, as many less one: 233 for T = 12, or 19 forwards.
+Random channels take those without `norm_null`, 13 forwards. The means take one forward per image of
+the data set; `n_ablated` of these images are then ablated. An ablated image takes 507 forwards of a
+bViT with four heads (counted; 351 with ``norm_draws=0``) and 740 with eight. 1000 images of 32 px,
+100 of them ablated, take a bViT of width 128 with four heads 6 minutes on one core. Computed from
+the number of forwards, not measured: 12 minutes on two cores for width 256 and eight heads; for
+bViT-B on ImageNet's 50,000 images 147,000 forwards, 6 minutes at 400 images per second.
 
 Expected: no number is printed. Where a head has the same weights at every step, its main effect
-should be above the null; in a stack it should equal the null.
+should be above the null; in a stack it should equal the null. A head that writes in random
+directions should have a KL equal to its `norm_null`.
 """
 
 from __future__ import annotations
@@ -55,7 +78,13 @@ from torch import Tensor
 
 from bvit_interp.analyses.ablation import COLUMNS, Config, Scope, drawn_method
 from bvit_interp.analyses.ablation.effects import METRICS, Ablator
-from bvit_interp.analyses.ablation.variance import FOLDS, cross_validated_anova, fold_numbers
+from bvit_interp.analyses.ablation.variance import (
+    FOLDS,
+    cross_validated_anova,
+    fold_numbers,
+    holm,
+    log_kl,
+)
 from bvit_interp.data.partners import Partners
 from bvit_interp.data.samples import Samples, evenly_spaced
 from bvit_interp.data.stream import ModelBatch, stream
@@ -64,7 +93,13 @@ from bvit_interp.models.looped import Model
 from bvit_interp.models.unroll import for_any_model
 
 _BYTES_OF_DONORS = 2**30
-_ANOVA = ("variance_steps", "variance_units", "variance_interaction", "reliability")
+_ANOVA = (
+    "variance_steps",
+    "variance_units",
+    "variance_interaction",
+    "reliability",
+    "reliability_interaction",
+)
 
 
 @for_any_model
@@ -80,7 +115,10 @@ def measure(models: Mapping[str, Model], data: Samples, config: Config) -> pd.Da
     -------
     A table of `COLUMNS`.
     """
-    ablators = {name: Ablator(model, config.groups, config.seed) for name, model in models.items()}
+    ablators = {
+        name: Ablator(model, config.groups, config.seed, config.norm_draws)
+        for name, model in models.items()
+    }
     limits = (config.n_ablated, config.limit, len(data))
     ablated = replace(config, limit=min(limit for limit in limits if limit is not None))
     partners, at_once = None, None
@@ -102,6 +140,7 @@ def measure(models: Mapping[str, Model], data: Samples, config: Config) -> pd.Da
             config.methods,
             tallies[batch.model].spans,
             batch.partner_images if partners else None,
+            batch.index if tallies[batch.model].matched else None,
         )
 
     for name, (index, changes) in stream(
@@ -121,17 +160,21 @@ def measure(models: Mapping[str, Model], data: Samples, config: Config) -> pd.Da
 
 
 def summary(frame: pd.DataFrame) -> pd.DataFrame:
-    """For heads: the shares of variance of KL, and each head's largest loss of log-probability."""
+    """For heads: the analysis of variance of log KL, and each head's largest loss of
+    log-probability, with its KL as a multiple of that of the random direction (`kl_ratio`)."""
     heads = frame[frame["site"] == "z"]
     scope = next(scope for scope in get_args(Scope) if (heads["scope"] == scope).any())
     drawn = heads[
-        (heads["method"] == drawn_method(list(heads["method"])))
-        & (heads["metric"] == "log_prob")
-        & (heads["scope"] == scope)
+        (heads["method"] == drawn_method(list(heads["method"]))) & (heads["scope"] == scope)
     ]
-    largest = drawn.sort_values("value", kind="stable").drop_duplicates(["model", "unit"])
-    of_table = heads["scope"].isin(_ANOVA) & (heads["metric"] == "kl")
-    return heads[of_table | heads.index.isin(largest.index)].drop(columns="site")
+    keys, kl = ["model", "unit", "step"], drawn[drawn["metric"] == "kl"]
+    ratio = kl.set_index(keys)["value"] / kl.set_index(keys)["norm_null"]
+    losses = drawn[drawn["metric"] == "log_prob"].sort_values("value", kind="stable")
+    largest = losses.drop_duplicates(["model", "unit"])
+    of_table = heads["scope"].isin(_ANOVA) & (heads["metric"] == "log_kl")
+    shown = heads[of_table | heads.index.isin(largest.index)].drop(columns="site")
+    at_losses = ratio.reindex(pd.MultiIndex.from_frame(largest[keys])).to_numpy()
+    return shown.assign(kl_ratio=pd.Series(at_losses, largest.index))
 
 
 def _with_means(
@@ -172,9 +215,11 @@ class _Tally:
         }
         self.scopes = [(scope, span) for scope in config.scopes for span in spans[scope]]
         self.spans = list(dict.fromkeys(span for _, span in self.scopes))
+        is_matched = "each" in config.scopes and config.norm_draws > 0
+        self.matched = [span for span in self.spans if span[0] == span[1]] if is_matched else []
         self.adds_up = {"each", "all"} <= set(config.scopes)
         variants = sum(len(units.keep) for units in self.units)
-        columns = len(self.spans) + 2 * self.adds_up
+        columns = len(self.spans) + len(self.matched) + 2 * self.adds_up
         shape = (len(config.methods), variants, columns, len(METRICS))
         self.whole = MeanCI(*shape).to(ablator.device)
         self.by_fold = MeanCI(FOLDS, *shape).to(ablator.device)
@@ -196,19 +241,29 @@ class _Tally:
     def _single_steps(self) -> list[int]:
         return [self.spans.index((step, step)) for step in range(1, self.last + 1)]
 
-    def rows(self) -> Iterator[dict[str, Any]]:
+    def rows(self) -> list[dict[str, Any]]:
         """Rows of every unit, then of the analysis of variance, by method, site and metric."""
         whole = {key: values.numpy() for key, values in self.whole.compute().items()}
         folds = {key: values.numpy() for key, values in self.by_fold.compute().items()}
+        rows = []
         for m, method in enumerate(self.config.methods):
             for site in dict.fromkeys(units.site for units in self.units):
                 for a, metric in enumerate(METRICS):
                     keys = {"method": method, "site": site, "metric": metric}
                     chosen = {key: values[m, :, :, a] for key, values in whole.items()}
-                    yield from (keys | row for row in self._unit_rows(chosen, site))
+                    rows += [keys | row for row in self._unit_rows(chosen, site)]
                     if "each" in self.config.scopes:
-                        chosen = {key: values[:, m, :, :, a] for key, values in folds.items()}
-                        yield from (keys | row for row in self._anova_rows(chosen, site))
+                        effects = folds["value"][:, m, :, :, a]
+                        counts = folds["n"][:, m, 0, 0, a]
+                        rows += [keys | row for row in self._anova_rows(effects, counts, site)]
+                        if metric == "kl":
+                            keys, logs = keys | {"metric": "log_kl"}, log_kl(effects)
+                            rows += [keys | row for row in self._anova_rows(logs, counts, site)]
+        tests = [row for row in rows if "p_value" in row]
+        adjusted = holm(np.array([row["p_value"] for row in tests], dtype=float))
+        for row, p_value in zip(tests, adjusted.tolist(), strict=True):
+            row["p_holm"] = p_value
+        return rows
 
     def _unit_rows(self, whole: Mapping[str, np.ndarray], site: str) -> Iterator[dict[str, Any]]:
         """Rows of every scope and unit, of means ``(units, spans)`` and their intervals."""
@@ -217,20 +272,26 @@ class _Tally:
             for scope, span in self.scopes
         ]
         if self.adds_up:
-            columns += [("sum", None, len(self.spans)), ("excess", None, len(self.spans) + 1)]
+            after = len(self.spans) + len(self.matched)
+            columns += [("sum", None, after), ("excess", None, after + 1)]
         variants = self._variants(site)
         nulls = self._variants(site, null=True) or variants
         for scope, step, column in columns:
             null = whole["value"][nulls, column].mean()
             for unit, variant in enumerate(variants):
-                values = {key: each[variant, column] for key, each in whole.items()}
-                yield {"scope": scope, "step": step, "unit": unit, "null": null, **values}
+                row = {key: each[variant, column] for key, each in whole.items()}
+                if scope == "each" and step is not None and self.matched:
+                    matched = len(self.spans) + self.matched.index((step, step))
+                    row["norm_null"] = whole["value"][variant, matched]
+                yield {"scope": scope, "step": step, "unit": unit, "null": null, **row}
 
-    def _anova_rows(self, folds: Mapping[str, np.ndarray], site: str) -> Iterator[dict[str, Any]]:
-        """Rows of the table of single steps, of fold means ``(folds, units, spans)``."""
-        effects = folds["value"][:, self._variants(site)][:, :, self._single_steps()]
-        counts = folds["n"][:, 0, 0]
-        table = cross_validated_anova(effects.swapaxes(1, 2), counts, self.config.seed)
+    def _anova_rows(
+        self, effects: np.ndarray, counts: np.ndarray, site: str
+    ) -> Iterator[dict[str, Any]]:
+        """Rows of the table of single steps, of fold means ``(folds, variants, columns)`` and the
+        images per fold."""
+        chosen = effects[:, self._variants(site)][:, :, self._single_steps()].swapaxes(1, 2)
+        table = cross_validated_anova(chosen, counts, self.config.seed)
         for scope, values in table.items():
             yield {"scope": scope, "n": int(np.sum(counts)), **values}
 

@@ -20,8 +20,8 @@ def plot(frame: pd.DataFrame) -> Figure:
     """Panels of one method (mean if it is there), by scope.
 
     Each unit at each single step: the change of log-probability, one panel per model. Each head at
-    each single step: KL beside random channels, one panel per model. Each head ablated from a step
-    on. Each unit at all steps, beside the sum of its single steps.
+    each single step: KL beside random channels and beside random directions, one panel per model.
+    Each head ablated from a step on. Each unit at all steps, beside the sum of its single steps.
     """
     method = drawn_method(list(frame["method"]))
     frame = frame[frame["method"] == method]
@@ -64,18 +64,27 @@ def _map_panel(frame: pd.DataFrame, model: str) -> Callable[[Figure, Axes], None
 
 
 def _profile_panel(frame: pd.DataFrame, model: str) -> Callable[[Figure, Axes], None]:
-    """KL of each head at each single step, with its interval, beside random channels."""
+    """KL of each head at each single step, with its interval, beside its two nulls."""
     kl = _rows(frame, "each", "kl")
     kl = kl[kl["site"] == "z"]
-    floor = 0.5 * kl["value"].clip(lower=1e-9).min()  # an interval may reach below 0
-    top = 2 * kl[["value", "high"]].max().max()
+    is_matched = "norm_null" in kl and kl["norm_null"].notna().any()  # older tables have none
+    shown = ["value", "norm_null"] if is_matched else ["value"]
+    floor = 0.5 * kl[shown].clip(lower=1e-9).min().min()  # an interval may reach below 0
+    top = 2 * kl[[*shown, "high"]].max().max()
     rows = kl[kl["model"] == model].assign(low=kl["low"].clip(lower=floor))
 
     def draw(figure: Figure, ax: Axes) -> None:
         heads = [head for _, head in rows.groupby("unit", sort=True)]
         for i, head in enumerate(heads):
+            style = plotting.line_style(i)
             plotting.line(
-                ax, head, "step", style=plotting.line_style(i), label=head["name"].iloc[0]
+                ax,
+                head,
+                "step",
+                style=style,
+                label=head["name"].iloc[0],
+                null="norm_null" if is_matched else None,
+                null_label="null: random direction, as large a change" if i == 0 else None,
             )
         if not heads:
             return

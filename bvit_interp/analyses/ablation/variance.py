@@ -16,6 +16,9 @@ from jaxtyping import Float, Float64, Int
 from bvit_interp.metrics.statistics import jackknife_half_width
 
 FOLDS = 10
+KL_FLOOR = 1e-9
+"""Nats. The rounding of float32 makes a KL of about this size."""
+_ROUNDING = 1e-12  # relative to the largest effect
 
 
 def fold_numbers(count: int) -> list[int]:
@@ -29,11 +32,34 @@ def fold_numbers(count: int) -> list[int]:
     return [position % half % FOLDS for position in range(count)]
 
 
+def log_kl(
+    kl: Float[np.ndarray, "folds steps units"],
+) -> Float[np.ndarray, "folds steps units"]:
+    """Logarithm of the mean KL of each fold, nats; a mean KL below `KL_FLOOR` counts as that.
+
+    nan, for a fold without images, stays nan.
+    """
+    return np.log(np.maximum(kl, KL_FLOOR))
+
+
+def holm(p_values: Float[np.ndarray, " tests"]) -> Float[np.ndarray, " tests"]:
+    """P-values adjusted for the number of tests (Holm, 1979); nan is no test and stays nan.
+
+    A test is significant at level a among all of them if its adjusted p-value is at most a.
+    """
+    order = np.argsort(p_values)  # nan comes last
+    count = int(np.isfinite(p_values).sum())
+    smallest = p_values[order[:count]] * np.arange(count, 0, -1)
+    adjusted = np.full(len(p_values), math.nan)
+    adjusted[order[:count]] = np.minimum(np.maximum.accumulate(smallest), 1.0)
+    return adjusted
+
+
 def cross_validated_anova(
     effects: Float[np.ndarray, "folds steps units"],
     counts: Int[np.ndarray, " folds"],
     seed: int = 0,
-    draws: int = 1000,
+    draws: int = 2000,
 ) -> dict[str, dict[str, float]]:
     """Shares of variance of the step, of the unit and of their interaction, and their reliability.
 
@@ -52,7 +78,9 @@ def cross_validated_anova(
     images. `reliability`: the correlation between even and odd folds of the differences between
     units at a step, as `value`; `null` is 0; `p_value` is by permutation of the units, in every
     fold anew but in the same way at all its steps, because an image's noise is shared by its steps.
-    nan where the estimate of the total variance is not positive.
+    `reliability_interaction`: the same of what is left of these differences without their mean over
+    the steps. It is above 0 if the differences between units change from step to step. nan where
+    the estimate of the total variance is not positive, and where nothing varies.
     """
     present = counts > 0
     weighted = effects[present] * counts[present, None, None]
@@ -73,8 +101,13 @@ def cross_validated_anova(
         }
         for i, name in enumerate(("steps", "units", "interaction"))
     }
-    value, p_value = _reliability(weighted, seed, draws)
-    return table | {"reliability": {"value": value, "null": 0.0, "p_value": p_value}}
+    within = weighted - weighted.mean(-1, keepdims=True)
+    changing = within - within.mean(-2, keepdims=True)
+    for name, part in (("reliability", within), ("reliability_interaction", changing)):
+        is_rounding = np.abs(part) <= _ROUNDING * np.abs(weighted).max(initial=0.0)
+        value, p_value = _reliability(np.where(is_rounding, 0.0, part), seed, draws)
+        table[name] = {"value": value, "null": 0.0, "p_value": p_value}
+    return table
 
 
 def _shares(weighted: Float[np.ndarray, "folds steps units"]) -> Float64[np.ndarray, " shares"]:
@@ -98,14 +131,15 @@ def _cross_square(values: Float[np.ndarray, "folds steps units"]) -> float:
 
 
 def _reliability(
-    weighted: Float[np.ndarray, "folds steps units"], seed: int, draws: int
+    within: Float[np.ndarray, "folds steps units"], seed: int, draws: int
 ) -> tuple[float, float]:
     """Correlation of even and odd folds, and its p-value; the observed order counts as a draw."""
-    folds, steps, units = weighted.shape
+    folds, steps, units = within.shape
     if units < 2 or folds < 2:
         return math.nan, math.nan
-    within = weighted - weighted.mean(-1, keepdims=True)
     observed = float(_half_correlation(within))
+    if math.isnan(observed):
+        return math.nan, math.nan
     identity = np.tile(np.arange(units), (draws, folds, 1))
     orders = np.random.default_rng(seed).permuted(identity, axis=-1)
     at_all_steps = orders[:, :, None].repeat(steps, axis=2)

@@ -173,6 +173,57 @@ def test_the_table_of_single_steps_parts_as_written_down(three, digits):
     )
 
 
+def test_log_kl_is_the_logarithm_of_the_means_of_the_folds(three, digits):
+    frame = measure(
+        {"m": three}, digits, Config(n_ablated=20, groups=0, methods=("zero",), scopes=("each",))
+    )
+    images, _ = batch_of(three, digits, evenly_spaced(60, 20))
+    with torch.inference_mode():
+        clean = three(images).double().log_softmax(-1)
+        away = [
+            [
+                clean - with_head(three, images, head, [t], lambda t: 0.0).double().log_softmax(-1)
+                for head in range(2)
+            ]
+            for t in (1, 2, 3)
+        ]
+    kl = np.array([[(clean.exp() * each).sum(-1).numpy() for each in row] for row in away])
+    logs = np.log((kl[..., :10] + kl[..., 10:]) / 2)  # images i and i + 10 are fold i
+    squares, total = np.zeros(3), 0.0
+    for i in range(10):
+        for j in range(10):
+            if i != j:
+                a, b = (logs[..., k] - logs[..., k].mean() for k in (i, j))
+                squares[0] += 2 * (a.mean(1) * b.mean(1)).sum()
+                squares[1] += 3 * (a.mean(0) * b.mean(0)).sum()
+                total += (a * b).sum()
+    squares[2] = total - squares[:2].sum()
+    found = frame[frame["metric"] == "log_kl"].set_index("scope")
+    names = ["variance_steps", "variance_units", "variance_interaction"]
+    assert found.loc[names, "value"].tolist() == pytest.approx((squares / total).tolist(), rel=1e-3)
+    within = logs - logs.mean(1, keepdims=True)
+    changing = within - within.mean(0, keepdims=True)
+    for name, part in (("reliability", within), ("reliability_interaction", changing)):
+        halves = (part[..., k::2].mean(-1).ravel() for k in range(2))
+        assert found.loc[name, "value"] == pytest.approx(np.corrcoef(*halves)[0, 1], rel=1e-3)
+    assert (found["n"] == 20).all() and len(found) == 5
+
+
+def test_p_values_of_a_model_are_corrected_together(three, stacked, digits):
+    config = Config(n_ablated=12, limit=12, groups=2, methods=("zero", "mean"))
+    frame = measure({"a": three, "b": stacked}, digits, config)
+    tests = frame["scope"].str.startswith("reliability")
+    assert frame.loc[~tests, "p_holm"].isna().all()
+    for _, part in frame[tests].groupby("model"):
+        assert len(part) == 2 * 2 * 5 * 2  # methods, sites, metrics, tests
+        given = part.dropna(subset="p_value").sort_values("p_value", kind="stable")
+        least, expected = 0.0, []
+        for rank, p_value in enumerate(given["p_value"]):
+            least = max(least, p_value * (len(given) - rank))
+            expected.append(min(least, 1.0))
+        assert given["p_holm"].tolist() == pytest.approx(expected)
+
+
 def test_any_model(any_model, digits):
     before = {name: tensor.clone() for name, tensor in any_model.state_dict().items()}
     config = Config(n_ablated=4, groups=1, methods=("mean", "resample"), scopes=("from", "all"))
@@ -245,7 +296,7 @@ def test_columns_and_summary(three, stacked, digits):
     frame = measure({"a": three, "b": stacked}, digits, config)
     assert list(frame) == list(COLUMNS)
     shown = summary(frame)
-    assert len(shown) == 2 * 3 * 4 + 2 + stacked.blocks[0].attn.num_heads
+    assert len(shown) == 2 * 3 * 5 + 2 + stacked.blocks[0].attn.num_heads
     least = shown[(shown["scope"] == "each") & (shown["model"] == "a")].set_index("unit")["value"]
     mean = rows(frame, model="a", method="mean", site="z", metric="log_prob", scope="each")
     assert least.to_dict() == mean.groupby("unit")["value"].min().to_dict()
@@ -310,6 +361,8 @@ def test_bad_input(three, digits):
         Config(scopes=())
     with pytest.raises(UserError, match="groups must be >= 0, got -1"):
         Config(groups=-1)
+    with pytest.raises(UserError, match="norm-draws must be >= 0, got -1"):
+        Config(norm_draws=-1)
     with pytest.raises(UserError, match="groups: 0..128"):
         measure({"m": three}, digits, Config(groups=500))
     with pytest.raises(UserError, match="at least 2 are needed, got 1"):

@@ -35,6 +35,9 @@ def test_the_figure_has_the_numbers_of_the_csv(make, digits):
     for _, kl in heads[(heads["scope"] == "each") & (heads["metric"] == "kl")].groupby("model"):
         assert is_drawn(lines, "head 1", kl[kl["unit"] == 1]["value"])
         assert is_drawn(lines, "null: random channels", kl[kl["unit"] == 1]["null"])
+        norms = [kl[kl["unit"] == unit]["norm_null"] for unit in (0, 1)]
+        assert is_drawn(lines, "null: random direction, as large a change", norms[0])
+        assert any(len(ys) == 3 and np.allclose(ys, norms[1]) for _, ys in lines)
     from_step = heads[(heads["scope"] == "from") & (heads["metric"] == "log_prob")]
     first = from_step[(from_step["model"] == "a") & (from_step["unit"] == 0)]
     assert is_drawn(lines, "a: each head", first["value"])
@@ -55,3 +58,15 @@ def test_scopes_alone(make, digits, scopes):
     frame = measure({"m": make(num_steps=3, num_heads=2)}, digits, config)
     panels = [ax for ax in plot(frame).axes if ax.get_visible() and ax.get_xlabel()]
     assert len(panels) == {"all": 1, "from": 1, "each": 2}[scopes[0]] + (len(scopes) - 1)
+
+
+def test_a_table_without_the_norm_matched_null_is_drawn(make, digits):
+    """As the tables of earlier versions are."""
+    config = Config(n_ablated=3, groups=0, methods=("zero",), scopes=("each",))
+    frame = measure({"m": make(num_steps=3, num_heads=2)}, digits, config)
+    older = plot(frame.drop(columns=["norm_null", "p_holm"]))
+    empty = plot(frame.assign(norm_null=np.nan))
+    for figure in (older, empty):
+        labels = [label for label, _ in drawn_lines(figure)]
+        assert "head 1" in labels
+        assert not any("random direction" in label for label in labels)

@@ -9,7 +9,13 @@ import pytest
 from jaxtyping import TypeCheckError
 from scipy import stats
 
-from bvit_interp.analyses.ablation.variance import FOLDS, cross_validated_anova, fold_numbers
+from bvit_interp.analyses.ablation.variance import (
+    FOLDS,
+    cross_validated_anova,
+    fold_numbers,
+    holm,
+    log_kl,
+)
 
 
 def same_in_all_folds(table):
@@ -80,7 +86,7 @@ def test_reliability_is_the_correlation_of_the_halves():
     assert row["value"] == pytest.approx(np.corrcoef(halves[0].ravel(), halves[1].ravel())[0, 1])
     assert row["null"] == 0
     alike = cross_validated_anova(*same_in_all_folds(rng.normal(size=(4, 3))))["reliability"]
-    assert alike["p_value"] < 0.01
+    assert alike["p_value"] < 0.02
 
 
 def test_few_images_one_unit_and_nothing_at_all():
@@ -97,7 +103,8 @@ def test_few_images_one_unit_and_nothing_at_all():
     assert np.isnan(one_unit["reliability"]["p_value"])
     nothing = cross_validated_anova(*same_in_all_folds(np.zeros((4, 3))))
     assert np.isnan(nothing["variance_interaction"]["value"])
-    assert np.isnan(nothing["reliability"]["value"])
+    for name in ("reliability", "reliability_interaction"):
+        assert np.isnan(nothing[name]["value"]) and np.isnan(nothing[name]["p_value"])
 
 
 def test_noise_that_a_unit_has_at_all_steps_is_not_reliable():
@@ -195,3 +202,71 @@ def test_small_effects_have_the_same_shares():
     )
     for name, row in whole.items():
         assert small[name] == pytest.approx(row)
+
+
+def test_reliability_of_the_interaction_is_that_of_the_residuals():
+    rng = np.random.default_rng(10)
+    folds = rng.normal(size=(10, 4, 3)) + 2 * rng.normal(size=(4, 3)) + 5 * rng.normal(size=3)
+    row = cross_validated_anova(folds, np.full(10, 3))["reliability_interaction"]
+    halves = [folds[k::2].mean(0) for k in range(2)]
+    residuals = [
+        [
+            half[t, u] - half[t].mean() - half[:, u].mean() + half.mean()
+            for t in range(4)
+            for u in range(3)
+        ]
+        for half in halves
+    ]
+    assert row["value"] == pytest.approx(np.corrcoef(*residuals)[0, 1])
+    assert row["null"] == 0
+
+
+def test_units_in_the_same_order_at_all_steps_are_reliable_without_interaction():
+    """Units differ alike at every step: only noise is left, or rounding."""
+    rng, below = np.random.default_rng(11), 0
+    table = np.arange(6.0)[:, None] + 10 * np.arange(4.0) / 3
+    for seed in range(200):
+        folds = table + rng.normal(size=(10, 6, 4)) + rng.normal(size=(10, 1, 4))
+        rows = cross_validated_anova(folds, np.full(10, 8), seed, draws=99)
+        assert rows["reliability"]["p_value"] <= 0.05
+        below += rows["reliability_interaction"]["p_value"] <= 0.05
+    assert below <= 22  # 10 are expected, 22 are four standard deviations more
+    exact = cross_validated_anova(*same_in_all_folds(table))
+    assert exact["reliability"]["value"] == pytest.approx(1)
+    assert np.isnan(exact["reliability_interaction"]["value"])  # rounding is no interaction
+    turned = folds + np.where(np.arange(6)[:, None] < 3, 1, -1) * np.arange(4.0)
+    rows = cross_validated_anova(turned, np.full(10, 8), draws=99)
+    assert rows["reliability_interaction"]["p_value"] == pytest.approx(0.01)
+
+
+def test_effects_in_proportion_interact_but_not_on_the_logarithm():
+    """Steps by factors up to 100, units by factors: the product is a sum of logarithms."""
+    kl = 10.0 ** -np.arange(3)[:, None] * np.array([1.0, 2.0, 4.0])
+    raw, log = (
+        cross_validated_anova(*same_in_all_folds(values))
+        for values in (kl, log_kl(np.repeat(kl[None], 10, axis=0))[0])
+    )
+    assert raw["variance_interaction"]["value"] > 0.05
+    assert raw["reliability_interaction"]["value"] == pytest.approx(1)
+    assert log["variance_interaction"]["value"] == pytest.approx(0, abs=1e-9)
+    steps, units = 2 / 3 * np.log(10) ** 2, 2 / 3 * np.log(2) ** 2
+    assert log["variance_steps"]["value"] == pytest.approx(steps / (steps + units))
+    assert log["variance_units"]["value"] == pytest.approx(units / (steps + units))
+
+
+def test_a_small_kl_counts_as_the_floor():
+    kl = np.array([[[0.0, 1e-9, -1e-15], [1.0, np.e, 1e-8]], np.full((2, 3), np.nan)])
+    low = np.log(1e-9)
+    expected = [[low, low, low], [0.0, 1.0, np.log(1e-8)]]
+    np.testing.assert_allclose(log_kl(kl)[0], expected, atol=1e-12)
+    assert np.isnan(log_kl(kl)[1]).all()
+
+
+def test_holm_by_hand():
+    """Sorted 0.01, 0.02, 0.03, 0.04 times 4, 3, 2, 1; no less than the one before, at most 1."""
+    found = holm(np.array([0.03, np.nan, 0.01, 0.04, 0.02]))
+    np.testing.assert_allclose(found, [0.06, np.nan, 0.04, 0.06, 0.06])
+    np.testing.assert_allclose(holm(np.array([0.9, 0.6])), [1.0, 1.0])
+    np.testing.assert_allclose(holm(np.array([0.02])), [0.02])
+    assert np.isnan(holm(np.array([np.nan]))).all()
+    assert holm(np.array([])).shape == (0,)
