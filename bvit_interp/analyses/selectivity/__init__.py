@@ -84,17 +84,24 @@ COLUMNS = {
     "site": "mlp_post (the unit is a neuron) or z (a head); none for the accuracy of the model",
     "unit": "number of the unit, from 0; none for a number over all units of the site",
     "step": "step t, from 1; none for a number over all steps, and for ablation at every step",
+    "window": "for window_r and window_r_corrected: number of steps between the two profiles (1,"
+    " T / 2 and T - 1); none for the others",
     "metric": "for every unit: selectivity, onset, offset, lifetime (steps at which it is"
     " selective), profile_change (between successive steps), profile_change_ends (between onset"
     " and offset), profile_stability, share_class, share_step, share_interaction, reliability; for"
     " described units also firing (share of patches where a neuron is above 0), class_mean,"
     " max_response, ablation_accuracy and ablation_logit (change of the true class's logit minus"
-    " the mean logit); without a unit: the mean of a metric over units, selective_share (share of"
-    " selective units), and accuracy of the model on the images of the ablation",
+    " the mean logit); without a unit: the mean of a metric over units (not of profile_change_ends,"
+    " whose windows differ), selective_share (share of selective units), window_r (correlation of"
+    " the profiles of `step` and `window` steps later, from different halves of the images, mean"
+    " over the units that are selective at both), window_r_corrected (divided by the root of the"
+    " product of the two reliabilities, both at least 0.3), and accuracy of the model on the images"
+    " of the ablation",
     "class": "for selectivity the class of the largest mean; for class_mean the class",
     "value": "value of the metric: steps for onset, offset and lifetime; 1 - r, 0..2, for changes"
-    " of profile; r, -1..1, for profile_stability and reliability; logits for ablation_logit;"
-    " activations for class_mean and max_response; otherwise a share, 0..1",
+    " of profile; r, -1..1, for profile_stability, reliability and window_r (above 1 by chance if"
+    " corrected); logits for ablation_logit; activations for class_mean and max_response; otherwise"
+    " a share, 0..1",
     "low": "lower end of a 95 % confidence interval: over images for selectivity, firing and"
     " ablation (normal) and accuracy (Wilson), over units for selective_share (Wilson) and means"
     " (bootstrap); none for the others",

@@ -13,13 +13,20 @@ variance of a unit's table of class means, classes x steps, and sum to 1. `relia
 the profiles of two random halves of the images. Formulas and sources are in `class_selectivity.py`
 and `profiles.py`.
 
+Onset and offset lie at another distance in every unit, so a mean over units is taken only over
+profiles that are equally many steps apart: `window_r` correlates the profiles of steps s and s + w,
+for w of 1, T / 2 and T - 1, over the units that are selective at both. Noise of the images lowers
+it; `window_r_corrected` is divided by the root of the product of the two reliabilities
+(disattenuation, Spearman, 1904). Units with a reliability below 0.3 at either step are left out of
+both, because the quotient would be mostly noise. Intervals are over units (bootstrap).
+
 Nulls: images in random groups in place of classes (selectivity, selective units, shares); the
-profile of the next unit in place of a unit's own (changes of profile, reliability); random units of
-the same site (ablation). Described units are ablated to their mean at each token, at one step and
-at all steps, and the table has their class means, top-k images, and the effect on accuracy and on
-the logit of the true class; the report has a page for each. A unit of a stacked ViT is a different
-unit in each block, tied to the others only by its number: its profiles show what a shared block
-must beat.
+profile of the next unit in place of a unit's own (changes of profile, windows, reliability); random
+units of the same site (ablation). Described units are ablated to their mean at each token, at one
+step and at all steps, and the table has their class means, top-k images, and the effect on accuracy
+and on the logit of the true class; the report has a page for each. A unit of a stacked ViT is a
+different unit in each block, tied to the others only by its number: its profiles show what a shared
+block must beat.
 
 Cost: one forward per image, and V (T + 3) / 2 forwards for each of the `n_ablated` images with V
 ablated units, up to 14 by default. Two models of width 128, 1000 images of 32 px, 200 of them
@@ -122,7 +129,9 @@ def measure(
     numbers = ["value", "low", "high", "null"]
     # float32 has no more digits, and the file is half as long
     frame[numbers] = frame[numbers].astype(float).round(7)
-    return frame.astype({"unit": "Int64", "step": "Int64", "rank": "Int64", "n": "Int64"})
+    return frame.astype(
+        {"unit": "Int64", "step": "Int64", "rank": "Int64", "n": "Int64", "window": "Int64"}
+    )
 
 
 def summary(frame: pd.DataFrame) -> pd.DataFrame:
@@ -130,7 +139,7 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
     means = frame["unit"].isna() & frame["step"].isna()
     ranked = frame["metric"].isin(RANKED) & (frame["rank"] <= 2)
     kept = frame[(means | ranked) & (frame["site"] == "mlp_post")]
-    return kept[["model", "metric", "unit", "value", "low", "high", "null", "n", "rank"]]
+    return kept[["model", "metric", "window", "unit", "value", "low", "high", "null", "n", "rank"]]
 
 
 def _parse_units(name: str, probe: Probe, units: tuple[str, ...]) -> list[Unit]:

@@ -31,9 +31,7 @@ def plot(frame: pd.DataFrame) -> Figure:
     figure, axes = plotting.canvas(columns=3, rows=2, width=4.6, height=3.8)
     _all_neurons(figure, axes[0, 0], models)
     _selective_share(axes[0, 1], models)
-    _distribution(axes[0, 2], models, "profile_change_ends", thin="profile_change")
-    axes[0, 2].set_title("change of profile, onset to offset (thin: successive)", fontsize=10)
-    axes[0, 2].set_xlabel("1 - r of two profiles")
+    _windows(axes[0, 2], models)
     _distribution(axes[1, 0], models, "reliability")
     axes[1, 0].set_title("reliability of the profile, all neurons", fontsize=10)
     axes[1, 0].set_xlabel("r of two halves of the images")
@@ -111,13 +109,26 @@ def _selective_share(ax: Axes, models: Models) -> None:
     ax.set_title("selective neurons (bars: onset, below 0 offset)", fontsize=10)
 
 
-def _distribution(ax: Axes, models: Models, metric: str, thin: str | None = None) -> None:
-    """Cumulative shares of neurons by a metric and its null, and by another metric as thin
-    lines."""
+def _windows(ax: Axes, models: Models) -> None:
+    """Correlation of the profiles of a step and of a fixed number of steps later, without noise;
+    nothing for tables that do not have it."""
+    for i, (name, rows) in enumerate(models):
+        of_model = rows[(rows["metric"] == "window_r_corrected") & rows["step"].notna()]
+        if not len(of_model):
+            return
+        for marker, (window, part) in zip("osd", of_model.groupby("window"), strict=False):
+            style = plotting.line_style(i) | {"marker": marker}
+            label = f"{name}, {int(window)} later"
+            plotting.line(ax, part, "step", style=style, label=label, null="null")
+    plotting.step_axis(ax, models[0][1]["step"].dropna())
+    ax.set_ylabel("r, corrected for noise")
+    ax.set_title("profiles of a step and of steps later", fontsize=10)
+
+
+def _distribution(ax: Axes, models: Models, metric: str) -> None:
+    """Cumulative shares of neurons by a metric and its null."""
     for i, (name, rows) in enumerate(models):
         style = plotting.line_style(i) | {"marker": ""}
-        if thin is not None:
-            _cumulative(ax, rows, thin, "value", style | {"linewidth": 0.8})
         null = plotting.null_style(style) | {"gid": plotting.NULL_MARK}
         label = None if i else "profile of the next neuron"
         _cumulative(ax, rows, metric, "null", null | {"label": label})

@@ -5,9 +5,14 @@ The profile of a unit at a step is its mean response to each class, ``m_ct`` of 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+MIN_RELIABILITY = 0.3
+"""Least correlation of the halves of the images for which noise is corrected."""
 
 
 def class_means(
@@ -120,6 +125,65 @@ def reliability(
     several = second.shape[-1] > 1
     null = (first * second.roll(-1, -1)).sum(0) if several else undefined
     return {"value": (first * second).sum(0), "null": null}
+
+
+def windows_of(steps: int) -> list[int]:
+    """Windows that profiles are compared over: 1, T / 2 and T - 1 steps, none twice."""
+    return sorted({window for window in (1, steps // 2, steps - 1) if 1 <= window < steps})
+
+
+def window_correlations(
+    sums: Float[Tensor, "2 classes steps units"],
+    counts: Float[Tensor, "2 classes"],
+    selective: Bool[Tensor, "steps units"],
+    window: int,
+) -> Mapping[str, dict[str, Float[Tensor, "starts units"]]]:
+    """Correlation of the profiles of steps s and s + window, as seen and corrected for noise.
+
+    Noise of the images lowers a correlation, and noise of the same images at two steps is shared.
+    So one profile comes from one half of the images and the other from the other half: ``r =
+    (r(A_s, B_t) + r(B_s, A_t)) / 2`` for halves A and B and t = s + window. Corrected for noise it
+    is ``r / sqrt(R_s R_t)``, with the reliability ``R_s = r(A_s, B_s)`` of a half (Spearman, 1904);
+    it may exceed 1 by chance.
+
+    Parameters
+    ----------
+    sums, counts : as for `reliability`.
+
+    Returns
+    -------
+    `raw` and `corrected`: `value`, and `null`, where the profile at the later step is that of the
+    next unit that has a value, with its reliability. nan where a unit is not selective at both
+    steps, or a reliability is below `MIN_RELIABILITY`: there the quotient is mostly noise, and it
+    is not defined for one that is not above 0. At least three classes must have images in both
+    halves.
+    """
+    steps, units = selective.shape
+    both = (counts > 0).all(0)
+    undefined = torch.full((steps - window, units), torch.nan, dtype=torch.float64)
+    found = {key: {"value": undefined, "null": undefined} for key in ("raw", "corrected")}
+    if both.sum() < 3:
+        return found
+    profiles = sums[:, both] / counts[:, both][..., None, None]
+    profiles = profiles - profiles.mean(1, keepdim=True)
+    profiles = profiles / profiles.norm(dim=1, keepdim=True)
+    reliable = (profiles[0] * profiles[1]).sum(0)
+    early, late = slice(None, steps - window), slice(window, None)
+    has_value = (selective & (reliable >= MIN_RELIABILITY))[early]
+    has_value &= (selective & (reliable >= MIN_RELIABILITY))[late]
+    partner = torch.arange(units).expand(steps - window, -1).clone()
+    for row, present in zip(partner, has_value, strict=True):
+        chosen = present.nonzero()[:, 0]
+        row[chosen] = chosen.roll(-1)
+    own = torch.arange(units).expand_as(partner)
+    for column, other in (("value", own), ("null", partner)):
+        defined = has_value if column == "value" else has_value & (partner != own)
+        later = profiles[:, :, late].gather(3, other.expand(2, int(both.sum()), -1, -1))
+        r = (profiles[:, :, early] * later.flip(0)).sum(1).mean(0)
+        scale = (reliable[early] * reliable[late].gather(1, other)).sqrt()
+        for key, values in (("raw", r), ("corrected", r / scale)):
+            found[key] = found[key] | {column: values.where(defined, torch.nan)}
+    return found
 
 
 def _profiles_of_next(profiles: Tensor, selective: Tensor) -> Tensor:

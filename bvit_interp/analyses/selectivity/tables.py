@@ -14,13 +14,14 @@ from torch import Tensor
 from bvit_interp.analyses.selectivity import RANKED
 from bvit_interp.analyses.selectivity.unit_ablation import Unit
 from bvit_interp.analyses.selectivity.unit_statistics import UnitStatistics
-from bvit_interp.metrics import bootstrap_means, interval, wilson_interval
+from bvit_interp.metrics import bootstrap_means, interval, mean_over_images, wilson_interval
 
 
 def site_rows(
     site: str, statistics: UnitStatistics, classes: Sequence[str], min_lifetime: int
 ) -> Iterator[pd.DataFrame]:
-    """All statistics of all units of a site, and their means over units.
+    """All statistics of all units of a site, and their means over units, also of profiles that are
+    a fixed number of steps apart.
 
     Parameters
     ----------
@@ -37,7 +38,11 @@ def site_rows(
             ranks = {unit: rank for rank, unit in enumerate(ranking, start=1)}
             rows["rank"] = rows["unit"].map(ranks)
         yield rows
-        yield _mean_over_units(metric, site, rows)
+        if metric != "profile_change_ends":  # its windows differ in length from unit to unit
+            yield _mean_over_units(metric, site, rows)
+    for window, correlations in statistics.windows.items():
+        for key, metric in (("raw", "window_r"), ("corrected", "window_r_corrected")):
+            yield _window_rows(metric, site, window, correlations[key])
 
 
 def _selectivity_rows(
@@ -83,6 +88,26 @@ def _mean_over_units(metric: str, site: str, rows: pd.DataFrame) -> pd.DataFrame
         "n": len(defined),
     }
     return _rows(metric, site, None, None, **columns)
+
+
+def _window_rows(
+    metric: str, site: str, window: int, correlations: Mapping[str, Tensor]
+) -> pd.DataFrame:
+    """Means over units of `window_correlations`, at each step and over all steps."""
+    by_step, null = (correlations[key].T.numpy() for key in ("value", "null"))
+    values, nulls = (
+        np.column_stack([table, mean_over_images(table.T)]) for table in (by_step, null)
+    )
+    ends = np.array([interval(draws) for draws in bootstrap_means(values).T])
+    columns = {
+        "value": mean_over_images(values),
+        "low": ends[:, 0],
+        "high": ends[:, 1],
+        "null": mean_over_images(nulls),
+        "n": (~np.isnan(values)).sum(0),
+    }
+    steps = [*range(1, by_step.shape[1] + 1), None]
+    return _rows(metric, site, None, steps, **columns, window=window)
 
 
 def profile_rows(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,6 +16,8 @@ from bvit_interp.analyses.selectivity.profiles import (
     reliability,
     selective_period,
     variance_shares,
+    window_correlations,
+    windows_of,
 )
 
 SHARES = ("share_class", "share_step", "share_interaction")
@@ -35,6 +37,7 @@ class UnitStatistics:
     metrics : onset, offset, lifetime, profile_change, profile_change_ends, profile_stability,
         share_class, share_step, share_interaction and reliability: `value`, and `null` where there
         is one, each ``(U,)``.
+    windows : window -> `window_correlations`, each ``(T - window, U)``.
     """
 
     selectivity: Selectivity
@@ -44,6 +47,9 @@ class UnitStatistics:
     means: Float[Tensor, "present steps units"]
     classes: Int[Tensor, " present"]
     metrics: dict[str, dict[str, Float[Tensor, " units"]]]
+    windows: Mapping[int, Mapping[str, Mapping[str, Float[Tensor, "starts units"]]]] = field(
+        default_factory=dict
+    )
 
     @classmethod
     def from_sums(cls, sums: Mapping[str, Tensor], threshold: float) -> UnitStatistics:
@@ -76,6 +82,10 @@ class UnitStatistics:
             means=means,
             classes=class_counts.nonzero()[:, 0],
             metrics=metrics,
+            windows={
+                window: window_correlations(total[:-1], count[:-1], selective, window)
+                for window in windows_of(len(selective))
+            },
         )
 
     def ranking(self, metric: str, largest: bool, min_lifetime: int) -> Int[Tensor, " ranked"]:

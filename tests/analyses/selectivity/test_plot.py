@@ -26,7 +26,7 @@ def rows(frame, metric, model="a"):
 
 def test_a_table_read_back_can_be_drawn(frame):
     figure = plot(pd.read_csv(io.StringIO(frame.to_csv(index=False))))
-    neurons, share, _, reliability, described, ablated = figure.axes[:6]
+    neurons, share, windows, reliability, described, ablated = figure.axes[:6]
     shown = neurons.images[0].get_array().filled(np.nan)
     assert shown.shape == (128, 12 + 1 + 3)
     selectivity = rows(frame, "selectivity").pivot(index="unit", columns="step", values="value")
@@ -45,6 +45,11 @@ def test_a_table_read_back_can_be_drawn(frame):
         line, null = share.lines[2 * i : 2 * i + 2]
         np.testing.assert_allclose(line.get_ydata(), own["value"].astype(float))
         np.testing.assert_allclose(null.get_ydata(), own["null"].astype(float))
+    lines = {line.get_label(): line.get_ydata() for line in windows.lines}
+    for window in (1, 6, 11):
+        own = rows(frame, "window_r_corrected")
+        own = own[(own["window"] == window) & own["step"].notna()]
+        np.testing.assert_allclose(lines[f"a, {window} later"], own["value"].astype(float))
     kept = rows(frame, "reliability")
     values = kept[kept["unit"].notna()]["value"].dropna().astype(float)
     own = reliability.lines[1]  # after the null
@@ -72,3 +77,10 @@ def test_bars_count_onsets_and_offsets_before_the_last_step(frame):
 
 def test_a_table_without_described_neurons_can_be_drawn(stacked, digits):
     plot(measure({"b": stacked}, digits, Config(**QUICK, units=("z:0",)))).draw_without_rendering()
+
+
+def test_a_table_without_windows_can_be_drawn(frame):
+    """Tables of earlier versions have no such rows."""
+    older = frame[~frame["metric"].str.startswith("window")].drop(columns="window")
+    axes = plot(older).axes
+    assert not any(ax.get_ylabel() == "r, corrected for noise" for ax in axes)

@@ -13,6 +13,8 @@ from bvit_interp.analyses.selectivity.profiles import (
     reliability,
     selective_period,
     variance_shares,
+    window_correlations,
+    windows_of,
 )
 
 
@@ -106,6 +108,93 @@ def test_reliability_against_numpy():
         assert found["value"][u] == pytest.approx(np.corrcoef(first, own)[0, 1])
         assert found["null"][u] == pytest.approx(np.corrcoef(first, other)[0, 1])
     assert reliability(total, torch.eye(2, 4, dtype=torch.float64))["value"].isnan().all()
+
+
+def test_windows():
+    assert [windows_of(steps) for steps in (1, 2, 3, 6, 12)] == [
+        [],
+        [1],
+        [1, 2],
+        [1, 3, 5],
+        [1, 6, 11],
+    ]
+
+
+def test_window_correlations_against_numpy():
+    """Each profile from another half of the images, in both ways, over the root of the product of
+    the reliabilities."""
+    true = normal(6, 4, 3)
+    total = true + 0.3 * normal(2, 6, 4, 3, seed=1)
+    count = torch.ones(2, 6, dtype=torch.float64)
+    count[1, 5] = 0  # the sixth class has no image in the second half
+    count[0, 2], total[0, 2] = 2.0, 2 * total[0, 2]
+    selective = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 0, 1], [1, 1, 1]]).bool()
+    halves = (total / count.clamp(min=1)[..., None, None])[:, :5].numpy()
+
+    def r(s, t, u, v, first, second):
+        return np.corrcoef(halves[first, :, s, u], halves[second, :, t, v])[0, 1]
+
+    for window, partners in (
+        (1, {0: [1, 2, 0], 1: [2, None, 0], 2: [2, None, 0]}),
+        (3, {0: [1, 2, 0]}),
+    ):
+        found = window_correlations(total, count, selective, window)
+        for s, partner in partners.items():
+            for u, v in enumerate(partner):
+                if v is None:
+                    for key in ("raw", "corrected"):
+                        assert found[key]["value"][s, u].isnan()
+                        assert found[key]["null"][s, u].isnan()
+                    continue
+                for column, other in (("value", u), ("null", v)):
+                    t = s + window
+                    raw = (r(s, t, u, other, 0, 1) + r(s, t, u, other, 1, 0)) / 2
+                    scale = (r(s, s, u, u, 0, 1) * r(t, t, other, other, 0, 1)) ** 0.5
+                    assert min(r(s, s, u, u, 0, 1), r(t, t, other, other, 0, 1)) > 0.3
+                    assert found["raw"][column][s, u] == pytest.approx(raw)
+                    assert found["corrected"][column][s, u] == pytest.approx(raw / scale)
+
+
+@pytest.mark.parametrize("truth", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_correction_finds_the_planted_correlation(truth, shared):
+    """Noise as strong as the profile lowers r to half; the correction takes that back, also where
+    the same images give both steps the same noise."""
+    classes, units = 40, 400
+    first, fresh = normal(2, classes, units)
+    true = torch.stack([first, truth * first + (1 - truth**2) ** 0.5 * fresh], dim=1)
+    noise = normal(2, classes, 1 if shared else 2, units, seed=1)
+    total, count = true + noise, torch.ones(2, classes, dtype=torch.float64)
+    selective = torch.ones(2, units, dtype=torch.bool)
+    found = window_correlations(total, count, selective, 1)
+    assert found["corrected"]["value"].nanmean().item() == pytest.approx(truth, abs=0.04)
+    assert found["raw"]["value"].nanmean().item() == pytest.approx(truth / 2, abs=0.05)
+    assert found["corrected"]["null"].nanmean().item() == pytest.approx(0, abs=0.03)
+    same_images = np.mean(
+        [np.corrcoef(total.mean(0)[:, :, u].T.numpy())[0, 1] for u in range(units)]
+    )
+    if shared:  # as the correlation over all images would be too large
+        assert same_images > truth / 2 + (0.3 if truth < 1 else 0.4)
+
+
+def test_profiles_that_are_mostly_noise_are_left_out():
+    total = torch.stack([normal(6, 2, 3), normal(6, 2, 3)])
+    total[1, :, 1, 0] = -total[0, :, 1, 0]  # a reliability of -1
+    own = total[0, :, 0, 1] - total[0, :, 0, 1].mean()
+    fresh = normal(6, seed=5) - normal(6, seed=5).mean()
+    fresh = fresh - own * (own @ fresh) / (own @ own)
+    total[1, :, 0, 1] = own / own.norm() + 5 * fresh / fresh.norm()
+    count, selective = torch.ones(2, 6, dtype=torch.float64), torch.ones(2, 3, dtype=torch.bool)
+    low = np.corrcoef(total[0, :, 0, 1], total[1, :, 0, 1])[0, 1]
+    assert 0.1 < low < 0.3
+    found = window_correlations(total, count, selective, 1)
+    assert found["corrected"]["value"].isnan().tolist() == [[True, True, False]]
+    assert found["corrected"]["value"][0, 2] == pytest.approx(
+        np.corrcoef(total[0, :, 0, 2], total[0, :, 1, 2])[0, 1]
+    )
+    assert found["corrected"]["null"].isnan().all()  # no other unit has a value
+    two = torch.cat([torch.ones(2, 2), torch.zeros(2, 4)], 1).double()
+    assert window_correlations(total, two, selective, 1)["raw"]["value"].isnan().all()
 
 
 def test_a_profile_that_does_not_vary_has_no_correlation():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -55,3 +56,19 @@ def test_firing_rates_and_accuracy():
     row = tables.accuracy_row(hits).iloc[0]
     assert (row["value"], row["n"]) == (0.75, 8)
     assert (row["low"], row["high"]) == wilson_interval(6, 8)
+
+
+def test_windows_are_means_over_the_units_that_have_a_value():
+    nan = torch.nan
+    value = torch.tensor([[0.9, 0.7, nan], [0.5, nan, nan]], dtype=torch.float64)
+    null = torch.tensor([[0.2, -0.2, nan], [nan, nan, nan]], dtype=torch.float64)
+    rows = tables._window_rows("window_r", "z", 6, {"value": value, "null": null})
+    assert rows["step"].tolist()[:2] == [1, 2]
+    assert np.isnan(rows["step"].tolist()[2])
+    assert set(rows["window"]) == {6}
+    # over all steps: the mean over units of each unit's mean over steps, 0.7 and 0.7
+    assert rows["value"].tolist() == pytest.approx([0.8, 0.5, 0.7])
+    assert rows["null"].tolist() == pytest.approx([0.0, nan, 0.0], nan_ok=True)
+    assert rows["n"].tolist() == [2, 1, 2]
+    assert rows["low"].tolist() == pytest.approx([0.7, 0.5, 0.7])
+    assert rows["high"].tolist() == pytest.approx([0.9, 0.5, 0.7])

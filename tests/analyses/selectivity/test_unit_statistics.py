@@ -12,6 +12,7 @@ from bvit_interp.analyses.selectivity.profiles import (
     profile_changes,
     reliability,
     variance_shares,
+    window_correlations,
 )
 from bvit_interp.analyses.selectivity.unit_statistics import UnitStatistics
 
@@ -95,6 +96,11 @@ def test_statistics_are_those_of_the_sums():
         assert torch.equal(found.metrics[key]["null"], null_shares[i])
     halves = reliability(total[:2], count[:2])
     assert torch.equal(found.metrics["reliability"]["value"], halves["value"])
+    assert list(found.windows) == [1, 2]
+    expected = window_correlations(total[:2], count[:2], found.selective, 2)
+    for key, columns in expected.items():
+        for column, values in columns.items():
+            torch.testing.assert_close(found.windows[2][key][column], values, equal_nan=True)
 
 
 def test_wrong_shapes_are_refused():
