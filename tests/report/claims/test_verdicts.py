@@ -87,13 +87,13 @@ def clear_trend(table):
     table.loc[rows, ["spearman_null_low", "spearman_null_high", "spearman_mean"]] = -0.2, 0.2, -0.9
 
 
-def points_elsewhere(table):
-    table.loc[where(table, model="bvit-imagenette", head="mean"), ["hit_ratio", "low"]] -= 0.5
+def random_weights_gain_nothing(table):
+    table.loc[where(table, model=D128, head="mean"), "untrained_gain_high"] = 0.01
 
 
 def much_better_late(table):
-    rows = where(table, model="bvit-imagenette", head="mean", step=10)
-    table.loc[rows, ["hit_ratio", "low", "high"]] += 0.2
+    rows = where(table, model=D128, head="mean", step=10)
+    table.loc[rows, ["gain", "gain_low", "gain_high"]] += 0.2
 
 
 def roles_of_others(table):
@@ -143,6 +143,25 @@ def no_stages_without_training(table):
         ("17", "energy_rank", rank_shrinks, D128, "", "held", "did not hold"),
         ("17", "centred/energy_rank", rank_shrinks, D128, "", "held", "did not hold"),
         ("18", "features", clear_trend, D128, "", "not testable", "held"),
+        (
+            "19",
+            "pointing_game",
+            random_weights_gain_nothing,
+            D128,
+            "finds the object",
+            "did not hold",
+            "held",
+        ),
+        ("19", "pointing_game", much_better_late, D128, "late", "did not hold", "held"),
+        (
+            "19",
+            "pointing_game",
+            much_better_late,
+            D128,
+            "lets go at the last step",
+            "did not hold",
+            "held",
+        ),
         ("19b", "attention", roles_of_others, "bvit-imagenette", "", "held", "did not hold"),
         (
             "25",
