@@ -55,7 +55,8 @@ again per draw, and `from`, which includes `all`, as many less one: 233 for T = 
 Random channels take those without `norm_null`, 13 forwards. The means take one forward per image of
 the data set; `n_ablated` of these images are then ablated. An ablated image takes 507 forwards of a
 bViT with four heads (counted; 351 with ``norm_draws=0``) and 740 with eight. 1000 images of 32 px,
-100 of them ablated, take a bViT of width 128 with four heads 6 minutes on one core. Computed from
+100 of them ablated, take a bViT of width 128 with four heads about 7 minutes on one core (4 without
+`norm_null`; a model of eight heads took 1.7 times the CPU seconds with it, measured). Computed from
 the number of forwards, not measured: 12 minutes on two cores for width 256 and eight heads; for
 bViT-B on ImageNet's 50,000 images 147,000 forwards, 6 minutes at 400 images per second.
 

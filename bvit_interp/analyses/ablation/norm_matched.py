@@ -1,4 +1,4 @@
-"""Changes of a residual stream in random directions, as large as an ablation's.
+"""Random changes of a residual stream, as large as an ablation's.
 
 Ours. An ablation changes what a sublayer adds to the residual stream. How much that changes the
 answer follows how large the change is, and the size differs between steps and units by orders of

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -12,6 +13,7 @@ from matplotlib.figure import Figure
 from bvit_interp import plotting
 from bvit_interp.analyses.ablation import drawn_method
 
+_FLOOR = 1e-9  # nats
 _UNITS = {"z": "head", "mlp_post": "group"}
 
 
@@ -64,31 +66,31 @@ def _map_panel(frame: pd.DataFrame, model: str) -> Callable[[Figure, Axes], None
 
 
 def _profile_panel(frame: pd.DataFrame, model: str) -> Callable[[Figure, Axes], None]:
-    """KL of each head at each single step, with its interval, beside its two nulls."""
+    """KL of each head at each single step, with its interval, beside two nulls.
+
+    Of random directions, the geometric mean over heads.
+    """
     kl = _rows(frame, "each", "kl")
     kl = kl[kl["site"] == "z"]
     is_matched = "norm_null" in kl and kl["norm_null"].notna().any()  # older tables have none
     shown = ["value", "norm_null"] if is_matched else ["value"]
-    floor = 0.5 * kl[shown].clip(lower=1e-9).min().min()  # an interval may reach below 0
+    floor = 0.5 * kl[shown].clip(lower=_FLOOR).min().min()  # an interval may reach below 0
     top = 2 * kl[[*shown, "high"]].max().max()
     rows = kl[kl["model"] == model].assign(low=kl["low"].clip(lower=floor))
 
     def draw(figure: Figure, ax: Axes) -> None:
         heads = [head for _, head in rows.groupby("unit", sort=True)]
         for i, head in enumerate(heads):
-            style = plotting.line_style(i)
             plotting.line(
-                ax,
-                head,
-                "step",
-                style=style,
-                label=head["name"].iloc[0],
-                null="norm_null" if is_matched else None,
-                null_label="null: random direction, as large a change" if i == 0 else None,
+                ax, head, "step", style=plotting.line_style(i), label=head["name"].iloc[0]
             )
         if not heads:
             return
         ax.plot(heads[0]["step"], heads[0]["null"], **plotting.NULL, label="null: random channels")
+        if is_matched:
+            logs = np.log(rows["norm_null"].clip(lower=_FLOOR)).groupby(rows["step"]).mean()
+            dashed = plotting.NULL | {"linestyle": "--", "gid": plotting.NULL_MARK}
+            ax.plot(logs.index, np.exp(logs), **dashed, label="null: random direction")
         plotting.title(ax, f"{model}: one head at one step")
         ax.set_ylabel("KL, nats")
         plotting.log_axis(ax)
