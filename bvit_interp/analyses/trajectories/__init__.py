@@ -2,8 +2,9 @@
 
 The CLS token of every image after every step is embedded in two dimensions, by PaCMAP and by PCA.
 An embedding can invent structure, so each point carries checks of its nearest neighbours: how many
-are kept from CLS space, how many are at most one step away, how many are of the same class. The
-last two are also given in CLS space. The null of each check is what chance gives.
+are kept from CLS space, how many are at most one step away, and how many of those at the same step
+are of the same class. The last two are also given in CLS space. The null of each check is what
+chance gives.
 """
 
 from __future__ import annotations
@@ -69,12 +70,12 @@ COLUMNS = {
         "null: its mean with the steps of every other image permuted, 3 / T (2 / T at the first "
         "and the last step)"
     ),
-    "same_class_share": (
-        "share of the k nearest neighbours in 2-D among other images' points that are of the "
-        "same class, 0..1"
+    "same_step_class_share": (
+        "share of the k nearest neighbours in 2-D among other images' points of the same step that "
+        "are of the same class, 0..1"
     ),
-    "same_class_share_cls": "the same share in CLS space",
-    "same_class_share_null": "null: its mean with the labels permuted over the other images",
+    "same_step_class_share_cls": "the same share in CLS space",
+    "same_step_class_share_null": "null: its mean with the labels permuted over the other images",
     "neighbours": "number of neighbours k",
     "n": "number of images",
 }

@@ -14,8 +14,11 @@ so every point carries these checks, which are ours:
   first and the last step. A share in 2-D above that in CLS space is an artefact of the embedding. A
   high share is no sign of training: an untrained ViT has the highest (0.99), because its images
   hardly differ;
-- `same_class_share` and `same_class_share_cls`: the same shares for the class of the point. Null:
-  the expected share with labels permuted over images. They show at which step classes separate.
+- `same_step_class_share` and `same_step_class_share_cls`: the share of its k nearest neighbours
+  among other images' points of the same step that are of the point's class. They show at which step
+  classes separate. Among the points of all steps the neighbours of a late point would be fewer
+  images, several steps of each, so a share would not be comparable between steps; at one step they
+  are k images of n - 1. Null: the expected share with labels permuted over images.
 
 Cost: one forward pass per image. n images x T x D float32 numbers are kept (0.37 GB for 10,000
 images of bViT-B). PaCMAP takes 3 s for 6000 points and 6.5 s for 12,000 on one core; the cost of
@@ -39,6 +42,7 @@ from bvit_interp.analyses.trajectories import COLUMNS, Config
 from bvit_interp.analyses.trajectories.embeddings import pacmap_embedding, pca_embedding
 from bvit_interp.analyses.trajectories.neighbours import (
     nearest_neighbours,
+    same_step_neighbours,
     share_kept,
     share_of_class,
     share_of_class_null,
@@ -112,6 +116,10 @@ def _points(name: str, table: StateTable, data: Samples, config: Config) -> pd.D
             f"{k} neighbours and 2-D need more points than {images} images at {steps} steps:"
             " raise limit"
         )
+    if images <= k:
+        raise UserError(
+            f"{k} neighbours at the same step need more than {k} images, got {images}: raise limit"
+        )
     points = states.reshape(images * steps, width)
     image, step = np.divmod(np.arange(len(points)), steps)
     label = labels[image]
@@ -124,8 +132,8 @@ def _points(name: str, table: StateTable, data: Samples, config: Config) -> pd.D
         "neighbours_kept_null": k / (len(points) - 1),
         "adjacent_step_share_cls": share_within_one_step(in_cls.other_images, step),
         "adjacent_step_share_null": share_within_one_step_null(steps)[step],
-        "same_class_share_cls": share_of_class(in_cls.other_images, label),
-        "same_class_share_null": share_of_class_null(labels)[image],
+        "same_step_class_share_cls": share_of_class(same_step_neighbours(points, k, steps), label),
+        "same_step_class_share_null": share_of_class_null(labels)[image],
         "neighbours": k,
         "n": images,
     }
@@ -139,7 +147,9 @@ def _points(name: str, table: StateTable, data: Samples, config: Config) -> pd.D
             "y": embedded[:, 1].astype(float),
             "neighbours_kept": share_kept(in_cls.any_image, in_2d.any_image),
             "adjacent_step_share": share_within_one_step(in_2d.other_images, step),
-            "same_class_share": share_of_class(in_2d.other_images, label),
+            "same_step_class_share": share_of_class(
+                same_step_neighbours(embedded, k, steps), label
+            ),
         }
         frames.append(pd.DataFrame(columns))
     return pd.concat(frames)[list(COLUMNS)]

@@ -41,6 +41,24 @@ def nearest_neighbours(points: Float[np.ndarray, "points width"], k: int, steps:
     return Neighbours(nearest[:, :k], np.take_along_axis(nearest, others_first, axis=1))
 
 
+def same_step_neighbours(
+    points: Float[np.ndarray, "points width"], k: int, steps: int
+) -> Int[np.ndarray, "points k"]:
+    """The k nearest neighbours of each point among other images' points of the same step.
+
+    So they are k different images at every step, of as many candidates.
+
+    Parameters
+    ----------
+    points : `steps` points per image, of more than k images.
+    """
+    nearest = np.empty((len(points), k), dtype=np.intp)
+    for step in range(steps):
+        search = NearestNeighbors(n_neighbors=k).fit(points[step::steps])
+        nearest[step::steps] = search.kneighbors(return_distance=False) * steps + step
+    return nearest
+
+
 def share_kept(
     before: Int[np.ndarray, "points k"], after: Int[np.ndarray, "points k"]
 ) -> Float[np.ndarray, " points"]:

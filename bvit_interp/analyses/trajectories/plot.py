@@ -92,11 +92,14 @@ def _panel(
 def _caption(frame: pd.DataFrame, name: str) -> str:
     """The checks of one model in one line."""
     mean = frame[frame["model"] == name].mean(numeric_only=True)
+    # a table of an earlier version has the share among the points of all steps
+    same_step = "same_step_class_share" in mean
+    of_class = "same_step_class_share" if same_step else "same_class_share"
     shares = [
         f"{words} {mean[share]:.2f} ({mean[f'{share}_cls']:.2f}, {mean[f'{share}_null']:.2f})"
         for words, share in (
             ("at most one step away", "adjacent_step_share"),
-            ("of the same class", "same_class_share"),
+            (f"of the same class {'at the step' if same_step else 'at any step'}", of_class),
         )
     ]
     kept, chance = mean["neighbours_kept"], mean["neighbours_kept_null"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bvit_interp.analyses.trajectories import COLUMNS, Config, measure, states, summary
-from bvit_interp.analyses.trajectories.neighbours import nearest_neighbours
+from bvit_interp.analyses.trajectories.neighbours import nearest_neighbours, same_step_neighbours
 from bvit_interp.data.geometry import Geometry
 from bvit_interp.errors import MissingExtra, UserError
 
@@ -59,8 +59,9 @@ def test_points_and_checks_against_numpy(any_model, digits):
         assert (
             np.mean(np.isclose(frame[f"adjacent_step_share{suffix}"], expected)) > 0.99
         )  # the rest are ties within rounding
+        near = nearest(space, another & (step[:, None] == step), k)
         expected = (label[image[near]] == label[image][:, None]).mean(1)
-        assert np.mean(np.isclose(frame[f"same_class_share{suffix}"], expected)) > 0.99
+        assert np.mean(np.isclose(frame[f"same_step_class_share{suffix}"], expected)) > 0.99
     pairs = zip(nearest(points, every, k), nearest(flat, every, k), strict=True)
     kept = np.array([len(set(high) & set(low)) / k for high, low in pairs])
     assert np.mean(np.isclose(frame["neighbours_kept"], kept)) > 0.99
@@ -74,6 +75,7 @@ def test_nulls_against_permuted_steps_and_labels(tiny, digits):
     rng = np.random.default_rng(0)
     n, steps = 60, 12
     near = nearest_neighbours(frame[["x", "y"]].to_numpy(), 5, steps).other_images
+    at_step = same_step_neighbours(frame[["x", "y"]].to_numpy(), 5, steps)
     image, step = np.divmod(np.arange(n * steps), steps)
     staged, same = [], []
     label = np.array([digits.read(i)[1] for i in range(n)])
@@ -81,16 +83,16 @@ def test_nulls_against_permuted_steps_and_labels(tiny, digits):
         drawn = np.argsort(rng.random((n, steps)), axis=1).ravel()
         staged.append((abs(drawn[near] - step[:, None]) <= 1).mean(1))
         shuffled = rng.permutation(label)
-        same.append((shuffled[image[near]] == shuffled[image][:, None]).mean())
+        same.append((shuffled[image[at_step]] == shuffled[image][:, None]).mean())
     means = pd.Series(np.mean(staged, axis=0)).groupby(step).mean()
     expected = frame.groupby("step")["adjacent_step_share_null"].first()
     np.testing.assert_allclose(expected, means, atol=0.01)
     np.testing.assert_allclose(expected, [2 / 12] + [3 / 12] * 10 + [2 / 12])
-    assert frame["same_class_share_null"].mean() == pytest.approx(
+    assert frame["same_step_class_share_null"].mean() == pytest.approx(
         np.mean(same), abs=4 * np.std(same) / np.sqrt(200)
     )
     share = (np.bincount(label)[label] - 1) / 59
-    np.testing.assert_allclose(frame["same_class_share_null"], share[image])
+    np.testing.assert_allclose(frame["same_step_class_share_null"], share[image])
 
 
 def test_states_grouped_by_step_or_by_class(stacked, digits, monkeypatch):
@@ -113,15 +115,40 @@ def test_states_grouped_by_step_or_by_class(stacked, digits, monkeypatch):
     by_class = noise.copy()
     by_class[:, :, 0] += 1000 * label[:, None]
     frame = given(by_class)
-    enough = frame["same_class_share_null"] * 59 * 3 >= 2
-    assert frame.loc[enough, ["same_class_share", "same_class_share_cls"]].to_numpy().min() == 1
+    enough = frame["same_step_class_share_null"] * 59 >= 2
+    assert (
+        frame.loc[enough, ["same_step_class_share", "same_step_class_share_cls"]].to_numpy().min()
+        == 1
+    )
     frame = given(noise)  # neither: the nulls
     assert frame["adjacent_step_share_cls"].mean() == pytest.approx(
         frame["adjacent_step_share_null"].mean(), abs=0.08
     )
-    assert frame["same_class_share_cls"].mean() == pytest.approx(
-        frame["same_class_share_null"].mean(), abs=0.08
+    assert frame["same_step_class_share_cls"].mean() == pytest.approx(
+        frame["same_step_class_share_null"].mean(), abs=0.08
     )
+
+
+def test_a_class_that_separates_late_is_not_seen_early(stacked, digits, monkeypatch):
+    """States at step 1 are far from one another, with a trace of the class. The nearest of all steps
+    are the late states, which are of the class; of the same step they are as chance gives."""
+    label = np.arange(60) % 10
+    noise = np.random.default_rng(0).normal(size=(60, 3, 32))
+    points = 0.01 * noise
+    points[:, :, :10] += np.array([30, 100, 100])[:, None] * np.eye(10)[label][:, None]
+    points[:, 0, 10:] += 300 * noise[:, 0, 10:]
+    monkeypatch.setattr(
+        states.StateTable,
+        "compute",
+        lambda self: (np.arange(60), label, points.astype(np.float32)),
+    )
+    frame = measure({"m": stacked}, digits, Config(neighbours=3, methods=("pca",)))
+    found = frame.groupby("step")["same_step_class_share_cls"].mean()
+    assert found[2] == found[3] == 1
+    pooled = nearest_neighbours(points.reshape(180, 32), 3, 3).other_images
+    of_class = (label[pooled // 3] == label[np.arange(180) // 3][:, None]).mean(1)
+    assert of_class[::3].mean() == 1
+    assert found[1] == pytest.approx(frame["same_step_class_share_null"].mean(), abs=0.08)
 
 
 def test_both_embeddings(tiny, digits):
@@ -132,7 +159,7 @@ def test_both_embeddings(tiny, digits):
     pd.testing.assert_frame_equal(frame, again, check_exact=True)
     mean = frame.groupby("method").mean(numeric_only=True)
     assert mean.loc["pacmap", "neighbours_kept"] > 10 * mean.loc["pacmap", "neighbours_kept_null"]
-    in_cls = mean[["adjacent_step_share_cls", "same_class_share_cls"]]
+    in_cls = mean[["adjacent_step_share_cls", "same_step_class_share_cls"]]
     assert in_cls.nunique().tolist() == [1, 1]
     assert not np.allclose(
         frame.loc[frame["method"] == "pacmap", "x"], frame.loc[frame["method"] == "pca", "x"]
@@ -186,6 +213,8 @@ def test_bad_input(tiny, stacked, digits):
         Config(seed=-1)
     with pytest.raises(UserError, match="more points than 2 images at 12 steps: raise limit"):
         measure({"m": tiny}, digits, Config(limit=2, neighbours=13, methods=("pca",)))
+    with pytest.raises(UserError, match="need more than 9 images, got 9: raise limit"):
+        measure({"m": tiny}, digits, Config(limit=9, neighbours=9, methods=("pca",)))
     with pytest.raises(UserError, match="more points than 3 images at 3 steps"):  # six others
         measure({"m": stacked}, digits, Config(limit=3, neighbours=2, methods=("pca",)))
     with torch.no_grad():

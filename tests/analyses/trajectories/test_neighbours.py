@@ -10,6 +10,7 @@ from jaxtyping import TypeCheckError
 
 from bvit_interp.analyses.trajectories.neighbours import (
     nearest_neighbours,
+    same_step_neighbours,
     share_kept,
     share_of_class,
     share_of_class_null,
@@ -47,6 +48,19 @@ def test_other_images_are_found_past_the_own_ones():
     nearest = nearest_neighbours(points, 3, 4)
     assert nearest.other_images[:4].tolist() == [[4, 5, 6]] * 4
     assert nearest.other_images[7].tolist() == [3, 2, 1]
+
+
+def test_neighbours_at_the_same_step_are_other_images():
+    """Four images of two steps: at step 1 at 0, 1, 3, 7; at step 2 at 3.1, 0.1, 7.1, 3.2. Among all
+    points image 0 at step 1 is nearest to image 1 at step 2."""
+    points = np.array([[0.0], [3.1], [1.0], [0.1], [3.0], [7.1], [7.0], [3.2]])
+    found = same_step_neighbours(points, 2, 2)
+    assert found[::2].tolist() == [[2, 4], [0, 4], [2, 0], [4, 2]]
+    assert found[1::2].tolist() == [[7, 3], [1, 7], [7, 1], [1, 3]]
+    assert nearest_neighbours(points, 2, 2).other_images[0].tolist() == [3, 2]
+    same = same_step_neighbours(np.zeros((6, 3)), 2, 2)  # equal points: never the image itself
+    for point, row in enumerate(same.tolist()):
+        assert sorted(row) == [p for p in range(point % 2, 6, 2) if p != point]
 
 
 def test_kept():

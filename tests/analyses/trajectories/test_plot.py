@@ -20,3 +20,12 @@ def test_figure_from_the_csv_alone(tiny, stacked, digits):
     np.testing.assert_allclose(panels[2].lines[-1].get_xydata(), means, rtol=1e-6)
     np.testing.assert_array_equal(panels[2].collections[1].get_array(), of_class["step"])
     assert [text.get_text() for text in panels[2].texts] == ["1", "12"]
+
+
+def test_a_table_of_neighbours_among_all_steps_can_be_drawn(tiny, digits):
+    """Tables of earlier versions have that share, under a name of its own."""
+    frame = measure({"a": tiny}, digits, Config(methods=("pca",), neighbours=3))
+    older = frame.rename(columns=lambda name: name.replace("same_step_class", "same_class"))
+    for table in (frame, older):
+        share = table.filter(regex="class_share$").iloc[:, 0].mean()
+        assert f"{share:.2f}" in plot(table).get_suptitle()
