@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bvit_interp.errors import UserError, choices
-from bvit_interp.report.claims import accuracy, inside, through_time, weights
+from bvit_interp.report.claims import accuracy, inside, states, units, weights
 from bvit_interp.report.claims.claim import Claim, text
 
 __all__ = ["OF_THE_PAPER", "THROUGH_TIME", "judge"]
@@ -18,7 +18,7 @@ OF_THE_PAPER: tuple[Claim, ...] = tuple(
 )
 """The testable claims of bViT (arXiv 2605.10661), in its order."""
 
-THROUGH_TIME: tuple[Claim, ...] = through_time.CLAIMS
+THROUGH_TIME: tuple[Claim, ...] = (*units.CLAIMS, *states.CLAIMS)
 """Claims of our own about what happens from step to step."""
 
 

@@ -201,7 +201,7 @@ def _both(one: float, other: float) -> float:
 def _stages(tables: Tables) -> list[Finding]:
     table = tables("trajectories")
     fresh = table[table["model"].str.endswith("untrained")]
-    share, stage = "same_class_share_cls", "adjacent_step_share_cls"
+    share, stage = "same_step_class_share_cls", "adjacent_step_share_cls"
     floor, flat = fresh[share].mean(), fresh[stage].mean()
     findings = []
     for model, part in table[~table["model"].str.endswith("untrained")].groupby("model"):
@@ -210,10 +210,11 @@ def _stages(tables: Tables) -> list[Finding]:
         gain = by_image[last] - by_image[1]
         half = 1.96 * gain.std() / len(gain) ** 0.5
         said = (
-            f"own-class share of the neighbours of CLS {number(by_image[1].mean(), 2)} after step"
+            f"own-class share of the neighbours of CLS at the same step"
+            f" {number(by_image[1].mean(), 2)} after step"
             f" 1, {number(by_image[last].mean(), 2)} after step {last} (gain"
             f" {number(gain.mean(), 2)} +- {number(half, 2)}), untrained {number(floor, 2)}, labels"
-            f" permuted {number(part['same_class_share_null'].mean(), 2)}; {len(gain)} images"
+            f" permuted {number(part['same_step_class_share_null'].mean(), 2)}; {len(gain)} images"
         )
         holds = gain.mean() > half and by_image[last].mean() > floor
         findings.append(Finding(judged(bool(holds)), said, model, "classes separate"))
@@ -327,9 +328,9 @@ CLAIMS = (
         name="25",
         claim="trajectories of CLS separate the classes and pass through stages",
         paper="Fig. 9, in a picture",
-        rule="classes separate held if the own-class share of the ten nearest neighbours grows"
-        " beyond its interval and ends above that of untrained weights; stages held if more"
-        " neighbours are at most one step away than with untrained weights",
+        rule="classes separate held if the own-class share of the ten nearest neighbours at the"
+        " same step grows beyond its interval and ends above that of untrained weights; stages held"
+        " if more neighbours are at most one step away than with untrained weights",
         judge=_stages,
         tables=("trajectories",),
         notebook="fig09_trajectories",

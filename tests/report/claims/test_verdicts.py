@@ -102,7 +102,7 @@ def roles_of_others(table):
 
 
 def classes_stay_mixed(table):
-    table.loc[where(table, model=D128, step=12), "same_class_share_cls"] = 0.1
+    table.loc[where(table, model=D128, step=12), "same_step_class_share_cls"] = 0.1
 
 
 def no_stages_without_training(table):
@@ -218,6 +218,14 @@ def raised(column, **chosen):
     return lowered(column, by=-10.0, **chosen)
 
 
+def chance(table):
+    table.loc[first_bvit(table), "p_holm"] = 0.5
+
+
+def moves_as_far(table):
+    table.loc[first_bvit(table), "norm_null"] = 1e3
+
+
 @pytest.mark.parametrize(
     ("name", "part", "change", "before", "after"),
     [
@@ -234,6 +242,29 @@ def raised(column, **chosen):
             raised("value", metric="profile_change", site="mlp_post"),
             "held",
             "did not hold",
+        ),
+        (
+            "selectivity 3",
+            "",
+            lowered("value", metric="window_r_corrected", site="mlp_post"),
+            "held",
+            "did not hold",
+        ),
+        ("ablation 1", "", chance, "held", "not testable"),
+        ("ablation 2", "", moves_as_far, "held", "did not hold"),
+        (
+            "circuits 1",
+            "",
+            lowered("excess_low", condition="shuffled"),
+            "held",
+            "did not hold",
+        ),
+        (
+            "circuits 2",
+            "rather than random ones",
+            lowered("excess_low", condition="random"),
+            "held",
+            "not testable",
         ),
         ("patching 1", "", lowered("value", shift=1, tokens="all"), "held", "did not hold"),
         (

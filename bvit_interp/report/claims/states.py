@@ -1,8 +1,6 @@
-"""Claims about what a head, a neuron or a state does from step to step. They are ours."""
+"""Claims about the state on its way through the steps. They are ours."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from bvit_interp.report.claims.claim import (
     Claim,
@@ -14,44 +12,6 @@ from bvit_interp.report.claims.claim import (
     recurrent,
     stack_of,
 )
-
-SPARSITY = 0.4
-"""Share of the weights that are pruned where scores are compared."""
-
-
-def _more_become_selective(tables: Tables) -> list[Finding]:
-    table = _whole(tables("selectivity"), "selective_share")
-    findings = []
-    for model in table["model"].unique():
-        steps = table[table["model"] == model].set_index("step")
-        first, last = steps.iloc[0], steps.iloc[-1]
-        said = (
-            f"{interval(first, digits=2)} of the neurons after step 1, {interval(last, digits=2)}"
-            f" after step {steps.index[-1]:.0f}; in random groups of images"
-            f" {number(last['null'], 2)}"
-        )
-        findings.append(Finding(judged(last["low"] > first["high"]), said, model))
-    return findings
-
-
-def _keeps_its_profile(tables: Tables) -> list[Finding]:
-    table = _whole(tables("selectivity"), "profile_change").set_index("model")
-    findings = []
-    for model in recurrent(table.index):
-        own, stack = table.loc[model], table.loc[stack_of(model)]
-        said = (
-            f"1 - r of a neuron's class profile at successive steps {interval(own)}, of another"
-            f" neuron's {number(own['null'])}; in the stack {interval(stack)}, of another neuron's"
-            f" {number(stack['null'])}"
-        )
-        holds = own["high"] < min(own["null"], stack["low"]) and stack["high"] > stack["null"]
-        findings.append(Finding(judged(holds), said, model))
-    return findings
-
-
-def _whole(table: Any, metric: str) -> Any:
-    """Rows of a metric of neurons that stand for all units."""
-    return table[(table["metric"] == metric) & table["unit"].isna() & (table["site"] == "mlp_post")]
 
 
 def _bears_a_shift(tables: Tables) -> list[Finding]:
@@ -161,45 +121,6 @@ def _recovers(tables: Tables) -> list[Finding]:
     return findings
 
 
-def _first_step_dominates(tables: Tables) -> list[Finding]:
-    table = tables("step_attribution")
-    rows = table[(table["metric"] == "share") & (table["layer"] == "all")]
-    findings = []
-    for model in rows["model"].unique():
-        own = rows[rows["model"] == model].set_index("step")
-        others = own.drop(index=own.index.min())
-        said = (
-            f"{interval(own.iloc[0], digits=2)} of the squared norm of the gradient at step 1,"
-            f" {number(others['value'].max(), 2)} at the next largest, an equal share"
-            f" {number(own.iloc[0]['null'], 3)}"
-        )
-        holds = own.iloc[0]["low"] > others["high"].max()
-        findings.append(Finding(judged(holds), said, model))
-    return findings
-
-
-def _scores_per_step(tables: Tables) -> list[Finding]:
-    table = tables("step_attribution")
-    rows = table[
-        (table["metric"] == "gain")
-        & (table["method"] == "stepwise")
-        & ((table["sparsity"] - SPARSITY).abs() < 1e-9)
-    ].set_index(["model", "against"])
-    findings = []
-    for model in recurrent(rows.index.unique("model")):
-        for other in ("magnitude", "taylor"):
-            gain = rows.loc[model, other]
-            said = f"accuracy gained {interval(gain)} at {SPARSITY:.0%} of the weights pruned"
-            decided = gain["low"] > 0 or gain["high"] < 0
-            part = f"better than {other}"
-            findings.append(
-                Finding(judged(gain["low"] > 0), said, model, part)
-                if decided
-                else Finding("not testable", said, model, part)
-            )
-    return findings
-
-
 def _step_is_readable(tables: Tables) -> list[Finding]:
     table = tables("schedule")
     rows = table[
@@ -258,24 +179,6 @@ def _how_many_steps(tables: Tables) -> list[Finding]:
 
 CLAIMS = (
     Claim(
-        name="selectivity 1",
-        claim="more neurons are selective for classes at the last step than at the first",
-        rule="held if the interval of the last step lies above that of the first",
-        judge=_more_become_selective,
-        tables=("selectivity",),
-        notebook="fig16_selectivity",
-    ),
-    Claim(
-        name="selectivity 2",
-        claim="a neuron of a bViT keeps its class profile from one step to the next; in a stack,"
-        " where it shares only its number, it does not",
-        rule="held if the change of the bViT lies below that to another neuron and below the"
-        " stack's, and the stack's is that to another neuron",
-        judge=_keeps_its_profile,
-        tables=("selectivity",),
-        notebook="fig16_selectivity",
-    ),
-    Claim(
         name="patching 1",
         claim="a bViT bears its state one step later better than its stack does",
         rule="held if the recovered share of the bViT lies above the stack's, intervals apart. For"
@@ -319,24 +222,6 @@ CLAIMS = (
         judge=_recovers,
         tables=("stability",),
         notebook="fig20_stability",
-    ),
-    Claim(
-        name="step-attribution 1",
-        claim="the first step has the largest share of the gradient",
-        rule="held if its interval lies above those of all other steps. A stack that does so too"
-        " says that it is no mark of recurrence; the norm grows with the state's change",
-        judge=_first_step_dominates,
-        tables=("step_attribution",),
-        notebook="fig21_step_attribution",
-    ),
-    Claim(
-        name="step-attribution 2",
-        claim="a score that sums |w g| over the steps prunes better than magnitude and than"
-        " |w sum g|",
-        rule="held if the gain of accuracy lies above 0; not testable if its interval holds 0",
-        judge=_scores_per_step,
-        tables=("step_attribution",),
-        notebook="fig21_step_attribution",
     ),
     Claim(
         name="schedule 1",
