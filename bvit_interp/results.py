@@ -300,9 +300,12 @@ def provenance(options: Mapping[str, Any]) -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    program = Path(sys.argv[0]).name
+    if program == "__main__.py":  # python -m bvit_interp.cli, or torchrun
+        program = "bvit-interp"
     return {
         "options": json.loads(json.dumps(options, default=str)),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join([program, *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": machine,
         "versions": versions,

@@ -500,6 +500,8 @@ def test_provenance_goes_into_json(monkeypatch):
     assert json.loads(json.dumps(about)) == about
     assert about["options"] == {"path": "a/b", "steps": [1, 2], "nested": {"x": None}}
     assert about["command"] == "bvit-interp energy-rank --limit 4"
+    monkeypatch.setattr(sys, "argv", ["/site/bvit_interp/cli/__main__.py", "energy-rank"])
+    assert results.provenance({})["command"] == "bvit-interp energy-rank"
     assert about["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert about["versions"]["numpy"] == np.__version__
     assert about["date"].endswith("+00:00")

@@ -1,4 +1,4 @@
-"""Records and edits the attention of a block at the kernel that it calls.
+"""Records and edits a block's attention at the kernel it calls.
 
 Heads are not modules: queries, keys and values exist only as arguments of a kernel. They are seen
 there as attention uses them (after norms, rotary embeddings, masks and position biases), in any

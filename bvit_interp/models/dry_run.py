@@ -1,4 +1,4 @@
-"""A dry run: it shows which modules of a model run, and how often.
+"""A dry run shows which modules of a model run, how often.
 
 The loop of a model is observed here; it is not inferred from the type of the model. A dry run is
 one forward of two images of the model's size, without gradients, in eval mode, on a copy that

@@ -1,4 +1,4 @@
-"""Binary masks over shared weights, one per step or per subset of the data.
+"""Binary masks over shared weights, one per step or subset of data.
 
 At step t a masked matrix is ``W * M_t``. So one dense tensor holds a sparse network per step
 (Fig. 5 and section 4.2.3 of bViT, arXiv 2605.10661; Routing the Lottery, arXiv 2601.22141). The

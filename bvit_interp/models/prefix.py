@@ -1,4 +1,4 @@
-"""Finds the prefix tokens and the patch grid of a model from a dry run."""
+"""Finds a model's prefix tokens and patch grid from a dry run."""
 
 from __future__ import annotations
 

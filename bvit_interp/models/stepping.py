@@ -1,4 +1,4 @@
-"""Runs a forward pass one step at a time: read the state, drop images, continue.
+"""Runs a forward step by step: read the state, drop images, continue.
 
 This is for what needs more than a hook: images that leave after different steps, and runs that
 start from a stored state. The steps are those of the tied unroll, called as its forward calls them,

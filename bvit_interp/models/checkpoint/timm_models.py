@@ -1,4 +1,4 @@
-"""Opens a model of timm with published weights, random weights or those of a file."""
+"""Opens a timm model with published, random or a file's weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folds a stack of blocks into one block (appendix A.1 of arXiv 2605.10661)."""
+"""Folds a stack of blocks into one (appendix A.1 of arXiv 2605.10661)."""
 
 from __future__ import annotations
 

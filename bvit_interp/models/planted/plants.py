@@ -1,4 +1,4 @@
-"""Builds the planted models: it is known what happens at each of their steps."""
+"""Builds planted models: what happens at each step is known."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Claims of bViT about accuracy, cost and early exits: Tables 1 to 3, 5 and 6, Fig. 2 and 8."""
+"""Claims of bViT about accuracy, cost and early exits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Claims of bViT about ranks, states, neurons and attention: Fig. 3, 4, 6, 7 and 9 to 15."""
+"""Claims of bViT about ranks, states, neurons and attention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Claims about the state on its way through the steps. They are ours."""
+"""Claims about the state on its way through the steps."""
 
 from __future__ import annotations
 

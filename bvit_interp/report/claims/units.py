@@ -1,4 +1,4 @@
-"""Claims about what a head or a neuron does from step to step. They are ours."""
+"""Claims about heads and neurons from step to step."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _keeps_it_for_long(tables: Tables) -> list[Finding]:
         )
         widest = own.index[-1]
         said = "; ".join(
-            f"{window:.0f} steps after step 1 r is {interval(own.loc[window], digits=2)}, of"
+            f"between steps 1 and {1 + window:.0f} r is {interval(own.loc[window], digits=2)}, of"
             f" another neuron {number(own.loc[window, 'null'], 2)}, in the stack"
             f" {number(stack.loc[window, 'value'], 2)}"
             for window in own.index

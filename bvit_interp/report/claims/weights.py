@@ -1,4 +1,4 @@
-"""Claims of bViT about masks per step and transfer: Fig. 5 and 14, Tables 4 and 7."""
+"""Claims of bViT about masks per step and transfer."""
 
 from __future__ import annotations
 
