@@ -137,7 +137,8 @@ def section(claim: Claim, findings: Sequence[Finding]) -> str:
         )
     tables = Tables(FIGURES)
     for name in claim.tables:
-        made = f", made by `{tables.command(name)}`" if tables.command(name) else ""
+        recorded = "" if claim.command else tables.command(name)
+        made = f", made by `{recorded}`" if recorded else ""
         lines.append(f"- Table: [`figures/{name}.csv`](../figures/{name}.csv){made}")
     lines += [f"- Command: `{claim.command}`"] if claim.command else []
     if claim.notebook:
