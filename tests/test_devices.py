@@ -4,6 +4,7 @@ runs without one."""
 from __future__ import annotations
 
 import copy
+import importlib
 import sys
 from pathlib import Path
 
@@ -28,6 +29,10 @@ from bvit_interp.training.loop import trainer as run_trainer
 from bvit_interp.training.loop.recipe import Recipe
 from bvit_interp.training.pruning import by_subset, graft_training
 from bvit_interp.training.pruning.ticket_plan import TicketPlan
+
+# before a test replaces torch.Generator, which some annotate
+for word in ANALYSES:
+    importlib.import_module(f"bvit_interp.analyses.{word}").measure  # noqa: B018
 
 pytestmark = [
     # there is nothing to pin for

@@ -122,8 +122,8 @@ def test_resid_pre_is_the_state_not_what_the_block_reads(tiny_fl, images):
     [
         ("tiny", "inner1.z", None, "inner1.z: this model has none; sites: resid_pre"),
         ("tiny_sc", "inner1.z", 1, "inner1.z: this model has none"),
-        ("tiny_fl", "inner3.z", None, r"inner3.z: this model has inner1\.\.inner2 alone"),
-        ("tiny_fl", "inner3.z[2]", None, r"has inner1\.\.inner2 alone"),
+        ("tiny_fl", "inner3.z", None, r"inner3.z: this model has inner1\.\.inner2 only"),
+        ("tiny_fl", "inner3.z[2]", None, r"has inner1\.\.inner2 only"),
         ("tiny_fl", "inner0.z", None, "unknown site 'inner0.z'; sites: resid_pre"),
         ("tiny_fl", "inner1.mlp", None, "unknown site 'inner1.mlp'"),
         ("tiny_fl", "inner1.z[5]", None, r"no step 5; steps: 1\.\.4"),
@@ -141,7 +141,7 @@ def test_resid_pre_is_the_state_not_what_the_block_reads(tiny_fl, images):
             None,
             "step 5 has no inner update 1; steps that have it: 1, 4$",
         ),
-        ("tiny_sc_block", "inner2.z", None, r"this model has inner1\.\.inner1 alone"),
+        ("tiny_sc_block", "inner2.z", None, r"this model has inner1\.\.inner1 only"),
     ],
 )
 def test_an_inner_update_that_is_not_there_is_named(request, images, fixture, key, steps, message):
