@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 from torch import nn
 from torch.nn import functional as F
@@ -31,6 +32,9 @@ install_import_hook(modules(), "typechecking.checked")  # before any test import
 import bvit_interp.models  # noqa: E402, F401  (registers the models with timm)
 
 torch.set_num_threads(1)
+# how fast texts are drawn depends on the machine, and on the tables of Unicode being built
+settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tests")
 
 SIZE = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "num_heads": 4, "num_classes": 10}
 Change = Callable[[torch.Tensor], torch.Tensor]
