@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bvit_interp.errors import UserError
 from bvit_interp.models.cost import flops, flops_per_step, parameters, parameters_by_part
+from bvit_interp.models.looped import CalledSteps
 from bvit_interp.models.unroll import unroll
 
 
@@ -168,3 +169,15 @@ def test_parts_of_a_model_with_every_part(make):
     assert sum(found.values()) == parameters(pooled)
     averaged = parameters_by_part(make(name="vit_tiny_patch16_224", depth=2, global_pool="avg"))
     assert averaged["norm"] == 2 * width  # fc_norm's weight and bias
+
+
+@pytest.mark.parametrize("count_attention", [False, True])
+def test_weights_without_a_bias_count_in_a_model_unrolled_by_call(count_attention):
+    """torch multiplies them with another operation."""
+    size = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "num_heads": 4, "depth": 3}
+    stack = timm.create_model("vit_tiny_patch16_224", **size, qkv_bias=False).eval()
+    by_call = unroll(stack, loop="blocks")
+    assert isinstance(by_call, CalledSteps)
+    assert flops(by_call, count_attention=count_attention) == flops(
+        stack, count_attention=count_attention
+    )
