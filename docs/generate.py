@@ -132,9 +132,7 @@ def section(claim: Claim, findings: Sequence[Finding]) -> str:
     lines.append(f"- Rule: {claim.rule}.")
     for finding in findings:
         head = f"{finding.head}: " if finding.head else ""
-        lines.append(
-            f"- {head}**{finding.verdict}**. {finding.numbers[0].upper()}{finding.numbers[1:]}."
-        )
+        lines.append(f"- {head}**{finding.verdict}**: {finding.numbers}.")
     tables = Tables(FIGURES)
     for name in claim.tables:
         recorded = "" if claim.command else tables.command(name)

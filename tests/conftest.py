@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 import timm
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import find
+from hypothesis import strategies as st
 from jaxtyping import install_import_hook
 from torch import nn
 from torch.nn import functional as F
@@ -32,13 +33,15 @@ install_import_hook(modules(), "typechecking.checked")  # before any test import
 import bvit_interp.models  # noqa: E402, F401  (registers the models with timm)
 
 torch.set_num_threads(1)
-# how fast texts are drawn depends on the machine, and on the tables of Unicode being built
-settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("tests")
-
 SIZE = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "num_heads": 4, "num_classes": 10}
 Change = Callable[[torch.Tensor], torch.Tensor]
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tables_of_unicode() -> None:
+    """hypothesis builds them when the first text is drawn: before a test is timed."""
+    find(st.text(min_size=1), bool)
 
 
 def hooks_on(model: nn.Module) -> list[str]:

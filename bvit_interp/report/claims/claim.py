@@ -139,6 +139,16 @@ def judged(holds: bool) -> Verdict:
     return "held" if holds else "did not hold"
 
 
+def above(row: Any, low: Any, high: Any = None) -> Verdict:
+    """Whether an interval lies above another one, or above a number.
+
+    Held if it lies above, did not hold if it lies below, and not testable if the two overlap.
+    """
+    if row["low"] > (low if high is None else high):
+        return "held"
+    return "did not hold" if row["high"] < low else "not testable"
+
+
 def number(value: Any, digits: int = 3, sign: bool = False) -> str:
     """A number with fixed digits; a whole number with separators."""
     if digits == 0:

@@ -8,6 +8,7 @@ from bvit_interp.report.claims.claim import (
     Claim,
     Finding,
     Tables,
+    above,
     interval,
     judged,
     number,
@@ -33,7 +34,7 @@ def _more_become_selective(tables: Tables) -> list[Finding]:
             f" after step {steps.index[-1]:.0f}; in random groups of images"
             f" {number(last['null'], 2)}"
         )
-        findings.append(Finding(judged(last["low"] > first["high"]), said, model))
+        findings.append(Finding(above(last, first["low"], first["high"]), said, model))
     return findings
 
 
@@ -72,8 +73,9 @@ def _keeps_it_for_long(tables: Tables) -> list[Finding]:
             f" {number(stack.loc[window, 'value'], 2)}"
             for window in own.index
         )
-        holds = own.loc[widest, "low"] > max(own.loc[widest, "null"], 0)
-        findings.append(Finding(judged(holds), said, model))
+        findings.append(
+            Finding(above(own.loc[widest], max(own.loc[widest, "null"], 0)), said, model)
+        )
     return findings
 
 
@@ -136,8 +138,9 @@ def _first_step_dominates(tables: Tables) -> list[Finding]:
             f" {number(others['value'].max(), 2)} at the next largest, an equal share"
             f" {number(own.iloc[0]['null'], 3)}"
         )
-        holds = own.iloc[0]["low"] > others["high"].max()
-        findings.append(Finding(judged(holds), said, model))
+        largest = others.loc[others["value"].idxmax()]
+        verdict = above(own.iloc[0], largest["low"], others["high"].max())
+        findings.append(Finding(verdict, said, model))
     return findings
 
 
@@ -173,7 +176,11 @@ def _step_of_a_circuit(tables: Tables) -> list[Finding]:
             f" {number(moved['excess'])} [{number(moved['excess_low'])},"
             f" {number(moved['excess_high'])}] more"
         )
-        findings.append(Finding(judged(moved["excess_low"] > 0), said, model))
+        findings.append(
+            Finding(
+                above({"low": moved["excess_low"], "high": moved["excess_high"]}, 0), said, model
+            )
+        )
     return findings
 
 
